@@ -1,0 +1,219 @@
+"""The public call: checks what it is given, brings padded and packed batches to one form, and chooses a backend.
+
+B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement
+rank, N table rows.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .fallback import fallback_attention
+from .launch_config import unsupported_reason
+from .layout import Call
+from .reference import reference_attention, reference_weights
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def refined_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    *,
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    padding_side: str = "left",
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Self-attention with refined weights, as defined in `awrsr_kernels/reference.py` (AWRSR, RecSys 2024).
+
+    Args:
+        q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Any strides: only a tensor whose last dimension is
+            not contiguous is copied.
+        k: (B, H_kv, L, D) in q's dtype; H a multiple of H_kv (grouped-query attention), query head h reads head h // (H / H_kv).
+        v: (B, H_kv, L, D_v) in q's dtype, D_v in 1..256.
+        w_q, w_k: the tables that span the correlation space, R in 1..256: (L, R) shared, (H, L, R) per head, row j for position
+            j; or (B, H, L, R) computed from content, a table per entry. q's dtype, or float32 beside half-precision q (read in
+            q's dtype). Ignored, and may be None, when refinement is "none".
+        refinement: "none" (plain attention), "simple", "value" or "additive".
+        gate: factor of the higher-order weights in "additive": a number, a scalar tensor or an (H,) tensor. Default 1.
+        causal: whether position i sees only positions j <= i.
+        lengths: (B,) integer tensor in 0..L: real items per entry. The rest is padding: output and gradients there are 0, and
+            whatever is stored there (NaN too) has no effect. On a GPU and under torch.compile values out of range are clamped.
+        padding_side: "left" (items end at position L-1) or "right".
+        softmax_scale: factor of q.k, default 1/sqrt(D).
+        refine_scale: factor of the correlations, default 1/sqrt(R).
+        dropout_p: in [0, 1), rounded to a multiple of 1/65536; falls on the weights that meet the values (`dropout.py`).
+        dropout_seed: int, or int64 tensor of one element; drawn with torch.randint on q's device when None. Every backend and
+            layout draws the same mask from the same seed.
+        backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition, L x L matrices, any
+            number of derivatives), or "auto": triton where it can run on a GPU, otherwise torch.
+
+    Returns:
+        (B, H, L, D_v) in v's dtype. "triton" and "torch" are differentiable once.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.
+    """
+    q, k, v = checks.batch(q, k, v)
+    w_q, w_k, gate, call = _prepare(
+        q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, dropout_p
+    )
+    return _run(q, k, v, w_q, w_k, gate, lengths, dropout_seed, call, backend)
+
+
+def refined_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None = None,
+    *,
+    align: str = "right",
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`refined_attention` on packed sequences, in flash-attention's convention: no padding anywhere.
+
+    Args:
+        q, k, v: (T, H, D), (T, H_kv, D), (T, H_kv, D_v): the items of all sequences, one sequence after another.
+        w_q, w_k: (T, H, R) computed from content, a row per item; or a table of N >= max_seqlen rows, (N, R) shared or (H, N, R)
+            per head. A tensor of shape (T, H, R) is always read as content.
+        cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
+            Empty sequences are legal. On a GPU values are not read; the kernels clamp them.
+        max_seqlen: the longest sequence, or a bound on it; picks a better tile. Default: N, or T with content tables.
+        align: "right": a sequence of n items uses the last n rows of a table, which equals left padding to a window of N;
+            "left": the first n.
+
+    The other arguments, and what is raised, are those of `refined_attention`.
+
+    Returns:
+        (T, H, D_v) in v's dtype.
+    """
+    q, k, v = checks.packed(q, k, v)
+    checks.choice("align", align, ("left", "right"))
+    checks.cu_seqlens(cu_seqlens, q)
+    w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
+    window = q.shape[0] if w_q is None or per_entry else w_q.shape[2]
+    call = Call(
+        refinement=refinement,
+        causal=checks.flag("causal", causal),
+        varlen=True,
+        align_right=align == "right",
+        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], window),
+        per_entry=per_entry,
+        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
+        refine_scale=checks.scale("refine_scale", refine_scale, 1 if w_q is None else w_q.shape[-1]),
+        dropout_p=checks.probability("dropout_p", dropout_p),
+    )
+    gate = checks.gate(gate, refinement, q.shape[1], q)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out = _run(q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed, call, backend)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    *,
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    padding_side: str = "left",
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights themselves, for analysis: O(L^2) memory on purpose.
+
+    Arguments as in `refined_attention`. Returns (P, M), each (B, H, L, L) in q's dtype: the first-order weights and the weights
+    that meet the values (for "value" M = R P). Rows of P and R sum to 1, rows of additive M to 1 + gate; rows and columns of
+    padding are 0. Differentiable.
+    """
+    q, k, _ = checks.batch(q, k, k)
+    w_q, w_k, gate, call = _prepare(
+        q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, 0.0
+    )
+    with torch.autocast(q.device.type, enabled=False):
+        return reference_weights(q, k, w_q, w_k, gate, lengths, call)
+
+
+def _prepare(
+    q: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    refinement: str,
+    gate: Tensor | float | None,
+    causal: bool,
+    lengths: Tensor | None,
+    padding_side: str,
+    softmax_scale: float | None,
+    refine_scale: float | None,
+    dropout_p: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Call]:
+    """What a padded call comes to: W as (1 or B, 1 or H, L, R), gate as (1 or H,), the rest as a `Call`."""
+    checks.choice("padding_side", padding_side, ("left", "right"))
+    checks.lengths(lengths, q)
+    w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
+    call = Call(
+        refinement=refinement,
+        causal=checks.flag("causal", causal),
+        varlen=False,
+        align_right=padding_side == "left",
+        max_len=q.shape[2],
+        per_entry=per_entry,
+        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
+        refine_scale=checks.scale("refine_scale", refine_scale, 1 if w_q is None else w_q.shape[-1]),
+        dropout_p=checks.probability("dropout_p", dropout_p),
+    )
+    return w_q, w_k, checks.gate(gate, refinement, q.shape[1], q), call
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    gate: Tensor | None,
+    bounds: Tensor | None,
+    dropout_seed: int | Tensor | None,
+    call: Call,
+    backend: str,
+) -> Tensor:
+    """Hand a checked call, every tensor (entries, heads, rows, features), to its backend."""
+    checks.choice("backend", backend, BACKENDS)
+    features = (q.shape[-1], v.shape[-1], 1 if w_q is None else w_q.shape[-1])
+    if backend in ("auto", "triton"):
+        reason = unsupported_reason(q.device, q.dtype, features)
+        if backend == "triton" and reason is not None:
+            raise ValueError(f'backend is "triton", which cannot run here: {reason}')
+        backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"
+    seed = checks.seed(dropout_seed, q.device) if call.dropout_p else None
+    with torch.autocast(q.device.type, enabled=False):
+        if backend == "reference":
+            return reference_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)
+        if backend == "torch":
+            return fallback_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)
+        from ._triton import triton_attention
+
+        return triton_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)

@@ -1,0 +1,271 @@
+"""Argument checks of the public call. Every message names the argument, what it was and what it must be.
+
+Shapes, dtypes, devices and Python numbers are checked always. The values inside `lengths` and `cu_seqlens` are checked where
+that is free: on the CPU, outside torch.compile.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dropout import quantise
+from .layout import REFINEMENTS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_FEATURES = 256
+
+
+def batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a padded batch, under autocast in its dtype."""
+    q, k, v = _query_key_value(q, k, v, "(B, H, L, D)", 4)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2]:
+            _refuse(name, _shape(x), f"of q's batch and length: {q.shape[0]} entries of L = {q.shape[2]} positions")
+    _heads(q, k, v)
+    if q.shape[2] < 1:
+        _refuse("q", _shape(q), "at least one position long")
+    return q, k, v
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a packed batch, under autocast in its dtype."""
+    q, k, v = _query_key_value(q, k, v, "(T, H, D)", 3)
+    for name, x in (("k", k), ("v", v)):
+        if x.shape[0] != q.shape[0]:
+            _refuse(name, _shape(x), f"of q's T = {q.shape[0]} positions")
+    _heads(q, k, v)
+    return q, k, v
+
+
+def padded_tables(
+    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """W as (1 or B, 1 or H, L, R), and whether it has a table per entry."""
+    choice("refinement", refinement, REFINEMENTS)
+    if refinement == "none":
+        return None, None, False
+    w_q, w_k = _pair_of_tables(w_q, w_k, q)
+    entries, heads, length, _ = q.shape
+    shapes = {2: (length,), 3: (heads, length), 4: (entries, heads, length)}
+    if w_q.dim() not in shapes or tuple(w_q.shape[:-1]) != shapes[w_q.dim()]:
+        must = f"(L, R), (H, L, R) or (B, H, L, R) with B = {entries}, H = {heads}, L = {length}"
+        _refuse("w_q", _shape(w_q), must)
+    per_entry = w_q.dim() == 4
+    while w_q.dim() < 4:
+        w_q, w_k = w_q.unsqueeze(0), w_k.unsqueeze(0)
+    return w_q, w_k, per_entry
+
+
+def packed_tables(
+    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """W as (1, 1 or H, N or T, R), and whether its rows are the items' own."""
+    choice("refinement", refinement, REFINEMENTS)
+    if refinement == "none":
+        return None, None, False
+    w_q, w_k = _pair_of_tables(w_q, w_k, q)
+    total, heads, _ = q.shape
+    if w_q.dim() == 3 and tuple(w_q.shape[:2]) == (total, heads):
+        return w_q.transpose(0, 1).unsqueeze(0), w_k.transpose(0, 1).unsqueeze(0), True
+    if w_q.dim() == 2:
+        return w_q[None, None], w_k[None, None], False
+    if w_q.dim() == 3 and w_q.shape[0] == heads:
+        return w_q[None], w_k[None], False
+    _refuse("w_q", _shape(w_q), f"(N, R), (H, N, R) or (T, H, R) with H = {heads}, T = {total}")
+
+
+def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -> Tensor | None:
+    """The gate as a tensor of shape (1,) or (H,)."""
+    if value is None:
+        return None
+    if refinement != "additive":
+        _refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
+    if not isinstance(value, Tensor):
+        return torch.full((1,), _number("gate", value), device=q.device)
+    if not value.is_floating_point():
+        _refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
+    if value.dim() > 1 or value.numel() not in (1, heads):
+        _refuse("gate", _shape(value), f"a scalar or of shape (H,) with H = {heads}")
+    _same_device("gate", value, q)
+    return value.reshape(-1)
+
+
+def lengths(value: Tensor | None, q: Tensor) -> None:
+    if value is None:
+        return
+    _integers("lengths", value, q)
+    if tuple(value.shape) != (q.shape[0],):
+        _refuse("lengths", _shape(value), f"of shape (B,) with B = {q.shape[0]}")
+    if _readable(value) and value.numel():
+        low, high = value.min().item(), value.max().item()
+        if low < 0 or high > q.shape[2]:
+            _refuse("lengths", f"{low} to {high}", f"within 0..L, L = {q.shape[2]}")
+
+
+def cu_seqlens(value: Tensor, q: Tensor) -> None:
+    _integers("cu_seqlens", value, q)
+    if value.dim() != 1 or value.numel() < 1:
+        _refuse("cu_seqlens", _shape(value), "of shape (B + 1,)")
+    if not _readable(value):
+        return
+    if value[0].item() != 0 or value[-1].item() != q.shape[0]:
+        _refuse("cu_seqlens", f"from {value[0].item()} to {value[-1].item()}", f"from 0 to T = {q.shape[0]}")
+    falls = (value.diff() < 0).nonzero()
+    if falls.numel():
+        at = int(falls[0].item())
+        _refuse("cu_seqlens", f"{value[at].item()}, then {value[at + 1].item()} at index {at + 1}", "nowhere falling")
+
+
+def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> int:
+    """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory."""
+    if value is not None:
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            _refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
+        if value < 0:
+            _refuse("max_seqlen", str(value), "0 or more")
+    bound = window if value is None else value
+    if _readable(bounds):
+        longest = int(bounds.diff().max().item()) if bounds.numel() > 1 else 0
+        if value is not None and longest > value:
+            _refuse("max_seqlen", str(value), f"at least the longest sequence, which cu_seqlens says has {longest} items")
+        if longest > window:
+            _refuse("w_q", f"of {window} rows", f"at least as long as the longest sequence, {longest} items")
+        bound = longest
+    elif value is not None and value > window and window < total:
+        _refuse("w_q", f"of {window} rows", f"at least max_seqlen = {value} rows")
+    return max(1, min(bound, window))
+
+
+def scale(name: str, value: float | None, features: int) -> float:
+    return features**-0.5 if value is None else _number(name, value)
+
+
+def probability(name: str, value: float) -> float:
+    """The probability, or 0 where it rounds to 0."""
+    p = _number(name, value)
+    if not 0 <= p < 1:
+        _refuse(name, str(value), "in [0, 1)")
+    return p if quantise(p)[0] else 0.0
+
+
+def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
+    """The dropout seed as an int64 tensor of shape ()."""
+    if value is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            _refuse("dropout_seed", str(value.dtype), "an int or an int64 tensor of one element", TypeError)
+        if value.numel() != 1:
+            _refuse("dropout_seed", _shape(value), "a tensor of one element")
+        if value.device != device:
+            _refuse("dropout_seed", f"on {value.device}", f"on q's device, {device}")
+        return value.reshape(())
+    if isinstance(value, bool) or not isinstance(value, int):
+        _refuse("dropout_seed", type(value).__name__, "an int or an int64 tensor of one element", TypeError)
+    if not -(2**63) <= value < 2**63:
+        _refuse("dropout_seed", str(value), "within 64 bits")
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        _refuse(name, repr(value), "True or False", TypeError)
+    return value
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        _refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
+
+
+def _refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> Any:
+    raise kind(f"{name} is {was}; it must be {must}")
+
+
+def _shape(x: Tensor) -> str:
+    return f"of shape {tuple(x.shape)}"
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _refuse(name, type(value).__name__, "a number", TypeError)
+    if not math.isfinite(value):
+        _refuse(name, str(value), "finite")
+    return float(value)
+
+
+def _readable(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        _refuse(name, type(x).__name__, "a torch.Tensor", TypeError)
+
+
+def _same_device(name: str, x: Tensor, q: Tensor) -> None:
+    if x.device != q.device:
+        _refuse(name, f"on {x.device}", f"on q's device, {q.device}")
+
+
+def _integers(name: str, x: Tensor, q: Tensor) -> None:
+    _tensor(name, x)
+    if x.dtype not in (torch.int32, torch.int64):
+        _refuse(name, str(x.dtype), "an int32 or int64 tensor", TypeError)
+    _same_device(name, x, q)
+
+
+def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _tensor(name, x)
+        if x.dim() != dims:
+            _refuse(name, _shape(x), f"{form}, of {dims} dimensions")
+        _same_device(name, x, q)
+    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            _refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
+        if x.dtype != q.dtype:
+            _refuse(name, str(x.dtype), f"of q's dtype, {q.dtype}", TypeError)
+        if not 1 <= x.shape[-1] <= MAX_FEATURES:
+            _refuse(name, _shape(x), f"1 to {MAX_FEATURES} wide in its last dimension")
+    if k.shape[-1] != q.shape[-1]:
+        _refuse("k", _shape(k), f"of q's head dim D = {q.shape[-1]}")
+    return q, k, v
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.shape[1] < 1:
+        _refuse("q", _shape(q), "of one head at least")
+    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        _refuse("k", _shape(k), f"of a number of heads that divides q's H = {q.shape[1]}")
+    if v.shape[1] != k.shape[1]:
+        _refuse("v", _shape(v), f"of k's H_kv = {k.shape[1]} heads")
+
+
+def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
+    for name, w in (("w_q", w_q), ("w_k", w_k)):
+        _tensor(name, w)
+    assert w_q is not None and w_k is not None
+    w_q, w_k = (w if w.dtype == torch.float32 else _autocast(w) for w in (w_q, w_k))
+    for name, w in (("w_q", w_q), ("w_k", w_k)):
+        _same_device(name, w, q)
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        if w.dtype != q.dtype and not (half and w.dtype == torch.float32):
+            must = f"of q's dtype, {q.dtype}" + (", or float32" if half else "")
+            _refuse(name, str(w.dtype), must, TypeError)
+        if w.dim() < 2 or not 1 <= w.shape[-1] <= MAX_FEATURES:
+            _refuse(name, _shape(w), f"a table of 1 to {MAX_FEATURES} columns")
+    if w_k.shape != w_q.shape or w_k.dtype != w_q.dtype:
+        _refuse("w_k", f"{_shape(w_k)}, {w_k.dtype}", f"like w_q {_shape(w_q)}, {w_q.dtype}")
+    return w_q, w_k
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
