@@ -2,6 +2,7 @@
 
 import os
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 
@@ -21,3 +22,26 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0 (use backend='torch')"
     return None
+
+
+class Tile(NamedTuple):
+    """How a kernel is launched: rows and columns of a tile (equal in the short regime), warps, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def regime(max_len: int, features: tuple[int, int, int], dtype: torch.dtype, grouped_tables: bool) -> str:
+    """"short" where a head fits on chip, else "tiled". grouped_tables: per-head tables under grouped-query attention, whose
+    gradient the short kernel does not reduce."""
+    if grouped_tables or max_len > 128 or max(features) > 128:
+        return "tiled"
+    return "short"
+
+
+def short_tile(direction: str, max_len: int, features: tuple[int, int, int], dtype: torch.dtype) -> Tile:
+    """Tile of a short kernel, direction "fwd" or "bwd"."""
+    block = next(size for size in (16, 32, 64, 128) if max_len <= size)
+    return Tile(block, block, 4 if block <= 64 else 8, 1)

@@ -1,0 +1,160 @@
+"""What every launcher needs: a call's tensors as the kernels take them, scratch memory, and the launch itself.
+
+B sequences, H query heads, H_kv key heads, N table rows, D, D_v, R features of q, v and the tables.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from ..dropout import quantise
+from ..launch_config import Tile
+from ..layout import Call
+
+View = tuple[Tensor, int, int, int]
+
+
+def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised (entries, heads, rows, features) in the memory order of `like`: heads outside rows, or rows outside."""
+    entries, rows = like.shape[0], like.shape[2]
+    if varlen or like.stride(1) < like.stride(2):
+        return like.new_empty(entries, rows, heads, features, dtype=dtype).transpose(1, 2)
+    return like.new_empty(entries, heads, rows, features, dtype=dtype)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, device: torch.device, **arguments: Any) -> None:
+    """Run a kernel on `device` under a tile's warps and stages. Fused multiply-add is part of the numerics, so it is pinned."""
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Problem:
+    """One call as the launchers see it: tensors with a contiguous last dimension, sizes, and arguments that kernels share."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w_q: Tensor | None,
+        w_k: Tensor | None,
+        gate: Tensor | None,
+        bounds: Tensor | None,
+        seed: Tensor | None,
+        call: Call,
+    ) -> None:
+        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
+        self.w_q, self.w_k = (None, None) if w_q is None or w_k is None else (_rows(w_q), _rows(w_k))
+        self.gate, self.bounds, self.seed, self.call = gate, bounds, seed, call
+        self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
+        self.group = self.heads // self.kv_heads
+        self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
+        self.rank = 1 if w_q is None else w_q.shape[-1]
+        self.features = (q.shape[-1], v.shape[-1], self.rank)
+        self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.interpreted = q.device.type == "cpu"
+
+    def view(self, x: Tensor, packed: bool | None = None) -> View:
+        """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
+        packed = self.call.varlen if packed is None else packed
+        entry = 0 if packed or x.shape[0] == 1 else x.stride(0)
+        return x, entry, 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        return _rows(x)
+
+    def inputs(self) -> dict[str, Any]:
+        w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
+        views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
+        return {name: self.view(x) for name, x in views.items()}
+
+    def sequences(self) -> dict[str, Any]:
+        return {
+            "bounds_ptr": self.bounds,
+            "rows_total": self.rows,
+            "max_len": self.call.max_len,
+            "table_rows": 0 if self.w_q is None else self.w_q.shape[2],
+            "CAUSAL": self.call.causal,
+            "VARLEN": self.call.varlen,
+            "ALIGN_RIGHT": self.call.align_right,
+            "PER_ENTRY": self.call.per_entry,
+        }
+
+    def dropout(self) -> dict[str, Any]:
+        threshold, scale = quantise(self.call.dropout_p)
+        return {"seed_ptr": self.seed, "drop_threshold": threshold, "drop_scale": scale}
+
+    def refinement(self) -> dict[str, Any]:
+        return {
+            "REFINEMENT": self.call.refinement,
+            "gate_ptr": self.gate,
+            "gate_stride": 0 if self.gate is None or self.gate.numel() == 1 else self.gate.stride(0),
+            "softmax_scale": self.call.softmax_scale,
+            "refine_scale": self.call.refine_scale,
+        }
+
+    def widths(self) -> dict[str, Any]:
+        d, dv, r = self.features
+        blocks = [max(16, triton.next_power_of_2(x)) for x in self.features]
+        return {
+            "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
+            "PRECISION": self.precision(),
+        }  # fmt: skip
+
+    def precision(self) -> str:
+        """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
+        if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
+            return "ieee"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+    def splits(self, programs: int) -> int:
+        """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
+        return max(1, min(self.batch, ceil_div(2 * self._processors(), programs)))
+
+    def _processors(self) -> int:
+        if self.q.device.type != "cuda":
+            return 2  # interpreted: few enough that every program has several sequences to walk over
+        return torch.cuda.get_device_properties(self.q.device).multi_processor_count
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
+
+    def table_gradients(self) -> tuple[Tensor, Tensor]:
+        assert self.w_q is not None and self.w_k is not None
+        return torch.empty_like(self.w_q), torch.empty_like(self.w_k)
+
+    def sum_tables(self, partials: Tensor) -> Tensor:
+        """(splits, heads, window, R) -> the gradient of a table (1, 1 or H, N, R); summed in a fixed order."""
+        assert self.w_q is not None
+        total = partials.sum(0 if self.w_q.shape[1] > 1 else (0, 1)).view(1, *self.w_q.shape[1:2], *partials.shape[2:])
+        rows, window = self.w_q.shape[2], partials.shape[2]
+        if self.call.align_right and (self.call.varlen or self.bounds is not None):
+            total = total[:, :, max(0, window - rows) :]
+            before, after = max(0, rows - window), 0
+        else:
+            total = total[:, :, :rows]
+            before, after = 0, max(0, rows - window)
+        return torch.nn.functional.pad(total, (0, 0, before, after)).to(self.w_q.dtype)
+
+    def results(
+        self, dq: Tensor, dk: Tensor, dv: Tensor, dw_q: Tensor, dw_k: Tensor, dgate: Tensor | None
+    ) -> list[Tensor]:
+        """Gradients in the order of the inputs that the call has; dgate comes per head."""
+        found = [dq, dk, dv] + ([] if self.w_q is None else [dw_q, dw_k])
+        if self.gate is not None and dgate is not None:
+            found.append((dgate if self.gate.numel() == self.heads else dgate.sum(0, keepdim=True)).to(self.gate.dtype))
+        return found
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
