@@ -204,7 +204,8 @@ def _run(
     checks.choice("backend", backend, BACKENDS)
     features = (q.shape[-1], v.shape[-1], 1 if w_q is None else w_q.shape[-1])
     if backend in ("auto", "triton"):
-        reason = unsupported_reason(q.device, q.dtype, features)
+        grouped = w_q is not None and not call.per_entry and w_q.shape[1] > 1 and k.shape[1] < q.shape[1]
+        reason = unsupported_reason(q.device, q.dtype, features, call.max_len, grouped)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"

@@ -5,7 +5,7 @@ that is free: on the CPU, outside torch.compile.
 """
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         _refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
 
 
-def _refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> Any:
+def _refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
     raise kind(f"{name} is {was}; it must be {must}")
 
 

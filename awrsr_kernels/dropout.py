@@ -63,7 +63,14 @@ def keep_bits(seed: Tensor, sequence: Tensor, heads: int, rows: Tensor, columns:
 
 
 def scaled_mask(
-    seed: Tensor, dropout_p: float, sequence: Tensor, heads: int, rows: Tensor, columns: int, first: Tensor | None, dtype: torch.dtype
+    seed: Tensor,
+    dropout_p: float,
+    sequence: Tensor,
+    heads: int,
+    rows: Tensor,
+    columns: int,
+    first: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Z of the definition: the mask times 1/(1-p), (n, heads, len(rows), columns) in `dtype`."""
     threshold, scale = quantise(dropout_p)

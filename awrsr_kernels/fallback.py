@@ -6,8 +6,8 @@ The batch is cut into chunks of sequences of similar length (so padding costs li
 enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one sweep serves both
 stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first, where the same
 holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional case takes
-one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed. With M as in `reference.py`, Z
-the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
+one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed. With M as in
+`reference.py`, Z the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY
@@ -103,7 +103,7 @@ def _mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total[:, :, :c] += left^T right, for left (n, H, m, c) and right (n, H, m, F)."""
-    rows = total.flatten(0, 1)[:, : left.shape[-1]]
+    rows = total.view(-1, *total.shape[2:])[:, : left.shape[-1]]
     rows.baddbmm_(left.flatten(0, 1).transpose(-1, -2), right.flatten(0, 1))
 
 
@@ -148,14 +148,15 @@ class _ChunkGradients:
 
     def __init__(self, chunk: _Chunk, saved: list[Tensor], dout: Tensor) -> None:
         self.chunk, self.dout = chunk, dout
-        self.dq, self.dk, self.dv = torch.empty_like(chunk.q), torch.zeros_like(chunk.k), torch.zeros_like(chunk.v)
+        # Contiguous whatever the chunk's strides are: products are added to views of them.
+        self.dq, self.dk, self.dv = (x.new_zeros(x.shape) for x in (chunk.q, chunk.k, chunk.v))
         self.dtables = None if chunk.tables is None else torch.zeros_like(chunk.tables)
         self.dgate = None if chunk.gate is None else dout.new_zeros(dout.shape[1])
         if chunk.tables is not None:
             self.space, self.dspace = saved[0], torch.zeros_like(saved[0])
         self.is_value = chunk.call.refinement == "value"
         self.values = saved[1] if self.is_value else chunk.v
-        self.dvalues = torch.zeros_like(chunk.v) if self.is_value else self.dv
+        self.dvalues = chunk.v.new_zeros(chunk.v.shape) if self.is_value else self.dv
 
         blocks = chunk.blocks()[::-1]
         if chunk.tables is None or chunk.one_sweep():
@@ -186,7 +187,7 @@ class _ChunkGradients:
         weights, higher_grad = higher, grad
         if refinement == "additive":
             weights = _mixed(first, higher, chunk.gate)
-            if chunk.gate is not None:
+            if chunk.gate is not None and self.dgate is not None:
                 self.dgate += (higher * grad).sum((0, 2, 3))
                 higher_grad = chunk.gate * grad
         _add_product(self.dvalues, _times(weights, mask), self.dout[:, :, lo:hi])
@@ -200,10 +201,12 @@ class _ChunkGradients:
         """Everything below P of a block; grad is what reached P directly."""
         chunk, columns = self.chunk, first.shape[-1]
         if chunk.tables is not None:
+            assert self.dtables is not None
             dspace = self.dspace[:, :, lo:hi]
             through_space = dspace @ chunk.tables[..., :columns, :].transpose(-1, -2)
             grad = through_space if grad is None else through_space.add_(grad)
             self._add_tables(first, dspace)
+        assert grad is not None
         if self.is_value:
             dvalues = self.dvalues[:, :, lo:hi]
             grad = grad + dvalues @ chunk.v[:, :, :columns].transpose(-1, -2)
@@ -369,10 +372,11 @@ class _RefinedAttention(torch.autograd.Function):
             found = _ChunkGradients(chunk, mine, dchunk)
             for out, value in ((dq, found.dq), (dk, found.dk), (dv, found.dv)):
                 _store(out, value, chosen, chunk)
-            if pair is not None and call.per_entry:
-                _store(pair, found.dtables, chosen, chunk)
-            elif pair is not None:
-                table_window(pair, call, length).add_(found.dtables)
+            if pair is not None and found.dtables is not None:
+                if call.per_entry:
+                    _store(pair, found.dtables, chosen, chunk)
+                else:
+                    table_window(pair, call, length).add_(found.dtables)
             if dgate is not None:
                 dgate += found.dgate
         dq, dk, dv = dq[:, :, :num_rows], dk[:, :, :num_rows], dv[:, :, :num_rows]

@@ -6,9 +6,21 @@ from typing import NamedTuple
 
 import torch
 
+MAX_SHORT = 128  # the longest window and the widest features of the short kernels
 
-def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
-    """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
+
+def unsupported_reason(
+    device: torch.device, dtype: torch.dtype, features: tuple[int, int, int], max_len: int, grouped_tables: bool
+) -> str | None:
+    """Why the Triton kernels cannot run, and what to do about it; None where they can.
+
+    features: D, D_v and R. max_len: the longest window. grouped_tables: a table per query head under grouped-query attention.
+    """
+    if max_len > MAX_SHORT or max(features) > MAX_SHORT:
+        size = f"L = {max_len}, D, D_v, R = {features}"
+        return f"the kernels hold L, D, D_v and R up to {MAX_SHORT}, this call has {size} (use backend='torch')"
+    if grouped_tables:
+        return "the kernels have no per-head tables under grouped-query attention (use backend='torch')"
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, Linux only)"
     if device.type == "cpu":
@@ -31,14 +43,6 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def regime(max_len: int, features: tuple[int, int, int], dtype: torch.dtype, grouped_tables: bool) -> str:
-    """"short" where a head fits on chip, else "tiled". grouped_tables: per-head tables under grouped-query attention, whose
-    gradient the short kernel does not reduce."""
-    if grouped_tables or max_len > 128 or max(features) > 128:
-        return "tiled"
-    return "short"
 
 
 def short_tile(direction: str, max_len: int, features: tuple[int, int, int], dtype: torch.dtype) -> Tile:

@@ -66,7 +66,8 @@ def make_windows(
 def gather_windows(x: Tensor, windows: Windows, varlen: bool, group: int = 1) -> Tensor:
     """(entries, heads, rows, F) -> (n, heads * group, window, F); positions without an item read as zero, even over NaN."""
     if not x.shape[2]:
-        return x.new_zeros(windows.valid.shape[0], x.shape[1] * group, windows.valid.shape[1], x.shape[3])
+        count, length = windows.valid.shape
+        return x.new_zeros(count, x.shape[1] * group, length, x.shape[3]) + x.sum()  # an empty sum, for its gradient
     entry = torch.zeros_like(windows.sequence) if varlen else windows.sequence
     head = torch.arange(x.shape[1] * group, device=x.device) // group
     found = x[entry[:, None, None], head[:, None], windows.rows[:, None]]

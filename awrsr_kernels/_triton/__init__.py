@@ -6,18 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..launch_config import regime
 from ..layout import Call
 from .launch import Problem, allocate
 from .short import short_backward, short_forward
-from .tiled import saved_for_backward, tiled_backward, tiled_forward
 
 _Op = torch.library.custom_op
-
-
-def _regime(problem: Problem) -> str:
-    per_head = problem.w_q is not None and problem.w_q.shape[1] > 1 and not problem.call.per_entry
-    return regime(problem.call.max_len, problem.features, problem.q.dtype, grouped_tables=per_head and problem.group > 1)
 
 
 @_Op("awrsr_kernels::refined_attention", mutates_args=())
@@ -39,24 +32,22 @@ def _forward_op(
     softmax_scale: float,
     refine_scale: float,
     dropout_p: float,
-) -> list[Tensor]:
-    """[out] in the short regime; in the tiled regime followed by what its backward needs."""
+) -> Tensor:
+    """The output, (entries, H, rows, D_v)."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
-    return [short_forward(problem)] if _regime(problem) == "short" else tiled_forward(problem)
+    return short_forward(problem)
 
 
 @_forward_op.register_fake
 def _(q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
-    out = allocate(problem.q, q.shape[1], v.shape[-1], problem.call.varlen)
-    return [out] if _regime(problem) == "short" else [out, *saved_for_backward(problem)]
+    return allocate(problem.q, q.shape[1], v.shape[-1], problem.call.varlen)
 
 
 @_Op("awrsr_kernels::refined_attention_backward", mutates_args=())
 def _backward_op(
     dout: Tensor,
-    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -75,15 +66,14 @@ def _backward_op(
     refine_scale: float,
     dropout_p: float,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate. `saved` is what the forward op returned, if tiled."""
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
-    dout = problem.rows_of(dout)
-    return tiled_backward(problem, dout, saved) if saved else short_backward(problem, dout)
+    return short_backward(problem, problem.rows_of(dout))
 
 
 @_backward_op.register_fake
-def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
+def _(dout, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
     found = list(problem.gradients())
     if w_q is not None:
@@ -94,16 +84,15 @@ def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignor
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, w_q, w_k, gate, bounds, seed, call):  # type: ignore[no-untyped-def]
-        found = _forward_op(q, k, v, w_q, w_k, gate, bounds, seed, *call)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed, *(found if len(found) > 1 else []))
-        return found[0]
+        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed)
+        return _forward_op(q, k, v, w_q, w_k, gate, bounds, seed, *call)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        q, k, v, w_q, w_k, gate, bounds, seed, *saved = ctx.saved_tensors
-        found = _backward_op(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *ctx.call)
+        q, k, v, w_q, w_k, gate, bounds, seed = ctx.saved_tensors
+        found = _backward_op(dout, q, k, v, w_q, w_k, gate, bounds, seed, *ctx.call)
         grads = found[:3] + (found[3:5] if w_q is not None else [None, None]) + (found[5:] if gate is not None else [None])
         return *grads, None, None, None
 
@@ -123,4 +112,4 @@ def triton_attention(
     tensors = (q, k, v, w_q, w_k, gate, bounds, seed)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _RefinedAttention.apply(*tensors, call)
-    return _forward_op(*tensors, *call)[0]
+    return _forward_op(*tensors, *call)
