@@ -33,7 +33,23 @@ def unsupported_reason(
         return "the kernels have no float64 on a GPU (use float32, or backend='torch')"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0 (use backend='torch')"
+    needed = shared_memory(max_len, max(features), dtype)
+    properties = torch.cuda.get_device_properties(device)
+    present = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    if needed is None or needed > present:
+        size = f"L = {max_len}, D, D_v, R = {features}, {dtype}"
+        return f"the backward of this call ({size}) does not fit the GPU's shared memory (use backend='torch')"
     return None
+
+
+# Shared memory of the short backward, by (rows of the tile, widest feature, bytes per element), as compiled for sm_90 by Triton
+# 3.9 for "value" with dropout and shifted tables. A size that is not here does not fit any GPU or was never compiled.
+_SHORT_BWD_SHARED = {(64, 64, 2): 90112, (64, 64, 4): 163840, (64, 128, 2): 155648, (128, 64, 2): 229376}
+
+
+def shared_memory(max_len: int, width: int, dtype: torch.dtype) -> int | None:
+    """Bytes of shared memory that a call needs, None where no GPU has as many."""
+    return _SHORT_BWD_SHARED.get((64 if max_len <= 64 else 128, 64 if width <= 64 else 128, dtype.itemsize))
 
 
 class Tile(NamedTuple):

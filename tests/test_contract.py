@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from awrsr_kernels import refined_attention, refined_attention_varlen
+from awrsr_kernels.launch_config import shared_memory
 
 from .conftest import DEVICE, cumulative
 
@@ -84,6 +85,13 @@ def test_a_named_backend_that_cannot_run_raises() -> None:
     x, w = torch.randn(1, 1, 129, 4, device=DEVICE), torch.randn(129, 3, device=DEVICE)
     with pytest.raises(ValueError, match=r"\bbackend\b.*up to 128.*use backend='torch'"):
         refined_attention(x, x, x, w, w, backend="triton")
+
+
+def test_what_no_gpu_can_hold_is_known_before_the_launch() -> None:
+    assert shared_memory(64, 64, torch.float32) <= 166912  # what sm_80 grants a block
+    assert shared_memory(128, 64, torch.bfloat16) <= 232448  # sm_90
+    assert shared_memory(65, 16, torch.float32) is None
+    assert shared_memory(128, 65, torch.float16) is None
 
 
 def test_import_works_without_triton_and_without_effects() -> None:
