@@ -202,10 +202,8 @@ def _run(
 ) -> Tensor:
     """Hand a checked call, every tensor (entries, heads, rows, features), to its backend."""
     checks.choice("backend", backend, BACKENDS)
-    features = (q.shape[-1], v.shape[-1], 1 if w_q is None else w_q.shape[-1])
     if backend in ("auto", "triton"):
-        grouped = w_q is not None and not call.per_entry and w_q.shape[1] > 1 and k.shape[1] < q.shape[1]
-        reason = unsupported_reason(q.device, q.dtype, features, call.max_len, grouped)
+        reason = unsupported_reason(q.device, q.dtype)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"

@@ -1,4 +1,4 @@
-"""Which kernel and which tile for which call, as data; and why a call cannot run on the kernels. Imports no Triton."""
+"""Which kernels and which tiles for which call, as data; and why a call cannot run on the kernels. Imports no Triton."""
 
 import os
 from importlib.util import find_spec
@@ -9,18 +9,17 @@ import torch
 MAX_SHORT = 128  # the longest window and the widest features of the short kernels
 
 
-def unsupported_reason(
-    device: torch.device, dtype: torch.dtype, features: tuple[int, int, int], max_len: int, grouped_tables: bool
-) -> str | None:
-    """Why the Triton kernels cannot run, and what to do about it; None where they can.
+class Tile(NamedTuple):
+    """How a kernel is launched: rows and columns of a tile (equal in the short regime), warps, pipeline stages."""
 
-    features: D, D_v and R. max_len: the longest window. grouped_tables: a table per query head under grouped-query attention.
-    """
-    if max_len > MAX_SHORT or max(features) > MAX_SHORT:
-        size = f"L = {max_len}, D, D_v, R = {features}"
-        return f"the kernels hold L, D, D_v and R up to {MAX_SHORT}, this call has {size} (use backend='torch')"
-    if grouped_tables:
-        return "the kernels have no per-head tables under grouped-query attention (use backend='torch')"
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run, and what to do about it; None where they can."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, Linux only)"
     if device.type == "cpu":
@@ -33,13 +32,15 @@ def unsupported_reason(
         return "the kernels have no float64 on a GPU (use float32, or backend='torch')"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0 (use backend='torch')"
-    needed = shared_memory(max_len, max(features), dtype)
-    properties = torch.cuda.get_device_properties(device)
-    present = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    if needed is None or needed > present:
-        size = f"L = {max_len}, D, D_v, R = {features}, {dtype}"
-        return f"the backward of this call ({size}) does not fit the GPU's shared memory (use backend='torch')"
     return None
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may have; for the interpreter, those of an H100."""
+    if device.type != "cuda":
+        return 232448
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
 # Shared memory of the short backward, by (rows of the tile, widest feature, bytes per element), as compiled for sm_90 by Triton
@@ -48,21 +49,25 @@ def unsupported_reason(
 _SHORT_BWD_SHARED = {(64, 64, 2): 90112, (64, 64, 4): 163840, (64, 128, 2): 155648}
 
 
-def shared_memory(max_len: int, width: int, dtype: torch.dtype) -> int | None:
-    """Bytes of shared memory that a call needs, None where no GPU has as many."""
-    return _SHORT_BWD_SHARED.get((64 if max_len <= 64 else 128, 64 if width <= 64 else 128, dtype.itemsize))
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, grouped_tables: bool, shared: int) -> bool:
+    """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
+
+    features: D, D_v and R. grouped_tables: a table per query head under grouped-query attention. shared: bytes a program may have.
+    """
+    if max_len > MAX_SHORT or max(features) > MAX_SHORT or grouped_tables:
+        return False
+    key = (64 if max_len <= 64 else 128, 64 if max(features) <= 64 else 128, min(itemsize, 4))
+    return _SHORT_BWD_SHARED.get(key, shared + 1) <= shared
 
 
-class Tile(NamedTuple):
-    """How a kernel is launched: rows and columns of a tile (equal in the short regime), warps, pipeline stages."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def short_tile(direction: str, max_len: int, features: tuple[int, int, int], dtype: torch.dtype) -> Tile:
-    """Tile of a short kernel, direction "fwd" or "bwd"."""
+def short_tile(max_len: int) -> Tile:
+    """Tile of the short kernels: the length class of the window."""
     block = next(size for size in (16, 32, 64, 128) if max_len <= size)
     return Tile(block, block, 4 if block <= 64 else 8, 1)
+
+
+def tiled_tile(kernel: str, features: tuple[int, int, int], itemsize: int, shared: int) -> Tile:
+    """Tile of a tiled kernel: "fwd", "rows" (dQ), "columns" (dK, dV) or "tables" (dW)."""
+    width = max(64, *features)
+    block = 64 if width <= 64 else 32
+    return Tile(block, block, 4, 1)

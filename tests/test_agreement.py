@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from awrsr_kernels import refined_attention, refined_attention_varlen
+from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
+from awrsr_kernels._triton import launch
 
 from .conftest import DEVICE, cumulative
 
-CASES = {"torch": 120, "triton": 40}
-LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "triton": (1, 5, 16, 17)}
+CASES = {"torch": 120, "short": 40, "tiled": 80}
+LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 17), "tiled": (1, 5, 16, 17, 40, 70)}
 
 
 def draw(seed: int, sizes: tuple[int, ...], grouped_tables: bool) -> tuple[list[Tensor], dict[str, Any], Any]:
@@ -66,12 +67,23 @@ def run(tensors: list[Tensor], args: dict[str, Any], call: Any, backend: str, do
     return out, *torch.autograd.grad(out, wanted, dout)
 
 
+def force_tiled(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Send every call to the tiled regime, with tiles small and uneven enough that there are several."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(launch_config, "MAX_SHORT", 0)
+    if DEVICE == "cpu":
+        tiles = {name: launch_config.Tile(*rng.choices([16, 32], k=2), 4, 1) for name in ("fwd", "rows", "columns", "tables")}
+        monkeypatch.setattr(launch, "tiled_tile", lambda kernel, *_: tiles[kernel])
+
+
 @pytest.mark.parametrize("backend,seed", [(b, s) for b, count in CASES.items() for s in range(count)])
-def test_agrees_with_the_reference(backend: str, seed: int) -> None:
+def test_agrees_with_the_reference(backend: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(seed)
-    tensors, args, call = draw(seed, LENGTHS[backend], grouped_tables=backend == "torch")
+    tensors, args, call = draw(seed, LENGTHS[backend], grouped_tables=backend != "short")
     expected = run(tensors, args, call, "reference")
-    found = run(tensors, args, call, backend)
+    if backend == "tiled":
+        force_tiled(monkeypatch, seed)
+    found = run(tensors, args, call, "torch" if backend == "torch" else "triton")
     eps = torch.finfo(tensors[0].dtype).eps
     scales = [expected[0].abs().max() if expected[0].numel() else 0.0]
     scales += [max((g.abs().max().item() for g in expected[1:] if g.numel()), default=0.0)] * (len(expected) - 1)

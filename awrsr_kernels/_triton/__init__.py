@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..layout import Call
-from .launch import Problem, allocate
-from .short import short_backward, short_forward
+from .launch import Problem, with_rows
+from .short import short_backward, short_buffers, short_forward
+from .tiled import tiled_buffers, tiled_forward
+from .tiled_backward import tiled_backward
 
-_Op = torch.library.custom_op
 
-
-@_Op("awrsr_kernels::refined_attention", mutates_args=())
+@torch.library.custom_op("awrsr_kernels::refined_attention", mutates_args=())
 def _forward_op(
     q: Tensor,
     k: Tensor,
@@ -32,22 +32,24 @@ def _forward_op(
     softmax_scale: float,
     refine_scale: float,
     dropout_p: float,
-) -> Tensor:
-    """The output, (entries, H, rows, D_v)."""
+) -> list[Tensor]:
+    """The output, (entries, H, rows, D_v), and what the backward needs besides the inputs: in the short regime, nothing."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
-    return short_forward(problem)
+    return short_forward(problem) if problem.is_short() else tiled_forward(problem)
 
 
 @_forward_op.register_fake
 def _(q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
-    return allocate(problem.q, q.shape[1], v.shape[-1], problem.call.varlen)
+    buffers = short_buffers(problem) if problem.is_short() else tiled_buffers(problem)
+    return list(buffers.values())
 
 
-@_Op("awrsr_kernels::refined_attention_backward", mutates_args=())
+@torch.library.custom_op("awrsr_kernels::refined_attention_backward", mutates_args=())
 def _backward_op(
     dout: Tensor,
+    saved: list[Tensor],
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -69,11 +71,12 @@ def _backward_op(
     """Gradients of q, k, v and, where given, of w_q, w_k, gate."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
-    return short_backward(problem, problem.rows_of(dout))
+    backward = short_backward if problem.is_short() else tiled_backward
+    return backward(problem, with_rows(dout), saved)
 
 
 @_backward_op.register_fake
-def _(dout, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
+def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
     problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
     found = list(problem.gradients())
     if w_q is not None:
@@ -84,15 +87,16 @@ def _(dout, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-un
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, w_q, w_k, gate, bounds, seed, call):  # type: ignore[no-untyped-def]
+        out, *saved = found = _forward_op(q, k, v, w_q, w_k, gate, bounds, seed, *call)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed)
-        return _forward_op(q, k, v, w_q, w_k, gate, bounds, seed, *call)
+        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed, *(found if saved else ()))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        q, k, v, w_q, w_k, gate, bounds, seed = ctx.saved_tensors
-        found = _backward_op(dout, q, k, v, w_q, w_k, gate, bounds, seed, *ctx.call)
+        q, k, v, w_q, w_k, gate, bounds, seed, *saved = ctx.saved_tensors
+        found = _backward_op(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *ctx.call)
         grads = found[:3] + (found[3:5] if w_q is not None else [None, None]) + (found[5:] if gate is not None else [None])
         return *grads, None, None, None
 
@@ -112,4 +116,4 @@ def triton_attention(
     tensors = (q, k, v, w_q, w_k, gate, bounds, seed)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return _RefinedAttention.apply(*tensors, call)
-    return _forward_op(*tensors, *call)
+    return _forward_op(*tensors, *call)[0]

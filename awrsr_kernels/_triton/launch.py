@@ -12,10 +12,13 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import Tile
+from ..launch_config import Tile, is_short, shared_memory, tiled_tile
 from ..layout import Call
 
 View = tuple[Tensor, int, int, int]
+
+# Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
+RUNTIME = ["gate_stride", "rows_total", "max_len", "table_rows", "batch", "heads", "kv_heads", "splits", "drop_threshold"]
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -53,8 +56,8 @@ class Problem:
         seed: Tensor | None,
         call: Call,
     ) -> None:
-        self.q, self.k, self.v = _rows(q), _rows(k), _rows(v)
-        self.w_q, self.w_k = (None, None) if w_q is None or w_k is None else (_rows(w_q), _rows(w_k))
+        self.q, self.k, self.v = with_rows(q), with_rows(k), with_rows(v)
+        self.w_q, self.w_k = (None, None) if w_q is None or w_k is None else (with_rows(w_q), with_rows(w_k))
         self.gate, self.bounds, self.seed, self.call = gate, bounds, seed, call
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads
@@ -63,15 +66,20 @@ class Problem:
         self.features = (q.shape[-1], v.shape[-1], self.rank)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
+        self.shared = shared_memory(q.device)
+
+    def is_short(self) -> bool:
+        grouped_tables = not self.call.per_entry and self.w_q is not None and self.w_q.shape[1] > 1 and self.group > 1
+        return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, grouped_tables, self.shared)
+
+    def tile(self, kernel: str) -> Tile:
+        return tiled_tile(kernel, self.features, self.q.dtype.itemsize, self.shared)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
         packed = self.call.varlen if packed is None else packed
         entry = 0 if packed or x.shape[0] == 1 else x.stride(0)
         return x, entry, 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        return _rows(x)
 
     def inputs(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
@@ -94,11 +102,14 @@ class Problem:
         threshold, scale = quantise(self.call.dropout_p)
         return {"seed_ptr": self.seed, "drop_threshold": threshold, "drop_scale": scale}
 
+    def gate_stride(self) -> int:
+        return 0 if self.gate is None or self.gate.numel() == 1 else self.gate.stride(0)
+
     def refinement(self) -> dict[str, Any]:
         return {
             "REFINEMENT": self.call.refinement,
             "gate_ptr": self.gate,
-            "gate_stride": 0 if self.gate is None or self.gate.numel() == 1 else self.gate.stride(0),
+            "gate_stride": self.gate_stride(),
             "softmax_scale": self.call.softmax_scale,
             "refine_scale": self.call.refine_scale,
         }
@@ -125,6 +136,10 @@ class Problem:
         if self.q.device.type != "cuda":
             return 2  # interpreted: few enough that every program has several sequences to walk over
         return torch.cuda.get_device_properties(self.q.device).multi_processor_count
+
+    def row_numbers(self) -> Tensor:
+        """Uninitialised, a number per head and row: (entries, H, rows)."""
+        return self.q.new_empty(self.q.shape[0], self.heads, self.rows, dtype=self.accumulator)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
@@ -156,5 +171,6 @@ class Problem:
         return found
 
 
-def _rows(x: Tensor) -> Tensor:
+def with_rows(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension; copied only if it has none."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -65,6 +65,19 @@ def store_tile(view, entry, head, start, rows, length, total, tile, WIDTH: tl.co
 
 
 @triton.jit
+def row_index(entry, head, heads, start, rows, rows_total, VARLEN: tl.constexpr):
+    """Where local rows lie in a contiguous (entries, heads, rows_total) tensor of a number per row."""
+    outer = head if VARLEN else entry * heads + head
+    return outer.to(tl.int64) * rows_total + start + rows
+
+
+@triton.jit
+def load_rows(pointer, index, rows, length):
+    """[len(rows)]: a number per local row, zero beyond the sequence."""
+    return tl.load(pointer + index, mask=rows < length, other=0.0)
+
+
+@triton.jit
 def visible_tile(rows, columns, length, CAUSAL: tl.constexpr):
     """[len(rows), len(columns)] bool: whether a row may attend to a column."""
     visible = (rows < length)[:, None] & (columns < length)[None, :]

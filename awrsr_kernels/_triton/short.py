@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_config import short_tile
-from .launch import Problem, allocate, launch
+from .launch import RUNTIME, Problem, allocate, launch
 from .primitives import (
     LOG2E,
     dot,
@@ -33,7 +33,7 @@ from .primitives import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _short_fwd_kernel(
     q, k, v, w_q, w_k, out,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
@@ -75,7 +75,7 @@ def _short_fwd_kernel(
     store_tile(out, entry, head, start, rows, length, rows_total, tile, DV, BLOCK_DV, not VARLEN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=RUNTIME)
 def _short_bwd_kernel(
     q, k, v, w_q, w_k, dout, dq, dk, dv, dw_q, dw_k, dgate_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
@@ -179,24 +179,30 @@ def _short_bwd_kernel(
         store_tile(dw_k, split, kv_head, 0, rows, BLOCK_L, BLOCK_L, dw_k_sum, R, BLOCK_R, False)
 
 
-def short_forward(problem: Problem) -> Tensor:
-    """The output (entries, H, rows, D_v)."""
+def short_buffers(problem: Problem) -> dict[str, Tensor]:
+    """Uninitialised memory for the output; the backward needs nothing but the inputs."""
     p = problem
-    out = allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen)
-    tile = short_tile("fwd", p.call.max_len, p.features, p.q.dtype)
+    return {"out": allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen)}
+
+
+def short_forward(problem: Problem) -> list[Tensor]:
+    """The output (entries, H, rows, D_v), alone in its list."""
+    p = problem
+    out = short_buffers(p)["out"]
+    tile = short_tile(p.call.max_len)
     launch(
         _short_fwd_kernel, (p.batch * p.heads,), tile, p.q.device,
         out=p.view(out), heads=p.heads, GROUP=p.group, BLOCK_L=tile.block_m,
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
-    return out
+    return [out]
 
 
-def short_backward(problem: Problem, dout: Tensor) -> list[Tensor]:
+def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[Tensor]:
     """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate."""
     p = problem
     dq, dk, dv = p.gradients()
-    tile = short_tile("bwd", p.call.max_len, p.features, p.q.dtype)
+    tile = short_tile(p.call.max_len)
     splits = p.splits(p.kv_heads)
     if p.w_q is None:
         dw_q = dw_k = dq
