@@ -203,7 +203,8 @@ def _run(
     """Hand a checked call, every tensor (entries, heads, rows, features), to its backend."""
     checks.choice("backend", backend, BACKENDS)
     if backend in ("auto", "triton"):
-        reason = unsupported_reason(q.device, q.dtype)
+        features = (q.shape[-1], v.shape[-1], 1 if w_q is None else w_q.shape[-1])
+        reason = unsupported_reason(q.device, q.dtype, features)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"

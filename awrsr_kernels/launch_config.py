@@ -18,8 +18,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels cannot run, and what to do about it; None where they can."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
+    """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, Linux only)"
     if device.type == "cpu":
@@ -32,6 +32,9 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the kernels have no float64 on a GPU (use float32, or backend='torch')"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0 (use backend='torch')"
+    needed, present = _tiled_rows(features, dtype.itemsize)[-1][0], shared_memory(device)
+    if torch.version.cuda and needed > present:
+        return f"{features} features in {dtype} take {needed} bytes of shared memory, the GPU has {present} (use backend='torch')"
     return None
 
 
@@ -66,8 +69,23 @@ def short_tile(max_len: int) -> Tile:
     return Tile(block, block, 4 if block <= 64 else 8, 1)
 
 
-def tiled_tile(kernel: str, features: tuple[int, int, int], itemsize: int, shared: int) -> Tile:
-    """Tile of a tiled kernel: "fwd", "rows" (dQ), "columns" (dK, dV) or "tables" (dW)."""
-    width = max(64, *features)
-    block = 64 if width <= 64 else 32
-    return Tile(block, block, 4, 1)
+# Tiles of the tiled kernels by (widest feature, bytes per element): what a program takes of an NVIDIA GPU's shared memory, as
+# compiled for sm_90 by Triton 3.9 (the greediest kernel, "additive" with dropout), and the tile; larger ones first.
+_TILED = {
+    (64, 2): [(114688, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
+    (128, 2): [(212992, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
+    (256, 2): [(133376, Tile(32, 32, 8, 2)), (100352, Tile(32, 32, 8, 1))],
+    (64, 4): [(81920, Tile(32, 32, 4, 1))],
+    (128, 4): [(163840, Tile(32, 32, 8, 1)), (81920, Tile(16, 16, 4, 1))],
+    (256, 4): [(163840, Tile(16, 16, 4, 1))],
+}
+
+
+def tiled_tile(features: tuple[int, int, int], itemsize: int, shared: int) -> Tile:
+    """Tile of the tiled kernels: the largest that fits, otherwise the smallest (AMD GPUs keep operands in registers)."""
+    rows = _tiled_rows(features, itemsize)
+    return next((tile for needed, tile in rows if needed <= shared), rows[-1][1])
+
+
+def _tiled_rows(features: tuple[int, int, int], itemsize: int) -> list[tuple[int, Tile]]:
+    return _TILED[next(width for width in (64, 128, 256) if max(features) <= width), 2 if itemsize == 2 else 4]

@@ -8,11 +8,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import itertools  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,31 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def refuse(*_: object) -> None:
+    raise AssertionError("the call went to the other regime")
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """choose(engine) -> name of the backend to call; holds the kernels to that regime, the tiled one with several small tiles."""
+
+    def chosen(engine: str) -> str:
+        if engine not in ("short", "tiled"):
+            return engine
+        pytest.importorskip("triton", reason="needs Triton")
+        import awrsr_kernels._triton as kernels
+        from awrsr_kernels import launch_config
+
+        other = {"short": "tiled", "tiled": "short"}[engine]
+        monkeypatch.setattr(kernels, f"{other}_forward", refuse)
+        if engine == "tiled":
+            monkeypatch.setattr(launch_config, "MAX_SHORT", 0)
+            monkeypatch.setattr(kernels.launch, "tiled_tile", lambda *_: launch_config.Tile(32, 16, 4, 1))
+        return "triton"
+
+    return chosen
 
 
 def cumulative(lengths: list[int], device: str = DEVICE) -> torch.Tensor:

@@ -10,7 +10,7 @@ from ..layout import Call
 from .launch import Problem, with_rows
 from .short import short_backward, short_buffers, short_forward
 from .tiled import tiled_buffers, tiled_forward
-from .tiled_backward import tiled_backward
+from .tiled_bwd import tiled_backward
 
 
 @torch.library.custom_op("awrsr_kernels::refined_attention", mutates_args=())

@@ -72,8 +72,8 @@ class Problem:
         grouped_tables = not self.call.per_entry and self.w_q is not None and self.w_q.shape[1] > 1 and self.group > 1
         return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, grouped_tables, self.shared)
 
-    def tile(self, kernel: str) -> Tile:
-        return tiled_tile(kernel, self.features, self.q.dtype.itemsize, self.shared)
+    def tile(self) -> Tile:
+        return tiled_tile(self.features, self.q.dtype.itemsize, self.shared)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""

@@ -152,7 +152,7 @@ def tiled_forward(problem: Problem) -> list[Tensor]:
     p = problem
     buffers = tiled_buffers(p)
     unused = p.view(buffers["out"])
-    tile = p.tile("fwd")
+    tile = p.tile()
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
     for higher in stages:

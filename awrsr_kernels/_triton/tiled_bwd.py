@@ -246,7 +246,7 @@ class _Backward:
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
-        tile = p.tile("rows")
+        tile = p.tile()
         tiles = ceil_div(p.call.max_len, tile.block_m)
         if higher and p.gate is not None:
             self.dgate = p.q.new_empty(p.batch, p.heads, tiles, dtype=p.accumulator)
@@ -258,7 +258,7 @@ class _Backward:
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
-        tile = p.tile("columns")
+        tile = p.tile()
         group = max(arguments["K_GROUP"], arguments["V_GROUP"] if arguments["VALUES"] else 1)
         tiles = ceil_div(p.call.max_len, tile.block_n)
         launch(
@@ -270,7 +270,7 @@ class _Backward:
     def tables(self) -> tuple[Tensor, Tensor]:
         """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
-        tile = p.tile("tables")
+        tile = p.tile()
         tiles = ceil_div(p.call.max_len, tile.block_n)
         splits = p.batch if per_entry else p.splits(tiles * p.heads)
         if per_entry:

@@ -1,0 +1,43 @@
+"""How far a result may be from the definition: one rule for tests, benchmarks and tuning."""
+
+import torch
+from torch import Tensor
+
+
+def allowed_errors(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    """Largest absolute error of each result of a call in `dtype`, "out" and the gradients under any other name.
+
+    exact: the reference in float64. same: the reference in `dtype`. A result may err by twice (a gradient: three times) what the
+    reference itself errs in that dtype, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in it, plus 32 eps of the accumulation
+    dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude of the output, or among all
+    gradients: without it a gradient that is truly zero would fail by rounding.
+    """
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+    eps = torch.finfo(accumulation).eps
+    largest = {"out": _peak(exact["out"]), "gradient": max((_peak(x) for name, x in exact.items() if name != "out"), default=0.0)}
+    limits = {}
+    for name, wanted in exact.items():
+        limits[name] = 32 * eps * largest["out" if name == "out" else "gradient"]
+        if dtype != torch.float64:
+            rounded = wanted.to(dtype)
+            limits[name] += (2 if name == "out" else 3) * _peak(same[name].double() - wanted)
+            limits[name] += 2 * _peak((rounded + 0.3 - 0.3) - rounded)
+    return limits
+
+
+def wrong_results(found: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+    """A line for every result that errs by more than `allowed_errors`, NaN included, or has another shape or dtype."""
+    lines = []
+    for name, limit in allowed_errors(exact, same, dtype).items():
+        if found[name].shape != exact[name].shape or found[name].dtype != same[name].dtype:
+            got, wanted = ((tuple(x.shape), x.dtype) for x in (found[name], same[name]))
+            lines.append(f"{name} is {got}, must be {wanted}")
+            continue
+        error = _peak(found[name].double() - exact[name])
+        if not error <= limit:
+            lines.append(f"{name} is off by {error:.1e}, allowed {limit:.1e}")
+    return lines
+
+
+def _peak(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0

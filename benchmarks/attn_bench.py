@@ -1,0 +1,297 @@
+"""Time and memory of refined attention beside its rivals, each checked against the definition before it is timed."""
+
+import argparse
+import random
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from awrsr_kernels.layout import REFINEMENTS
+from benchmarks import report
+from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
+from benchmarks.precompile import precompile
+from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.workloads import CPU_DEFAULT, DTYPES, PRESETS, QUICK, Preset, Shape, Task, build, read_histories, sample_users
+
+EXAMPLES = """
+examples, from the repository root:
+  python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
+  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, results.csv and plots
+  python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
+  python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
+  python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --kv-heads 2 --passes fwd
+  python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
+                                                          the same users padded, bucketed and packed
+  python benchmarks/attn_bench.py --overhead --precompile 8
+
+providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
+call per value block, which lets flash kernels take it), flex2 (FlexAttention, GPU), varlen2 (varlen_attn, GPU, packed); sdpa
+(plain attention: the price floor, another result); reference, torch and triton (ours).
+
+"vs rival" is the time of the fastest rival, that is of the first six, in any layout, over the row's time: above 1 is faster
+than all of them. On a GPU "median ms" is the device's time and "host ms" the host's beside it. Peak memory is what the
+allocator holds above the inputs. A provider whose output or gradients miss the float64 reference is refused: exit status 1.
+"""
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers within bounds."""
+
+    def parse(text: str) -> int:
+        allowed = f"a whole number of at least {low}" if high is None else f"a whole number in {low}..{high}"
+        if not text.isascii() or not text.isdigit() or int(text) < low or (high is not None and int(text) > high):
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be {allowed}")
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float, what: str) -> Callable[[str], float]:
+    """A parser of numbers in [low, high)."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"was {text!r}, must be {what}")
+        return value
+
+    return parse
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """B,H,L,D or B,H,L,D,R."""
+    parts = text.split(",")
+    try:
+        if len(parts) not in (4, 5):
+            raise argparse.ArgumentTypeError("")
+        return (*(whole(1)(x) for x in parts[:3]), *(whole(1, 256)(x) for x in parts[3:]))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"was {text!r}, must be B,H,L,D or B,H,L,D,R: whole numbers of at least 1, D and R up to 256, such as 128,2,50,32"
+        ) from None
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="attn_bench.py",
+        usage="%(prog)s [options]; --help lists them with examples",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("problem").add_argument
+    add("--preset", choices=PRESETS, help="recsys: L 20..200, B 128..2048; long: L 512..8192. Default: recsys, on a CPU at B 32")
+    add("--quick", action="store_true", help="B 32, L 20 and 50, few samples")
+    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="problems of your own, R is D if left out")
+    add("--batch", nargs="+", type=whole(1), metavar="B", help="batch sizes instead of the preset's; with --lengths users per call")
+    add("--length", nargs="+", type=whole(1), metavar="L", help="lengths instead of the preset's")
+    add("--lengths", type=Path, metavar="FILE", help="real histories: user id, then item ids, one user per line")
+    add("--users", type=whole(1), default=256, metavar="N", help="with --lengths: sample this many (default 256)")
+    add("--window", type=whole(1), default=50, metavar="L", help="with --lengths: the longest history kept (default 50)")
+    add("--heads", type=whole(1), metavar="H", help="query heads")
+    add("--kv-heads", type=whole(1), metavar="H", help="key and value heads, a divisor of the query heads (default: as many)")
+    add("--dim", type=whole(1, 256), metavar="D", help="features of queries and keys")
+    add("--value-dim", type=whole(1, 256), metavar="D", help="features of values (default: D)")
+    add("--rank", type=whole(1, 256), metavar="R", help="columns of W_q and W_k (default: D)")
+    add("--refinement", nargs="+", choices=(*REFINEMENTS, "all"), default=["simple"], help="default simple")
+    add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
+    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="on the weights that meet the values")
+    add = parser.add_argument_group("measurement").add_argument
+    add("--providers", nargs="+", choices=PROVIDERS, help="default: all (on a CPU without textbook+compile)")
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all three")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--threads", type=whole(1), metavar="N", help="CPU threads; fewer than cores steady the times on a busy machine")
+    add("--reps", type=whole(1), metavar="N", help="samples per provider instead of a time budget")
+    add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds of timing per problem")
+    add("--overhead", action="store_true", help="also: host time per call")
+    add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
+    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv, time.png, memory.png")
+    return parser
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Options that contradict each other or the machine."""
+    if options.shapes and (options.preset or options.batch or options.length or options.heads or options.dim or options.quick):
+        parser.error("argument --shapes: says B, H, L and D itself; leave out --preset, --quick, --batch, --length, --heads, --dim")
+    if options.lengths and (options.shapes or options.preset or options.length):
+        parser.error("argument --lengths: takes lengths from the file; leave out --shapes, --preset and --length (see --window)")
+    if options.lengths and options.batch and len(options.batch) > 1:
+        parser.error(f"argument --batch: was {options.batch}, must be one number of users per call with --lengths")
+    if options.preset and options.quick:
+        parser.error("argument --quick: has problems of its own; leave out --preset")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+    if options.dtype == "float64" and options.device == "cuda" and options.providers == ["triton"]:
+        parser.error("argument --dtype: was float64, which the kernels do not have on a GPU")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.refinement = list(REFINEMENTS) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
+    options.passes = [p for p in PASSES if p in options.passes]
+    if options.budget is None:
+        options.budget = 1.5 if options.quick else 5.0 if options.device == "cpu" else 2.0
+
+
+def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Task]:
+    """What the options ask for, a task per shape and refinement."""
+    default = CPU_DEFAULT if options.device == "cpu" else PRESETS["recsys"]
+    preset: Preset = QUICK if options.quick else PRESETS[options.preset] if options.preset else default
+    if options.length:
+        preset = replace(preset, lengths=tuple(options.length))
+    if options.batch:
+        preset = replace(preset, batches=tuple(options.batch), tokens=0)
+    heads, dim, size = options.heads or preset.heads, options.dim or preset.dim, 0
+    users: tuple[int, ...] = ()
+    asked = options.shapes or [(b, heads, length, dim) for b, length in preset.sizes()]
+    if options.lengths:
+        try:
+            users = sample_users(read_histories(options.lengths), options.users, options.window)
+        except ValueError as error:
+            parser.error(f"argument --lengths: {error}")
+        size = min(options.batch[0] if options.batch else 128, len(users))
+        asked = [(len(users), heads, options.window, dim)]
+    tasks = []
+    for b, h, length, d, *rest in asked:
+        kv_heads = options.kv_heads or h
+        if h % kv_heads:
+            parser.error(f"argument --kv-heads: was {kv_heads}, must divide the {h} query heads")
+        shape = Shape(b, h, kv_heads, length, d, options.value_dim or d, options.rank or (rest[0] if rest else d))
+        for refinement in options.refinement:
+            source = options.lengths.name if options.lengths else ""
+            tasks.append(Task(shape, refinement, options.dtype, options.dropout, options.device, users, size, source))
+    return tasks
+
+
+def chosen_providers(options: argparse.Namespace, skipped: list[dict[str, str]]) -> list[Provider]:
+    if options.providers:
+        return [PROVIDERS[name] for name in dict.fromkeys(options.providers)]
+    left_out = {"varlen2"} if not options.lengths else set()
+    if options.device == "cpu":
+        left_out.add("textbook+compile")
+        reason = "compiles for about half a minute per shape on a CPU; name it in --providers to have it"
+        skipped.append({"provider": "textbook+compile", "layout": "any", "reason": reason})
+    return [p for p in PROVIDERS.values() if p.name not in left_out]
+
+
+def too_large(task: Task, provider: Provider) -> str | None:
+    """Memory a provider's L x L matrices need, if that is more than there is: a CPU would not raise, but kill the run."""
+    s, cuda = task.shape, task.device == "cuda"
+    element = getattr(torch, task.dtype).itemsize
+    needed = provider.squares[cuda] * (task.batch_size or s.B) * s.H * s.L**2 * element
+    if cuda:
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        try:
+            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return None
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    if needed <= 0.8 * free:
+        return None
+    return f"its L x L matrices take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
+
+
+def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[str], None]) -> tuple[list[Entrant], list, list]:
+    """Providers of a task that can run and are right, then those that were skipped and those that are wrong."""
+    entrants: list[Entrant] = []
+    skipped: list[dict[str, str]] = []
+    wrong: list[dict[str, str]] = []
+    batches = {layout: build(task, layout) for layout in task.layouts}
+    for provider in chosen:
+        for layout in task.layouts:
+            step(f"{provider.name} {layout}")
+            told = {"provider": provider.name, "layout": layout, "task": task.label}
+            entrant = Entrant(provider, layout, batches[layout])
+            reason = provider.refusal(batches[layout][0]) or too_large(task, provider)
+            if reason:
+                skipped.append(told | {"reason": reason})
+                continue
+            try:
+                gate.check(entrant)
+                measure_memory(entrant)
+                entrants.append(entrant)
+            except WrongResult as error:
+                wrong.append(told | {"reason": str(error)})
+            except torch.OutOfMemoryError:
+                skipped.append(told | {"reason": "out of memory"})
+            except Exception as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                cannot = provider.role != "ours" or (provider.name == "triton" and isinstance(error, ValueError))
+                (skipped if cannot else wrong).append(told | {"reason": reason})
+            if task.device == "cuda":
+                torch.cuda.empty_cache()
+    return entrants, skipped, wrong
+
+
+def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
+    """Measure everything and print as it comes."""
+    rows: list[report.Row] = []
+    skipped: list[dict[str, str]] = []
+    wrong: list[dict[str, str]] = []
+    chosen = chosen_providers(options, skipped)
+    if options.precompile:
+        print(precompile(tasks, options.precompile))
+    progress = report.Progress(sum(len(chosen) * len(t.layouts) + 1 for t in tasks))
+    for task in tasks:
+        torch.manual_seed(0)
+        random.seed(0)
+        torch._dynamo.reset()  # a shape's compilations must not count against the next one's
+        entrants, missing, refused = enter(task, chosen, Gate(), progress.step)
+        skipped += missing
+        wrong += refused
+        progress.step("timing")
+        if entrants:
+            backward = options.passes != ["fwd"]
+            race(entrants, Clock(torch.device(task.device)), backward, options.reps, options.budget)
+        found = report.make_rows(task, entrants, options.passes)
+        rows += found
+        progress.write(report.table(found, refused))
+    progress.close()
+    overhead = host_overhead(chosen, options.device) if options.overhead else []
+    return {"rows": rows, "skipped": skipped, "wrong": wrong, "overhead": overhead}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    check(parser, options)
+    tasks = make_tasks(parser, options)
+    begin = time.perf_counter()
+    command = shlex.join(["python", "benchmarks/attn_bench.py", *(sys.argv[1:] if argv is None else argv)])
+    about: dict[str, Any] = {"device": report.device_name(options.device), "versions": report.versions(), "commit": report.commit()}
+    print(f"{about['device']}; {' '.join(f'{k} {v}' for k, v in about['versions'].items())}; commit {about['commit'][:18]}")
+    if options.device == "cpu":
+        print("No GPU in this run: the Triton rows need one and are left out; the rest compares the CPU paths.")
+    print()
+    results = about | {"command": command} | run(options, tasks)
+    for provider, reason in dict.fromkeys((s["provider"], s["reason"]) for s in results["skipped"]):
+        print(f"not run: {provider}: {reason}")
+    for row in results["overhead"]:
+        print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
+    wide = report.unsteady(results["rows"])
+    if wide:
+        print(f"{wide} of {len(results['rows'])} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
+    if options.out:
+        print(*report.write_files(options.out, results), sep="\n")
+    print(f"{time.perf_counter() - begin:.0f} s")
+    if results["wrong"]:
+        print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

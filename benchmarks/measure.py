@@ -1,0 +1,323 @@
+"""How it is measured: the correctness gate, times side by side, peak memory, host overhead."""
+
+import functools
+import gc
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .providers import Provider, ours
+from .workloads import Batch, Shape, Task, build
+
+PASSES = ("fwd", "bwd", "fwd+bwd")
+MIN_ROUNDS = 5
+SAMPLE_MS = 2.0  # a CPU sample repeats its call until it lasts about this long
+SEED = 20241  # of the mask that the gate compares under
+
+
+@dataclass
+class Entrant:
+    """A provider with the batches of one layout, and what was found out about it."""
+
+    provider: Provider
+    layout: str
+    batches: list[Batch]
+    first_ms: dict[str, float] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
+    host_samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
+
+
+# Times
+
+
+class Span(NamedTuple):
+    """Two marks, and how long the host was busy between them."""
+
+    start: Any
+    end: Any
+    host_s: float
+
+
+class Clock:
+    """The CPU's clock, or CUDA events.
+
+    On a GPU each span starts with a cold L2 cache and a queue that the host has filled ahead of it, so that it holds the device's
+    time alone; the host's own time is kept beside it, and a call in eager mode takes about the larger of the two.
+    """
+
+    LEAD = 8  # flushes of the cache, about 0.07 ms each on an H200
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.cache = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(self, function: Callable[[], Any]) -> tuple[Any, Span]:
+        if self.cache is not None:
+            for _ in range(self.LEAD):
+                self.cache.zero_()
+        start, before = self.mark(), time.perf_counter()
+        result = function()
+        host_s = time.perf_counter() - before
+        return result, Span(start, self.mark(), host_s)
+
+    def total_ms(self, spans: list[Span]) -> float:
+        """Sum of the spans; waits for the GPU."""
+        if not self.cuda:
+            return sum(s.end - s.start for s in spans) * 1e3
+        torch.cuda.synchronize()
+        return sum(s.start.elapsed_time(s.end) for s in spans)
+
+
+def gradients(out: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, list(batch.leaves.values()), batch.dout)
+
+
+def one_round(entrant: Entrant, clock: Clock, backward: bool) -> dict[str, tuple[float, float]]:
+    """One sample of each pass, the sum over the entrant's batches: (milliseconds, the host's milliseconds).
+
+    Every backward has a forward of its own before it, outside its span.
+    """
+    spans: dict[str, list[Span]] = {p: [] for p in PASSES}
+    for batch in entrant.batches:
+        batch = entrant.provider.view(batch)
+        forward = functools.partial(entrant.provider.call, batch)
+        out, span = clock.timed(forward)
+        spans["fwd"].append(span)
+        if not backward:
+            continue
+        grads, span = clock.timed(functools.partial(gradients, out, batch))
+        spans["bwd"].append(span)
+        del out, grads
+        if clock.cuda:  # measured by itself, as between fwd and bwd above lies a flush
+            grads, span = clock.timed(lambda forward=forward, batch=batch: gradients(forward(), batch))  # type: ignore[misc]
+            spans["fwd+bwd"].append(span)
+            del grads
+    if not clock.cuda:
+        spans["fwd+bwd"] = spans["fwd"] + spans["bwd"]
+    return {p: (clock.total_ms(spans[p]), sum(s.host_s for s in spans[p]) * 1e3) for p in PASSES}
+
+
+def race(entrants: list[Entrant], clock: Clock, backward: bool, reps: int | None, budget_s: float) -> None:
+    """Fill in samples round-robin, so that all entrants share whatever else the machine does.
+
+    Each round starts with another entrant. Rounds: `reps`, or as many as fit in `budget_s` (MIN_ROUNDS at least).
+    """
+    repeats = []
+    for entrant in entrants:
+        once = one_round(entrant, clock, backward)["fwd"][0]
+        repeats.append(1 if clock.cuda else max(1, round(SAMPLE_MS / max(once, 1e-3))))
+    gc.collect()
+    gc.disable()
+    try:
+        begin, done = time.perf_counter(), 0
+        while done < (reps or MIN_ROUNDS) or (reps is None and time.perf_counter() - begin < budget_s):
+            for i in range(len(entrants)):
+                i = (i + done) % len(entrants)
+                rounds = [one_round(entrants[i], clock, backward) for _ in range(repeats[i])]
+                for p in PASSES:
+                    entrants[i].samples[p].append(sum(r[p][0] for r in rounds) / repeats[i])
+                    entrants[i].host_samples[p].append(sum(r[p][1] for r in rounds) / repeats[i])
+            done += 1
+    finally:
+        gc.enable()
+
+
+# Memory
+
+
+def traced(steps: Sequence[Callable[[Any], Any]], device: torch.device) -> list[int]:
+    """Run steps, each given the result of the one before; the most bytes allocated during each, relative to before the first."""
+    result, peaks = None, []
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        for step in steps:
+            torch.cuda.reset_peak_memory_stats()
+            result = step(result)
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+        return peaks
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print two lines per profile
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    # One profile for all steps: it does not see the release of what was allocated before it began
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        for step in steps:
+            with torch.profiler.record_function("step"):
+                result = step(result)
+    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    now = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "step":
+            peaks.append(now)
+        elif event.name() == "[memory]":
+            now += event.nbytes()
+            if peaks:
+                peaks[-1] = max(peaks[-1], now)
+    return peaks
+
+
+def measure_memory(entrant: Entrant) -> None:
+    """Peak bytes above the inputs, of the batch that takes most; the output, what is saved for the backward, gradients count."""
+    for batch in entrant.batches:
+        view = entrant.provider.view(batch)
+        forward, backward = functools.partial(entrant.provider.call, view), functools.partial(gradients, batch=view)
+        fwd, bwd = traced([lambda _, forward=forward: forward(), backward], view.q.device)  # type: ignore[misc]
+        found = {"fwd": fwd, "bwd": bwd, "fwd+bwd": max(fwd, bwd)}
+        for p in PASSES:
+            entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), found[p] / 2**20)
+
+
+# Correctness
+
+
+class WrongResult(Exception):
+    """A provider's result is not what the definition says."""
+
+
+def _compute(call: Callable[[Batch], Tensor], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Output and gradients by name, and the milliseconds that forward and backward took."""
+    start = time.perf_counter()
+    out = call(batch)
+    _wait(out)
+    middle = time.perf_counter()
+    grads = gradients(out, batch)
+    _wait(out)
+    end = time.perf_counter()
+    ms = {"fwd": (middle - start) * 1e3, "bwd": (end - middle) * 1e3, "fwd+bwd": (end - start) * 1e3}
+    return {"out": out.detach()} | {f"d{name}": g for name, g in zip(batch.leaves, grads, strict=True)}, ms
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+class Gate:
+    """No provider is timed before its output and gradients agree with the definition in float64.
+
+    The provider computes the batch as it will be timed, except that the output's gradient is zero outside an excerpt of
+    sequences and heads (`Batch.excerpt`): gradients of what is shared then stem from the excerpt alone, and the reference need
+    only compute that. Allowed error: twice (gradients: three times) the error of backend="reference" in the same dtype
+    + 2 max|(ref + 0.3 - 0.3) - ref| evaluated in that dtype + 32 eps(accumulation) times the largest magnitude (gradients: among
+    all gradients). Under dropout ours must draw the reference's mask; rivals draw their own and are compared without dropout.
+    """
+
+    def __init__(self) -> None:
+        self._expected: dict[tuple[int, str, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
+
+    def check(self, entrant: Entrant) -> None:
+        """Raises WrongResult; fills in `first_ms`, the time of the very first call, compilation included."""
+        entrant.first_ms = dict.fromkeys(PASSES, 0.0)
+        for batch in entrant.batches:
+            view = replace(entrant.provider.view(batch), dropout_seed=SEED)
+            if entrant.provider.role != "ours":
+                view = replace(view, dropout_p=0.0)
+            expected, allowed = self._yardstick(id(batch), view)
+            index, heads, kv_heads, bounds = view.excerpt()
+            dout = torch.zeros_like(view.dout)
+            dout[index, :heads] = view.dout[index, :heads]
+            found, ms = _compute(entrant.provider.call, replace(view, dout=dout))
+            for p in PASSES:
+                entrant.first_ms[p] += ms[p]
+            if bounds is not None and not view.packed:  # what stands in padding is nobody's business
+                assert view.bounds is not None
+                items = torch.arange(view.max_len, device=bounds.device) < view.bounds[:, None]
+                found["out"] = found["out"] * items[:, None, :, None]
+            for name, limit in allowed.items():
+                part = _excerpt_of(name, found[name], index, heads, kv_heads)
+                if part.shape != expected[name].shape or part.dtype != view.q.dtype:
+                    raise WrongResult(f"{name} is {tuple(found[name].shape)} {found[name].dtype}")
+                error = (part.double() - expected[name]).abs().max().item()
+                if not error <= limit:  # NaN too
+                    raise WrongResult(f"{name} is off by {error:.1e}, allowed {limit:.1e}")
+
+    def _yardstick(self, key: int, view: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The excerpt by the reference in float64, and the allowed errors."""
+        full_key = (key, view.refinement, view.dropout_p)
+        if full_key not in self._expected:
+            index, heads, kv_heads, bounds = view.excerpt()
+            reference = functools.partial(ours, backend="reference")
+
+            def excerpt(dtype: torch.dtype) -> dict[str, Tensor]:
+                names = ("q", "k", "v", "w_q", "w_k", "gate", "dout")
+                parts = {n: _excerpt_of(n, getattr(view, n), index, heads, kv_heads).detach().to(dtype) for n in names}
+                leaves: dict[str, Any] = {n: parts[n].requires_grad_(n != "dout") for n in names}
+                return _compute(reference, replace(view, **leaves, bounds=bounds))[0]
+
+            exact, same = excerpt(torch.float64), excerpt(view.q.dtype)
+            self._expected[full_key] = exact, _allowed(exact, same, view.q.dtype)
+        return self._expected[full_key]
+
+
+def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) -> Tensor:
+    name = name.removeprefix("d") if name != "dout" else name
+    if name in ("w_q", "w_k"):
+        return x
+    if name == "gate":
+        return x[:heads]
+    return x[index, : kv_heads if name in ("k", "v") else heads]
+
+
+def _allowed(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    largest = max(x.abs().max().item() for name, x in exact.items() if name != "out")
+    limits = {}
+    for name, ref in exact.items():
+        rounded = ref.to(dtype)
+        error = (same[name].double() - ref).abs().max().item()
+        floor = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+        scale = ref.abs().max().item() if name == "out" else largest
+        limits[name] = (2 if name == "out" else 3) * error + floor + 32 * eps * scale
+    return limits
+
+
+# Host overhead
+
+
+def host_overhead(providers: list[Provider], device: str, calls: int = 100, rounds: int = 9) -> list[dict[str, Any]]:
+    """Microseconds of host time per call on a problem that is nearly nothing (B = H = L = 1); a GPU is not waited for."""
+    task = Task(Shape(1, 1, 1, 1, 16, 16, 16), "simple", "float32", 0.0, device)
+    batch = build(task, "padded")[0]
+    rows = []
+    for provider in providers:
+        if provider.refusal(batch):
+            continue
+        view = provider.view(batch)
+
+        def call(backward: bool, provider: Provider = provider, view: Batch = view) -> None:
+            out = provider.call(view)
+            if backward:
+                gradients(out, view)
+
+        for name, backward in (("fwd", False), ("fwd+bwd", True)):
+            for _ in range(calls // 10 + 1):
+                call(backward)
+            samples = []
+            for _ in range(rounds):
+                _wait(batch.q)
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call(backward)
+                samples.append((time.perf_counter() - start) / calls * 1e6)
+            median, p20, p80 = quantiles(samples)
+            rows.append({"provider": provider.name, "pass": name, "median_us": median, "p20_us": p20, "p80_us": p80})
+    return rows
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile."""
+    found = torch.tensor(samples, dtype=torch.float64).quantile(torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return tuple(found.tolist())  # type: ignore[return-value]

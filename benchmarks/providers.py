@@ -1,0 +1,194 @@
+"""Who computes it: the same problem through each provider's own best call.
+
+textbook           what a paper's code says: L x L matrices, masked_fill, softmax (no padding: it computes the padded rows)
+textbook+compile   the same through torch.compile
+reference          ours, backend="reference": the definition
+sdpa2              two stock attention calls with concatenated values: the honest rival
+sdpa2-split        the same with one call per value block, each as wide as the queries: flash kernels, which want equal
+                   widths, then take it, where the concatenated form falls back to a slower kernel (on a CPU to L x L matrices)
+flex2              sdpa2 in FlexAttention, compiled; needs a GPU
+varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a GPU, half precision, torch as new as that call
+sdpa               plain attention: the price floor, another result, never counted as a rival
+torch, triton      ours
+
+Rivals meet padding in its best case for them: on the right, where is_causal alone gives the items' rows right.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awrsr_kernels import refined_attention, refined_attention_varlen
+
+from .workloads import Batch
+
+Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`role` is ours, rival or floor; `squares`: about how many L x L matrices exist at a time, (on a CPU, on a GPU)."""
+
+    name: str
+    role: str
+    call: Callable[[Batch], Tensor]
+    refusal: Callable[[Batch], str | None] = lambda batch: None
+    squares: tuple[int, int] = (0, 0)
+
+    def view(self, batch: Batch) -> Batch:
+        """The batch as this provider computes it."""
+        return replace(batch, refinement="none") if self.role == "floor" else batch
+
+
+def ours(batch: Batch, backend: str) -> Tensor:
+    """The public call."""
+    options: dict[str, Any] = {"refinement": batch.refinement, "dropout_p": batch.dropout_p, "dropout_seed": batch.dropout_seed}
+    if batch.refinement == "additive":
+        options["gate"] = batch.gate
+    tensors = batch.q, batch.k, batch.v, batch.w_q, batch.w_k
+    if batch.packed:
+        assert batch.bounds is not None
+        return refined_attention_varlen(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
+    return refined_attention(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)
+
+
+def textbook(q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gate: Tensor, refinement: str, dropout_p: float) -> Tensor:
+    """The equations line by line."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    first = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if refinement == "none":
+        return F.dropout(first, dropout_p) @ v
+    scores = (first @ w_q) @ (first @ w_k).transpose(-1, -2) * w_q.shape[-1] ** -0.5
+    higher = scores.masked_fill(future, -torch.inf).softmax(-1)
+    if refinement == "simple":
+        return F.dropout(higher, dropout_p) @ v
+    if refinement == "value":
+        return F.dropout(higher, dropout_p) @ (first @ v)
+    return F.dropout(first + gate[:, None, None] * higher, dropout_p) @ v
+
+
+def _textbook(batch: Batch, function: Callable[..., Tensor] = textbook) -> Tensor:
+    tensors = batch.q, batch.k, batch.v, batch.w_q, batch.w_k, batch.gate
+    return function(*tensors, batch.refinement, batch.dropout_p)
+
+
+@functools.cache
+def _compiled_textbook() -> Callable[..., Tensor]:
+    torch._dynamo.config.recompile_limit = 64  # a shape per bucket; beyond the limit torch would quietly run eagerly
+    return torch.compile(textbook, dynamic=False)
+
+
+def stock(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+@functools.cache
+def _flex_tools(length: int, device: torch.device) -> tuple[Callable[..., Tensor], object]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
+    return torch.compile(flex_attention, dynamic=False), mask
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    attention, mask = _flex_tools(q.shape[2], q.device)
+    return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def varlen(batch: Batch) -> Attend:
+    """The packed call of torch, flash-attention's own."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+        where: Any = batch.bounds, batch.bounds, batch.max_len, batch.max_len
+        found: Any = varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        return found
+
+    return attend
+
+
+def _equal_widths(attend: Attend, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    """Attention with queries, keys and values padded with zeros to one width, if they are not of one width already."""
+    missing = v.shape[-1] - q.shape[-1]
+    if missing > 0:
+        q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
+    return attend(q, k, F.pad(v, (0, -missing)) if missing < 0 else v, scale, dropout_p)[..., : v.shape[-1]]
+
+
+def two_stage(batch: Batch, attend: Attend = stock, split: bool = False) -> Tensor:
+    """P [W_q | W_k | V] in one attention, R V or R (P V) in the next; tables are expanded over batch and heads, not copied."""
+    q, k, v, tables = batch.q, batch.k, batch.v, [batch.w_q, batch.w_k]
+    scale, group, rank = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1], batch.w_q.shape[-1]
+    if split:
+        attend = functools.partial(_equal_widths, attend)
+    if batch.refinement == "none":
+        return attend(q, k, v, scale, batch.dropout_p)
+    if not split:
+        tables = [torch.cat(tables, -1)]
+    if batch.packed:
+        tables = [w[batch.positions][:, None] for w in tables]
+    values = [w.expand(*k.shape[:-1], w.shape[-1]) for w in tables] + ([] if batch.refinement == "simple" else [v])
+    if split:
+        parts = [attend(q, k, x, scale) for x in values]
+    else:
+        joint = attend(q, k, values[0] if len(values) == 1 else torch.cat(values, -1), scale)
+        parts = list(joint.split([rank, rank, *(x.shape[-1] for x in values[1:])], -1))
+    second = parts[2] if batch.refinement == "value" else v if group == 1 else v.repeat_interleave(group, 1)
+    out = attend(parts[0], parts[1], second, rank**-0.5, batch.dropout_p)
+    return out if batch.refinement != "additive" else parts[2] + batch.gate.view(-1, *[1] * (q.dim() - 2)) * out
+
+
+def _no_packed(batch: Batch) -> str | None:
+    return "this call takes no packed batches (varlen2 does, on a GPU)" if batch.packed else None
+
+
+def _two_stage_refusal(batch: Batch) -> str | None:
+    if batch.dropout_p and batch.refinement == "additive":
+        return "two attention calls draw two masks; dropout of the sum P + gate R needs one"
+    return _no_packed(batch)
+
+
+def _flex_refusal(batch: Batch) -> str | None:
+    if not batch.q.is_cuda:
+        return "FlexAttention has no backward on a CPU; needs a GPU"
+    return "FlexAttention has no dropout" if batch.dropout_p else _no_packed(batch)
+
+
+def _varlen_refusal(batch: Batch) -> str | None:
+    if not batch.q.is_cuda:
+        return "varlen_attn needs a GPU"
+    if batch.dropout_p:
+        return "varlen_attn has no dropout"
+    return None if batch.packed else "for packed batches only (--lengths)"
+
+
+def _triton_refusal(batch: Batch) -> str | None:
+    return None if batch.q.is_cuda else "the kernels need a GPU (the interpreter is not worth timing)"
+
+
+PROVIDERS = {
+    p.name: p
+    for p in (
+        Provider("textbook", "rival", _textbook, _no_packed, squares=(10, 10)),
+        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled_textbook()), _no_packed, squares=(8, 8)),
+        Provider("sdpa2", "rival", two_stage, _two_stage_refusal, squares=(6, 0)),
+        Provider("sdpa2-split", "rival", functools.partial(two_stage, split=True), _two_stage_refusal),
+        Provider("flex2", "rival", functools.partial(two_stage, attend=flex), _flex_refusal),
+        Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), _varlen_refusal),
+        Provider("sdpa", "floor", two_stage, _no_packed),
+        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(10, 10)),
+        Provider("torch", "ours", functools.partial(ours, backend="torch")),
+        Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal),
+    )
+}

@@ -1,0 +1,269 @@
+"""What comes out: the table, results.json and results.csv, plots, and the line that says on what machine."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from .measure import PASSES, Entrant, quantiles
+from .providers import PROVIDERS
+from .workloads import LAYOUTS, Task
+
+Row = dict[str, Any]
+
+
+def make_rows(task: Task, entrants: list[Entrant], passes: list[str]) -> list[Row]:
+    """One row per entrant and pass. `ratio_to_best_rival` > 1: faster than the fastest rival of the task, in any layout."""
+    s, rows = task.shape, []
+    for entrant in entrants:
+        for p in passes:
+            median, p20, p80 = quantiles(entrant.samples[p])
+            view = task if entrant.provider.role != "floor" else replace(task, refinement="none")
+            rows.append(
+                {"provider": entrant.provider.name, "role": entrant.provider.role, "backbone": "dot-product"}
+                | {"refinement": task.refinement, "layout": entrant.layout}
+                | {"B": s.B, "H": s.H, "H_kv": s.H_kv, "L": s.L, "D": s.D, "D_v": s.D_v, "R": s.R}
+                | {"dtype": task.dtype, "dropout_p": task.dropout_p, "pass": p}
+                | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(entrant.samples[p])}
+                | {"peak_mib": entrant.peak_mib[p], "first_call_ms": entrant.first_ms[p]}
+                | {"seq_per_s": s.B / median * 1e3, "tflops": view.flops(p) / median / 1e9}
+                | ({"host_ms": quantiles(entrant.host_samples[p])[0]} if task.device == "cuda" else {})
+                | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
+            )
+    add_ratios(rows)
+    return rows
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Time of the fastest rival over a row's time, within each task and pass; absent where no rival ran."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row["task"], row["pass"]
+        if row["role"] == "rival" and (key not in best or row["median_ms"] < best[key]["median_ms"]):
+            best[key] = row
+    for row in rows:
+        rival = best.get((row["task"], row["pass"]))
+        if rival is not None:
+            row["ratio_to_best_rival"] = rival["median_ms"] / row["median_ms"]
+            row["best_rival"] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
+
+
+def unsteady(rows: list[Row]) -> int:
+    """How many medians mean little, because the samples scatter."""
+    return sum(row["p80_ms"] > 2 * row["p20_ms"] for row in rows)
+
+
+COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+    ("provider", -17, lambda r: r["provider"]),
+    ("layout", -8, lambda r: r["layout"]),
+    ("pass", -7, lambda r: r["pass"]),
+    ("median ms", 10, lambda r: f"{r['median_ms']:.3f}"),
+    ("p20..p80", 19, lambda r: f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"),
+    ("host ms", 8, lambda r: f"{r['host_ms']:.3f}" if "host_ms" in r else "-"),
+    ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
+    ("seq/s", 10, lambda r: f"{r['seq_per_s']:.4g}" if r["seq_per_s"] < 1000 else f"{r['seq_per_s']:.0f}"),
+    ("TFLOP/s", 8, lambda r: f"{r['tflops']:.3g}"),
+    ("vs rival", 8, lambda r: f"{r['ratio_to_best_rival']:.2f}x" if "ratio_to_best_rival" in r else "-"),
+    ("first ms", 9, lambda r: f"{r['first_call_ms']:.0f}"),
+]
+
+
+def table(rows: list[Row], wrong: list[Row]) -> str:
+    """One task: a block per pass, the fastest first."""
+    empty = set() if any(r["layout"] != "padded" for r in rows) else {"layout"}
+    empty |= set() if any("host_ms" in r for r in rows) else {"host ms"}
+    columns = [c for c in COLUMNS if c[0] not in empty]
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(f"{x:<{-w}}" if w < 0 else f"{x:>{w}}" for x, (_, w, _) in zip(cells, columns, strict=True)).rstrip()
+
+    lines = [rows[0]["task"] if rows else wrong[0]["task"], line([name for name, _, _ in columns])] if rows or wrong else []
+    for p in PASSES:
+        for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"]):
+            lines.append(line([show(row) for _, _, show in columns]))
+    lines += [f"{w['provider']:<17}  WRONG, not timed ({w['layout']}): {w['reason']}" for w in wrong]
+    return "\n".join(lines) + "\n"
+
+
+# Machine
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(x.split(":", 1)[1].strip() for x in info if x.startswith("model name"))
+    return f"CPU: {name}, {torch.get_num_threads()} thread(s)"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
+    for package in ("triton", "awrsr-kernels"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def commit() -> str:
+    """The commit that was measured, marked if files differ from it."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+# Files
+
+
+@contextlib.contextmanager
+def atomic(path: Path, mode: str = "w") -> Iterator[Any]:
+    """A file that appears under its name only once it is complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
+    """Write everything that can be written; returns lines to print."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic(directory / "results.json") as file:
+        json.dump(results, file, indent=1)
+    names = list(dict.fromkeys(name for row in results["rows"] for name in row))
+    with atomic(directory / "results.csv") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(results["rows"])
+    notes = [f"wrote {directory / 'results.json'}, {directory / 'results.csv'}"]
+    if not results["rows"]:
+        return notes
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+    except ImportError:
+        return [*notes, "no plots: matplotlib is not installed (pip install matplotlib)"]
+    for name, column, unit in (("time", "median_ms", "ms"), ("memory", "peak_mib", "MiB above the inputs")):
+        with atomic(directory / f"{name}.png", "wb") as file:
+            file.write(plot(results["rows"], column, f"{name}, {unit}", results["device"]))
+        notes[0] += f", {directory / (name + '.png')}"
+    return notes
+
+
+def plot(rows: list[Row], column: str, axis: str, device: str) -> bytes:
+    """A panel per problem (all but L) and pass: lines against L, or bars per layout where users' histories were measured."""
+    from matplotlib import pyplot
+
+    panels = _panels(rows)
+    passes = [p for p in PASSES if any(r["pass"] == p for r in rows)]
+    size = (4.8 * len(passes) + 1.5, 3.6 * len(panels) + 0.4)
+    figure, axes = pyplot.subplots(len(panels), len(passes), figsize=size, squeeze=False, layout="constrained")
+    for line, (title, members) in zip(axes, panels.items(), strict=True):
+        for ax, p in zip(line, passes, strict=True):
+            chosen = [r for r in members if r["pass"] == p]
+            (_bars if members[0]["source"] else _lines)(ax, chosen, column)
+            ax.set_title(f"{title}\n{p}", fontsize=8)
+            ax.set_ylabel(axis)
+    named = {name: handle for ax in axes.flat for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside right upper", fontsize=8)
+    figure.suptitle(device, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _panels(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows that share a panel, by its title. A batch size is part of it only where one length was measured with several."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        heads = row["H"] if row["H"] == row["H_kv"] else f"{row['H']}/{row['H_kv']}"
+        title = f"{row['source']} H {heads} D {row['D']} R {row['R']} {row['dtype']} {row['refinement']}".strip()
+        found.setdefault(title, []).append(row)
+    split: dict[str, list[Row]] = {}
+    for title, members in found.items():
+        several = len({(r["B"], r["L"]) for r in members}) > len({r["L"] for r in members})
+        every = sorted({r["B"] for r in members})
+        for row in members:
+            batch = row["B"] if several or len(every) == 1 else f"{every[0]}..{every[-1]}"
+            split.setdefault(title if row["source"] else f"B {batch} {title}", []).append(row)
+    return split
+
+
+def _colour(provider: str) -> str:
+    return f"C{list(PROVIDERS).index(provider)}"
+
+
+def _lines(ax: Any, rows: list[Row], column: str) -> None:
+    from matplotlib.ticker import LogLocator
+
+    for name in dict.fromkeys(r["provider"] for r in rows):
+        points = sorted((r["L"], r[column]) for r in rows if r["provider"] == name)
+        style = "-" if PROVIDERS[name].role == "ours" else "--"
+        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=_colour(name))
+    ax.set(xscale="log", yscale="log", xlabel="L")
+    ticks = sorted({r["L"] for r in rows})
+    ax.set_xticks(ticks, [str(x) for x in ticks])
+    ax.set_xticks([], minor=True)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter("{x:g}")
+
+
+def _bars(ax: Any, rows: list[Row], column: str) -> None:
+    names = list(dict.fromkeys(r["provider"] for r in rows))
+    for row in rows:
+        x = LAYOUTS.index(row["layout"]) + (names.index(row["provider"]) - len(names) / 2) * 0.8 / len(names)
+        ax.bar(x, row[column], 0.8 / len(names), align="edge", label=row["provider"], color=_colour(row["provider"]))
+    ax.set_xticks(range(len(LAYOUTS)), LAYOUTS)
+
+
+class Progress:
+    """tqdm's bar if it is installed and a terminal is there; otherwise silent, as the tables come out one by one."""
+
+    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
+        self.bar = None
+        if not stream.isatty():
+            return
+        try:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, file=stream, leave=False, unit="step")
+        except ImportError:
+            print("no progress bar: tqdm is not installed (pip install tqdm)", file=stream)
+
+    def step(self, what: str) -> None:
+        if self.bar is not None:
+            self.bar.set_description(what[:60])
+            self.bar.update()
+
+    def write(self, text: str) -> None:
+        """To stdout, clear of the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,330 @@
+"""The benchmark: its files, the gate before timing, the memory meter, the readers, and the rivals' own correctness."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import attn_bench, report
+from benchmarks.measure import Clock, Entrant, Gate, WrongResult, gradients, host_overhead, quantiles, race, traced
+from benchmarks.precompile import precompile
+from benchmarks.providers import PROVIDERS, Provider, ours, stock, two_stage
+from benchmarks.workloads import LAYOUTS, PRESETS, Batch, Shape, Task, build, read_histories, sample_users
+
+ROOT = Path(__file__).resolve().parents[1]
+REFINEMENTS = ("none", "simple", "value", "additive")
+SHAPE = Shape(B=3, H=4, H_kv=2, L=9, D=8, D_v=6, R=5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Problems this small only wait for threads, the more so where tests run in parallel."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def task(refinement: str = "simple", dtype: str = "float32", dropout_p: float = 0.0, shape: Shape = SHAPE) -> Task:
+    return Task(shape, refinement, dtype, dropout_p, "cpu")
+
+
+def users_task(refinement: str, dtype: str = "float32") -> Task:
+    return dataclasses.replace(task(refinement, dtype), users=(9, 1, 4, 7, 2), batch_size=2, source="x.txt")
+
+
+def test_fixed_interface(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/attn_bench.py", "--device", "cpu", "--shapes", "2,2,5,4", "--reps", "1"]
+    options = [
+        "--providers",
+        "sdpa2",
+        "torch",
+        "triton",
+        "--overhead",
+        "--precompile",
+        "2",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Triton rows need" in done.stdout and "not run: triton" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"device", "versions", "commit", "command", "rows", "skipped", "wrong", "overhead"} <= set(results)
+    assert "--shapes 2,2,5,4" in results["command"] and {r["provider"] for r in results["overhead"]} == {"sdpa2", "torch"}
+    assert [s["provider"] for s in results["skipped"]] == ["triton"] and "GPU" in results["skipped"][0]["reason"]
+    rows = results["rows"]
+    assert sorted((r["provider"], r["pass"]) for r in rows) == [
+        (name, p) for name in ("sdpa2", "torch") for p in ("bwd", "fwd", "fwd+bwd")
+    ]
+    keys = "backbone refinement layout B H L D R dtype median_ms p20_ms p80_ms peak_mib first_call_ms".split()
+    expected = ["dot-product", "simple", "padded", 2, 2, 5, 4, 4, "float32"]
+    for row in rows:
+        assert [row[k] for k in keys[:9]] == expected
+        assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
+    assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(rows)
+    names = {"results.json", "results.csv", "time.png", "memory.png"}  # plots need matplotlib, the rest nothing
+    assert {p.name for p in tmp_path.iterdir()} | {"time.png", "memory.png"} == names
+
+
+def test_interpreted_triton_is_never_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert attn_bench.main(["--device", "cpu", "--shapes", "1,1,3,4", "--reps", "1", "--providers", "triton"]) == 0
+    assert "not run: triton: the kernels need a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flaw", ["output", "gradient", "nan", "raises"])
+def test_a_wrong_provider_is_refused(flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(batch: Batch) -> Tensor:
+        out = ours(batch, "torch")
+        if flaw == "raises":
+            raise RuntimeError("no such thing")
+        if flaw == "gradient":  # of w_k alone, the value unchanged
+            return out + 1e-2 * (batch.w_k.sum() - batch.w_k.sum().detach())
+        return out * (torch.nan if flaw == "nan" else 1.001)
+
+    monkeypatch.setitem(PROVIDERS, "torch", Provider("torch", "ours", wrong))
+    status = attn_bench.main(["--device", "cpu", "--shapes", "3,2,9,8", "--reps", "1", "--providers", "torch", "sdpa2"])
+    printed = capsys.readouterr()
+    assert status == 1 and "1 results are WRONG" in printed.err
+    assert not [x for x in printed.out.splitlines() if x.startswith("torch ") and "WRONG" not in x]
+    assert [x for x in printed.out.splitlines() if x.startswith("sdpa2 ")]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_the_gate_passes_what_is_right(refinement: str, dropout_p: float) -> None:
+    gate = Gate()
+    batches = build(task(refinement, dropout_p=dropout_p), "padded")
+    for name in ("textbook", "sdpa2", "sdpa2-split", "sdpa", "reference", "torch"):
+        entrant = Entrant(PROVIDERS[name], "padded", batches)
+        gate.check(entrant)
+        assert entrant.first_ms["fwd+bwd"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gate_on_histories(layout: str) -> None:
+    gate, batches = Gate(), build(users_task("additive"), layout)
+    for provider in PROVIDERS.values():
+        if provider.name != "textbook+compile" and not provider.refusal(batches[0]):
+            gate.check(Entrant(provider, layout, batches))
+    shifted = Provider("shifted", "ours", lambda b: ours(dataclasses.replace(b, w_q=b.w_q.roll(1, 0)), "torch"))
+    with pytest.raises(WrongResult, match="off by"):
+        gate.check(Entrant(shifted, layout, batches))
+
+
+def test_the_gate_notices_a_missing_dropout_mask() -> None:
+    batches = build(task("value", dropout_p=0.3), "padded")
+    undropped = Provider("undropped", "ours", lambda b: ours(dataclasses.replace(b, dropout_p=0.0), "torch"))
+    with pytest.raises(WrongResult):
+        Gate().check(Entrant(undropped, "padded", batches))
+
+
+def test_a_tight_reference_budget_still_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.workloads.GATE_BYTES", 1)
+    batch = build(task("additive"), "padded")[0]
+    index, heads, kv_heads, _ = batch.excerpt()
+    assert (len(index), heads, kv_heads) == (1, 2, 1)
+    Gate().check(Entrant(PROVIDERS["torch"], "padded", [batch]))
+
+
+def eager_flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def causal(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return torch.where(i >= j, score, -torch.inf)
+
+    return flex_attention(q, k, v, score_mod=causal, scale=scale, enable_gqa=True)
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+@pytest.mark.parametrize("form", ["sdpa2", "sdpa2-split", "textbook"])
+def test_rivals_compute_the_definition(form: str, refinement: str) -> None:
+    batch = build(task(refinement, "float64"), "padded")[0]
+    out, expected = PROVIDERS[form].call(batch), ours(batch, "reference")
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    for found, grad in zip(gradients(out, batch), gradients(expected, batch), strict=True):
+        torch.testing.assert_close(found, grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_composition_in_flex() -> None:
+    batch = build(task("value", "float64"), "padded")[0]
+    leaves = {name: x.detach() for name, x in batch.leaves.items()}  # FlexAttention has no backward on a CPU
+    batch = dataclasses.replace(batch, **leaves)
+    torch.testing.assert_close(two_stage(batch, eager_flex), ours(batch, "reference"), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_the_packed_composition_computes_the_definition(refinement: str) -> None:
+    for batch in build(users_task(refinement, "float64"), "packed"):
+        bounds = batch.bounds.tolist()  # type: ignore[union-attr]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, b: list[int] = bounds) -> Tensor:
+            parts = []
+            for lo, hi in zip(b, b[1:], strict=False):
+                rows = [x[lo:hi].transpose(0, 1)[None] for x in (q, k, v)]
+                parts.append(stock(*rows, scale)[0].transpose(0, 1))
+            return torch.cat(parts)
+
+        out, expected = two_stage(batch, attend, split=True), ours(batch, "reference")
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        for found, grad in zip(gradients(out, batch), gradients(expected, batch), strict=True):
+            torch.testing.assert_close(found, grad, rtol=0, atol=1e-12)
+
+
+def test_stock_calls_say_what_they_cannot_express() -> None:
+    dropped = build(task("additive", dropout_p=0.1), "padded")[0]
+    assert "two masks" in (PROVIDERS["sdpa2"].refusal(dropped) or "")
+    assert PROVIDERS["sdpa2"].refusal(build(task("value", dropout_p=0.1), "padded")[0]) is None
+    assert "GPU" in (PROVIDERS["flex2"].refusal(dropped) or "")
+
+
+def test_memory_meter_on_a_known_pattern() -> None:
+    mib = 1 << 20
+
+    def new(size: int) -> Tensor:
+        return torch.empty(size * mib, dtype=torch.uint8)
+
+    def first(_: None) -> list[Tensor]:  # holds 3, 8, 5, 7, then 6 MiB
+        a, b = new(3), new(5)
+        del a
+        c = new(2)
+        del c
+        return [b, new(1)]
+
+    def second(kept: list[Tensor]) -> Tensor:  # holds 10, 5, then 7 MiB
+        more = new(4)
+        kept.clear()
+        kept.append(new(1))
+        assert more.numel()
+        return new(2)
+
+    assert traced([first, second], torch.device("cpu")) == [8 * mib, 10 * mib]
+    assert traced([first], torch.device("cpu")) == [8 * mib]
+
+
+def test_memory_of_l_by_l_matrices_shows() -> None:
+    shape = Shape(1, 1, 1, 512, 8, 8, 8)
+    found = {}
+    for name in ("textbook", "torch"):
+        entrant = Entrant(PROVIDERS[name], "padded", build(task("simple", shape=shape), "padded"))
+        attn_bench.measure_memory(entrant)
+        found[name] = entrant.peak_mib
+    assert found["textbook"]["fwd"] >= 2 and found["textbook"]["bwd"] >= 3  # a matrix is 1 MiB
+    assert found["textbook"]["fwd+bwd"] == max(found["textbook"].values())
+    assert found["torch"]["fwd"] < found["textbook"]["fwd"]
+
+
+def test_race_gives_every_entrant_the_same_number_of_samples() -> None:
+    batches = build(task(), "padded")
+    entrants = [Entrant(PROVIDERS[name], "padded", batches) for name in ("sdpa2", "sdpa")]
+    race(entrants, Clock(torch.device("cpu")), True, 3, 0)
+    for entrant in entrants:
+        assert [len(entrant.samples[p]) for p in ("fwd", "bwd", "fwd+bwd")] == [3, 3, 3]
+        assert min(entrant.samples["fwd"]) > 0
+        both = [f + b for f, b in zip(entrant.samples["fwd"], entrant.samples["bwd"], strict=True)]
+        torch.testing.assert_close(both, entrant.samples["fwd+bwd"])
+
+
+def test_histories(tmp_path: Path) -> None:
+    path = tmp_path / "users.txt"
+    path.write_text("1 5 6 7\n2 5\n9 1 1 1 1\n")
+    assert read_histories(path) == [3, 1, 4]
+    assert sorted(sample_users([3, 1, 4], 10, 3)) == [1, 3, 3] and len(sample_users([3, 1, 4], 2, 50)) == 2
+    layouts = {name: build(users_task("simple"), name) for name in LAYOUTS}
+    assert [b.q.shape[2] for b in layouts["padded"]] == [9, 9, 9]
+    assert [b.q.shape[2] for b in layouts["bucketed"]] == [2, 7, 9]
+    assert [b.q.shape[0] for b in layouts["packed"]] == [10, 11, 2]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("1 2\n2 3 x7\n", r":2: 'x7' is not an id"),
+        ("1 2\n2 -3\n", r":2: '-3' is not an id"),
+        ("1 2\n2 0\n", r":2: '0' is not an id"),
+        ("1 2\n\n3 4\n", r":2: an empty line"),
+        ("1 2\n7\n", r":2: user 7 without items"),
+        ("1 2\n3 4\n1 5\n", r":3: user 1 stood in line 1"),
+        ("", r"no users"),
+    ],
+)
+def test_malformed_histories(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.txt" + (message if message[0] == ":" else ".*" + message)):
+        read_histories(path)
+    with pytest.raises(SystemExit):
+        attn_bench.main(["--device", "cpu", "--lengths", str(path)])
+    assert "argument --lengths" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ("--shapes 1,2,3", "argument --shapes: was '1,2,3', must be B,H,L,D"),
+        ("--dim 300", "argument --dim: was '300', must be a whole number in 1..256"),
+        ("--dropout 1", "argument --dropout: was '1', must be in [0, 1)"),
+        ("--reps 0", "argument --reps: was '0', must be"),
+        ("--heads 4 --kv-heads 3", "argument --kv-heads: was 3, must divide"),
+        ("--lengths nowhere.txt", "argument --lengths: nowhere.txt: No such file"),
+        ("--lengths a --length 5", "argument --lengths: takes lengths from the file"),
+        ("--shapes 1,1,1,1 --batch 4", "argument --shapes: says B, H, L and D itself"),
+        ("--quick --preset long", "argument --quick"),
+        ("--refinement sharp", "argument --refinement: invalid choice: 'sharp'"),
+    ],
+)
+def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        attn_bench.main(["--device", "cpu", *options.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def make_row(provider: str, role: str, median_ms: float, layout: str = "padded") -> report.Row:
+    return {"provider": provider, "role": role, "layout": layout, "pass": "fwd", "task": "a task", "median_ms": median_ms} | {
+        "p20_ms": median_ms, "p80_ms": median_ms, "peak_mib": 1.0, "seq_per_s": 1.0, "tflops": 1.0, "first_call_ms": 1.0
+    }  # fmt: skip
+
+
+def test_ratio_is_to_the_fastest_rival_in_any_layout() -> None:
+    rows = [make_row("textbook", "rival", 9.0), make_row("sdpa2", "rival", 6.0), make_row("sdpa", "floor", 1.0)]
+    rows += [make_row("sdpa2", "rival", 4.0, "bucketed"), make_row("torch", "ours", 2.0, "packed")]
+    report.add_ratios(rows)
+    assert [r["ratio_to_best_rival"] for r in rows] == [4 / 9, 4 / 6, 4.0, 1.0, 2.0]
+    assert {r["best_rival"] for r in rows} == {"sdpa2 bucketed"}
+    lines = report.table(rows, [{"provider": "x", "layout": "padded", "reason": "dq is off"}]).splitlines()
+    assert lines[0] == "a task" and lines[2].startswith("sdpa ") and "2.00x" in lines[3] and "WRONG" in lines[-1]
+    alone = [make_row("torch", "ours", 2.0)]
+    report.add_ratios(alone)
+    assert "ratio_to_best_rival" not in alone[0] and " - " in report.table(alone, [])
+
+
+def test_flops_and_quantiles() -> None:
+    square = task("simple", shape=Shape(2, 3, 3, 10, 4, 4, 5))
+    assert square.flops("fwd") == 2 * 2 * 3 * (50 * (4 + 10) + 50 * (5 + 4))
+    assert dataclasses.replace(square, refinement="value").flops("bwd") == 2.5 * 2 * 2 * 3 * 50 * (4 + 10 + 5 + 4 + 4)
+    assert dataclasses.replace(square, refinement="none", users=(3, 1)).flops("fwd") == 2 * 3 * (9 + 1) / 2 * 8
+    assert quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]) == (2.5, 1.0, 4.0)
+
+
+def test_presets_and_small_parts(tmp_path: Path) -> None:
+    assert {length for _, length in PRESETS["recsys"].sizes()} == {20, 50, 100, 200}
+    assert PRESETS["long"].sizes()[0] == (32, 512) and PRESETS["long"].sizes()[-1] == (2, 8192)
+    assert "need a GPU" in precompile([task()], 2)
+    assert {r["pass"] for r in host_overhead([PROVIDERS["sdpa"]], "cpu", calls=2, rounds=2)} == {"fwd", "fwd+bwd"}
+    huge = task(shape=Shape(64, 8, 8, 65536, 64, 64, 64))
+    assert "GiB" in (attn_bench.too_large(huge, PROVIDERS["textbook"]) or "")
+    assert attn_bench.too_large(huge, PROVIDERS["torch"]) is None
+    with pytest.raises(RuntimeError), report.atomic(tmp_path / "half.json") as file:
+        file.write("{")
+        raise RuntimeError("interrupted")
+    assert not list(tmp_path.iterdir())
