@@ -115,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--threads", type=whole(1), metavar="N", help="CPU threads; fewer than cores steady the times on a busy machine")
     add("--reps", type=whole(1), metavar="N", help="samples per provider instead of a time budget")
     add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds of timing per problem")
+    add("--limit", type=number(0, 1e9, "a number of seconds"), default=float("inf"), metavar="S", help="start no problem after S s")
     add("--overhead", action="store_true", help="also: host time per call")
     add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
     add("--out", type=Path, metavar="DIR", help="write results.json, results.csv, time.png, memory.png")
@@ -245,7 +246,11 @@ def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
     if options.precompile:
         print(precompile(tasks, options.precompile))
     progress = report.Progress(sum(len(chosen) * len(t.layouts) + 1 for t in tasks))
+    begin = time.perf_counter()
     for task in tasks:
+        if time.perf_counter() - begin > options.limit:
+            skipped.append({"provider": "all", "layout": "any", "task": task.label, "reason": f"--limit: no time for {task.label}"})
+            continue
         torch.manual_seed(0)
         random.seed(0)
         torch._dynamo.reset()  # a shape's compilations must not count against the next one's

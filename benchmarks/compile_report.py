@@ -64,7 +64,10 @@ class _Driver:
 
 
 def compile_case(case: Case) -> list[dict[str, Any]]:
-    """A row per kernel that the call launches ("variant" tells binaries apart); for a process of its own, in which Triton does not interpret."""
+    """A row per kernel that the call launches ("variant" tells binaries apart).
+
+    For a process of its own, in which Triton does not interpret.
+    """
     import torch
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -82,7 +85,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         compiled = kernel.warmup(grid=grid, **arguments, **options)
         stage = (" 1" if arguments["TABLES"] else " 2") if "TABLES" in arguments and table is not None else ""
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
-        rows.append({**case._asdict(), "kernel": name, "tile": list(tile), "variant": compiled.hash, **_resources(compiled, backend)})
+        row = {**case._asdict(), "kernel": name, "tile": list(tile), "variant": compiled.hash}
+        rows.append(row | _resources(compiled, backend))
 
     for module in (short, tiled, tiled_bwd):
         module.launch = compile_only  # type: ignore[attr-defined]
@@ -167,7 +171,8 @@ def main() -> int:
         for refinement in given.refinement
     ]
     rows = []
-    print(f"{'arch':7}{'dtype':9}{'L':>5}{'D':>4}{'R':>4} {'refinement':10} {'kernel':28}{'tile':>17}{'regs':>6}{'stack':>7}{'shared':>8}{'mma':>5}")
+    columns = f"{'kernel':20}{'tile':>12}{'regs':>6}{'stack':>7}{'shared':>8}{'mma':>5}"
+    print(f"{'arch':7}{'dtype':9}{'L':>5}{'D':>4}{'R':>4} {'refinement':10} {columns}")
     for row in compile_cases(cases, given.jobs):
         rows.append(row)
         head = f"{row['arch']:7}{row['dtype']:9}{row['length']:5}{row['dim']:4}{row['rank']:4} {row['refinement']:10} "
@@ -175,7 +180,7 @@ def main() -> int:
             print(head + row["error"])
         else:
             print(
-                f"{head}{row['kernel']:28}{'x'.join(map(str, row['tile'])):>17}{row['registers']:6}{row['stack']:7}"
+                f"{head}{row['kernel']:20}{'x'.join(map(str, row['tile'])):>12}{row['registers']:6}{row['stack']:7}"
                 f"{row['shared']:8}{row['tensor_core']:5}",
                 flush=True,
             )

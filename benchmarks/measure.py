@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from awrsr_kernels.tolerance import allowed_errors
+
 from .providers import Provider, ours
 from .workloads import Batch, Shape, Task, build
 
@@ -210,9 +212,7 @@ class Gate:
 
     The provider computes the batch as it will be timed, except that the output's gradient is zero outside an excerpt of
     sequences and heads (`Batch.excerpt`): gradients of what is shared then stem from the excerpt alone, and the reference need
-    only compute that. Allowed error: twice (gradients: three times) the error of backend="reference" in the same dtype
-    + 2 max|(ref + 0.3 - 0.3) - ref| evaluated in that dtype + 32 eps(accumulation) times the largest magnitude (gradients: among
-    all gradients). Under dropout ours must draw the reference's mask; rivals draw their own and are compared without dropout.
+    only compute that. Under dropout ours must draw the reference's mask; rivals draw their own and are compared without dropout.
     """
 
     def __init__(self) -> None:
@@ -258,7 +258,7 @@ class Gate:
                 return _compute(reference, replace(view, **leaves, bounds=bounds))[0]
 
             exact, same = excerpt(torch.float64), excerpt(view.q.dtype)
-            self._expected[full_key] = exact, _allowed(exact, same, view.q.dtype)
+            self._expected[full_key] = exact, allowed_errors(exact, same, view.q.dtype)
         return self._expected[full_key]
 
 
@@ -269,19 +269,6 @@ def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) 
     if name == "gate":
         return x[:heads]
     return x[index, : kv_heads if name in ("k", "v") else heads]
-
-
-def _allowed(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
-    largest = max(x.abs().max().item() for name, x in exact.items() if name != "out")
-    limits = {}
-    for name, ref in exact.items():
-        rounded = ref.to(dtype)
-        error = (same[name].double() - ref).abs().max().item()
-        floor = 2 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
-        scale = ref.abs().max().item() if name == "out" else largest
-        limits[name] = (2 if name == "out" else 3) * error + floor + 32 * eps * scale
-    return limits
 
 
 # Host overhead

@@ -96,6 +96,28 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """Forward and backward as a table for a page: time relative to ours in the same run, and peak MiB."""
+    rows = [r for r in results["rows"] if r["pass"] == "fwd+bwd"]
+    names = [name for name in PROVIDERS if any(r["provider"] == name for r in rows)]
+    ours = next((name for name in ("triton", "torch") if name in names), None)
+    if ours is None:
+        return ""
+    versions = f"torch {results['versions']['torch']}, commit {results['commit'][:12]}"
+    lines = [f"Forward and backward, {results['device']}, {versions}: time relative to `{ours}` (below 1 is faster), and peak MiB.", ""]
+    names = [ours, *(name for name in names if name != ours)]
+    lines += ["| problem | layout | " + " | ".join(f"`{name}`" for name in names) + " |", "|--|--|" + "--|" * len(names)]
+    cells: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        cells.setdefault((row["task"], row["layout"]), {})[row["provider"]] = row
+    for (task, layout), found in cells.items():
+        if ours in found:
+            base = found[ours]["median_ms"]
+            shown = [f"{found[n]['median_ms'] / base:.2f}, {found[n]['peak_mib']:.3g}" if n in found else "-" for n in names]
+            lines.append(f"| {task} | {layout} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
 # Machine
 
 
@@ -155,7 +177,9 @@ def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(results["rows"])
-    notes = [f"wrote {directory / 'results.json'}, {directory / 'results.csv'}"]
+    with atomic(directory / "results.md") as file:
+        file.write(markdown(results))
+    notes = [f"wrote {', '.join(str(directory / f'results.{kind}') for kind in ('json', 'csv', 'md'))}"]
     if not results["rows"]:
         return notes
     try:

@@ -187,10 +187,13 @@ def test_rows_of_the_weights_sum_to_one() -> None:
 @every_own_engine
 @every_refinement
 def test_fifty_runs_agree_bit_for_bit(engine: str, refinement: str, choose: Choose) -> None:
+    interpreted = engine != "torch" and DEVICE == "cpu"
+    if interpreted and refinement != "additive":
+        pytest.skip("needs a GPU: minutes in the interpreter, where additive alone takes every path")
     backend = choose(engine)
-    tensors = [x.requires_grad_() for x in inputs(20)]
+    tensors = [x[..., :1, :, :].requires_grad_() if x.dim() == 4 else x.requires_grad_() for x in inputs(6 if interpreted else 50)]
     wanted = tensors if refinement != "none" else tensors[:3]
-    gate = torch.ones(2, device=DEVICE, requires_grad=True) if refinement == "additive" else None
+    gate = torch.ones(1, device=DEVICE, requires_grad=True) if refinement == "additive" else None
     first: list[Tensor] = []
     for _ in range(50):
         out = refined_attention(*tensors, refinement=refinement, gate=gate, dropout_p=0.2, dropout_seed=3, backend=backend)

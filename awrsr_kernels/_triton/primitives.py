@@ -46,22 +46,31 @@ def tile_pointers(view, entry, head, rows, columns):
 
 
 @triton.jit
-def load_tile(view, entry, head, start, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[len(rows), BLOCK]: local rows of one head, zero beyond the sequence and beyond WIDTH features."""
+def load_tile(view, entry, head, start, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
+    """[len(rows), BLOCK]: local rows of one head and WIDTH features from FIRST, zero beyond the sequence and those features."""
     columns = tl.arange(0, BLOCK)
     mask = (rows < length)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(tile_pointers(view, entry, head, start + rows, columns), mask=mask, other=0.0)
+    return tl.load(tile_pointers(view, entry, head, start + rows, FIRST + columns), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tile(view, entry, head, start, rows, length, total, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr):
+def store_tile(
+    view, entry, head, start, rows, length, total, tile,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr = 0,
+):  # fmt: skip
     """Store local rows. With PADDED the rows from `length` to `total` are those of the padding, which wraps around `total`."""
     columns = tl.arange(0, BLOCK)
     physical = start + rows
     if PADDED:
         physical = tl.where(physical >= total, physical - total, physical)
     mask = (rows < (total if PADDED else length))[:, None] & (columns < WIDTH)[None, :]
-    tl.store(tile_pointers(view, entry, head, physical, columns), tile.to(view[0].dtype.element_ty), mask=mask)
+    tl.store(tile_pointers(view, entry, head, physical, FIRST + columns), tile.to(view[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rounding_rest(tile, DTYPE: tl.constexpr):
+    """What rounding to half precision loses."""
+    return tile - tile.to(DTYPE).to(tile.dtype)
 
 
 @triton.jit

@@ -6,7 +6,9 @@ L positions, D, DV, R features of q, v and the tables. One kernel, launched once
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
     stage 2   O_R = (R*Z) V (value: Y for V)      and, at once, out = O_P + gate * O_R (additive)
 
-What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per row and stage, in units of log 2.
+What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per row and stage, in units of log 2. In half precision
+each of them comes with what rounding lost, [Q_A | K_A | Y or O_P] and O_R side by side: the backward subtracts sums over them from
+sums over exact weights, and where a row sees one column alone the difference must vanish.
 """
 
 from typing import Any
@@ -23,6 +25,7 @@ from .primitives import (
     load_gate,
     load_tile,
     locate,
+    rounding_rest,
     row_index,
     store_tile,
     table_start,
@@ -32,11 +35,11 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_fwd_kernel(
-    q, k, v, w_q, w_k, added, q_a, k_a, weighted, out, lse_ptr,
+    q, k, v, w_q, w_k, added, q_a, k_a, weighted, rest, out, lse_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, HALF: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -80,9 +83,7 @@ def _tiled_fwd_kernel(
             k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
         if VALUES:
             if seed_ptr is not None:
-                weights = weights * dropout_tile(
-                    seed_ptr, entry, head, rows, low, drop_threshold, drop_scale, BLOCK_N, ACC
-                )
+                weights = weights * dropout_tile(seed_ptr, entry, head, rows, low, drop_threshold, 1.0, BLOCK_N, ACC)
             v_tile = load_tile(v, entry, head // V_GROUP, start, columns, length, DV, BLOCK_DV)
             sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
 
@@ -91,12 +92,22 @@ def _tiled_fwd_kernel(
     at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
     share = (1.0 / total)[:, None]
+    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     if TABLES:
-        store_tile(q_a, entry, head, start, rows, length, rows_total, q_a_sum * share, R, BLOCK_R, not VARLEN)
-        store_tile(k_a, entry, head, start, rows, length, rows_total, k_a_sum * share, R, BLOCK_R, not VARLEN)
+        q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
+        store_tile(q_a, entry, head, start, rows, length, rows_total, q_a_sum, R, BLOCK_R, not VARLEN)
+        store_tile(k_a, entry, head, start, rows, length, rows_total, k_a_sum, R, BLOCK_R, not VARLEN)
+        if HALF:
+            lost = rounding_rest(q_a_sum, DTYPE)
+            store_tile(rest, entry, head, start, rows, length, rows_total, lost, R, BLOCK_R, False)
+            lost = rounding_rest(k_a_sum, DTYPE)
+            store_tile(rest, entry, head, start, rows, length, rows_total, lost, R, BLOCK_R, False, R)
     if VALUES:
-        sums = sums * share
+        sums = sums * (share * drop_scale)  # applied to weights, the scale would be rounded with them
         store_tile(weighted, entry, head, start, rows, length, rows_total, sums, DV, BLOCK_DV, not VARLEN)
+        if HALF:
+            lost = rounding_rest(sums, DTYPE)
+            store_tile(rest, entry, head, start, rows, length, rows_total, lost, DV, BLOCK_DV, False, REST)
         if ADDED:
             other = load_tile(added, entry, head, start, rows, length, DV, BLOCK_DV).to(ACC)
             sums = other + load_gate(gate_ptr, gate_stride, head, ACC) * sums
@@ -118,6 +129,10 @@ def tiled_buffers(problem: Problem) -> dict[str, Tensor]:
         found["first_values"] = new(d_v)  # Y or O_P
     if refinement == "additive":
         found["higher_values"] = new(d_v)  # O_R; otherwise that is the output
+    if p.q.dtype.itemsize == 2:
+        if refinement != "none":
+            found["higher_rest"] = new(d_v)
+        found["first_rest"] = new(d_v * (refinement != "simple") + 2 * p.rank * (refinement != "none"))
     return found
 
 
@@ -127,7 +142,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     dropped = refinement in ("none", "additive") or higher
     arguments = p.sequences() | p.widths() | p.dropout() | {"batch": p.batch, "heads": p.heads}
     if not dropped:
-        arguments["seed_ptr"] = None
+        arguments |= {"seed_ptr": None, "drop_scale": 1.0}
     arguments |= {"gate_ptr": p.gate if higher else None, "gate_stride": p.gate_stride()}
     arguments |= {
         "TABLES": refinement != "none" and not higher,
@@ -136,6 +151,9 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
     }
     views = p.inputs()
+    rest = buffers.get("higher_rest" if higher else "first_rest")
+    views |= {"rest": views["q"] if rest is None else p.view(rest)}
+    arguments["HALF"] = rest is not None
     groups = {"K_GROUP": p.group, "V_GROUP": p.group}
     if higher:
         views |= {"q": p.view(buffers["q_a"]), "k": p.view(buffers["k_a"])}

@@ -40,11 +40,11 @@ def _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL: tl
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_rows_kernel(
-    q, k, v, w_q, w_k, q_a, k_a, weighted, dq_a, dk_a, dout, dq,
+    q, k, v, w_q, w_k, q_a, k_a, weighted, rest, dq_a, dk_a, dout, dq,
     lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -66,12 +66,18 @@ def _tiled_bwd_rows_kernel(
         dq_a_tile = load_tile(dq_a, entry, head, start, rows, length, R, BLOCK_R)
         dk_a_tile = load_tile(dk_a, entry, head, start, rows, length, R, BLOCK_R)
         space = load_tile(q_a, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
+        if HALF:
+            space += load_tile(rest, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
         space = load_tile(k_a, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
+        if HALF:
+            space += load_tile(rest, entry, head, start, rows, length, R, BLOCK_R, R).to(ACC)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
         dout_tile = load_tile(dout, entry, head, start, rows, length, DV, BLOCK_DV)
         saved = load_tile(weighted, entry, head, start, rows, length, DV, BLOCK_DV).to(ACC)
+        if HALF:
+            saved += load_tile(rest, entry, head, start, rows, length, DV, BLOCK_DV, 2 * R if TABLES else 0).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
         tiles = tl.num_programs(0) // (batch * heads)
@@ -242,7 +248,9 @@ class _Backward:
     def stage(self, higher: bool, dout: Tensor, dv: Tensor, dv_added: Tensor | None = None) -> None:
         """dq (or dQ_A), dk (or dK_A) and dv of a stage from the gradient of what its values became."""
         p, saved = self.problem, self.saved
-        arguments = stage(p, saved, higher) | {"delta_ptr": self.delta, "dout": p.view(dout)}
+        arguments = stage(p, saved, higher)
+        rest, half = arguments.pop("rest"), arguments.pop("HALF")
+        arguments |= {"delta_ptr": self.delta, "dout": p.view(dout)}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
@@ -254,7 +262,7 @@ class _Backward:
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), dq=p.view(dq), dgate_ptr=self.dgate if higher else None,
+            weighted=p.view(weighted), rest=rest, HALF=half, dq=p.view(dq), dgate_ptr=self.dgate if higher else None,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
