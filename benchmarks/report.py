@@ -104,7 +104,8 @@ def markdown(results: dict[str, Any]) -> str:
     if ours is None:
         return ""
     versions = f"torch {results['versions']['torch']}, commit {results['commit'][:12]}"
-    lines = [f"Forward and backward, {results['device']}, {versions}: time relative to `{ours}` (below 1 is faster), and peak MiB.", ""]
+    lines = [f"Forward and backward, {results['device']}, {versions}."]
+    lines += [f"Time relative to `{ours}` (below 1 is faster), and peak MiB above the inputs.", ""]
     names = [ours, *(name for name in names if name != ours)]
     lines += ["| problem | layout | " + " | ".join(f"`{name}`" for name in names) + " |", "|--|--|" + "--|" * len(names)]
     cells: dict[tuple[str, str], dict[str, Row]] = {}

@@ -1,15 +1,18 @@
 """Errors, backend choice, import cost of the contract, and the kernels as torch operators."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
-from awrsr_kernels import refined_attention, refined_attention_varlen
-from awrsr_kernels.launch_config import shared_memory
+import awrsr_kernels
+from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
 
-from .conftest import DEVICE, cumulative
+from .conftest import DEVICE, ENGINES, cumulative
 
 
 def arguments() -> dict:
@@ -82,16 +85,87 @@ def test_a_table_shorter_than_a_sequence_is_named() -> None:
 
 
 def test_a_named_backend_that_cannot_run_raises() -> None:
-    x, w = torch.randn(1, 1, 129, 4, device=DEVICE), torch.randn(129, 3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"\bbackend\b.*up to 128.*use backend='torch'"):
+    dtype = torch.bfloat16 if DEVICE == "cpu" else torch.float64  # what the interpreter and a GPU cannot do
+    x, w = torch.randn(1, 1, 5, 4, device=DEVICE, dtype=dtype), torch.randn(5, 3, device=DEVICE, dtype=dtype)
+    with pytest.raises(ValueError, match=r"\bbackend\b is \"triton\", which cannot run here: .*(use float32|backend='torch')"):
         refined_attention(x, x, x, w, w, backend="triton")
+    assert refined_attention(x, x, x, w, w).dtype == dtype  # "auto" takes another
 
 
-def test_what_no_gpu_can_hold_is_known_before_the_launch() -> None:
-    assert shared_memory(64, 64, torch.float32) <= 166912  # what sm_80 grants a block
-    assert shared_memory(65, 64, torch.bfloat16) is None
-    assert shared_memory(65, 16, torch.float32) is None
-    assert shared_memory(128, 65, torch.float16) is None
+@pytest.mark.parametrize("cuda", [True, False])
+def test_triton_outside_its_reach_says_why(cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = launch_config.unsupported_reason
+    if cuda:  # a consumer's GPU: 99 KiB of shared memory for a program
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+        monkeypatch.setattr(launch_config, "shared_memory", lambda device: 101376)
+        assert reason(torch.device("cuda"), torch.bfloat16, (256, 256, 256)) is None
+        assert "take 163840 bytes of shared memory, the GPU has 101376" in str(
+            reason(torch.device("cuda"), torch.float32, (8, 8, 129))
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        assert "older than compute capability 8.0" in str(reason(torch.device("cuda"), torch.float16, (8, 8, 8)))
+    else:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert "move them to a GPU" in str(reason(torch.device("cpu"), torch.float32, (8, 8, 8)))
+        monkeypatch.setattr(launch_config, "find_spec", lambda name: None)
+        assert "pip install triton" in str(reason(torch.device("cpu"), torch.float32, (8, 8, 8)))
+
+
+def test_a_regime_is_chosen_by_what_fits() -> None:
+    h100, consumer, amd = 232448, 101376, 65536
+    assert launch_config.is_short(50, (64, 64, 64), 2, False, h100)
+    assert launch_config.is_short(50, (64, 64, 64), 2, False, consumer)
+    assert not launch_config.is_short(50, (64, 64, 64), 2, False, amd)
+    assert not launch_config.is_short(50, (64, 64, 64), 4, False, consumer)
+    assert not launch_config.is_short(50, (64, 64, 64), 2, True, h100)
+    assert not launch_config.is_short(129, (8, 8, 8), 2, False, h100)
+    assert not launch_config.is_short(50, (64, 64, 129), 2, False, h100)
+    assert launch_config.tiled_tile((64, 64, 64), 2, h100).num_stages == 2
+    assert launch_config.tiled_tile((64, 64, 64), 2, consumer).num_stages == 1
+    assert launch_config.tiled_tile((8, 256, 8), 4, h100).block_m == 16
+
+
+ARROWS = {  # module: those of the package that it may import
+    "api": {"checks", "fallback", "launch_config", "layout", "reference", "_triton"},
+    "reference": {"dropout", "layout"},
+    "fallback": {"dropout", "layout", "_fallback_chunks"},
+    "_fallback_chunks": {"dropout", "layout"},
+    "checks": {"dropout", "layout"},
+    "layout": set(),
+    "dropout": set(),
+    "tolerance": set(),
+    "launch_config": set(),
+    "_triton": {"dropout", "launch_config", "layout"},
+}
+
+
+def test_imports_go_one_way() -> None:
+    root = Path(awrsr_kernels.__file__).parent
+    for path in root.rglob("*.py"):
+        inside = path.relative_to(root)
+        module = inside.parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == len(inside.parts):
+                found = {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
+                assert module == "__init__" or found <= ARROWS[module], f"{inside} imports {found}"
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                assert not name.startswith(("awrsr", "benchmarks", "tests")), f"{inside} imports {name}"
+                assert module == "_triton" or not name.startswith("triton"), f"{inside} imports {name}"
+
+
+def test_import_is_cheap() -> None:
+    code = """
+import time, torch
+start = time.perf_counter()
+import awrsr_kernels
+print(time.perf_counter() - start)
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(done.stdout) for done in runs) < 0.3  # seconds beyond torch's own
 
 
 def test_import_works_without_triton_and_without_effects() -> None:
@@ -107,25 +181,36 @@ assert awrsr_kernels.refined_attention(x, x, x, w, w).shape == x.shape
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
 
 
-@pytest.mark.parametrize("refinement", ["simple", "additive"])
-def test_kernels_are_wellformed_operators(refinement: str) -> None:
+@pytest.mark.parametrize("engine", ["short", "tiled"])
+@pytest.mark.parametrize("refinement", ["none", "simple", "additive"])
+def test_kernels_are_wellformed_operators(refinement: str, engine: str, choose: Callable[[str], str]) -> None:
+    choose(engine)
     import awrsr_kernels._triton as kernels
 
     q, w = torch.randn(2, 2, 6, 8, device=DEVICE), torch.randn(1, 1, 6, 4, device=DEVICE)
-    tensors = (q, q.clone(), q.clone(), w, w.clone(), None, None, None)
+    tables = (None, None) if refinement == "none" else (w, w.clone())
+    gate = torch.ones(1, device=DEVICE) if refinement == "additive" else None
+    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None)
     call = (refinement, True, False, True, 6, False, 0.3, 0.5, 0.0)
     torch.library.opcheck(kernels._forward_op, (*tensors, *call))
-    torch.library.opcheck(kernels._backward_op, (torch.randn_like(q), *tensors, *call))
+    found = kernels._forward_op(*tensors, *call)
+    saved = found if len(found) > 1 else []
+    assert len(saved) == {"short": 0, "tiled": {"none": 2, "simple": 5, "additive": 7}[refinement]}[engine]
+    assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
+    torch.library.opcheck(kernels._backward_op, (torch.randn_like(q), saved, *tensors, *call))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_compiles_into_one_graph_forward_and_backward(backend: str) -> None:
-    given = arguments()
-    tensors = [x.requires_grad_() for x in given.values()]
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("refinement", ["value", "additive"])
+def test_compiles_into_one_graph_forward_and_backward(engine: str, refinement: str, choose: Callable[[str], str]) -> None:
+    backend = choose(engine)
+    tensors = [x.requires_grad_() for x in arguments().values()]
+    lengths = torch.tensor([6, 2], device=DEVICE)
 
     def function(*t: torch.Tensor) -> torch.Tensor:
-        return refined_attention(*t, refinement="value", backend=backend)
+        return refined_attention(*t, refinement=refinement, lengths=lengths, backend=backend)
 
+    torch._dynamo.reset()  # or a graph of the other regime would be found again
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
     found = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
@@ -133,7 +218,24 @@ def test_compiles_into_one_graph_forward_and_backward(backend: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_second_derivative_is_refused(engine: str, choose: Callable[[str], str]) -> None:
+    backend = choose(engine)
+    tensors = [x.requires_grad_() for x in arguments().values()]
+    (dq,) = torch.autograd.grad(refined_attention(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 def test_autocast_runs_in_its_dtype() -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = refined_attention(**arguments(), backend="torch")
     assert out.dtype == torch.bfloat16
+
+
+def test_a_contiguous_last_dimension_is_not_copied() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton.launch import with_rows
+
+    x = torch.randn(2, 5, 3, 8, device=DEVICE).transpose(1, 2)
+    assert with_rows(x) is x and with_rows(x[..., ::2]).is_contiguous()
