@@ -1,13 +1,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= gpu-out
 
-.PHONY: test lint
+.PHONY: test lint bench gpu
 
+# The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
 	$(BIN)/python -m pytest -q -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/mypy
+
+# The CPU paths side by side; on a machine with a GPU, everything.
+bench: .venv/ready
+	$(BIN)/python benchmarks/attn_bench.py --out bench-out
+
+# GPU tests and benchmarks in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

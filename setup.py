@@ -21,8 +21,11 @@ setup(
             "pytest",  # the tests
             "pytest-xdist",  # on every core
             "pytest-timeout",  # a hanging kernel is a failure
-            "pytest-benchmark",  # per-commit timings
-            "ruff",  # formatting and lint
+            "pytest-benchmark",  # timings per commit
+            "hypothesis",  # shapes and options nobody thought of
+            "matplotlib",  # the benchmark's plots
+            "tqdm",  # its progress bar
+            "ruff",  # lint
             "mypy",  # types
         ]
     },

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks
 from .fallback import fallback_attention
 from .launch_config import unsupported_reason
-from .layout import Call
+from .layout import Call, Inputs
 from .reference import reference_attention, reference_weights
 
 BACKENDS = ("auto", "triton", "torch", "reference")
@@ -68,7 +68,7 @@ def refined_attention(
     w_q, w_k, gate, call = _prepare(
         q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, dropout_p
     )
-    return _run(q, k, v, w_q, w_k, gate, lengths, dropout_seed, call, backend)
+    return _run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)
 
 
 def refined_attention_varlen(
@@ -125,7 +125,7 @@ def refined_attention_varlen(
     )
     gate = checks.gate(gate, refinement, q.shape[1], q)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _run(q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed, call, backend)
+    out = _run(Inputs(q, k, v, w_q, w_k, gate, cu_seqlens, None), dropout_seed, call, backend)
     return out.squeeze(0).transpose(0, 1)
 
 
@@ -154,7 +154,7 @@ def attention_weights(
         q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, 0.0
     )
     with torch.autocast(q.device.type, enabled=False):
-        return reference_weights(q, k, w_q, w_k, gate, lengths, call)
+        return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, None), call)
 
 
 def _prepare(
@@ -188,32 +188,22 @@ def _prepare(
     return w_q, w_k, checks.gate(gate, refinement, q.shape[1], q), call
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    dropout_seed: int | Tensor | None,
-    call: Call,
-    backend: str,
-) -> Tensor:
-    """Hand a checked call, every tensor (entries, heads, rows, features), to its backend."""
+def _run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> Tensor:
+    """Hand a checked call to its backend."""
     checks.choice("backend", backend, BACKENDS)
+    q, features = given.q, (given.q.shape[-1], given.v.shape[-1], 1 if given.w_q is None else given.w_q.shape[-1])
     if backend in ("auto", "triton"):
-        features = (q.shape[-1], v.shape[-1], 1 if w_q is None else w_q.shape[-1])
         reason = unsupported_reason(q.device, q.dtype, features)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"
-    seed = checks.seed(dropout_seed, q.device) if call.dropout_p else None
+    if call.dropout_p:
+        given = given._replace(seed=checks.seed(dropout_seed, q.device))
     with torch.autocast(q.device.type, enabled=False):
         if backend == "reference":
-            return reference_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)
+            return reference_attention(given, call)
         if backend == "torch":
-            return fallback_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)
+            return fallback_attention(given, call)
         from ._triton import triton_attention
 
-        return triton_attention(q, k, v, w_q, w_k, gate, bounds, seed, call)
+        return triton_attention(given, call)

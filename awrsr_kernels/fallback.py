@@ -2,23 +2,29 @@
 
 n sequences of a chunk, H query heads, L window length, m rows of a block, c columns they can see, D, D_v, R feature sizes.
 
-The batch is cut into chunks of sequences of similar length (so padding costs little) and each chunk into blocks of rows, small
-enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one sweep serves both
-stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first, where the same
-holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional case takes
-one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed. With M as in
+The batch is cut into chunks of sequences of similar length (`_fallback_chunks.py`; so padding costs little) and each chunk into
+blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
+sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
+where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
+case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed. With M as in
 `reference.py`, Z the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY
-    dT = refine_scale softmax'(dR; R)      dQ_A = dT K_A              dK_A = dT^T Q_A
-    dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)   dW_q = P^T dQ_A     dW_k = P^T dK_A
-    dS = softmax_scale softmax'(dP; P)     dQ = dS K                  dK = dS^T Q
+    dT = softmax'(dR; R)                   dQ_A = refine_scale dT K_A            dK_A = refine_scale dT^T Q_A
+    dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)              dW_q = P^T dQ_A     dW_k = P^T dK_A
+    dS = softmax'(dP; P)                   dQ = softmax_scale dS K               dK = softmax_scale dS^T Q
+
+What torch does on a CPU shapes the rest. Batched products are quick only into contiguous memory, where they also scale and
+add for free: so chunks are three-dimensional (n * H, rows, features), masks are added by the product that makes the scores,
+and results go straight to where they are wanted. Passes over a block of weights that are not products are few.
+
+Rows without an item have weights that are finite but mean nothing. Nothing comes of them: no row with an item gives weight to
+them, their output is not stored and their output gradient is read as zero.
 
 Half precision is computed in float32 and rounded once, on the way out.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,111 +32,132 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._fallback_chunks import BLOCK_ROWS, Place, block_rows, places, rows_like
 from .dropout import scaled_mask
-from .layout import Call, Windows, gather_windows, make_windows, row_buffer, scatter_windows, sequence_lengths, table_window
-
-_BLOCK_ROWS = 128  # rows whose weights exist at a time
-_BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
+from .layout import Call, Inputs
 
 
 @dataclass
 class _Chunk:
     """Some sequences in windows of one length, in the accumulation dtype: what a sweep works on."""
 
-    q: Tensor  # (n, H, L, D), scaled by softmax_scale
-    k: Tensor  # (n, H, L, D), one per query head
-    v: Tensor  # (n, H, L, D_v)
-    tables: Tensor | None  # (L, 2R) shared, (H, L, 2R) per head or (n, H, L, 2R) per entry: [W_q | W_k]
-    gate: Tensor | None  # (H or 1, 1, 1)
-    seed: Tensor | None
-    sequence: Tensor  # (n,)
-    windows: Windows | None
+    place: Place
     call: Call
+    q: Tensor  # (n * H, L, D)
+    k: Tensor  # (n * H, L, D), one per query head
+    v: Tensor  # (n * H, L, D_v)
+    tables: list[Tensor]  # W_q and W_k, none for "none"; each (L, R) shared, otherwise (n * H, L, R)
+    gate: Tensor | None  # (n * H, 1, 1)
+    future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
+    padding: Tensor  # (n * H, 1, 1 or L): added to scores, hides columns without an item
+    seed: Tensor | None
 
     @property
     def length(self) -> int:
-        return self.q.shape[2]
+        return self.q.shape[1]
 
     def blocks(self) -> list[tuple[int, int]]:
-        return [(lo, min(lo + _BLOCK_ROWS, self.length)) for lo in range(0, self.length, _BLOCK_ROWS)]
+        step = block_rows(self.length)
+        return [(lo, min(lo + step, self.length)) for lo in range(0, self.length, step)]
+
+    def one_sweep(self) -> bool:
+        return not self.tables or self.call.causal or self.length <= BLOCK_ROWS
 
     def columns(self, hi: int) -> int:
         return hi if self.call.causal else self.length
 
-    def weights(self, queries: Tensor, keys: Tensor, lo: int, hi: int) -> Tensor:
-        """Softmax of queries of rows lo..hi against every key they can see, (n, H, m, c)."""
-        columns = self.columns(hi)
-        scores = queries @ keys[:, :, :columns].transpose(-1, -2)
-        lowest = torch.finfo(scores.dtype).min
-        if self.windows is not None:
-            scores.masked_fill_(~self.windows.valid[:, None, None, :columns], lowest)
-        if self.call.causal:
-            rows = torch.arange(hi - lo, device=scores.device)
-            scores[..., lo:].masked_fill_(rows > rows[:, None], lowest)
-        weights = scores.softmax(-1)
-        if self.windows is not None:  # a row without an item came out uniform
-            weights.masked_fill_(~self.windows.valid[:, None, lo:hi, None], 0)
-        return weights
+    def weights(self, queries: Tensor, keys: Tensor, scale: float, lo: int, hi: int) -> Tensor:
+        """Softmax of queries of rows lo..hi against every key they can see, (n * H, m, c)."""
+        columns, shift = self.columns(hi), self.length - lo
+        scores = self.future[: hi - lo, shift : shift + columns].contiguous() + self.padding[..., :columns]
+        scores.baddbmm_(queries[:, lo:hi], keys[:, :columns].transpose(1, 2), alpha=scale)
+        return torch.softmax(scores, -1, out=scores)
 
     def first(self, lo: int, hi: int) -> Tensor:
-        return self.weights(self.q[:, :, lo:hi], self.k, lo, hi)
+        return self.weights(self.q, self.k, self.call.softmax_scale, lo, hi)
 
-    def higher(self, space: Tensor, lo: int, hi: int) -> Tensor:
-        q_a, k_a = space.chunk(2, dim=-1)
-        return self.weights(q_a[:, :, lo:hi] * self.call.refine_scale, k_a, lo, hi)
+    def higher(self, q_a: Tensor, k_a: Tensor, lo: int, hi: int) -> Tensor:
+        return self.weights(q_a, k_a, self.call.refine_scale, lo, hi)
+
+    def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
+        """M of "additive"."""
+        return first + higher if self.gate is None else torch.addcmul(first, self.gate, higher)
 
     def mask(self, lo: int, hi: int) -> Tensor | None:
         if self.seed is None:
             return None
-        rows = torch.arange(lo, hi, device=self.q.device)
-        first = None if self.windows is None else self.windows.first
-        return scaled_mask(
-            self.seed, self.call.dropout_p, self.sequence, self.q.shape[1], rows, self.columns(hi), first, self.q.dtype
-        )
+        place, rows = self.place, torch.arange(lo, hi, device=self.q.device)
+        first = None if place.windows is None else place.windows.first
+        drawn = (self.seed, self.call.dropout_p, place.sequence, place.heads, rows, self.columns(hi), first, self.q.dtype)
+        return scaled_mask(*drawn).flatten(0, 1)
 
-    def one_sweep(self) -> bool:
-        return self.call.causal or self.length <= _BLOCK_ROWS
+
+def _tables(given: Inputs, call: Call) -> list[Tensor]:
+    return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
+
+
+def _load_chunk(place: Place, given: Inputs, call: Call) -> _Chunk:
+    length, rows, device, dtype = place.length, block_rows(place.length), given.q.device, place.dtype
+    count = place.sequence.shape[0]
+    hidden = torch.finfo(dtype).min / 2  # two of them add up to a finite number
+    if call.causal:
+        behind = torch.arange(rows + length, device=device) - torch.arange(rows, device=device)[:, None]
+        future = (behind > length).to(dtype) * hidden
+    else:
+        future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
+    if place.windows is None:
+        padding = torch.zeros(count * place.heads, 1, 1, dtype=dtype, device=device)
+    else:
+        padding = (~place.windows.valid).to(dtype).mul_(hidden).repeat_interleave(place.heads, dim=0)[:, None]
+    q, k, v, _, _, gate, _, seed = given
+    tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
+    if gate is not None:
+        gate = gate.to(dtype).expand(place.heads).repeat(count).view(-1, 1, 1)
+    return _Chunk(place, call, place.load(q), place.load(k), place.load(v), tables, gate, future, padding, seed)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
     return weights if mask is None else weights * mask
 
 
-def _mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
-    """M of "additive"."""
-    return first + (higher if gate is None else gate * higher)
+def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
+    """total = scale * left @ right (add: +=), for (n * H, rows, features) and right without n * H if all share it."""
+    if not total.is_contiguous():
+        part = torch.empty_like(total, memory_format=torch.contiguous_format)
+        _multiply(part, left, right, scale=scale)
+        total.add_(part) if add else total.copy_(part)
+    elif right.dim() == 2:
+        total.view(-1, total.shape[-1]).addmm_(left.flatten(0, 1), right, beta=int(add), alpha=scale)
+    else:
+        total.baddbmm_(left, right, beta=int(add), alpha=scale)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total[:, :, :c] += left^T right, for left (n, H, m, c) and right (n, H, m, F)."""
-    rows = total.view(-1, *total.shape[2:])[:, : left.shape[-1]]
-    rows.baddbmm_(left.flatten(0, 1).transpose(-1, -2), right.flatten(0, 1))
+def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
+    """softmax'(grad; weights), in the memory of the weights."""
+    return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=weights)
 
 
-def _forward_chunk(chunk: _Chunk) -> tuple[Tensor, list[Tensor]]:
-    """The output (n, H, L, D_v) and what the backward needs: [Q_A | K_A] and, for "value", Y."""
-    refinement, v, tables = chunk.call.refinement, chunk.v, chunk.tables
-    out = torch.empty_like(v)
-    if tables is None:
-        for lo, hi in chunk.blocks():
-            out[:, :, lo:hi] = _times(chunk.first(lo, hi), chunk.mask(lo, hi)) @ v[:, :, : chunk.columns(hi)]
-        return out, []
+def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
+    """Writes the output (n * H, L, D_v); returns what the backward needs: Q_A, K_A and, for "value", Y."""
+    refinement, v = chunk.call.refinement, chunk.v
+    factors = [*chunk.tables, v] if refinement == "value" else chunk.tables
+    products = [chunk.place.empty(x.shape[-1]) for x in factors]
+    values = products[2] if refinement == "value" else v
+    direct = refinement in ("none", "additive")
 
-    space = v.new_empty(*v.shape[:3], tables.shape[-1])
-    values = torch.empty_like(v) if refinement == "value" else v
-
-    def correlate(lo: int, hi: int) -> Tensor:
+    def correlate(lo: int, hi: int) -> Tensor | None:
+        """First stage of a block; returns P if that meets the values."""
         first = chunk.first(lo, hi)
-        space[:, :, lo:hi] = first @ tables[..., : first.shape[-1], :]
-        if refinement == "value":
-            values[:, :, lo:hi] = first @ v[:, :, : first.shape[-1]]
-        return first
+        for total, right in zip(products, factors, strict=True):
+            _multiply(total[:, lo:hi], first, right[..., : first.shape[-1], :])
+        return first if direct else None
 
     def attend(lo: int, hi: int, first: Tensor | None) -> None:
-        weights = chunk.higher(space, lo, hi)
-        if refinement == "additive":
-            weights = _mixed(chunk.first(lo, hi) if first is None else first, weights, chunk.gate)
-        out[:, :, lo:hi] = _times(weights, chunk.mask(lo, hi)) @ values[:, :, : weights.shape[-1]]
+        weights = chunk.higher(products[0], products[1], lo, hi) if chunk.tables else None
+        if first is not None:
+            weights = first if weights is None else chunk.mixed(first, weights)
+        assert weights is not None
+        _multiply(out[:, lo:hi], _times(weights, chunk.mask(lo, hi)), values[:, : weights.shape[-1]])
 
     if chunk.one_sweep():
         for lo, hi in chunk.blocks():
@@ -139,268 +166,132 @@ def _forward_chunk(chunk: _Chunk) -> tuple[Tensor, list[Tensor]]:
         for lo, hi in chunk.blocks():
             correlate(lo, hi)
         for lo, hi in chunk.blocks():
-            attend(lo, hi, None)
-    return out, [space, values] if refinement == "value" else [space]
+            attend(lo, hi, chunk.first(lo, hi) if direct else None)
+    return products
 
 
 class _ChunkGradients:
-    """The backward of a chunk: gradients build up in its tensors while blocks are visited."""
+    """The backward of a chunk: gradients build up in the given tensors while blocks are visited."""
 
-    def __init__(self, chunk: _Chunk, saved: list[Tensor], dout: Tensor) -> None:
-        self.chunk, self.dout = chunk, dout
-        # Contiguous whatever the chunk's strides are: products are added to views of them.
-        self.dq, self.dk, self.dv = (x.new_zeros(x.shape) for x in (chunk.q, chunk.k, chunk.v))
-        self.dtables = None if chunk.tables is None else torch.zeros_like(chunk.tables)
-        self.dgate = None if chunk.gate is None else dout.new_zeros(dout.shape[1])
-        if chunk.tables is not None:
-            self.space, self.dspace = saved[0], torch.zeros_like(saved[0])
-        self.is_value = chunk.call.refinement == "value"
-        self.values = saved[1] if self.is_value else chunk.v
-        self.dvalues = chunk.v.new_zeros(chunk.v.shape) if self.is_value else self.dv
+    def __init__(self, chunk: _Chunk, saved: list[Tensor], dout: Tensor, results: list[Tensor]) -> None:
+        self.chunk, self.saved, self.dout = chunk, saved, dout
+        self.dq, self.dk, self.dv, *self.dtables = results
+        self.dsaved = [torch.empty_like(x) for x in saved]
+        is_value = chunk.call.refinement == "value"
+        self.values, self.dvalues = (saved[2], self.dsaved[2]) if is_value else (chunk.v, self.dv)
+        self.dgate = None if chunk.gate is None else torch.zeros_like(chunk.gate)
 
         blocks = chunk.blocks()[::-1]
-        if chunk.tables is None or chunk.one_sweep():
+        if chunk.one_sweep():
             for lo, hi in blocks:
                 first = chunk.first(lo, hi)
-                self._first_stage(lo, hi, first, self._weights_gradient(lo, hi, first))
+                self._first_stage(lo, hi, first, self._second_stage(lo, hi, first))
         else:
             for lo, hi in blocks:
-                self._weights_gradient(lo, hi, chunk.first(lo, hi))
+                self._second_stage(lo, hi, chunk.first(lo, hi))
             for lo, hi in blocks:
-                mixed = self._mixed_gradient(lo, hi)[0] if chunk.call.refinement == "additive" else None
-                self._first_stage(lo, hi, chunk.first(lo, hi), mixed)
+                direct = self._mixed_gradient(lo, hi, chunk.mask(lo, hi)) if chunk.call.refinement == "additive" else None
+                self._first_stage(lo, hi, chunk.first(lo, hi), direct)
 
-    def _mixed_gradient(self, lo: int, hi: int) -> tuple[Tensor, Tensor | None]:
-        """dM, and the dropout mask it went through."""
-        mask = self.chunk.mask(lo, hi)
-        grad = self.dout[:, :, lo:hi] @ self.values[:, :, : self.chunk.columns(hi)].transpose(-1, -2)
-        return (grad if mask is None else grad.mul_(mask)), mask
+    def _collect(self, total: Tensor, left: Tensor, right: Tensor, hi: int, scale: float = 1.0) -> None:
+        """total[:, :c] += left^T right; the first block visited, which ends at L, finds nothing in total yet."""
+        _multiply(total[:, : left.shape[-1]], left.transpose(1, 2), right, add=hi < self.chunk.length, scale=scale)
 
-    def _weights_gradient(self, lo: int, hi: int, first: Tensor) -> Tensor | None:
-        """Second stage of a block; returns what reaches P directly (dM of "none" and "additive")."""
-        chunk, refinement = self.chunk, self.chunk.call.refinement
-        grad, mask = self._mixed_gradient(lo, hi)
+    def _mixed_gradient(self, lo: int, hi: int, mask: Tensor | None) -> Tensor:
+        """dM."""
+        grad = self.dout[:, lo:hi] @ self.values[:, : self.chunk.columns(hi)].transpose(1, 2)
+        return grad if mask is None else grad.mul_(mask)
+
+    def _second_stage(self, lo: int, hi: int, first: Tensor) -> Tensor | None:
+        """Everything below M of a block but P; returns what reaches P directly (dM of "none" and "additive")."""
+        chunk, refinement, scale = self.chunk, self.chunk.call.refinement, self.chunk.call.refine_scale
+        mask = chunk.mask(lo, hi)
+        higher = first if refinement == "none" else chunk.higher(self.saved[0], self.saved[1], lo, hi)
+        weights = chunk.mixed(first, higher) if refinement == "additive" else higher
+        self._collect(self.dvalues, _times(weights, mask), self.dout[:, lo:hi], hi)
+        del weights
+        grad = self._mixed_gradient(lo, hi, mask)
         if refinement == "none":
-            _add_product(self.dv, _times(first, mask), self.dout[:, :, lo:hi])
             return grad
-        higher = chunk.higher(self.space, lo, hi)
-        weights, higher_grad = higher, grad
-        if refinement == "additive":
-            weights = _mixed(first, higher, chunk.gate)
-            if chunk.gate is not None and self.dgate is not None:
-                self.dgate += (higher * grad).sum((0, 2, 3))
-                higher_grad = chunk.gate * grad
-        _add_product(self.dvalues, _times(weights, mask), self.dout[:, :, lo:hi])
-        dscores = _softmax_backward(higher_grad, higher).mul_(chunk.call.refine_scale)
-        (q_a, k_a), rank = self.space.chunk(2, dim=-1), self.space.shape[-1] // 2
-        self.dspace[:, :, lo:hi, :rank] = dscores @ k_a[:, :, : dscores.shape[-1]]
-        _add_product(self.dspace[..., rank:], dscores, q_a[:, :, lo:hi])
+        if self.dgate is not None:
+            self.dgate += (higher * grad).sum((1, 2), keepdim=True)
+        dscores = _softmax_backward(grad, higher)
+        if chunk.gate is not None:
+            dscores *= chunk.gate
+        (q_a, k_a), (dq_a, dk_a) = self.saved[:2], self.dsaved[:2]
+        _multiply(dq_a[:, lo:hi], dscores, k_a[:, : dscores.shape[-1]], scale=scale)
+        self._collect(dk_a, dscores, q_a[:, lo:hi], hi, scale)
         return grad if refinement == "additive" else None
 
     def _first_stage(self, lo: int, hi: int, first: Tensor, grad: Tensor | None) -> None:
         """Everything below P of a block; grad is what reached P directly."""
-        chunk, columns = self.chunk, first.shape[-1]
-        if chunk.tables is not None:
-            assert self.dtables is not None
-            dspace = self.dspace[:, :, lo:hi]
-            through_space = dspace @ chunk.tables[..., :columns, :].transpose(-1, -2)
-            grad = through_space if grad is None else through_space.add_(grad)
-            self._add_tables(first, dspace)
+        chunk, columns, scale = self.chunk, first.shape[-1], self.chunk.call.softmax_scale
+        # P was multiplied with W_q, W_k and, for "value", V: the factor, the gradients of the product and of the factor.
+        for factor, dproduct, dfactor in zip([*chunk.tables, chunk.v], self.dsaved, [*self.dtables, self.dv], strict=False):
+            rows = dproduct[:, lo:hi]
+            if dfactor.dim() == 2:  # one product over sequences, heads and rows together
+                dfactor[:columns].addmm_(first.flatten(0, 1).T, rows.flatten(0, 1))
+            else:
+                self._collect(dfactor, first, rows, hi)
+            add = grad is not None
+            grad = torch.empty_like(first) if grad is None else grad
+            _multiply(grad, rows, factor[..., :columns, :].transpose(-1, -2), add=add)
         assert grad is not None
-        if self.is_value:
-            dvalues = self.dvalues[:, :, lo:hi]
-            grad = grad + dvalues @ chunk.v[:, :, :columns].transpose(-1, -2)
-            _add_product(self.dv, first, dvalues)
         dscores = _softmax_backward(grad, first)
-        self.dq[:, :, lo:hi] = (dscores @ chunk.k[:, :, :columns]).mul_(chunk.call.softmax_scale)
-        _add_product(self.dk, dscores, chunk.q[:, :, lo:hi])
-
-    def _add_tables(self, first: Tensor, dspace: Tensor) -> None:
-        assert self.dtables is not None
-        rows = self.dtables[..., : first.shape[-1], :]
-        if self.dtables.dim() == 2:  # one product over sequences, heads and rows together
-            rows += first.flatten(0, 2).T @ dspace.flatten(0, 2)
-        else:
-            product = first.transpose(-1, -2) @ dspace
-            rows += product if self.dtables.dim() == 4 else product.sum(0)
+        _multiply(self.dq[:, lo:hi], dscores, chunk.k[:, :columns], scale=scale)
+        self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    return torch.ops.aten._softmax_backward_data(grad, weights, -1, weights.dtype)
-
-
-def _selections(call: Call, q: Tensor, bounds: Tensor | None) -> Iterator[tuple[slice | Tensor, int]]:
-    """(sequences, window length) of each chunk, of at most `_BLOCK_WEIGHTS` weights at a time."""
-    budget = _BLOCK_WEIGHTS.get(q.device.type, _BLOCK_WEIGHTS["cpu"])
-
-    def weights(length: int) -> int:
-        return q.shape[1] * min(length, _BLOCK_ROWS) * length
-
-    count = q.shape[0] if bounds is None else bounds.shape[0] - call.varlen
-    if bounds is None or bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        step = max(1, budget // weights(call.max_len))
-        for lo in range(0, count, step):
-            chosen = slice(lo, min(lo + step, count))
-            yield (chosen if bounds is None else torch.arange(chosen.start, chosen.stop, device=q.device)), call.max_len
-        return
-    lengths, order = sequence_lengths(call, bounds).sort()
-    lo, ordered = 0, lengths.tolist()
-    for hi in range(1, count + 1):
-        if hi < count and (hi + 1 - lo) * weights(ordered[hi]) <= budget:
-            continue
-        if ordered[hi - 1]:
-            yield order[lo:hi], ordered[hi - 1]
-        lo = hi
-
-
-def _load_chunk(
-    chosen: slice | Tensor,
-    length: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    seed: Tensor | None,
-    call: Call,
-) -> _Chunk:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
-    if isinstance(chosen, slice):
-        windows = None
-        sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
-    else:
-        assert bounds is not None
-        windows = make_windows(call, bounds, q.shape[2], length, chosen)
-        sequence = windows.sequence
-
-    def load(x: Tensor, group: int = 1) -> Tensor:
-        if windows is not None:
-            return gather_windows(x, windows, call.varlen, group).to(dtype)
-        assert isinstance(chosen, slice)
-        found = x[chosen].to(dtype)
-        return found if group == 1 else found.repeat_interleave(group, dim=1)
-
-    tables = None
-    if w_q is not None and w_k is not None:
-        pair = torch.cat([w_q, w_k], dim=-1)
-        if call.per_entry:
-            tables = load(pair)
-        else:
-            tables = table_window(pair, call, length).to(q.dtype).to(dtype)[0]
-            tables = tables[0] if tables.shape[0] == 1 else tables
-    return _Chunk(
-        load(q) * call.softmax_scale,
-        load(k, group),
-        load(v, group),
-        tables,
-        None if gate is None else gate.to(dtype).view(-1, 1, 1),
-        seed,
-        sequence,
-        windows,
-        call,
-    )
-
-
-def _store(out: Tensor, value: Tensor, chosen: slice | Tensor, chunk: _Chunk) -> None:
-    """Put a chunk's (n, H, L, F) into a row buffer; query heads that share a key head are summed."""
-    if out.shape[1] != value.shape[1]:
-        value = value.unflatten(1, (out.shape[1], -1)).sum(2)
-    if chunk.windows is None:
-        out[chosen] = value.to(out.dtype)
-    else:
-        scatter_windows(out, value, chunk.windows, chunk.call.varlen)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    seed: Tensor | None,
-    call: Call,
-) -> tuple[Tensor, list[Tensor]]:
-    if call.refinement == "none":
-        w_q = w_k = None
-    out = row_buffer(q, q.shape[1], v.shape[-1], call.varlen)
+def _forward(given: Inputs, call: Call) -> tuple[Tensor, list[Tensor]]:
+    q, v = given.q, given.v
+    out = rows_like(q, q.shape[1], v.shape[-1], given.bounds, call)
     saved: list[Tensor] = []
-    for chosen, length in _selections(call, q, bounds):
-        chunk = _load_chunk(chosen, length, q, k, v, w_q, w_k, gate, bounds, seed, call)
-        value, kept = _forward_chunk(chunk)
-        _store(out, value, chosen, chunk)
-        saved += kept
+    for place in places(given, call):
+        chunk = _load_chunk(place, given, call)
+        value = place.result(out)
+        saved += _forward_chunk(chunk, value)
+        if place.windows is not None:
+            value.masked_fill_(chunk.padding.transpose(1, 2) != 0, 0)
+        place.store(out, value)
     return out[:, :, : q.shape[2]], saved
 
 
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, w_q, w_k, gate, bounds, seed, call):  # type: ignore[no-untyped-def]
-        out, saved = _forward(q, k, v, w_q, w_k, gate, bounds, seed, call)
+    def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
+        *tensors, call = args
+        out, saved = _forward(Inputs(*tensors), call)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed, *saved)
+        ctx.save_for_backward(*tensors, *saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        q, k, v, w_q, w_k, gate, bounds, seed, *saved = ctx.saved_tensors
-        call, num_rows = ctx.call, q.shape[2]
-        tables = call.refinement != "none"
-        dq, dk, dv = (row_buffer(x, x.shape[1], x.shape[-1], call.varlen) for x in (q, k, v))
-        pair = dgate = None
-        if tables:
-            rank, wide = w_q.shape[-1], torch.promote_types(q.dtype, torch.float32)
-            if call.per_entry:
-                pair = row_buffer(w_q, w_q.shape[1], 2 * rank, call.varlen)
-            else:
-                pair = w_q.new_zeros(*w_q.shape[:3], 2 * rank, dtype=wide)
-            dgate = None if gate is None else gate.new_zeros(q.shape[1], dtype=wide)
-        kept = iter(saved)
-        for chosen, length in _selections(call, q, bounds):
-            chunk = _load_chunk(
-                chosen, length, q, k, v, w_q if tables else None, w_k if tables else None, gate, bounds, seed, call
-            )
-            dchunk = (
-                dout[chosen] if chunk.windows is None else gather_windows(dout, chunk.windows, call.varlen)
-            ).to(chunk.q.dtype)
-            mine = [next(kept) for _ in range(tables + (call.refinement == "value"))]
-            found = _ChunkGradients(chunk, mine, dchunk)
-            for out, value in ((dq, found.dq), (dk, found.dk), (dv, found.dv)):
-                _store(out, value, chosen, chunk)
-            if pair is not None and found.dtables is not None:
-                if call.per_entry:
-                    _store(pair, found.dtables, chosen, chunk)
-                else:
-                    table_window(pair, call, length).add_(found.dtables)
-            if dgate is not None:
-                dgate += found.dgate
-        dq, dk, dv = dq[:, :, :num_rows], dk[:, :, :num_rows], dv[:, :, :num_rows]
-        if pair is None:
-            return dq, dk, dv, None, None, None, None, None, None
-        dw_q, dw_k = pair[:, :, : w_q.shape[2]].to(w_q.dtype).chunk(2, dim=-1)
-        if dgate is not None:
+        given, saved, call = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:]), ctx.call
+        q, k, v, _, _, gate, bounds, _ = given
+        inputs, tables, wide = [q, k, v], _tables(given, call), torch.promote_types(q.dtype, torch.float32)
+        totals = [rows_like(x, x.shape[1], x.shape[-1], bounds, call) for x in (inputs + tables if call.per_entry else inputs)]
+        totals += [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
+        dgate = q.new_zeros(q.shape[1], dtype=wide)
+        for place in places(given, call):
+            chunk = _load_chunk(place, given, call)
+            results = [place.result(x) for x in totals[:3]] + [place.table_result(x) for x in totals[3:]]
+            kept = len(tables) + (call.refinement == "value")
+            mine, saved = saved[:kept], saved[kept:]
+            found = _ChunkGradients(chunk, mine, place.load(dout), results)
+            for store, total, value in zip([place.store] * 3 + [place.store_table] * 2, totals, results, strict=False):
+                store(total, value)
+            if found.dgate is not None:
+                dgate += found.dgate.view(-1, place.heads).sum(0)
+        grads = [g[:, :, : x.shape[2]].to(x.dtype) for g, x in zip(totals, inputs + tables, strict=True)]
+        if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
-        return dq, dk, dv, dw_q, dw_k, dgate, None, None, None
+        return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
 
 
-def fallback_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    seed: Tensor | None,
-    call: Call,
-) -> Tensor:
+def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
-    tensors = (q, k, v, w_q, w_k, gate, bounds, seed)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _RefinedAttention.apply(*tensors, call)
-    return _forward(*tensors, call)[0]
+    if given.need_gradient():
+        return _RefinedAttention.apply(*given, call)
+    return _forward(given, call)[0]

@@ -29,6 +29,22 @@ class Call(NamedTuple):
     dropout_p: float
 
 
+class Inputs(NamedTuple):
+    """The tensors of one call, (entries, heads, rows, features) each where nothing else is said."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w_q: Tensor | None  # (1, 1 or H, N, R) by position, or (entries, H, rows, R) per item
+    w_k: Tensor | None
+    gate: Tensor | None  # (1 or H,)
+    bounds: Tensor | None  # lengths (B,), or cumulative lengths (B + 1,) if packed
+    seed: Tensor | None  # () int64, only under dropout
+
+    def need_gradient(self) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)
+
+
 class Windows(NamedTuple):
     """A window of `valid.shape[1]` positions for each of n sequences, all aligned the same way."""
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .dropout import scaled_mask
-from .layout import Call, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
+from .layout import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
@@ -38,52 +38,35 @@ def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor
     return masked_softmax(scores, visible)
 
 
-def windowed(
-    tensors: tuple[Tensor | None, ...], bounds: Tensor | None, call: Call, num_rows: int
-) -> tuple[list[Tensor | None], Windows | None]:
-    """Tensors in rows form -> (n, heads, window, F) each, and the windows (None: every row is a real item)."""
-    if bounds is None:
-        return list(tensors), None
-    windows = make_windows(call, bounds, num_rows)
-    if call.varlen:
-        return [x if x is None else gather_windows(x, windows, True) for x in tensors], windows
-    return [x if x is None else torch.where(windows.valid[:, None, :, None], x, 0) for x in tensors], windows
-
-
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor | None, w_q: Tensor | None, w_k: Tensor | None, bounds: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Windows | None, Tensor | None]:
+    given: Inputs, call: Call
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Windows | None, Tensor | None]:
     """q, k, v, W as (n, H, L, F) in q's dtype, zero where there is no item, with the windows and who sees whom."""
-    num_rows, heads = q.shape[2], q.shape[1]
-    content = (w_q, w_k) if call.per_entry else (None, None)
-    (q, k, v, *content), windows = windowed((q, k, v, *content), bounds, call, num_rows)  # type: ignore[assignment]
-    k = k.repeat_interleave(heads // k.shape[1], dim=1)
-    if v is not None:
-        v = v.repeat_interleave(heads // v.shape[1], dim=1)
-    if call.per_entry:
-        w_q, w_k = content
-    elif w_q is not None and w_k is not None:
-        w_q, w_k = table_window(w_q, call, call.max_len), table_window(w_k, call, call.max_len)
-    if w_q is not None and w_k is not None:
-        w_q, w_k = w_q.to(q.dtype), w_k.to(q.dtype)
-    valid = None if windows is None else windows.valid
-    return q, k, v, w_q, w_k, windows, visibility(valid, q.shape[2], call.causal, q.device)
+    q, heads, group = given.q, given.q.shape[1], given.q.shape[1] // given.k.shape[1]
+    windows = None if given.bounds is None else make_windows(call, given.bounds, q.shape[2])
+
+    def windowed(x: Tensor) -> Tensor:
+        if windows is None:
+            return x
+        if call.varlen:
+            return gather_windows(x, windows, True)
+        return torch.where(windows.valid[:, None, :, None], x, 0)
+
+    def table(w: Tensor | None) -> Tensor | None:
+        if w is None:
+            return None
+        return (windowed(w) if call.per_entry else table_window(w, call, call.max_len)).to(q.dtype)
+
+    q, k, v = windowed(q), windowed(given.k), windowed(given.v)
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(heads // v.shape[1], dim=1)
+    visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
+    return q, k, v, table(given.w_q), table(given.w_k), windows, visible
 
 
-def reference_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    seed: Tensor | None,
-    call: Call,
-) -> Tensor:
+def reference_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v)."""
-    (_, heads, num_rows, _), in_rows = q.shape, q
-    q, k, v, w_q, w_k, windows, visible = prepare(q, k, v, w_q, w_k, bounds, call)  # type: ignore[assignment]
+    (_, heads, num_rows, _), seed = given.q.shape, given.seed
+    q, k, v, w_q, w_k, windows, visible = prepare(given, call)
 
     first = masked_softmax(call.softmax_scale * q @ k.transpose(-1, -2), visible)
     drop: Tensor | float = 1.0
@@ -102,21 +85,19 @@ def reference_attention(
         elif call.refinement == "value":
             out = (drop * higher) @ (first @ v)
         else:
-            out = (drop * (first + _per_head(gate, q.dtype) * higher)) @ v
+            out = (drop * (first + _per_head(given.gate, q.dtype) * higher)) @ v
 
     if windows is None:
         return out
     if not call.varlen:
         return torch.where(windows.valid[:, None, :, None], out, 0)
-    buffer = row_buffer(in_rows, heads, v.shape[-1], varlen=True)
+    buffer = row_buffer(given.q, heads, v.shape[-1], varlen=True)
     return scatter_windows(buffer, out, windows, True)[:, :, :num_rows]
 
 
-def reference_weights(
-    q: Tensor, k: Tensor, w_q: Tensor | None, w_k: Tensor | None, gate: Tensor | None, bounds: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
-    """(P, M), each (B, H, L, L)."""
-    q, k, _, w_q, w_k, _, visible = prepare(q, k, None, w_q, w_k, bounds, call)
+def reference_weights(given: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+    """(P, M), each (B, H, L, L); the values are not looked at."""
+    q, k, _, w_q, w_k, _, visible = prepare(given, call)
     first = masked_softmax(call.softmax_scale * q @ k.transpose(-1, -2), visible)
     if call.refinement == "none":
         return first, first
@@ -125,7 +106,7 @@ def reference_weights(
     if call.refinement == "value":
         return first, higher @ first
     if call.refinement == "additive":
-        return first, first + _per_head(gate, q.dtype) * higher
+        return first, first + _per_head(given.gate, q.dtype) * higher
     return first, higher
 
 

@@ -74,7 +74,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
 
     from awrsr_kernels._triton import short, tiled, tiled_bwd
     from awrsr_kernels._triton.launch import Problem
-    from awrsr_kernels.layout import Call
+    from awrsr_kernels.layout import Call, Inputs
 
     backend, architecture, lanes, shared = ARCHITECTURES[case.arch]
     driver.set_active(_Driver(GPUTarget(backend, architecture, lanes)))
@@ -102,7 +102,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     seed = new(dtype=torch.int64) if case.dropout_p else None
     per_entry = case.tables == "entry"
     call = Call(case.refinement, True, False, True, case.length, per_entry, 0.1, 0.1, case.dropout_p)
-    problem = Problem(q, k, k, table, table, gate, new(case.batch, dtype=torch.int64), seed, call)
+    problem = Problem(Inputs(q, k, k, table, table, gate, new(case.batch, dtype=torch.int64), seed), call)
     problem.shared = shared
     if problem.is_short():
         short.short_backward(problem, q, short.short_forward(problem)[1:])

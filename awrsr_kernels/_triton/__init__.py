@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..layout import Call
+from ..layout import Call, Inputs
 from .launch import Problem, with_rows
 from .short import short_backward, short_buffers, short_forward
 from .tiled import tiled_buffers, tiled_forward
@@ -35,13 +35,13 @@ def _forward_op(
 ) -> list[Tensor]:
     """The output, (entries, H, rows, D_v), and what the backward needs besides the inputs: in the short regime, nothing."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
-    problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
     return short_forward(problem) if problem.is_short() else tiled_forward(problem)
 
 
 @_forward_op.register_fake
 def _(q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
-    problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), Call(*call))
     buffers = short_buffers(problem) if problem.is_short() else tiled_buffers(problem)
     return list(buffers.values())
 
@@ -70,14 +70,14 @@ def _backward_op(
 ) -> list[Tensor]:
     """Gradients of q, k, v and, where given, of w_q, w_k, gate."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
-    problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, call)
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
     backward = short_backward if problem.is_short() else tiled_backward
     return backward(problem, with_rows(dout), saved)
 
 
 @_backward_op.register_fake
 def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
-    problem = Problem(q, k, v, w_q, w_k, gate, bounds, seed, Call(*call))
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), Call(*call))
     found = list(problem.gradients())
     if w_q is not None:
         found += problem.table_gradients() if problem.call.per_entry else (w.new_empty(w.shape) for w in (w_q, w_k))
@@ -86,34 +86,23 @@ def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignor
 
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, w_q, w_k, gate, bounds, seed, call):  # type: ignore[no-untyped-def]
-        out, *saved = found = _forward_op(q, k, v, w_q, w_k, gate, bounds, seed, *call)
-        ctx.call = call
-        ctx.save_for_backward(q, k, v, w_q, w_k, gate, bounds, seed, *(found if saved else ()))
-        return out
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        *tensors, ctx.call = args
+        found = _forward_op(*tensors, *ctx.call)
+        ctx.save_for_backward(*tensors, *(found if len(found) > 1 else ()))
+        return found[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        q, k, v, w_q, w_k, gate, bounds, seed, *saved = ctx.saved_tensors
-        found = _backward_op(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *ctx.call)
-        grads = found[:3] + (found[3:5] if w_q is not None else [None, None]) + (found[5:] if gate is not None else [None])
-        return *grads, None, None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        given, saved = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
+        found = _backward_op(dout, saved, *given, *ctx.call)
+        tables = found[3:5] if given.w_q is not None else [None, None]
+        return *found[:3], *tables, found[-1] if given.gate is not None else None, None, None, None
 
 
-def triton_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    gate: Tensor | None,
-    bounds: Tensor | None,
-    seed: Tensor | None,
-    call: Call,
-) -> Tensor:
+def triton_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once."""
-    tensors = (q, k, v, w_q, w_k, gate, bounds, seed)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return _RefinedAttention.apply(*tensors, call)
-    return _forward_op(*tensors, *call)[0]
+    if given.need_gradient():
+        return _RefinedAttention.apply(*given, call)
+    return _forward_op(*given, *call)[0]

@@ -13,7 +13,7 @@ from triton.runtime import driver
 
 from ..dropout import quantise
 from ..launch_config import Tile, is_short, shared_memory, tiled_tile
-from ..layout import Call
+from ..layout import Call, Inputs
 
 View = tuple[Tensor, int, int, int]
 
@@ -44,25 +44,16 @@ def ceil_div(a: int, b: int) -> int:
 class Problem:
     """One call as the launchers see it: tensors with a contiguous last dimension, sizes, and arguments that kernels share."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w_q: Tensor | None,
-        w_k: Tensor | None,
-        gate: Tensor | None,
-        bounds: Tensor | None,
-        seed: Tensor | None,
-        call: Call,
-    ) -> None:
-        self.q, self.k, self.v = with_rows(q), with_rows(k), with_rows(v)
-        self.w_q, self.w_k = (None, None) if w_q is None or w_k is None else (with_rows(w_q), with_rows(w_k))
-        self.gate, self.bounds, self.seed, self.call = gate, bounds, seed, call
+    def __init__(self, given: Inputs, call: Call) -> None:
+        self.q, self.k, self.v = with_rows(given.q), with_rows(given.k), with_rows(given.v)
+        self.w_q = None if given.w_q is None else with_rows(given.w_q)
+        self.w_k = None if given.w_k is None else with_rows(given.w_k)
+        self.gate, self.bounds, self.seed, self.call = given.gate, given.bounds, given.seed, call
+        q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
-        self.rank = 1 if w_q is None else w_q.shape[-1]
+        self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
         self.features = (q.shape[-1], v.shape[-1], self.rank)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
