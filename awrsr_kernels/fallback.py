@@ -6,7 +6,8 @@ The batch is cut into chunks of sequences of similar length (`_fallback_chunks.p
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
 sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
 where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
-case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed. With M as in
+case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed, except those of
+windows up to `KEPT_ROWS`, where they are no larger than q and computing them again would be a good part of the work. With M as in
 `reference.py`, Z the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO
@@ -36,6 +37,8 @@ from ._fallback_chunks import BLOCK_ROWS, Place, block_rows, places, rows_like
 from .dropout import scaled_mask
 from .layout import Call, Inputs
 
+KEPT_ROWS = 64  # weights of windows up to this are saved for the backward
+
 
 @dataclass
 class _Chunk:
@@ -51,6 +54,7 @@ class _Chunk:
     future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
     padding: Tensor  # (n * H, 1, 1 or L): added to scores, hides columns without an item
     seed: Tensor | None
+    kept: list[Tensor]  # P and R of the whole chunk, where the forward saved them
 
     @property
     def length(self) -> int:
@@ -74,10 +78,15 @@ class _Chunk:
         return torch.softmax(scores, -1, out=scores)
 
     def first(self, lo: int, hi: int) -> Tensor:
-        return self.weights(self.q, self.k, self.call.softmax_scale, lo, hi)
+        return self.kept[0] if self.kept else self.weights(self.q, self.k, self.call.softmax_scale, lo, hi)
 
     def higher(self, q_a: Tensor, k_a: Tensor, lo: int, hi: int) -> Tensor:
-        return self.weights(q_a, k_a, self.call.refine_scale, lo, hi)
+        return self.kept[1] if self.kept else self.weights(q_a, k_a, self.call.refine_scale, lo, hi)
+
+    def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
+        """softmax'(grad; weights), in the memory of weights that nobody keeps."""
+        into = torch.empty_like(weights) if self.kept else weights
+        return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=into)
 
     def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
         """M of "additive"."""
@@ -96,7 +105,7 @@ def _tables(given: Inputs, call: Call) -> list[Tensor]:
     return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
 
 
-def _load_chunk(place: Place, given: Inputs, call: Call) -> _Chunk:
+def _load_chunk(place: Place, given: Inputs, call: Call, kept: list[Tensor]) -> _Chunk:
     length, rows, device, dtype = place.length, block_rows(place.length), given.q.device, place.dtype
     count = place.sequence.shape[0]
     hidden = torch.finfo(dtype).min / 2  # two of them add up to a finite number
@@ -113,7 +122,7 @@ def _load_chunk(place: Place, given: Inputs, call: Call) -> _Chunk:
     tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
     if gate is not None:
         gate = gate.to(dtype).expand(place.heads).repeat(count).view(-1, 1, 1)
-    return _Chunk(place, call, place.load(q), place.load(k), place.load(v), tables, gate, future, padding, seed)
+    return _Chunk(place, call, place.load(q), place.load(k), place.load(v), tables, gate, future, padding, seed, kept)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -132,28 +141,28 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, 
         total.baddbmm_(left, right, beta=int(add), alpha=scale)
 
 
-def _softmax_backward(grad: Tensor, weights: Tensor) -> Tensor:
-    """softmax'(grad; weights), in the memory of the weights."""
-    return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=weights)
-
-
-def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
-    """Writes the output (n * H, L, D_v); returns what the backward needs: Q_A, K_A and, for "value", Y."""
+def _forward_chunk(chunk: _Chunk, out: Tensor, keep: bool) -> list[Tensor]:
+    """Writes the output (n * H, L, D_v); returns what the backward needs: Q_A, K_A and, for "value", Y; if `keep` P and R, too."""
     refinement, v = chunk.call.refinement, chunk.v
     factors = [*chunk.tables, v] if refinement == "value" else chunk.tables
     products = [chunk.place.empty(x.shape[-1]) for x in factors]
     values = products[2] if refinement == "value" else v
     direct = refinement in ("none", "additive")
+    kept: list[Tensor] = []
 
     def correlate(lo: int, hi: int) -> Tensor | None:
         """First stage of a block; returns P if that meets the values."""
         first = chunk.first(lo, hi)
+        if keep:
+            kept.append(first)
         for total, right in zip(products, factors, strict=True):
             _multiply(total[:, lo:hi], first, right[..., : first.shape[-1], :])
         return first if direct else None
 
     def attend(lo: int, hi: int, first: Tensor | None) -> None:
         weights = chunk.higher(products[0], products[1], lo, hi) if chunk.tables else None
+        if keep and weights is not None:
+            kept.append(weights)
         if first is not None:
             weights = first if weights is None else chunk.mixed(first, weights)
         assert weights is not None
@@ -167,7 +176,7 @@ def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
             correlate(lo, hi)
         for lo, hi in chunk.blocks():
             attend(lo, hi, chunk.first(lo, hi) if direct else None)
-    return products
+    return products + kept
 
 
 class _ChunkGradients:
@@ -215,7 +224,7 @@ class _ChunkGradients:
             return grad
         if self.dgate is not None:
             self.dgate += (higher * grad).sum((1, 2), keepdim=True)
-        dscores = _softmax_backward(grad, higher)
+        dscores = chunk.softmax_backward(grad, higher)
         if chunk.gate is not None:
             dscores *= chunk.gate
         (q_a, k_a), (dq_a, dk_a) = self.saved[:2], self.dsaved[:2]
@@ -237,19 +246,19 @@ class _ChunkGradients:
             grad = torch.empty_like(first) if grad is None else grad
             _multiply(grad, rows, factor[..., :columns, :].transpose(-1, -2), add=add)
         assert grad is not None
-        dscores = _softmax_backward(grad, first)
+        dscores = chunk.softmax_backward(grad, first)
         _multiply(self.dq[:, lo:hi], dscores, chunk.k[:, :columns], scale=scale)
         self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _forward(given: Inputs, call: Call) -> tuple[Tensor, list[Tensor]]:
+def _forward(given: Inputs, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
     q, v = given.q, given.v
     out = rows_like(q, q.shape[1], v.shape[-1], given.bounds, call)
     saved: list[Tensor] = []
     for place in places(given, call):
-        chunk = _load_chunk(place, given, call)
+        chunk = _load_chunk(place, given, call, [])
         value = place.result(out)
-        saved += _forward_chunk(chunk, value)
+        saved += _forward_chunk(chunk, value, keep and place.length <= KEPT_ROWS)
         if place.windows is not None:
             value.masked_fill_(chunk.padding.transpose(1, 2) != 0, 0)
         place.store(out, value)
@@ -260,7 +269,7 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
         *tensors, call = args
-        out, saved = _forward(Inputs(*tensors), call)
+        out, saved = _forward(Inputs(*tensors), call, keep=True)
         ctx.call = call
         ctx.save_for_backward(*tensors, *saved)
         return out
@@ -275,10 +284,11 @@ class _RefinedAttention(torch.autograd.Function):
         totals += [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
         for place in places(given, call):
-            chunk = _load_chunk(place, given, call)
+            products = len(tables) + (call.refinement == "value")
+            weights = (1 + bool(tables)) * (place.length <= KEPT_ROWS)
+            (mine, kept), saved = (saved[:products], saved[products : products + weights]), saved[products + weights :]
+            chunk = _load_chunk(place, given, call, kept)
             results = [place.result(x) for x in totals[:3]] + [place.table_result(x) for x in totals[3:]]
-            kept = len(tables) + (call.refinement == "value")
-            mine, saved = saved[:kept], saved[kept:]
             found = _ChunkGradients(chunk, mine, place.load(dout), results)
             for store, total, value in zip([place.store] * 3 + [place.store_table] * 2, totals, results, strict=False):
                 store(total, value)
@@ -294,4 +304,4 @@ def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
-    return _forward(given, call)[0]
+    return _forward(given, call, keep=False)[0]

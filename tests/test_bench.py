@@ -71,7 +71,7 @@ def test_fixed_interface(tmp_path: Path) -> None:
         assert [row[k] for k in keys[:9]] == expected
         assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
     assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(rows)
-    names = {"results.json", "results.csv", "time.png", "memory.png"}  # plots need matplotlib, the rest nothing
+    names = {"results.json", "results.csv", "results.md", "time.png", "memory.png"}  # plots need matplotlib, the rest nothing
     assert {p.name for p in tmp_path.iterdir()} | {"time.png", "memory.png"} == names
 
 
