@@ -99,8 +99,10 @@ def tensors_of(problem: Problem, refinement: str, dtype: torch.dtype) -> dict[st
     return {name: new(name, shape) for name, shape in shapes.items()}
 
 
-def compute(problem: Problem, refinement: str, tensors: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
-    """Output and gradients by name."""
+def compute(
+    problem: Problem, refinement: str, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Output and gradients by name; the output's gradient is one that `dtype` can hold."""
     p = problem
     args: dict[str, Any] = {"refinement": refinement, "causal": p.causal, "dropout_p": p.dropout_p, "backend": backend}
     args |= {"dropout_seed": p.seed - 2**62}
@@ -110,7 +112,7 @@ def compute(problem: Problem, refinement: str, tensors: dict[str, Tensor], backe
         out = refined_attention(**given, lengths=lengths, padding_side=p.side, **args)
     else:
         out = refined_attention_varlen(**given, cu_seqlens=cumulative(p.lengths), align=p.side, **args)
-    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(p.seed)).to(out)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(p.seed)).to(dtype).to(out)
     grads = torch.autograd.grad(out, list(tensors.values()), dout)
     return {"out": out} | {f"d{name}": g for name, g in zip(tensors, grads, strict=True)}
 
@@ -128,9 +130,10 @@ def test_agrees_with_the_reference(engine: str, refinement: str, dtype: torch.dt
     @given(problems(LENGTHS[engine], grouped_tables=engine != "short"))
     def holds(problem: Problem) -> None:
         tensors = tensors_of(problem, refinement, dtype)
-        exact = compute(problem, refinement, {n: x.detach().double().requires_grad_() for n, x in tensors.items()}, "reference")
-        same = compute(problem, refinement, tensors, "reference")
-        found = compute(problem, refinement, tensors, backend)
+        doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        exact = compute(problem, refinement, doubles, "reference", dtype)
+        same = compute(problem, refinement, tensors, "reference", dtype)
+        found = compute(problem, refinement, tensors, backend, dtype)
         assert wrong_results(found, exact, same, dtype) == []
 
     holds()
