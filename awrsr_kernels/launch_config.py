@@ -70,7 +70,8 @@ def short_tile(max_len: int) -> Tile:
 
 
 # Tiles of the tiled kernels by (widest feature, bytes per element): what a program takes of an NVIDIA GPU's shared memory, as
-# compiled for sm_90 by Triton 3.9 (the greediest kernel, "additive" with dropout), and the tile; larger ones first.
+# compiled for sm_90 by Triton 3.9 (`benchmarks/compile_report.py --length 512 --dim 64 128 256`: the greediest kernel of
+# "additive" with dropout), and the tile; larger ones first.
 _TILED = {
     (64, 2): [(114688, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
     (128, 2): [(212992, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
