@@ -47,9 +47,9 @@ def shared_memory(device: torch.device) -> int:
 
 
 # Shared memory of the short backward, by (rows of the tile, widest feature, bytes per element), as compiled for sm_90 by Triton
-# 3.9 for "value" with dropout and shifted tables, the largest of those tried. Tiles of 128 rows are left out: under grouped-query
-# attention they take 262,144, more than sm_90 grants.
-_SHORT_BWD_SHARED = {(64, 64, 2): 90112, (64, 64, 4): 163840, (64, 128, 2): 155648}
+# 3.6 and 3.9 (`benchmarks/compile_report.py --refinement value --dim 64 128 --group 2`: "value" under grouped-query attention, with
+# dropout and shifted tables, the greediest). Tiles of 128 rows are left out: they take 262,144 there, more than sm_90 grants.
+_SHORT_BWD_SHARED = {(64, 64, 2): 98304, (64, 64, 4): 163840, (64, 128, 2): 163840}
 
 
 def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, grouped_tables: bool, shared: int) -> bool:
@@ -70,11 +70,11 @@ def short_tile(max_len: int) -> Tile:
 
 
 # Tiles of the tiled kernels by (widest feature, bytes per element): what a program takes of an NVIDIA GPU's shared memory, as
-# compiled for sm_90 by Triton 3.9 (`benchmarks/compile_report.py --length 512 --dim 64 128 256`: the greediest kernel of
+# compiled for sm_90 by Triton 3.6 and 3.9 (`benchmarks/compile_report.py --length 512 --dim 64 128 256`: the greediest kernel of
 # "additive" with dropout), and the tile; larger ones first.
 _TILED = {
-    (64, 2): [(114688, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
-    (128, 2): [(212992, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
+    (64, 2): [(115200, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
+    (128, 2): [(213504, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
     (256, 2): [(133376, Tile(32, 32, 8, 2)), (100352, Tile(32, 32, 8, 1))],
     (64, 4): [(81920, Tile(32, 32, 4, 1))],
     (128, 4): [(163840, Tile(32, 32, 8, 1)), (81920, Tile(16, 16, 4, 1))],

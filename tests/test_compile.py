@@ -32,7 +32,7 @@ def test_every_kernel_compiles_for_sm_90(refinement: str, length: int, tmp_path:
     assert kernels == ({"short_fwd", "short_bwd"} if length == 64 else tiled)
     for row in rows:
         forward = "fwd" in row["kernel"]
-        assert row["shared"] <= (90112 if length == 64 else 114688)  # what launch_config.py says they take
+        assert row["shared"] <= (98304 if length == 64 else 115200)  # what launch_config.py says they take
         assert row["tensor_core"] > 0
         assert row["stack"] <= (0 if forward else 900), row  # bytes per thread that do not fit in registers
 
