@@ -6,16 +6,17 @@ from typing import NamedTuple
 
 import torch
 
-MAX_SHORT = 128  # the longest window and the widest features of the short kernels
+MAX_SHORT = 64  # rows of the largest short tile
 
 
-class Tile(NamedTuple):
+class Config(NamedTuple):
     """How a kernel is launched: rows and columns of a tile (equal in the short regime), warps, pipeline stages."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    programs: int = 4
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
@@ -52,41 +53,41 @@ def shared_memory(device: torch.device) -> int:
 _SHORT_BWD_SHARED = {(64, 64, 2): 98304, (64, 64, 4): 163840, (64, 128, 2): 163840}
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, grouped_tables: bool, shared: int) -> bool:
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int) -> bool:
     """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
 
-    features: D, D_v and R. grouped_tables: a table per query head under grouped-query attention. shared: bytes a program may have.
+    features: D, D_v and R. shared: bytes a program may have.
     """
-    if max_len > MAX_SHORT or max(features) > MAX_SHORT or grouped_tables:
+    if max_len > MAX_SHORT or max(features) > MAX_SHORT:
         return False
     key = (64 if max_len <= 64 else 128, 64 if max(features) <= 64 else 128, min(itemsize, 4))
     return _SHORT_BWD_SHARED.get(key, shared + 1) <= shared
 
 
-def short_tile(max_len: int) -> Tile:
+def short_config(kernel, max_len: int, features, itemsize, shared) -> Config:
     """Tile of the short kernels: the length class of the window."""
     block = next(size for size in (16, 32, 64, 128) if max_len <= size)
-    return Tile(block, block, 4 if block <= 64 else 8, 1)
+    return Config(block, block, 4 if block <= 64 else 8, 1, 2)
 
 
 # Tiles of the tiled kernels by (widest feature, bytes per element): what a program takes of an NVIDIA GPU's shared memory, as
 # compiled for sm_90 by Triton 3.6 and 3.9 (`benchmarks/compile_report.py --length 512 --dim 64 128 256`: the greediest kernel of
 # "additive" with dropout), and the tile; larger ones first.
 _TILED = {
-    (64, 2): [(115200, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
-    (128, 2): [(213504, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
-    (256, 2): [(133376, Tile(32, 32, 8, 2)), (100352, Tile(32, 32, 8, 1))],
-    (64, 4): [(81920, Tile(32, 32, 4, 1))],
-    (128, 4): [(163840, Tile(32, 32, 8, 1)), (81920, Tile(16, 16, 4, 1))],
-    (256, 4): [(163840, Tile(16, 16, 4, 1))],
+    (64, 2): [(115200, Config(64, 64, 4, 2)), (65536, Config(64, 64, 4, 1))],
+    (128, 2): [(213504, Config(64, 64, 8, 2)), (114688, Config(64, 64, 8, 1)), (51200, Config(32, 32, 4, 1))],
+    (256, 2): [(133376, Config(32, 32, 8, 2)), (100352, Config(32, 32, 8, 1))],
+    (64, 4): [(81920, Config(32, 32, 4, 1))],
+    (128, 4): [(163840, Config(32, 32, 8, 1)), (81920, Config(16, 16, 4, 1))],
+    (256, 4): [(163840, Config(16, 16, 4, 1))],
 }
 
 
-def tiled_tile(features: tuple[int, int, int], itemsize: int, shared: int) -> Tile:
+def tiled_config(kernel: str, features: tuple[int, int, int], itemsize: int, shared: int) -> Config:
     """Tile of the tiled kernels: the largest that fits, otherwise the smallest (AMD GPUs keep operands in registers)."""
     rows = _tiled_rows(features, itemsize)
     return next((tile for needed, tile in rows if needed <= shared), rows[-1][1])
 
 
-def _tiled_rows(features: tuple[int, int, int], itemsize: int) -> list[tuple[int, Tile]]:
+def _tiled_rows(features: tuple[int, int, int], itemsize: int) -> list[tuple[int, Config]]:
     return _TILED[next(width for width in (64, 128, 256) if max(features) <= width), 2 if itemsize == 2 else 4]
