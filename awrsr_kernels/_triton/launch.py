@@ -13,8 +13,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import Config, is_short, shared_memory, short_config, tiled_config
+from ..launch_config import Config, choose, is_short, key_of, shared_memory
 from ..layout import Call, Inputs
+from ..tuned import tuned_for
 
 View = tuple[Tensor, int, int, int]
 
@@ -31,7 +32,7 @@ def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
-    """Run a kernel on `device` under a configuration's warps and stages. Fused multiply-add is part of the numerics, so it is pinned."""
+    """Run a kernel on `device` under a configuration's warps and stages. Fused multiply-add is pinned: numerics depend on it."""
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -64,9 +65,9 @@ class Problem:
         return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, self.shared)
 
     def config(self, kernel: str) -> Config:
-        if kernel.startswith("short"):
-            return short_config(kernel, self.call.max_len, self.features, self.q.dtype.itemsize, self.shared)
-        return tiled_config(kernel, self.features, self.q.dtype.itemsize, self.shared)
+        key = key_of(kernel, self.call.max_len, self.features, self.q.dtype.itemsize)
+        assert key is not None
+        return choose(key, self.shared, None if self.interpreted else tuned_for(self.q.device))
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""

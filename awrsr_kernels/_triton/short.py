@@ -1,9 +1,9 @@
 """The short regime: a tile holds whole heads, every matrix stays on chip, one launch forward and one backward.
 
-L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as many of
-them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded; sequences in
-one tile do not see each other. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout mask and
-softmax'(g; p) = p * (g - rowsum(g * p)):
+L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
+many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
+sequences in one tile do not see each other. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout
+mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V
@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_config import short_config
 from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
@@ -55,7 +54,7 @@ def _short_fwd_kernel(
     DTYPE: tl.constexpr = q[0].dtype.element_ty
 
     sequence = begin
-    for step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
             taken, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, table_rows,
@@ -117,7 +116,7 @@ def _short_bwd_kernel(
     dw_k_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
 
     sequence = begin
-    for step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
             taken, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, table_rows,
@@ -230,7 +229,8 @@ def short_forward(problem: Problem) -> list[Tensor]:
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(out), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m),
+        out=p.view(out), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     return [out]

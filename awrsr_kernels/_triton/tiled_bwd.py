@@ -23,8 +23,8 @@ from .primitives import (
     load_rows,
     load_tile,
     locate,
-    row_index,
     padded_seats,
+    row_index,
     seats,
     store_tile,
     table_start,
@@ -226,8 +226,8 @@ def _tiled_bwd_tables_kernel(
         store_tile(dw_q, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_q_sum, R, BLOCK_R)
         store_tile(dw_k, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_k_sum, R, BLOCK_R)
     else:
-        store_tile(dw_q, head, padded_seats(split, 0, window, max_len, max_len, False), dw_q_sum, R, BLOCK_R)
-        store_tile(dw_k, head, padded_seats(split, 0, window, max_len, max_len, False), dw_k_sum, R, BLOCK_R)
+        store_tile(dw_q, head, seats(split, split * 0, window, max_len), dw_q_sum, R, BLOCK_R)
+        store_tile(dw_k, head, seats(split, split * 0, window, max_len), dw_k_sum, R, BLOCK_R)
 
 
 class _Backward:
