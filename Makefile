@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint bench gpu
+.PHONY: test lint bench compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -14,6 +14,10 @@ lint: .venv/ready
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
+
+# What every kernel compiles to on every target, without a GPU: registers, spills, shared memory. An hour the first time.
+compile-report: .venv/ready
+	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
 # GPU tests and benchmarks in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
 gpu:
