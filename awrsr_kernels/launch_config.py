@@ -78,6 +78,9 @@ TABLE: dict[Key, list[Row]] = {
             (256, 4): [Row(163840, Config(16, 16, 4, 1))],
         }.items()
     },
+    # Smaller than the backward's, so that nothing spills
+    Key("tiled_fwd", TILED, 64, 4): [Row(24576, Config(32, 32, 8, 1))],
+    Key("tiled_fwd", TILED, 128, 4): [Row(40960, Config(32, 16, 8, 1))],
 }
 
 
