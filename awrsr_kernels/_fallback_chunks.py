@@ -1,9 +1,10 @@
 """Chunks of a batch: which sequences the torch backend works on at a time, and how rows travel to and from them.
 
-n sequences of a chunk, H query heads, L window length, F features.
+n sequences of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
 
 A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
-already looks like that, nothing is copied: products read it and write into it in place.
+already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one:
+whatever its strides, a tensor is a matrix of rows, and a chunk an index into it.
 """
 
 from collections.abc import Iterator
@@ -12,69 +13,137 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, sequence_lengths, table_window
+from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
+from .layout import Call, Inputs, Windows, make_windows, row_buffer, sequence_lengths, table_window
 
-BLOCK_ROWS = 128  # rows whose weights exist at a time
+_LANES = 16  # torch's softmax takes three times as long where rows do not fill vectors of this many floats
+_BLOCK_ROWS = (2 * _LANES, 8 * _LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
-_SHORT = 8  # windows up to twice this are not worth a chunk for each length
+_CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
 
 
-def block_rows(length: int) -> int:
-    """Rows per block: blocks of equal height, as few as `BLOCK_ROWS` allows."""
-    blocks = -(-length // BLOCK_ROWS)
-    return -(-length // blocks)
+def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
+    """(first, end) of each block of rows of a window.
+
+    Causal blocks leave out the columns of later ones. The more blocks, the nearer that comes to half of all weights, but small
+    products are slow: three blocks is the compromise, as far as the bounds allow it.
+    """
+    fewest, most = _BLOCK_ROWS
+    if causal:
+        step = min(max(length // 3 // _LANES * _LANES, fewest), most)
+        count = max(1, (length + step - _LANES) // step)  # what would be a block of a few rows goes with the one before
+    else:
+        count = -(-length // most)
+        step = -(-length // count)
+    return [(i * step, (i + 1) * step if i + 1 < count else length) for i in range(count)]
 
 
-def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int]]:
-    """(sequences, window length) of each chunk, of at most `_BLOCK_WEIGHTS` weights at a time."""
+def _spans(lengths: list[int], heads: int, max_len: int) -> list[tuple[int, int]]:
+    """(sequences, window length) of the classes into which ascending lengths fall, shortest first.
+
+    A class of its own must be worth its overhead: the weights that padding its sequences to the next class would add.
+    """
+    classes: list[tuple[int, int]] = []
+    for length in lengths:
+        span = min(-(-length // _LANES) * _LANES, max_len)
+        count = 1
+        if classes and classes[-1][1] == span:
+            count += classes.pop()[0]
+        elif classes and heads * classes[-1][0] * (span**2 - classes[-1][1] ** 2) < _CHUNK_WEIGHTS:
+            count += classes.pop()[0]
+        classes.append((count, span))
+    return classes
+
+
+def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int, bool]]:
+    """(sequences, window length, whether each is known to have an item) of each chunk, of at most `_BLOCK_WEIGHTS` at a time."""
     q, bounds = given.q, given.bounds
     budget = _BLOCK_WEIGHTS.get(q.device.type, _BLOCK_WEIGHTS["cpu"])
 
-    def fitting(length: int) -> int:
-        """Sequences of this length that a chunk may hold."""
-        return max(1, budget // (q.shape[1] * block_rows(length) * length))
+    def steps(count: int, length: int) -> Iterator[slice]:
+        """Equal parts of `count` sequences of one length that fit the budget."""
+        rows = max(hi - lo for lo, hi in row_blocks(length, call.causal))
+        chunks = -(-count // max(1, budget // (q.shape[1] * rows * length)))
+        step = -(-count // chunks)
+        return (slice(lo, min(lo + step, count)) for lo in range(0, count, step))
 
     count = q.shape[0] if bounds is None else bounds.shape[0] - call.varlen
-    if bounds is None or bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        if not count or not call.max_len:
-            return
-        chunks = -(-count // fitting(call.max_len))
-        step = -(-count // chunks)
-        for lo in range(0, count, step):
-            chosen = slice(lo, min(lo + step, count))
-            yield (chosen if bounds is None else torch.arange(chosen.start, chosen.stop, device=q.device)), call.max_len
+    if not count or not call.max_len or not q.shape[2]:
         return
-    lengths, order = sequence_lengths(call, bounds).sort()
-    ordered: list[int] = lengths.tolist()
-    lo = sum(length == 0 for length in ordered)
-    for hi in range(lo + 1, count + 1):
-        if hi == count or ordered[hi] > 2 * max(_SHORT, ordered[lo]) or hi + 1 - lo > fitting(ordered[hi]):
-            yield order[lo:hi], ordered[hi - 1]
-            lo = hi
+    if bounds is None:
+        yield from ((chosen, call.max_len, True) for chosen in steps(count, call.max_len))
+    elif bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        for chosen in steps(count, call.max_len):
+            yield torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False
+    else:
+        lengths, order = sequence_lengths(call, bounds).sort()
+        real = [n for n in lengths.tolist() if n]
+        begin = count - len(real)
+        for members, span in _spans(real, q.shape[1], call.max_len):
+            for chosen in steps(members, span):
+                yield order[begin + chosen.start : begin + chosen.stop], span, True
+            begin += members
 
 
-class Place(NamedTuple):
+def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(entries, heads, rows, F) as a matrix of rows, with the strides therein of entries, heads and rows."""
+    _, heads, rows, features = x.shape
+    packed = x.transpose(1, 2)
+    if packed.is_contiguous():
+        return packed.reshape(-1, features), (rows * heads, 1, heads)
+    return x.reshape(-1, features), (heads * rows, rows, 1)
+
+
+class Place:
     """Where the rows of a chunk lie in the caller's tensors."""
 
-    chosen: slice | Tensor
-    length: int
-    sequence: Tensor  # (n,) int64, index in the batch
-    windows: Windows | None  # None: the sequences are `chosen`, a slice, and every row is a real item
-    heads: int
-    dtype: torch.dtype
-    call: Call
+    def __init__(self, chosen: slice | Tensor, length: int, real: bool, given: Inputs, call: Call) -> None:
+        q = given.q
+        self.chosen, self.length, self.call, self.heads = chosen, length, call, q.shape[1]
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.windows: Windows | None = None  # None: the sequences are `chosen`, a slice, and every row is a real item
+        if isinstance(chosen, slice):
+            self.sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
+        else:
+            assert given.bounds is not None
+            self.sequence = chosen
+            self.windows = windows = make_windows(call, given.bounds, q.shape[2], length, chosen)
+            nearest = windows.rows.gather(1, windows.first.clamp(max=length - 1)[:, None])
+            self._real = real
+            self._source = torch.where(windows.valid, windows.rows, nearest)  # padding is not read: NaN may stand there
+            self._target = torch.where(windows.valid, windows.rows, q.shape[2]) if call.varlen else windows.rows
+            self._indices: dict[tuple[int, ...], Tensor] = {}
+        self.count = self.sequence.shape[0]
 
     def empty(self, features: int) -> Tensor:
-        return self.sequence.new_empty(self.sequence.shape[0] * self.heads, self.length, features, dtype=self.dtype)
+        return self.sequence.new_empty(self.count * self.heads, self.length, features, dtype=self.dtype)
+
+    def _index(self, rows: Tensor, strides: tuple[int, int, int], heads: int, group: int) -> Tensor:
+        """(n * heads * L,) numbers of rows in a matrix of rows; query heads of a group read the same head."""
+        key = (rows is self._source, heads, group, *strides)
+        if key not in self._indices:
+            entry, head, row = strides
+            of_head = torch.arange(heads, device=rows.device)[:, None] // group * head
+            of_row = rows * row if self.call.varlen else rows * row + self.sequence[:, None] * entry
+            self._indices[key] = (of_row[:, None] + of_head).flatten()
+        return self._indices[key]
 
     def load(self, x: Tensor) -> Tensor:
-        """The chunk's rows of x, each head repeated for the query heads that share it; zero where there is no item."""
+        """The chunk's rows of x, each head repeated for the query heads that share it; padding repeats an item."""
         group = self.heads // x.shape[1]
-        if self.windows is not None:
-            found = gather_windows(x, self.windows, self.call.varlen, group)
-        else:
+        if self.windows is None:
             found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
-        return found.to(self.dtype).flatten(0, 1).contiguous()
+            return found.to(self.dtype).flatten(0, 1).contiguous()
+        rows, strides = _as_rows(x)
+        found = rows.index_select(0, self._index(self._source, strides, self.heads, group)).to(self.dtype)
+        found = found.view(-1, self.length, x.shape[-1])
+        return found if self._real else self.without_padding(found)
+
+    def without_padding(self, x: Tensor) -> Tensor:
+        """(n * H, L, F) with zeros where there is no item."""
+        if self.windows is None:
+            return x
+        return torch.where(self.windows.valid.repeat_interleave(self.heads, 0)[..., None], x, 0)
 
     def _is_direct(self, total: Tensor) -> bool:
         return self.windows is None and total.dtype == self.dtype and total.shape[1] == self.heads
@@ -84,23 +153,25 @@ class Place(NamedTuple):
         return total[self.chosen].flatten(0, 1) if self._is_direct(total) else self.empty(total.shape[-1])
 
     def store(self, total: Tensor, value: Tensor) -> None:
-        """Put a `result` into its row buffer; query heads that share a key head are summed."""
+        """Put a `result`, zero at padding, into its row buffer; query heads that share a key head are summed."""
         if self._is_direct(total):
             return
-        value = value.unflatten(0, (-1, self.heads))
-        if total.shape[1] != self.heads:
-            value = value.unflatten(1, (total.shape[1], -1)).sum(2)
+        value, heads = value.unflatten(0, (-1, self.heads)), total.shape[1]
+        if heads != self.heads:
+            value = value.unflatten(1, (heads, -1)).sum(2)
+        value = value.to(total.dtype)
         if self.windows is None:
-            total[self.chosen] = value.to(total.dtype)
-        else:
-            scatter_windows(total, value, self.windows, self.call.varlen)
+            total[self.chosen] = value
+            return
+        rows, strides = _as_rows(total)
+        rows.index_copy_(0, self._index(self._target, strides, heads, 1), value.flatten(0, 2))
 
     def load_table(self, w: Tensor) -> Tensor:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
         if self.call.per_entry:
             return self.load(w)
         found = table_window(w, self.call, self.length).to(self.dtype)[0]
-        return found[0] if found.shape[0] == 1 else found.repeat(self.sequence.shape[0], 1, 1)
+        return found[0] if found.shape[0] == 1 else found.repeat(self.count, 1, 1)
 
     def table_result(self, total: Tensor) -> Tensor:
         """Where the gradient of a `load_table` is written, or, if the whole chunk shares it, added to."""
@@ -114,18 +185,33 @@ class Place(NamedTuple):
         elif value.dim() == 3:
             table_window(total, self.call, self.length).add_(value.unflatten(0, (-1, self.heads)).sum(0))
 
+    def mask(self, seed: Tensor, lo: int, hi: int, columns: int) -> Tensor:
+        """Z of rows lo..hi, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
+        rows, dropout_p = torch.arange(lo, hi, device=seed.device), self.call.dropout_p
+        if self.windows is None or not self._real:
+            first = None if self.windows is None else self.windows.first
+            return scaled_mask(seed, dropout_p, self.sequence, self.heads, rows, columns, first, self.dtype).flatten(0, 1)
+        # Most of a window may be padding: only groups of columns that an item sees are drawn, and rows cut out of them.
+        first, valid = self.windows.first, self.windows.valid
+        of, row = valid[:, lo:hi].nonzero(as_tuple=True)
+        local = rows[row] - first[of]
+        last = local if self.call.causal else valid.sum(1)[of] - 1
+        groups = last // WEIGHTS_PER_CALL + 1
+        end = groups.cumsum(0)
+        item = torch.arange(of.shape[0]).repeat_interleave(groups)
+        group = torch.arange(item.shape[0]) - (end - groups)[item]
+        head = torch.arange(self.heads)[:, None]
+        drawn = draw(seed, dropout_p, (group, head, local[item], self.sequence[of][item]), self.dtype)  # (H, groups of all rows, 8)
+        flat = torch.nn.functional.pad(drawn.flatten(), (columns, columns))
+        start = torch.zeros_like(valid[:, lo:hi], dtype=torch.int64)
+        start[of, row] = WEIGHTS_PER_CALL * (end - groups) - first[of] + columns
+        start = start[:, None] + WEIGHTS_PER_CALL * item.shape[0] * head
+        return flat.unfold(0, columns, 1).index_select(0, start.flatten()).view(-1, hi - lo, columns)
+
 
 def places(given: Inputs, call: Call) -> Iterator[Place]:
-    q, bounds = given.q, given.bounds
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for chosen, length in _selections(given, call):
-        if isinstance(chosen, slice):
-            sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
-            yield Place(chosen, length, sequence, None, q.shape[1], dtype, call)
-        else:
-            assert bounds is not None
-            windows = make_windows(call, bounds, q.shape[2], length, chosen)
-            yield Place(chosen, length, chosen, windows, q.shape[1], dtype, call)
+    for chosen, length, real in _selections(given, call):
+        yield Place(chosen, length, real, given, call)
 
 
 def rows_like(x: Tensor, heads: int, features: int, bounds: Tensor | None, call: Call) -> Tensor:
