@@ -3,8 +3,8 @@
 n sequences of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
 
 A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
-already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one:
-whatever its strides, a tensor is a matrix of rows, and a chunk an index into it.
+already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one,
+on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
-from .layout import Call, Inputs, Windows, make_windows, row_buffer, sequence_lengths, table_window
+from .layout import Call, Inputs, Windows, make_windows, sequence_lengths, table_window
 
-_LANES = 16  # torch's softmax takes three times as long where rows do not fill vectors of this many floats
-_BLOCK_ROWS = (2 * _LANES, 8 * _LANES)  # fewest and most rows whose weights exist at a time
+LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
+_BLOCK_ROWS = (2 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
 
@@ -30,8 +30,8 @@ def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
     """
     fewest, most = _BLOCK_ROWS
     if causal:
-        step = min(max(length // 3 // _LANES * _LANES, fewest), most)
-        count = max(1, (length + step - _LANES) // step)  # what would be a block of a few rows goes with the one before
+        step = min(max(length // 3 // LANES * LANES, fewest), most)
+        count = max(1, (length + step - LANES) // step)  # what would be a block of a few rows goes with the one before
     else:
         count = -(-length // most)
         step = -(-length // count)
@@ -45,7 +45,7 @@ def _spans(lengths: list[int], heads: int, max_len: int) -> list[tuple[int, int]
     """
     classes: list[tuple[int, int]] = []
     for length in lengths:
-        span = min(-(-length // _LANES) * _LANES, max_len)
+        span = min(LANES // 2 if 2 * length <= LANES else -(-length // LANES) * LANES, max_len)
         count = 1
         if classes and classes[-1][1] == span:
             count += classes.pop()[0]
@@ -94,13 +94,21 @@ def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x.reshape(-1, features), (heads * rows, rows, 1)
 
 
-class Place:
-    """Where the rows of a chunk lie in the caller's tensors."""
+class Buffer(NamedTuple):
+    """Where chunks put one of their results."""
 
-    def __init__(self, chosen: slice | Tensor, length: int, real: bool, given: Inputs, call: Call) -> None:
+    rows: Tensor  # (entries, heads, rows, F); if there are windows, (rows of all chunks + 1, F), the last of them zero
+    heads: int
+
+
+class Place:
+    """Where the rows of a chunk lie in the caller's tensors, and in the buffers for results."""
+
+    def __init__(self, chosen: slice | Tensor, length: int, real: bool, start: int, given: Inputs, call: Call) -> None:
         q = given.q
         self.chosen, self.length, self.call, self.heads = chosen, length, call, q.shape[1]
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.start = start  # rows of the chunks before it
         self.windows: Windows | None = None  # None: the sequences are `chosen`, a slice, and every row is a real item
         if isinstance(chosen, slice):
             self.sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
@@ -109,24 +117,23 @@ class Place:
             self.sequence = chosen
             self.windows = windows = make_windows(call, given.bounds, q.shape[2], length, chosen)
             nearest = windows.rows.gather(1, windows.first.clamp(max=length - 1)[:, None])
-            self._real = real
+            self.real = real  # every sequence has an item
             self._source = torch.where(windows.valid, windows.rows, nearest)  # padding is not read: NaN may stand there
-            self._target = torch.where(windows.valid, windows.rows, q.shape[2]) if call.varlen else windows.rows
             self._indices: dict[tuple[int, ...], Tensor] = {}
+            self._items = q.shape[0] * q.shape[2], q.shape[2]
         self.count = self.sequence.shape[0]
 
     def empty(self, features: int) -> Tensor:
         return self.sequence.new_empty(self.count * self.heads, self.length, features, dtype=self.dtype)
 
-    def _index(self, rows: Tensor, strides: tuple[int, int, int], heads: int, group: int) -> Tensor:
-        """(n * heads * L,) numbers of rows in a matrix of rows; query heads of a group read the same head."""
-        key = (rows is self._source, heads, group, *strides)
-        if key not in self._indices:
+    def _index(self, strides: tuple[int, int, int], group: int) -> Tensor:
+        """(n * H * L,) numbers of rows in a matrix of rows; query heads of a group read the same head."""
+        if (group, *strides) not in self._indices:
             entry, head, row = strides
-            of_head = torch.arange(heads, device=rows.device)[:, None] // group * head
-            of_row = rows * row if self.call.varlen else rows * row + self.sequence[:, None] * entry
-            self._indices[key] = (of_row[:, None] + of_head).flatten()
-        return self._indices[key]
+            of_head = torch.arange(self.heads, device=self.sequence.device)[:, None] // group * head
+            of_row = self._source * row if self.call.varlen else self._source * row + self.sequence[:, None] * entry
+            self._indices[group, *strides] = (of_row[:, None] + of_head).flatten()
+        return self._indices[group, *strides]
 
     def load(self, x: Tensor) -> Tensor:
         """The chunk's rows of x, each head repeated for the query heads that share it; padding repeats an item."""
@@ -135,36 +142,48 @@ class Place:
             found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
             return found.to(self.dtype).flatten(0, 1).contiguous()
         rows, strides = _as_rows(x)
-        found = rows.index_select(0, self._index(self._source, strides, self.heads, group)).to(self.dtype)
-        found = found.view(-1, self.length, x.shape[-1])
-        return found if self._real else self.without_padding(found)
+        found = rows.index_select(0, self._index(strides, group)).to(self.dtype).view(-1, self.length, x.shape[-1])
+        if self.real:
+            return found
+        return torch.where(self.windows.valid.repeat_interleave(self.heads, 0)[..., None], found, 0)
 
-    def without_padding(self, x: Tensor) -> Tensor:
-        """(n * H, L, F) with zeros where there is no item."""
+    def load_items(self, x: Tensor) -> Tensor:
+        """The same with zeros at padding."""
+        found = self.load(x)
+        if self.windows is None or not self.real:
+            return found
+        return found.mul_(self.windows.valid.to(self.dtype).repeat_interleave(self.heads, 0)[..., None])
+
+    def _share(self, buffer: Buffer) -> Tensor:
+        """(n, heads, L, F): the chunk's part of a buffer."""
+        rows, heads = buffer
         if self.windows is None:
-            return x
-        return torch.where(self.windows.valid.repeat_interleave(self.heads, 0)[..., None], x, 0)
+            return rows[self.chosen]
+        begin, size = self.start * heads, self.count * self.length * heads
+        return rows[begin : begin + size].view(self.count, heads, self.length, -1)
 
-    def _is_direct(self, total: Tensor) -> bool:
-        return self.windows is None and total.dtype == self.dtype and total.shape[1] == self.heads
+    def _is_direct(self, buffer: Buffer) -> bool:
+        return buffer.rows.dtype == self.dtype and buffer.heads == self.heads
 
-    def result(self, total: Tensor) -> Tensor:
-        """Where the chunk shall write its rows of `total`: into `total` itself if they lie there as the chunk has them."""
-        return total[self.chosen].flatten(0, 1) if self._is_direct(total) else self.empty(total.shape[-1])
+    def result(self, buffer: Buffer) -> Tensor:
+        """Where the chunk shall write its rows: into the buffer itself if they lie there as the chunk has them."""
+        return self._share(buffer).flatten(0, 1) if self._is_direct(buffer) else self.empty(buffer.rows.shape[-1])
 
-    def store(self, total: Tensor, value: Tensor) -> None:
-        """Put a `result`, zero at padding, into its row buffer; query heads that share a key head are summed."""
-        if self._is_direct(total):
-            return
-        value, heads = value.unflatten(0, (-1, self.heads)), total.shape[1]
-        if heads != self.heads:
-            value = value.unflatten(1, (heads, -1)).sum(2)
-        value = value.to(total.dtype)
-        if self.windows is None:
-            total[self.chosen] = value
-            return
-        rows, strides = _as_rows(total)
-        rows.index_copy_(0, self._index(self._target, strides, heads, 1), value.flatten(0, 2))
+    def store(self, buffer: Buffer, value: Tensor) -> None:
+        """Put a `result` into its buffer; query heads that share a key head are summed."""
+        if not self._is_direct(buffer):
+            value = value.unflatten(0, (-1, buffer.heads, self.heads // buffer.heads))
+            self._share(buffer).copy_(value.sum(2) if value.shape[2] > 1 else value.squeeze(2))
+
+    def item_rows(self) -> tuple[Tensor, Tensor]:
+        """(n, L) number of each item among the items of all entries, one beyond them for padding; (n, L, 3) its row in a buffer."""
+        assert self.windows is not None
+        device, (items, per_entry) = self.sequence.device, self._items
+        item = self.windows.rows + (0 if self.call.varlen else self.sequence[:, None] * per_entry)
+        block = self.start + self.length * torch.arange(self.count, device=device)[:, None]
+        row = torch.arange(self.length, device=device)
+        parts = torch.broadcast_tensors(block, row.new_full((), self.length), row)
+        return torch.where(self.windows.valid, item, items), torch.stack(parts, -1)
 
     def load_table(self, w: Tensor) -> Tensor:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
@@ -174,21 +193,17 @@ class Place:
         return found[0] if found.shape[0] == 1 else found.repeat(self.count, 1, 1)
 
     def table_result(self, total: Tensor) -> Tensor:
-        """Where the gradient of a `load_table` is written, or, if the whole chunk shares it, added to."""
-        if self.call.per_entry:
-            return self.result(total)
+        """Where the gradient of a table by position is written, or, if the whole chunk shares it, added to."""
         return table_window(total, self.call, self.length)[0, 0] if total.shape[1] == 1 else self.empty(total.shape[-1])
 
     def store_table(self, total: Tensor, value: Tensor) -> None:
-        if self.call.per_entry:
-            self.store(total, value)
-        elif value.dim() == 3:
+        if value.dim() == 3:
             table_window(total, self.call, self.length).add_(value.unflatten(0, (-1, self.heads)).sum(0))
 
     def mask(self, seed: Tensor, lo: int, hi: int, columns: int) -> Tensor:
         """Z of rows lo..hi, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
         rows, dropout_p = torch.arange(lo, hi, device=seed.device), self.call.dropout_p
-        if self.windows is None or not self._real:
+        if self.windows is None or not self.real:
             first = None if self.windows is None else self.windows.first
             return scaled_mask(seed, dropout_p, self.sequence, self.heads, rows, columns, first, self.dtype).flatten(0, 1)
         # Most of a window may be padding: only groups of columns that an item sees are drawn, and rows cut out of them.
@@ -209,13 +224,50 @@ class Place:
         return flat.unfold(0, columns, 1).index_select(0, start.flatten()).view(-1, hi - lo, columns)
 
 
-def places(given: Inputs, call: Call) -> Iterator[Place]:
-    for chosen, length, real in _selections(given, call):
-        yield Place(chosen, length, real, given, call)
+class Plan:
+    """The chunks of a batch, and how what they compute comes together in the caller's order."""
 
+    def __init__(self, given: Inputs, call: Call) -> None:
+        self.call, self.places = call, list[Place]()
+        self._entries, _, self._rows, _ = given.q.shape
+        self._windows, self._total, self._device = given.bounds is not None, 0, given.q.device
+        for chosen, length, real in _selections(given, call):
+            place = Place(chosen, length, real, self._total, given, call)
+            self._total += place.count * length
+            self.places.append(place)
+        self._where: Tensor | None = None
 
-def rows_like(x: Tensor, heads: int, features: int, bounds: Tensor | None, call: Call) -> Tensor:
-    """A row buffer for all chunks; without bounds they write every row of it."""
-    if bounds is None:
-        return x.new_empty(x.shape[0], heads, x.shape[2], features)
-    return row_buffer(x, heads, features, call.varlen)
+    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Buffer:
+        """For results of `features` columns that the caller wants in `dtype`; every chunk writes all its rows."""
+        if not self._windows:
+            return Buffer(torch.empty(self._entries, heads, self._rows, features, dtype=dtype, device=self._device), heads)
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = torch.empty(heads * self._total + 1, features, dtype=wide, device=self._device)
+        rows[-1] = 0
+        return Buffer(rows, heads)
+
+    def collect(self, buffer: Buffer, dtype: torch.dtype) -> Tensor:
+        """A buffer in rows form, (entries, heads, rows, F), laid out in memory as the caller will see it."""
+        rows, heads = buffer
+        if not self._windows:
+            return rows
+        block, length, row = self._item_rows().unbind(-1)
+        head = torch.arange(heads, device=self._device)
+        if self.call.varlen:
+            index = (heads * block + row)[:, None] + length[:, None] * head
+            return rows.index_select(0, index.flatten()).to(dtype).view(1, -1, heads, rows.shape[-1]).transpose(1, 2)
+        block, length, row = (x.view(self._entries, 1, self._rows) for x in (block, length, row))
+        index = heads * block + row + length * head[:, None]
+        return rows.index_select(0, index.flatten()).to(dtype).view(self._entries, heads, self._rows, -1)
+
+    def _item_rows(self) -> Tensor:
+        """(items, 3): row a * heads + b * head + c of a buffer belongs to the item, the last row where no chunk has it."""
+        if self._where is None:
+            count = self._entries * self._rows
+            nowhere = torch.tensor([self._total, 0, 0], device=self._device)
+            found = nowhere.repeat(count + 1, 1)
+            if self.places:
+                item, row = (torch.cat([x.flatten(0, 1) for x in parts]) for parts in zip(*(p.item_rows() for p in self.places)))
+                found.index_copy_(0, item, row)
+            self._where = found[:count]
+        return self._where

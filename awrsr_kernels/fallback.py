@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._fallback_chunks import Place, places, row_blocks, rows_like
+from ._fallback_chunks import LANES, Place, Plan, row_blocks
 from .layout import Call, Inputs
 
 
@@ -75,7 +75,7 @@ class _Chunk:
         columns, shift = self.columns(hi), self.length - lo
         scores = self.future[: hi - lo, shift : shift + columns].contiguous() + self.padding[..., :columns]
         scores.baddbmm_(queries[:, lo:hi], keys[:, :columns].transpose(1, 2), alpha=scale)
-        return self._found(name, lo, torch.softmax(scores, -1, out=scores))
+        return self._found(name, lo, _softmax(scores))
 
     def _found(self, name: str, lo: int, weights: Tensor) -> Tensor:
         if self.keep:
@@ -96,11 +96,22 @@ class _Chunk:
     def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
         """softmax'(grad; weights), in the memory of weights that nobody keeps."""
         into = torch.empty_like(weights) if self.keep else weights
+        if weights.shape[-1] < LANES:
+            mean = torch.linalg.vecdot(grad, weights)[..., None]
+            return torch.mul(weights, grad - mean, out=into)
         return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=into)
 
     def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
         """M of "additive"."""
         return first + higher if self.gate is None else torch.addcmul(first, self.gate, higher)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """In place. torch's own goes number by number where a row does not fill a vector."""
+    if scores.shape[-1] >= LANES:
+        return torch.softmax(scores, -1, out=scores)
+    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return scores.div_(scores.sum(-1, keepdim=True))
 
 
 def _tables(given: Inputs, call: Call) -> list[Tensor]:
@@ -260,17 +271,17 @@ class _ChunkGradients:
 
 def _forward(given: Inputs, call: Call, saved: list[_Saved] | None) -> Tensor:
     """The output in rows form; what the backward needs of each chunk is appended to `saved`."""
-    q, v = given.q, given.v
-    out = rows_like(q, q.shape[1], v.shape[-1], given.bounds, call)
-    for place in places(given, call):
+    plan, v = Plan(given, call), given.v
+    out = plan.buffer(given.q.shape[1], v.shape[-1], v.dtype)
+    for place in plan.places:
         keep = saved is not None and _is_kept(row_blocks(place.length, call.causal), place.length, given, call)
         chunk = _load_chunk(place, given, call, keep, {})
         value = place.result(out)
         products = _forward_chunk(chunk, value)
         if saved is not None:
             saved.append((products, chunk.kept))
-        place.store(out, value if call.varlen else place.without_padding(value))
-    return out[:, :, : q.shape[2]]
+        place.store(out, value)
+    return plan.collect(out, v.dtype)
 
 
 class _RefinedAttention(torch.autograd.Function):
@@ -289,20 +300,24 @@ class _RefinedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
         given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
         q, k, v, _, _, gate, bounds, _ = given
-        inputs, tables, wide = [q, k, v], _tables(given, call), torch.promote_types(q.dtype, torch.float32)
-        totals = [rows_like(x, x.shape[1], x.shape[-1], bounds, call) for x in (inputs + tables if call.per_entry else inputs)]
-        totals += [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
+        tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), Plan(given, call)
+        by_rows = [q, k, v, *tables] if call.per_entry else [q, k, v]
+        buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in by_rows]
+        dtables = [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
-        for place, names in zip(places(given, call), ctx.names, strict=True):
+        for place, names in zip(plan.places, ctx.names, strict=True):
             products = [next(saved) for _ in range(len(tables) + (call.refinement == "value"))]
             chunk = _load_chunk(place, given, call, bool(names), {name: next(saved) for name in names})
-            results = [place.result(x) for x in totals[:3]] + [place.table_result(x) for x in totals[3:]]
-            found = _ChunkGradients(chunk, products, place.without_padding(place.load(dout)), results)
-            for store, total, value in zip([place.store] * 3 + [place.store_table] * 2, totals, results, strict=False):
-                store(total, value)
+            results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]
+            found = _ChunkGradients(chunk, products, place.load_items(dout), results)
+            for buffer, value in zip(buffers, results, strict=False):
+                place.store(buffer, value)
+            for total, value in zip(dtables, results[3:], strict=False):
+                place.store_table(total, value)
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
-        grads = [g[:, :, : x.shape[2]].to(x.dtype) for g, x in zip(totals, inputs + tables, strict=True)]
+        grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, by_rows, strict=True)]
+        grads += [total.to(w.dtype) for total, w in zip(dtables, tables, strict=False)]
         if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
