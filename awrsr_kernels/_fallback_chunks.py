@@ -38,20 +38,21 @@ def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
     return [(i * step, (i + 1) * step if i + 1 < count else length) for i in range(count)]
 
 
-def _spans(lengths: list[int], heads: int, max_len: int) -> list[tuple[int, int]]:
+def _classes(lengths: Tensor, heads: int, max_len: int) -> list[tuple[int, int]]:
     """(sequences, window length) of the classes into which ascending lengths fall, shortest first.
 
     A class of its own must be worth its overhead: the weights that padding its sequences to the next class would add.
     """
+    vectors = (lengths + LANES - 1) // LANES
+    half = int((lengths <= LANES // 2).sum())
     classes: list[tuple[int, int]] = []
-    for length in lengths:
-        span = min(LANES // 2 if 2 * length <= LANES else -(-length // LANES) * LANES, max_len)
-        count = 1
-        if classes and classes[-1][1] == span:
-            count += classes.pop()[0]
-        elif classes and heads * classes[-1][0] * (span**2 - classes[-1][1] ** 2) < _CHUNK_WEIGHTS:
-            count += classes.pop()[0]
-        classes.append((count, span))
+    for i, count in enumerate([half, *vectors[half:].bincount().tolist()]):
+        span = min(max(i * LANES, LANES // 2), max_len)
+        if count and classes:
+            added = heads * classes[-1][0] * (span**2 - classes[-1][1] ** 2)
+            count += classes.pop()[0] if added < _CHUNK_WEIGHTS else 0
+        if count:
+            classes.append((count, span))
     return classes
 
 
@@ -77,11 +78,11 @@ def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int
             yield torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False
     else:
         lengths, order = sequence_lengths(call, bounds).sort()
-        real = [n for n in lengths.tolist() if n]
-        begin = count - len(real)
-        for members, span in _spans(real, q.shape[1], call.max_len):
+        begin = int((lengths == 0).sum())
+        for members, span in _classes(lengths[begin:], q.shape[1], call.max_len):
             for chosen in steps(members, span):
-                yield order[begin + chosen.start : begin + chosen.stop], span, True
+                part = order[begin + chosen.start : begin + chosen.stop]
+                yield part.sort().values, span, True  # in the order of memory
             begin += members
 
 
@@ -228,7 +229,8 @@ class Plan:
     """The chunks of a batch, and how what they compute comes together in the caller's order."""
 
     def __init__(self, given: Inputs, call: Call) -> None:
-        self.call, self.places = call, list[Place]()
+        self.call = call
+        self.places: list[Place] = []
         self._entries, _, self._rows, _ = given.q.shape
         self._windows, self._total, self._device = given.bounds is not None, 0, given.q.device
         for chosen, length, real in _selections(given, call):

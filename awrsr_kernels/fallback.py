@@ -26,6 +26,7 @@ them, their output is not stored and their output gradient is read as zero.
 Half precision is computed in float32 and rounded once, on the way out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,8 +75,15 @@ class _Chunk:
             return self.kept[name, lo]
         columns, shift = self.columns(hi), self.length - lo
         scores = self.future[: hi - lo, shift : shift + columns].contiguous() + self.padding[..., :columns]
-        scores.baddbmm_(queries[:, lo:hi], keys[:, :columns].transpose(1, 2), alpha=scale)
-        return self._found(name, lo, _softmax(scores))
+        left, right = queries[:, lo:hi], keys[:, :columns].transpose(1, 2)
+        if columns >= LANES:
+            scores.baddbmm_(left, right, alpha=scale)
+            torch.softmax(scores, -1, out=scores)
+        else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
+            scores.baddbmm_(left, right, alpha=scale / math.log(2))
+            scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+            scores.div_(scores.sum(-1, keepdim=True))
+        return self._found(name, lo, scores)
 
     def _found(self, name: str, lo: int, weights: Tensor) -> Tensor:
         if self.keep:
@@ -106,14 +114,6 @@ class _Chunk:
         return first + higher if self.gate is None else torch.addcmul(first, self.gate, higher)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """In place. torch's own goes number by number where a row does not fill a vector."""
-    if scores.shape[-1] >= LANES:
-        return torch.softmax(scores, -1, out=scores)
-    scores.sub_(scores.amax(-1, keepdim=True)).exp_()
-    return scores.div_(scores.sum(-1, keepdim=True))
-
-
 def _tables(given: Inputs, call: Call) -> list[Tensor]:
     return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
 
@@ -136,7 +136,7 @@ def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: dict[
         future = (behind > length).to(dtype) * hidden
     else:
         future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
-    if place.windows is None:
+    if place.windows is None or (call.causal and not call.align_right):  # then padding comes after every item
         padding = torch.zeros(place.count * place.heads, 1, 1, dtype=dtype, device=device)
     else:
         padding = (~place.windows.valid).to(dtype).mul_(hidden).repeat_interleave(place.heads, dim=0)[:, None]
@@ -269,9 +269,9 @@ class _ChunkGradients:
         self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _forward(given: Inputs, call: Call, saved: list[_Saved] | None) -> Tensor:
+def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Saved] | None) -> Tensor:
     """The output in rows form; what the backward needs of each chunk is appended to `saved`."""
-    plan, v = Plan(given, call), given.v
+    v = given.v
     out = plan.buffer(given.q.shape[1], v.shape[-1], v.dtype)
     for place in plan.places:
         keep = saved is not None and _is_kept(row_blocks(place.length, call.causal), place.length, given, call)
@@ -289,8 +289,10 @@ class _RefinedAttention(torch.autograd.Function):
     def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
         *tensors, call = args
         saved: list[_Saved] = []
-        out = _forward(Inputs(*tensors), call, saved)
-        ctx.call = call
+        given = Inputs(*tensors)
+        plan = Plan(given, call)
+        out = _forward(plan, given, call, saved)
+        ctx.call, ctx.plan = call, None if torch.compiler.is_compiling() else plan  # which has no tensors of the caller
         ctx.names = [list(kept) for _, kept in saved]
         ctx.save_for_backward(*tensors, *(x for products, kept in saved for x in (*products, *kept.values())))
         return out
@@ -300,7 +302,7 @@ class _RefinedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
         given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
         q, k, v, _, _, gate, bounds, _ = given
-        tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), Plan(given, call)
+        tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), ctx.plan or Plan(given, call)
         by_rows = [q, k, v, *tables] if call.per_entry else [q, k, v]
         buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in by_rows]
         dtables = [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
@@ -327,4 +329,4 @@ def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
-    return _forward(given, call, None)
+    return _forward(Plan(given, call), given, call, None)
