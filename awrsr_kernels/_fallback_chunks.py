@@ -8,17 +8,18 @@ on the way in and on the way out: a tensor is a matrix of rows, and a permutatio
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
-from .layout import Call, Inputs, Windows, make_windows, sequence_lengths, table_window
+from .layout import Call, Inputs, sequence_lengths, table_window
 
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
 _BLOCK_ROWS = (2 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
+_DRAWN_AT_ONCE = 1 << 15  # calls of the generator
 _CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
 
 
@@ -95,6 +96,14 @@ def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x.reshape(-1, features), (heads * rows, rows, 1)
 
 
+class Rows(NamedTuple):
+    """The rows of all chunks, N of them, for a number of heads: a sequence's heads one after another, each a window."""
+
+    pair: Tensor  # (N,) number of the sequence times heads plus the head; sequences are counted as chunks have them
+    local: Tensor  # (N,) position, counted from the sequence's first item
+    valid: Tensor  # (N,) bool, whether it is an item
+
+
 class Buffer(NamedTuple):
     """Where chunks put one of their results."""
 
@@ -102,89 +111,186 @@ class Buffer(NamedTuple):
     heads: int
 
 
-class Place:
-    """Where the rows of a chunk lie in the caller's tensors, and in the buffers for results."""
+class Plan:
+    """The chunks of a batch, and where each of their rows lies in the caller's tensors; it holds none of these."""
 
-    def __init__(self, chosen: slice | Tensor, length: int, real: bool, start: int, given: Inputs, call: Call) -> None:
-        q = given.q
-        self.chosen, self.length, self.call, self.heads = chosen, length, call, q.shape[1]
+    def __init__(self, given: Inputs, call: Call) -> None:
+        q, bounds = given.q, given.bounds
+        self.call, self.device, self.ragged = call, q.device, bounds is not None
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.start = start  # rows of the chunks before it
-        self.windows: Windows | None = None  # None: the sequences are `chosen`, a slice, and every row is a real item
-        if isinstance(chosen, slice):
-            self.sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
+        self.entries, self.heads, self.num_rows, _ = q.shape
+        self.places: list[Place] = []
+        self.total = sequences = 0  # rows of all chunks, for one head
+        for chosen, length, real in _selections(given, call):
+            self.places.append(Place(self, chosen, length, real, self.total, sequences))
+            sequences += self.places[-1].count
+            self.total += self.places[-1].count * length
+        self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `_find_first` finds a row's
+        self._found: dict[tuple[str | int, ...], Any] = {}
+        if self.places and (self.ragged or call.dropout_p):
+            self._find_sequences(bounds)
+        if self.places and call.dropout_p and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._draw(given)
+
+    def _find_sequences(self, bounds: Tensor | None) -> None:
+        """(n,) numbers for each sequence in the order of chunks."""
+        call, places = self.call, self.places
+        self.sequence = torch.cat([p.sequence for p in places])
+        self.span = torch.cat([p.sequence.new_full((p.count,), p.length) for p in places])
+        self.lengths = self.span if bounds is None else sequence_lengths(call, bounds)[self.sequence]
+        self.first = self.span - self.lengths if call.align_right else torch.zeros_like(self.lengths)
+        if bounds is not None and call.varlen:
+            start = bounds.long()[self.sequence]
         else:
-            assert given.bounds is not None
-            self.sequence = chosen
-            self.windows = windows = make_windows(call, given.bounds, q.shape[2], length, chosen)
-            nearest = windows.rows.gather(1, windows.first.clamp(max=length - 1)[:, None])
-            self.real = real  # every sequence has an item
-            self._source = torch.where(windows.valid, windows.rows, nearest)  # padding is not read: NaN may stand there
-            self._indices: dict[tuple[int, ...], Tensor] = {}
-            self._items = q.shape[0] * q.shape[2], q.shape[2]
+            start = self.num_rows - self.lengths if call.align_right else torch.zeros_like(self.lengths)
+        self.start = start.clamp(max=self.num_rows - 1)
+
+    def rows(self, heads: int) -> Rows:
+        if ("rows", heads) not in self._found:
+            count = self.total * heads
+            spans = self.span.repeat_interleave(heads)
+            pair = torch.arange(spans.shape[0], device=self.device).repeat_interleave(spans, output_size=count)
+            begin = (spans.cumsum(0) - spans + self.first.repeat_interleave(heads))[pair]
+            local = torch.arange(count, device=self.device) - begin
+            valid = (local >= 0) & (local < self.lengths.repeat_interleave(heads)[pair])
+            self._found["rows", heads] = Rows(pair, local, valid)
+        return self._found["rows", heads]
+
+    def index(self, strides: tuple[int, int, int], heads: int, group: int) -> Tensor:
+        """(N,) row of a matrix of rows; query heads of a group read the same head, padding the nearest item."""
+        if ("index", heads, group, *strides) not in self._found:
+            rows, (entry, head, row) = self.rows(heads), strides
+            base = (self.start * row if self.call.varlen else self.start * row + self.sequence * entry)[:, None]
+            base = (base + torch.arange(heads, device=self.device) // group * head).flatten()[rows.pair]
+            last = (self.lengths - 1).clamp(min=0).repeat_interleave(heads)[rows.pair]
+            self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
+        return self._found["index", heads, group, *strides]
+
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """(N,) 1 for an item and 0 for padding; what hides padding when added to scores: two of them are finite."""
+        if ("padding",) not in self._found:
+            items = self.rows(self.heads).valid.to(self.dtype)
+            self._found["padding",] = items, (1 - items).mul_(torch.finfo(self.dtype).min / 2)
+        return self._found["padding",]
+
+    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Buffer:
+        """For results of `features` columns that the caller wants in `dtype`; every chunk writes all its rows."""
+        if not self.ragged:
+            return Buffer(torch.empty(self.entries, heads, self.num_rows, features, dtype=dtype, device=self.device), heads)
+        rows = torch.empty(heads * self.total + 1, features, dtype=self.dtype, device=self.device)
+        rows[-1] = 0
+        return Buffer(rows, heads)
+
+    def collect(self, buffer: Buffer, dtype: torch.dtype) -> Tensor:
+        """A buffer in rows form, (entries, heads, rows, F), laid out in memory as the caller will see it."""
+        rows, heads = buffer
+        if not self.ragged:
+            return rows
+        found, features = rows.index_select(0, self._inverse(heads)).to(dtype), rows.shape[-1]
+        if self.call.varlen:
+            return found.view(1, self.num_rows, heads, features).transpose(1, 2)
+        return found.view(self.entries, heads, self.num_rows, features)
+
+    def _inverse(self, heads: int) -> Tensor:
+        """(rows of all entries and heads,) where a buffer has each; its last row where no chunk has it."""
+        if ("inverse", heads) not in self._found:
+            size, count = self.entries * self.num_rows * heads, self.total * heads
+            found = torch.full((size + 1,), count, device=self.device)
+            if self.places:
+                within = (1, heads) if self.call.varlen else (self.num_rows, 1)
+                target = torch.where(self.rows(heads).valid, self.index((heads * self.num_rows, *within), heads, 1), size)
+                found.scatter_(0, target, torch.arange(count, device=self.device))
+            self._found["inverse", heads] = found[:size]
+        return self._found["inverse", heads]
+
+    def _draw(self, given: Inputs) -> None:
+        """Z of all weights at once, unless it would be larger than q, k and v."""
+        assert given.seed is not None
+        pair, local, valid = self.rows(self.heads)
+        if self.call.causal:
+            groups = local // WEIGHTS_PER_CALL + 1
+        else:
+            groups = ((self.lengths - 1) // WEIGHTS_PER_CALL + 1).repeat_interleave(self.heads)[pair]
+        groups = groups * valid
+        end = groups.cumsum(0)
+        count, before, widest = int(end[-1]), end - groups, max(p.length for p in self.places)
+        if count * WEIGHTS_PER_CALL > given.q.numel() + given.k.numel() + given.v.numel():
+            return
+        row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
+        group = torch.arange(count) - before[row]
+        pair, local = pair[row], local[row]
+        counter = group, pair % self.heads, local, self.sequence[pair // self.heads]
+        self.drawn = torch.zeros(count * WEIGHTS_PER_CALL + 2 * widest, dtype=self.dtype)
+        drawn = self.drawn[widest : -widest].view(count, WEIGHTS_PER_CALL)
+        for lo in range(0, count, _DRAWN_AT_ONCE):
+            part = slice(lo, lo + _DRAWN_AT_ONCE)
+            drawn[part] = draw(given.seed, self.call.dropout_p, tuple(x[part] for x in counter), self.dtype)
+        first = self.first.repeat_interleave(self.heads)[self.rows(self.heads).pair]
+        self.first_drawn = (before * WEIGHTS_PER_CALL - first).clamp_(min=-widest) + widest
+
+
+class Place:
+    """One chunk, and how it reads and writes tensors of the caller."""
+
+    def __init__(self, plan: Plan, chosen: slice | Tensor, length: int, real: bool, start: int, sequences: int) -> None:
+        self.plan, self.call, self.heads, self.dtype = plan, plan.call, plan.heads, plan.dtype
+        self.chosen = chosen  # entries, if every row is an item
+        self.length = length
+        self.real = real  # every sequence has an item
+        self.sequence = torch.arange(chosen.start, chosen.stop, device=plan.device) if isinstance(chosen, slice) else chosen
         self.count = self.sequence.shape[0]
+        self._start, self._sequences = start, sequences  # rows and sequences of the chunks before it
 
     def empty(self, features: int) -> Tensor:
         return self.sequence.new_empty(self.count * self.heads, self.length, features, dtype=self.dtype)
 
-    def _index(self, strides: tuple[int, int, int], group: int) -> Tensor:
-        """(n * H * L,) numbers of rows in a matrix of rows; query heads of a group read the same head."""
-        if (group, *strides) not in self._indices:
-            entry, head, row = strides
-            of_head = torch.arange(self.heads, device=self.sequence.device)[:, None] // group * head
-            of_row = self._source * row if self.call.varlen else self._source * row + self.sequence[:, None] * entry
-            self._indices[group, *strides] = (of_row[:, None] + of_head).flatten()
-        return self._indices[group, *strides]
+    def _part(self, rows: Tensor, heads: int) -> Tensor:
+        """(n * heads, L, ...): this chunk's of the rows of all."""
+        begin, size = self._start * heads, self.count * self.length * heads
+        return rows[begin : begin + size].view(self.count * heads, self.length, *rows.shape[1:])
 
     def load(self, x: Tensor) -> Tensor:
         """The chunk's rows of x, each head repeated for the query heads that share it; padding repeats an item."""
         group = self.heads // x.shape[1]
-        if self.windows is None:
+        if not self.plan.ragged:
             found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
             return found.to(self.dtype).flatten(0, 1).contiguous()
         rows, strides = _as_rows(x)
-        found = rows.index_select(0, self._index(strides, group)).to(self.dtype).view(-1, self.length, x.shape[-1])
+        index = self._part(self.plan.index(strides, self.heads, group), self.heads)
+        found = rows.index_select(0, index.flatten()).to(self.dtype).view(-1, self.length, x.shape[-1])
         if self.real:
             return found
-        return torch.where(self.windows.valid.repeat_interleave(self.heads, 0)[..., None], found, 0)
+        return torch.where(self._part(self.plan.rows(self.heads).valid, self.heads)[..., None], found, 0)
 
     def load_items(self, x: Tensor) -> Tensor:
         """The same with zeros at padding."""
         found = self.load(x)
-        if self.windows is None or not self.real:
+        if not self.plan.ragged or not self.real:
             return found
-        return found.mul_(self.windows.valid.to(self.dtype).repeat_interleave(self.heads, 0)[..., None])
+        return found.mul_(self._part(self.plan.padding()[0], self.heads)[..., None])
+
+    def padding(self) -> Tensor | None:
+        """(n * H, 1, L): added to scores, hides columns without an item; None if causality does."""
+        if not self.plan.ragged or (self.call.causal and not self.call.align_right):
+            return None
+        return self._part(self.plan.padding()[1], self.heads)[:, None]
 
     def _share(self, buffer: Buffer) -> Tensor:
-        """(n, heads, L, F): the chunk's part of a buffer."""
-        rows, heads = buffer
-        if self.windows is None:
-            return rows[self.chosen]
-        begin, size = self.start * heads, self.count * self.length * heads
-        return rows[begin : begin + size].view(self.count, heads, self.length, -1)
+        """(n * heads, L, F): the chunk's part of a buffer."""
+        return self._part(*buffer) if self.plan.ragged else buffer.rows[self.chosen].flatten(0, 1)
 
     def _is_direct(self, buffer: Buffer) -> bool:
         return buffer.rows.dtype == self.dtype and buffer.heads == self.heads
 
     def result(self, buffer: Buffer) -> Tensor:
         """Where the chunk shall write its rows: into the buffer itself if they lie there as the chunk has them."""
-        return self._share(buffer).flatten(0, 1) if self._is_direct(buffer) else self.empty(buffer.rows.shape[-1])
+        return self._share(buffer) if self._is_direct(buffer) else self.empty(buffer.rows.shape[-1])
 
     def store(self, buffer: Buffer, value: Tensor) -> None:
         """Put a `result` into its buffer; query heads that share a key head are summed."""
         if not self._is_direct(buffer):
-            value = value.unflatten(0, (-1, buffer.heads, self.heads // buffer.heads))
-            self._share(buffer).copy_(value.sum(2) if value.shape[2] > 1 else value.squeeze(2))
-
-    def item_rows(self) -> tuple[Tensor, Tensor]:
-        """(n, L) number of each item among the items of all entries, one beyond them for padding; (n, L, 3) its row in a buffer."""
-        assert self.windows is not None
-        device, (items, per_entry) = self.sequence.device, self._items
-        item = self.windows.rows + (0 if self.call.varlen else self.sequence[:, None] * per_entry)
-        block = self.start + self.length * torch.arange(self.count, device=device)[:, None]
-        row = torch.arange(self.length, device=device)
-        parts = torch.broadcast_tensors(block, row.new_full((), self.length), row)
-        return torch.where(self.windows.valid, item, items), torch.stack(parts, -1)
+            group = self.heads // buffer.heads
+            self._share(buffer).copy_(value if group == 1 else value.unflatten(0, (-1, group)).sum(1))
 
     def load_table(self, w: Tensor) -> Tensor:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
@@ -203,73 +309,11 @@ class Place:
 
     def mask(self, seed: Tensor, lo: int, hi: int, columns: int) -> Tensor:
         """Z of rows lo..hi, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
-        rows, dropout_p = torch.arange(lo, hi, device=seed.device), self.call.dropout_p
-        if self.windows is None or not self.real:
-            first = None if self.windows is None else self.windows.first
-            return scaled_mask(seed, dropout_p, self.sequence, self.heads, rows, columns, first, self.dtype).flatten(0, 1)
-        # Most of a window may be padding: only groups of columns that an item sees are drawn, and rows cut out of them.
-        first, valid = self.windows.first, self.windows.valid
-        of, row = valid[:, lo:hi].nonzero(as_tuple=True)
-        local = rows[row] - first[of]
-        last = local if self.call.causal else valid.sum(1)[of] - 1
-        groups = last // WEIGHTS_PER_CALL + 1
-        end = groups.cumsum(0)
-        item = torch.arange(of.shape[0]).repeat_interleave(groups)
-        group = torch.arange(item.shape[0]) - (end - groups)[item]
-        head = torch.arange(self.heads)[:, None]
-        drawn = draw(seed, dropout_p, (group, head, local[item], self.sequence[of][item]), self.dtype)  # (H, groups of all rows, 8)
-        flat = torch.nn.functional.pad(drawn.flatten(), (columns, columns))
-        start = torch.zeros_like(valid[:, lo:hi], dtype=torch.int64)
-        start[of, row] = WEIGHTS_PER_CALL * (end - groups) - first[of] + columns
-        start = start[:, None] + WEIGHTS_PER_CALL * item.shape[0] * head
-        return flat.unfold(0, columns, 1).index_select(0, start.flatten()).view(-1, hi - lo, columns)
-
-
-class Plan:
-    """The chunks of a batch, and how what they compute comes together in the caller's order."""
-
-    def __init__(self, given: Inputs, call: Call) -> None:
-        self.call = call
-        self.places: list[Place] = []
-        self._entries, _, self._rows, _ = given.q.shape
-        self._windows, self._total, self._device = given.bounds is not None, 0, given.q.device
-        for chosen, length, real in _selections(given, call):
-            place = Place(chosen, length, real, self._total, given, call)
-            self._total += place.count * length
-            self.places.append(place)
-        self._where: Tensor | None = None
-
-    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Buffer:
-        """For results of `features` columns that the caller wants in `dtype`; every chunk writes all its rows."""
-        if not self._windows:
-            return Buffer(torch.empty(self._entries, heads, self._rows, features, dtype=dtype, device=self._device), heads)
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = torch.empty(heads * self._total + 1, features, dtype=wide, device=self._device)
-        rows[-1] = 0
-        return Buffer(rows, heads)
-
-    def collect(self, buffer: Buffer, dtype: torch.dtype) -> Tensor:
-        """A buffer in rows form, (entries, heads, rows, F), laid out in memory as the caller will see it."""
-        rows, heads = buffer
-        if not self._windows:
-            return rows
-        block, length, row = self._item_rows().unbind(-1)
-        head = torch.arange(heads, device=self._device)
-        if self.call.varlen:
-            index = (heads * block + row)[:, None] + length[:, None] * head
-            return rows.index_select(0, index.flatten()).to(dtype).view(1, -1, heads, rows.shape[-1]).transpose(1, 2)
-        block, length, row = (x.view(self._entries, 1, self._rows) for x in (block, length, row))
-        index = heads * block + row + length * head[:, None]
-        return rows.index_select(0, index.flatten()).to(dtype).view(self._entries, heads, self._rows, -1)
-
-    def _item_rows(self) -> Tensor:
-        """(items, 3): row a * heads + b * head + c of a buffer belongs to the item, the last row where no chunk has it."""
-        if self._where is None:
-            count = self._entries * self._rows
-            nowhere = torch.tensor([self._total, 0, 0], device=self._device)
-            found = nowhere.repeat(count + 1, 1)
-            if self.places:
-                item, row = (torch.cat([x.flatten(0, 1) for x in parts]) for parts in zip(*(p.item_rows() for p in self.places)))
-                found.index_copy_(0, item, row)
-            self._where = found[:count]
-        return self._where
+        plan = self.plan
+        if plan.drawn is not None:
+            start = self._part(plan.first_drawn, self.heads)[:, lo:hi]
+            return plan.drawn.unfold(0, columns, 1).index_select(0, start.flatten()).view(-1, hi - lo, columns)
+        rows, first = torch.arange(lo, hi, device=seed.device), None
+        if plan.ragged:
+            first = plan.first[self._sequences : self._sequences + self.count]
+        return scaled_mask(seed, self.call.dropout_p, self.sequence, self.heads, rows, columns, first, self.dtype).flatten(0, 1)

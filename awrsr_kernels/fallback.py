@@ -54,7 +54,7 @@ class _Chunk:
     gate: Tensor | None  # (n * H, 1, 1)
     blocks: list[tuple[int, int]]  # first row and end of each
     future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
-    padding: Tensor  # (n * H, 1, 1 or L): added to scores, hides columns without an item
+    padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
     kept: dict[tuple[str, int], Tensor]  # they, by name and first row of the block
@@ -74,13 +74,15 @@ class _Chunk:
         if (name, lo) in self.kept:
             return self.kept[name, lo]
         columns, shift = self.columns(hi), self.length - lo
-        scores = self.future[: hi - lo, shift : shift + columns].contiguous() + self.padding[..., :columns]
-        left, right = queries[:, lo:hi], keys[:, :columns].transpose(1, 2)
+        hidden = self.future[: hi - lo, shift : shift + columns]
+        if self.padding is not None:
+            hidden = hidden + self.padding[..., :columns]
+        right = keys[:, :columns].transpose(1, 2)
         if columns >= LANES:
-            scores.baddbmm_(left, right, alpha=scale)
+            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale)
             torch.softmax(scores, -1, out=scores)
         else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
-            scores.baddbmm_(left, right, alpha=scale / math.log(2))
+            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale / math.log(2))
             scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
             scores.div_(scores.sum(-1, keepdim=True))
         return self._found(name, lo, scores)
@@ -97,9 +99,7 @@ class _Chunk:
         return self._weights("higher", q_a, k_a, self.call.refine_scale, lo, hi)
 
     def mask(self, lo: int, hi: int) -> Tensor | None:
-        if self.seed is None or ("mask", lo) in self.kept:
-            return self.kept.get(("mask", lo))
-        return self._found("mask", lo, self.place.mask(self.seed, lo, hi, self.columns(hi)))
+        return None if self.seed is None else self.place.mask(self.seed, lo, hi, self.columns(hi))
 
     def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
         """softmax'(grad; weights), in the memory of weights that nobody keeps."""
@@ -120,7 +120,7 @@ def _tables(given: Inputs, call: Call) -> list[Tensor]:
 
 def _is_kept(blocks: list[tuple[int, int]], length: int, given: Inputs, call: Call) -> bool:
     """Whether all weights together weigh no more than q, k and v, so that keeping them does not change the order of memory."""
-    kinds = 1 + (call.refinement != "none") + (call.dropout_p > 0)
+    kinds = 1 + (call.refinement != "none")
     weights = kinds * sum((hi - lo) * (hi if call.causal else length) for lo, hi in blocks)
     rows = given.q.shape[:-1].numel()
     return weights * rows <= length * sum(x.numel() for x in given[:3] if x is not None)
@@ -130,22 +130,17 @@ def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: dict[
     length, device, dtype = place.length, given.q.device, place.dtype
     blocks = row_blocks(length, call.causal)
     rows = max(hi - lo for lo, hi in blocks)
-    hidden = torch.finfo(dtype).min / 2  # two of them add up to a finite number
     if call.causal:
         behind = torch.arange(rows + length, device=device) - torch.arange(rows, device=device)[:, None]
-        future = (behind > length).to(dtype) * hidden
+        future = (behind > length).to(dtype) * (torch.finfo(dtype).min / 2)
     else:
         future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
-    if place.windows is None or (call.causal and not call.align_right):  # then padding comes after every item
-        padding = torch.zeros(place.count * place.heads, 1, 1, dtype=dtype, device=device)
-    else:
-        padding = (~place.windows.valid).to(dtype).mul_(hidden).repeat_interleave(place.heads, dim=0)[:, None]
     q, k, v, _, _, gate, _, seed = given
     tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
     if gate is not None:
         gate = gate.to(dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
     loaded = place.load(q), place.load(k), place.load(v)
-    return _Chunk(place, call, *loaded, tables, gate, blocks, future, padding, seed, keep, kept)
+    return _Chunk(place, call, *loaded, tables, gate, blocks, future, place.padding(), seed, keep, kept)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
