@@ -1,135 +1,319 @@
 """Chunks of a batch: which sequences the torch backend works on at a time, and how rows travel to and from them.
 
-n sequences of a chunk, H query heads, L window length, F features.
+n sequences of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
 
 A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
-already looks like that, nothing is copied: products read it and write into it in place.
+already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one,
+on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, sequence_lengths, table_window
+from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
+from .layout import Call, Inputs, sequence_lengths, table_window
 
-BLOCK_ROWS = 128  # rows whose weights exist at a time
+LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
+_BLOCK_ROWS = (2 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
-_SHORT = 8  # windows up to twice this are not worth a chunk for each length
+_DRAWN_AT_ONCE = 1 << 15  # calls of the generator
+_CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
 
 
-def block_rows(length: int) -> int:
-    """Rows per block: blocks of equal height, as few as `BLOCK_ROWS` allows."""
-    blocks = -(-length // BLOCK_ROWS)
-    return -(-length // blocks)
+def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
+    """(first, end) of each block of rows of a window.
+
+    Causal blocks leave out the columns of later ones. The more blocks, the nearer that comes to half of all weights, but small
+    products are slow: three blocks is the compromise, as far as the bounds allow it.
+    """
+    fewest, most = _BLOCK_ROWS
+    if causal:
+        step = min(max(length // 3 // LANES * LANES, fewest), most)
+        count = max(1, (length + step - LANES) // step)  # what would be a block of a few rows goes with the one before
+    else:
+        count = -(-length // most)
+        step = -(-length // count)
+    return [(i * step, (i + 1) * step if i + 1 < count else length) for i in range(count)]
 
 
-def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int]]:
-    """(sequences, window length) of each chunk, of at most `_BLOCK_WEIGHTS` weights at a time."""
+def _classes(lengths: Tensor, heads: int, max_len: int) -> list[tuple[int, int]]:
+    """(sequences, window length) of the classes into which ascending lengths fall, shortest first.
+
+    A class of its own must be worth its overhead: the weights that padding its sequences to the next class would add.
+    """
+    vectors = (lengths + LANES - 1) // LANES
+    half = int((lengths <= LANES // 2).sum())
+    classes: list[tuple[int, int]] = []
+    for i, count in enumerate([half, *vectors[half:].bincount().tolist()]):
+        span = min(max(i * LANES, LANES // 2), max_len)
+        if count and classes:
+            added = heads * classes[-1][0] * (span**2 - classes[-1][1] ** 2)
+            count += classes.pop()[0] if added < _CHUNK_WEIGHTS else 0
+        if count:
+            classes.append((count, span))
+    return classes
+
+
+def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int, bool]]:
+    """(sequences, window length, whether each is known to have an item) of each chunk, of at most `_BLOCK_WEIGHTS` at a time."""
     q, bounds = given.q, given.bounds
     budget = _BLOCK_WEIGHTS.get(q.device.type, _BLOCK_WEIGHTS["cpu"])
 
-    def fitting(length: int) -> int:
-        """Sequences of this length that a chunk may hold."""
-        return max(1, budget // (q.shape[1] * block_rows(length) * length))
+    def steps(count: int, length: int) -> Iterator[slice]:
+        """Equal parts of `count` sequences of one length that fit the budget."""
+        rows = max(hi - lo for lo, hi in row_blocks(length, call.causal))
+        chunks = -(-count // max(1, budget // (q.shape[1] * rows * length)))
+        step = -(-count // chunks)
+        return (slice(lo, min(lo + step, count)) for lo in range(0, count, step))
 
     count = q.shape[0] if bounds is None else bounds.shape[0] - call.varlen
-    if bounds is None or bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        if not count or not call.max_len:
-            return
-        chunks = -(-count // fitting(call.max_len))
-        step = -(-count // chunks)
-        for lo in range(0, count, step):
-            chosen = slice(lo, min(lo + step, count))
-            yield (chosen if bounds is None else torch.arange(chosen.start, chosen.stop, device=q.device)), call.max_len
+    if not count or not call.max_len or not q.shape[2]:
         return
-    lengths, order = sequence_lengths(call, bounds).sort()
-    ordered: list[int] = lengths.tolist()
-    lo = sum(length == 0 for length in ordered)
-    for hi in range(lo + 1, count + 1):
-        if hi == count or ordered[hi] > 2 * max(_SHORT, ordered[lo]) or hi + 1 - lo > fitting(ordered[hi]):
-            yield order[lo:hi], ordered[hi - 1]
-            lo = hi
+    if bounds is None:
+        yield from ((chosen, call.max_len, True) for chosen in steps(count, call.max_len))
+    elif bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        for chosen in steps(count, call.max_len):
+            yield torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False
+    else:
+        lengths, order = sequence_lengths(call, bounds).sort()
+        begin = int((lengths == 0).sum())
+        for members, span in _classes(lengths[begin:], q.shape[1], call.max_len):
+            for chosen in steps(members, span):
+                part = order[begin + chosen.start : begin + chosen.stop]
+                yield part.sort().values, span, True  # in the order of memory
+            begin += members
 
 
-class Place(NamedTuple):
-    """Where the rows of a chunk lie in the caller's tensors."""
+def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(entries, heads, rows, F) as a matrix of rows, with the strides therein of entries, heads and rows."""
+    _, heads, rows, features = x.shape
+    packed = x.transpose(1, 2)
+    if packed.is_contiguous():
+        return packed.reshape(-1, features), (rows * heads, 1, heads)
+    return x.reshape(-1, features), (heads * rows, rows, 1)
 
-    chosen: slice | Tensor
-    length: int
-    sequence: Tensor  # (n,) int64, index in the batch
-    windows: Windows | None  # None: the sequences are `chosen`, a slice, and every row is a real item
+
+class Rows(NamedTuple):
+    """The rows of all chunks, N of them, for a number of heads: a sequence's heads one after another, each a window."""
+
+    pair: Tensor  # (N,) number of the sequence times heads plus the head; sequences are counted as chunks have them
+    local: Tensor  # (N,) position, counted from the sequence's first item
+    valid: Tensor  # (N,) bool, whether it is an item
+
+
+class Buffer(NamedTuple):
+    """Where chunks put one of their results."""
+
+    rows: Tensor  # (entries, heads, rows, F); if there are windows, (rows of all chunks + 1, F), the last of them zero
     heads: int
-    dtype: torch.dtype
-    call: Call
+
+
+class Plan:
+    """The chunks of a batch, and where each of their rows lies in the caller's tensors; it holds none of these."""
+
+    def __init__(self, given: Inputs, call: Call) -> None:
+        q, bounds = given.q, given.bounds
+        self.call, self.device, self.ragged = call, q.device, bounds is not None
+        self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.entries, self.heads, self.num_rows, _ = q.shape
+        self.places: list[Place] = []
+        self.total = sequences = 0  # rows of all chunks, for one head
+        for chosen, length, real in _selections(given, call):
+            self.places.append(Place(self, chosen, length, real, self.total, sequences))
+            sequences += self.places[-1].count
+            self.total += self.places[-1].count * length
+        self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `_find_first` finds a row's
+        self._found: dict[tuple[str | int, ...], Any] = {}
+        if self.places and (self.ragged or call.dropout_p):
+            self._find_sequences(bounds)
+        if self.places and call.dropout_p and q.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._draw(given)
+
+    def _find_sequences(self, bounds: Tensor | None) -> None:
+        """(n,) numbers for each sequence in the order of chunks."""
+        call, places = self.call, self.places
+        self.sequence = torch.cat([p.sequence for p in places])
+        self.span = torch.cat([p.sequence.new_full((p.count,), p.length) for p in places])
+        self.lengths = self.span if bounds is None else sequence_lengths(call, bounds)[self.sequence]
+        self.first = self.span - self.lengths if call.align_right else torch.zeros_like(self.lengths)
+        if bounds is not None and call.varlen:
+            start = bounds.long()[self.sequence]
+        else:
+            start = self.num_rows - self.lengths if call.align_right else torch.zeros_like(self.lengths)
+        self.start = start.clamp(max=self.num_rows - 1)
+
+    def rows(self, heads: int) -> Rows:
+        if ("rows", heads) not in self._found:
+            count = self.total * heads
+            spans = self.span.repeat_interleave(heads)
+            pair = torch.arange(spans.shape[0], device=self.device).repeat_interleave(spans, output_size=count)
+            begin = (spans.cumsum(0) - spans + self.first.repeat_interleave(heads))[pair]
+            local = torch.arange(count, device=self.device) - begin
+            valid = (local >= 0) & (local < self.lengths.repeat_interleave(heads)[pair])
+            self._found["rows", heads] = Rows(pair, local, valid)
+        return self._found["rows", heads]
+
+    def index(self, strides: tuple[int, int, int], heads: int, group: int) -> Tensor:
+        """(N,) row of a matrix of rows; query heads of a group read the same head, padding the nearest item."""
+        if ("index", heads, group, *strides) not in self._found:
+            rows, (entry, head, row) = self.rows(heads), strides
+            base = (self.start * row if self.call.varlen else self.start * row + self.sequence * entry)[:, None]
+            base = (base + torch.arange(heads, device=self.device) // group * head).flatten()[rows.pair]
+            last = (self.lengths - 1).clamp(min=0).repeat_interleave(heads)[rows.pair]
+            self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
+        return self._found["index", heads, group, *strides]
+
+    def padding(self) -> tuple[Tensor, Tensor]:
+        """(N,) 1 for an item and 0 for padding; what hides padding when added to scores: two of them are finite."""
+        if ("padding",) not in self._found:
+            items = self.rows(self.heads).valid.to(self.dtype)
+            self._found["padding",] = items, (1 - items).mul_(torch.finfo(self.dtype).min / 2)
+        return self._found["padding",]
+
+    def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Buffer:
+        """For results of `features` columns that the caller wants in `dtype`; every chunk writes all its rows."""
+        if not self.ragged:
+            return Buffer(torch.empty(self.entries, heads, self.num_rows, features, dtype=dtype, device=self.device), heads)
+        rows = torch.empty(heads * self.total + 1, features, dtype=self.dtype, device=self.device)
+        rows[-1] = 0
+        return Buffer(rows, heads)
+
+    def collect(self, buffer: Buffer, dtype: torch.dtype) -> Tensor:
+        """A buffer in rows form, (entries, heads, rows, F), laid out in memory as the caller will see it."""
+        rows, heads = buffer
+        if not self.ragged:
+            return rows
+        found, features = rows.index_select(0, self._inverse(heads)).to(dtype), rows.shape[-1]
+        if self.call.varlen:
+            return found.view(1, self.num_rows, heads, features).transpose(1, 2)
+        return found.view(self.entries, heads, self.num_rows, features)
+
+    def _inverse(self, heads: int) -> Tensor:
+        """(rows of all entries and heads,) where a buffer has each; its last row where no chunk has it."""
+        if ("inverse", heads) not in self._found:
+            size, count = self.entries * self.num_rows * heads, self.total * heads
+            found = torch.full((size + 1,), count, device=self.device)
+            if self.places:
+                within = (1, heads) if self.call.varlen else (self.num_rows, 1)
+                target = torch.where(self.rows(heads).valid, self.index((heads * self.num_rows, *within), heads, 1), size)
+                found.scatter_(0, target, torch.arange(count, device=self.device))
+            self._found["inverse", heads] = found[:size]
+        return self._found["inverse", heads]
+
+    def _draw(self, given: Inputs) -> None:
+        """Z of all weights at once, unless it would be larger than q, k and v."""
+        assert given.seed is not None
+        pair, local, valid = self.rows(self.heads)
+        if self.call.causal:
+            groups = local // WEIGHTS_PER_CALL + 1
+        else:
+            groups = ((self.lengths - 1) // WEIGHTS_PER_CALL + 1).repeat_interleave(self.heads)[pair]
+        groups = groups * valid
+        end = groups.cumsum(0)
+        count, before, widest = int(end[-1]), end - groups, max(p.length for p in self.places)
+        if count * WEIGHTS_PER_CALL > given.q.numel() + given.k.numel() + given.v.numel():
+            return
+        row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
+        group = torch.arange(count) - before[row]
+        pair, local = pair[row], local[row]
+        counter = group, pair % self.heads, local, self.sequence[pair // self.heads]
+        self.drawn = torch.zeros(count * WEIGHTS_PER_CALL + 2 * widest, dtype=self.dtype)
+        drawn = self.drawn[widest : -widest].view(count, WEIGHTS_PER_CALL)
+        for lo in range(0, count, _DRAWN_AT_ONCE):
+            part = slice(lo, lo + _DRAWN_AT_ONCE)
+            drawn[part] = draw(given.seed, self.call.dropout_p, tuple(x[part] for x in counter), self.dtype)
+        first = self.first.repeat_interleave(self.heads)[self.rows(self.heads).pair]
+        self.first_drawn = (before * WEIGHTS_PER_CALL - first).clamp_(min=-widest) + widest
+
+
+class Place:
+    """One chunk, and how it reads and writes tensors of the caller."""
+
+    def __init__(self, plan: Plan, chosen: slice | Tensor, length: int, real: bool, start: int, sequences: int) -> None:
+        self.plan, self.call, self.heads, self.dtype = plan, plan.call, plan.heads, plan.dtype
+        self.chosen = chosen  # entries, if every row is an item
+        self.length = length
+        self.real = real  # every sequence has an item
+        self.sequence = torch.arange(chosen.start, chosen.stop, device=plan.device) if isinstance(chosen, slice) else chosen
+        self.count = self.sequence.shape[0]
+        self._start, self._sequences = start, sequences  # rows and sequences of the chunks before it
 
     def empty(self, features: int) -> Tensor:
-        return self.sequence.new_empty(self.sequence.shape[0] * self.heads, self.length, features, dtype=self.dtype)
+        return self.sequence.new_empty(self.count * self.heads, self.length, features, dtype=self.dtype)
+
+    def _part(self, rows: Tensor, heads: int) -> Tensor:
+        """(n * heads, L, ...): this chunk's of the rows of all."""
+        begin, size = self._start * heads, self.count * self.length * heads
+        return rows[begin : begin + size].view(self.count * heads, self.length, *rows.shape[1:])
 
     def load(self, x: Tensor) -> Tensor:
-        """The chunk's rows of x, each head repeated for the query heads that share it; zero where there is no item."""
+        """The chunk's rows of x, each head repeated for the query heads that share it; padding repeats an item."""
         group = self.heads // x.shape[1]
-        if self.windows is not None:
-            found = gather_windows(x, self.windows, self.call.varlen, group)
-        else:
+        if not self.plan.ragged:
             found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
-        return found.to(self.dtype).flatten(0, 1).contiguous()
+            return found.to(self.dtype).flatten(0, 1).contiguous()
+        rows, strides = _as_rows(x)
+        index = self._part(self.plan.index(strides, self.heads, group), self.heads)
+        found = rows.index_select(0, index.flatten()).to(self.dtype).view(-1, self.length, x.shape[-1])
+        if self.real:
+            return found
+        return torch.where(self._part(self.plan.rows(self.heads).valid, self.heads)[..., None], found, 0)
 
-    def _is_direct(self, total: Tensor) -> bool:
-        return self.windows is None and total.dtype == self.dtype and total.shape[1] == self.heads
+    def load_items(self, x: Tensor) -> Tensor:
+        """The same with zeros at padding."""
+        found = self.load(x)
+        if not self.plan.ragged or not self.real:
+            return found
+        return found.mul_(self._part(self.plan.padding()[0], self.heads)[..., None])
 
-    def result(self, total: Tensor) -> Tensor:
-        """Where the chunk shall write its rows of `total`: into `total` itself if they lie there as the chunk has them."""
-        return total[self.chosen].flatten(0, 1) if self._is_direct(total) else self.empty(total.shape[-1])
+    def padding(self) -> Tensor | None:
+        """(n * H, 1, L): added to scores, hides columns without an item; None if causality does."""
+        if not self.plan.ragged or (self.call.causal and not self.call.align_right):
+            return None
+        return self._part(self.plan.padding()[1], self.heads)[:, None]
 
-    def store(self, total: Tensor, value: Tensor) -> None:
-        """Put a `result` into its row buffer; query heads that share a key head are summed."""
-        if self._is_direct(total):
-            return
-        value = value.unflatten(0, (-1, self.heads))
-        if total.shape[1] != self.heads:
-            value = value.unflatten(1, (total.shape[1], -1)).sum(2)
-        if self.windows is None:
-            total[self.chosen] = value.to(total.dtype)
-        else:
-            scatter_windows(total, value, self.windows, self.call.varlen)
+    def _share(self, buffer: Buffer) -> Tensor:
+        """(n * heads, L, F): the chunk's part of a buffer."""
+        return self._part(*buffer) if self.plan.ragged else buffer.rows[self.chosen].flatten(0, 1)
+
+    def _is_direct(self, buffer: Buffer) -> bool:
+        return buffer.rows.dtype == self.dtype and buffer.heads == self.heads
+
+    def result(self, buffer: Buffer) -> Tensor:
+        """Where the chunk shall write its rows: into the buffer itself if they lie there as the chunk has them."""
+        return self._share(buffer) if self._is_direct(buffer) else self.empty(buffer.rows.shape[-1])
+
+    def store(self, buffer: Buffer, value: Tensor) -> None:
+        """Put a `result` into its buffer; query heads that share a key head are summed."""
+        if not self._is_direct(buffer):
+            group = self.heads // buffer.heads
+            self._share(buffer).copy_(value if group == 1 else value.unflatten(0, (-1, group)).sum(1))
 
     def load_table(self, w: Tensor) -> Tensor:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
         if self.call.per_entry:
             return self.load(w)
         found = table_window(w, self.call, self.length).to(self.dtype)[0]
-        return found[0] if found.shape[0] == 1 else found.repeat(self.sequence.shape[0], 1, 1)
+        return found[0] if found.shape[0] == 1 else found.repeat(self.count, 1, 1)
 
     def table_result(self, total: Tensor) -> Tensor:
-        """Where the gradient of a `load_table` is written, or, if the whole chunk shares it, added to."""
-        if self.call.per_entry:
-            return self.result(total)
+        """Where the gradient of a table by position is written, or, if the whole chunk shares it, added to."""
         return table_window(total, self.call, self.length)[0, 0] if total.shape[1] == 1 else self.empty(total.shape[-1])
 
     def store_table(self, total: Tensor, value: Tensor) -> None:
-        if self.call.per_entry:
-            self.store(total, value)
-        elif value.dim() == 3:
+        if value.dim() == 3:
             table_window(total, self.call, self.length).add_(value.unflatten(0, (-1, self.heads)).sum(0))
 
-
-def places(given: Inputs, call: Call) -> Iterator[Place]:
-    q, bounds = given.q, given.bounds
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for chosen, length in _selections(given, call):
-        if isinstance(chosen, slice):
-            sequence = torch.arange(chosen.start, chosen.stop, device=q.device)
-            yield Place(chosen, length, sequence, None, q.shape[1], dtype, call)
-        else:
-            assert bounds is not None
-            windows = make_windows(call, bounds, q.shape[2], length, chosen)
-            yield Place(chosen, length, chosen, windows, q.shape[1], dtype, call)
-
-
-def rows_like(x: Tensor, heads: int, features: int, bounds: Tensor | None, call: Call) -> Tensor:
-    """A row buffer for all chunks; without bounds they write every row of it."""
-    if bounds is None:
-        return x.new_empty(x.shape[0], heads, x.shape[2], features)
-    return row_buffer(x, heads, features, call.varlen)
+    def mask(self, seed: Tensor, lo: int, hi: int, columns: int) -> Tensor:
+        """Z of rows lo..hi, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
+        plan = self.plan
+        if plan.drawn is not None:
+            start = self._part(plan.first_drawn, self.heads)[:, lo:hi]
+            return plan.drawn.unfold(0, columns, 1).index_select(0, start.flatten()).view(-1, hi - lo, columns)
+        rows, first = torch.arange(lo, hi, device=seed.device), None
+        if plan.ragged:
+            first = plan.first[self._sequences : self._sequences + self.count]
+        return scaled_mask(seed, self.call.dropout_p, self.sequence, self.heads, rows, columns, first, self.dtype).flatten(0, 1)

@@ -28,38 +28,24 @@ def quantise(dropout_p: float) -> tuple[int, float]:
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 on int64 tensors that hold 32-bit words; counters broadcast, so early rounds run on small tensors."""
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(ROUNDS):
+    """Philox4x32 on int64 tensors whose low halves hold 32-bit words; counters broadcast, so early rounds run on small tensors."""
+    rounds = torch.arange(ROUNDS, device=seed.device)
+    keys = [((seed >> 32 * i) + rounds * step & _WORD).unbind() for i, step in enumerate(_KEY_STEPS)]
+    for k0, k1 in zip(*keys, strict=True):
+        # c1 and c3 may carry more than their word: what the exclusive or adds above it, the mask takes away
         low, high = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c2 = ((high >> 32) & _WORD) ^ c1 ^ k0, ((low >> 32) & _WORD) ^ c3 ^ k1
-        c1, c3 = high & _WORD, low & _WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+        c0 = ((high >> 32) ^ (c1 ^ k0)).bitwise_and_(_WORD)
+        c2 = ((low >> 32) ^ (c3 ^ k1)).bitwise_and_(_WORD)
+        c1, c3 = high, low
     return c0, c1, c2, c3
 
 
-def keep_bits(seed: Tensor, sequence: Tensor, heads: int, rows: Tensor, columns: int, first: Tensor | None) -> Tensor:
-    """(n, heads, len(rows), columns) int64 below 65536: the 16 bits that decide over each weight of n sequences.
-
-    seed: () int64. sequence: (n,) index in the batch. rows: (m,) positions in the window; columns counts from the window's
-    first position. first: (n,) position of the first real item in the window, None where that is position 0 throughout.
-    """
-    device, n = rows.device, sequence.shape[0]
-    groups = torch.arange((columns + WEIGHTS_PER_CALL - 1) // WEIGHTS_PER_CALL, device=device)
-    local_rows = rows[None] if first is None else (rows[None] - first[:, None]) & _WORD
-    words = philox(
-        seed,
-        groups.view(1, 1, 1, -1),
-        torch.arange(heads, device=device).view(1, -1, 1, 1),
-        local_rows[:, None, :, None],
-        sequence.view(-1, 1, 1, 1),
-    )
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
-    bits = torch.stack(halves, dim=-1).flatten(-2)
-    if first is None:
-        return bits[..., :columns]
-    local = (torch.arange(columns, device=device) - first[:, None]).clamp_(min=0)
-    return bits.gather(-1, local[:, None, None, :].expand(n, heads, rows.shape[0], columns))
+def draw(seed: Tensor, dropout_p: float, counter: tuple[Tensor, Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Z of the eight columns of each counter (j // 8, h, i, b), in a last dimension of its own after those they broadcast to."""
+    threshold, scale = quantise(dropout_p)
+    words = torch.stack([word.to(torch.int32) for word in torch.broadcast_tensors(*philox(seed, *counter))], dim=-1)
+    signed = words.view(torch.int16) ^ -32768  # 16 bits compare as unsigned numbers when the highest is flipped
+    return (signed >= threshold - 32768).to(dtype).mul_(scale)
 
 
 def scaled_mask(
@@ -72,6 +58,18 @@ def scaled_mask(
     first: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Z of the definition: the mask times 1/(1-p), (n, heads, len(rows), columns) in `dtype`."""
-    threshold, scale = quantise(dropout_p)
-    return (keep_bits(seed, sequence, heads, rows, columns, first) >= threshold).to(dtype).mul_(scale)
+    """Z of the definition: the mask times 1/(1-p), (n, heads, len(rows), columns) in `dtype`.
+
+    seed: () int64. sequence: (n,) index in the batch. rows: (m,) positions in the window; columns counts from the window's
+    first position. first: (n,) position of the first real item in the window, None where that is position 0 throughout.
+    """
+    device, n = rows.device, sequence.shape[0]
+    groups = torch.arange((columns + WEIGHTS_PER_CALL - 1) // WEIGHTS_PER_CALL, device=device)
+    local_rows = rows[None] if first is None else (rows[None] - first[:, None]) & _WORD
+    head = torch.arange(heads, device=device).view(-1, 1, 1)
+    counter = groups, head, local_rows[:, None, :, None], sequence.view(-1, 1, 1, 1)
+    found = draw(seed, dropout_p, counter, dtype).flatten(-2)
+    if first is None:
+        return found[..., :columns]
+    local = (torch.arange(columns, device=device) - first[:, None]).clamp_(min=0)
+    return found.gather(-1, local[:, None, None, :].expand(n, heads, rows.shape[0], columns))

@@ -26,6 +26,7 @@ them, their output is not stored and their output gradient is read as zero.
 Half precision is computed in float32 and rounded once, on the way out.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._fallback_chunks import BLOCK_ROWS, Place, block_rows, places, rows_like
-from .dropout import scaled_mask
+from ._fallback_chunks import LANES, Place, Plan, row_blocks
 from .layout import Call, Inputs
 
-KEPT_ROWS = 64  # weights of windows up to this are saved for the backward
+
+_Saved = tuple[list[Tensor], dict[tuple[str, int], Tensor]]  # products and weights of a chunk
 
 
 @dataclass
@@ -51,78 +52,95 @@ class _Chunk:
     v: Tensor  # (n * H, L, D_v)
     tables: list[Tensor]  # W_q and W_k, none for "none"; each (L, R) shared, otherwise (n * H, L, R)
     gate: Tensor | None  # (n * H, 1, 1)
+    blocks: list[tuple[int, int]]  # first row and end of each
     future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
-    padding: Tensor  # (n * H, 1, 1 or L): added to scores, hides columns without an item
+    padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
     seed: Tensor | None
-    kept: list[Tensor]  # P and R of the whole chunk, where the forward saved them
+    keep: bool  # whether weights stay for the backward
+    kept: dict[tuple[str, int], Tensor]  # they, by name and first row of the block
 
     @property
     def length(self) -> int:
         return self.q.shape[1]
 
-    def blocks(self) -> list[tuple[int, int]]:
-        step = block_rows(self.length)
-        return [(lo, min(lo + step, self.length)) for lo in range(0, self.length, step)]
-
     def one_sweep(self) -> bool:
-        return not self.tables or self.call.causal or self.length <= BLOCK_ROWS
+        return not self.tables or self.call.causal or len(self.blocks) == 1
 
     def columns(self, hi: int) -> int:
         return hi if self.call.causal else self.length
 
-    def weights(self, queries: Tensor, keys: Tensor, scale: float, lo: int, hi: int) -> Tensor:
+    def _weights(self, name: str, queries: Tensor, keys: Tensor, scale: float, lo: int, hi: int) -> Tensor:
         """Softmax of queries of rows lo..hi against every key they can see, (n * H, m, c)."""
+        if (name, lo) in self.kept:
+            return self.kept[name, lo]
         columns, shift = self.columns(hi), self.length - lo
-        scores = self.future[: hi - lo, shift : shift + columns].contiguous() + self.padding[..., :columns]
-        scores.baddbmm_(queries[:, lo:hi], keys[:, :columns].transpose(1, 2), alpha=scale)
-        return torch.softmax(scores, -1, out=scores)
+        hidden = self.future[: hi - lo, shift : shift + columns]
+        if self.padding is not None:
+            hidden = hidden + self.padding[..., :columns]
+        right = keys[:, :columns].transpose(1, 2)
+        if columns >= LANES:
+            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale)
+            torch.softmax(scores, -1, out=scores)
+        else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
+            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale / math.log(2))
+            scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+            scores.div_(scores.sum(-1, keepdim=True))
+        return self._found(name, lo, scores)
+
+    def _found(self, name: str, lo: int, weights: Tensor) -> Tensor:
+        if self.keep:
+            self.kept[name, lo] = weights
+        return weights
 
     def first(self, lo: int, hi: int) -> Tensor:
-        return self.kept[0] if self.kept else self.weights(self.q, self.k, self.call.softmax_scale, lo, hi)
+        return self._weights("first", self.q, self.k, self.call.softmax_scale, lo, hi)
 
     def higher(self, q_a: Tensor, k_a: Tensor, lo: int, hi: int) -> Tensor:
-        return self.kept[1] if self.kept else self.weights(q_a, k_a, self.call.refine_scale, lo, hi)
+        return self._weights("higher", q_a, k_a, self.call.refine_scale, lo, hi)
+
+    def mask(self, lo: int, hi: int) -> Tensor | None:
+        return None if self.seed is None else self.place.mask(self.seed, lo, hi, self.columns(hi))
 
     def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
         """softmax'(grad; weights), in the memory of weights that nobody keeps."""
-        into = torch.empty_like(weights) if self.kept else weights
+        into = torch.empty_like(weights) if self.keep else weights
+        if weights.shape[-1] < LANES:
+            mean = torch.linalg.vecdot(grad, weights)[..., None]
+            return torch.mul(weights, grad - mean, out=into)
         return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=into)
 
     def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
         """M of "additive"."""
         return first + higher if self.gate is None else torch.addcmul(first, self.gate, higher)
 
-    def mask(self, lo: int, hi: int) -> Tensor | None:
-        if self.seed is None:
-            return None
-        place, rows = self.place, torch.arange(lo, hi, device=self.q.device)
-        first = None if place.windows is None else place.windows.first
-        drawn = (self.seed, self.call.dropout_p, place.sequence, place.heads, rows, self.columns(hi), first, self.q.dtype)
-        return scaled_mask(*drawn).flatten(0, 1)
-
 
 def _tables(given: Inputs, call: Call) -> list[Tensor]:
     return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
 
 
-def _load_chunk(place: Place, given: Inputs, call: Call, kept: list[Tensor]) -> _Chunk:
-    length, rows, device, dtype = place.length, block_rows(place.length), given.q.device, place.dtype
-    count = place.sequence.shape[0]
-    hidden = torch.finfo(dtype).min / 2  # two of them add up to a finite number
+def _is_kept(blocks: list[tuple[int, int]], length: int, given: Inputs, call: Call) -> bool:
+    """Whether all weights together weigh no more than q, k and v, so that keeping them does not change the order of memory."""
+    kinds = 1 + (call.refinement != "none")
+    weights = kinds * sum((hi - lo) * (hi if call.causal else length) for lo, hi in blocks)
+    rows = given.q.shape[:-1].numel()
+    return weights * rows <= length * sum(x.numel() for x in given[:3] if x is not None)
+
+
+def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: dict[tuple[str, int], Tensor]) -> _Chunk:
+    length, device, dtype = place.length, given.q.device, place.dtype
+    blocks = row_blocks(length, call.causal)
+    rows = max(hi - lo for lo, hi in blocks)
     if call.causal:
         behind = torch.arange(rows + length, device=device) - torch.arange(rows, device=device)[:, None]
-        future = (behind > length).to(dtype) * hidden
+        future = (behind > length).to(dtype) * (torch.finfo(dtype).min / 2)
     else:
         future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
-    if place.windows is None:
-        padding = torch.zeros(count * place.heads, 1, 1, dtype=dtype, device=device)
-    else:
-        padding = (~place.windows.valid).to(dtype).mul_(hidden).repeat_interleave(place.heads, dim=0)[:, None]
     q, k, v, _, _, gate, _, seed = given
     tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
     if gate is not None:
-        gate = gate.to(dtype).expand(place.heads).repeat(count).view(-1, 1, 1)
-    return _Chunk(place, call, place.load(q), place.load(k), place.load(v), tables, gate, future, padding, seed, kept)
+        gate = gate.to(dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
+    loaded = place.load(q), place.load(k), place.load(v)
+    return _Chunk(place, call, *loaded, tables, gate, blocks, future, place.padding(), seed, keep, kept)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -141,42 +159,37 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, 
         total.baddbmm_(left, right, beta=int(add), alpha=scale)
 
 
-def _forward_chunk(chunk: _Chunk, out: Tensor, keep: bool) -> list[Tensor]:
-    """Writes the output (n * H, L, D_v); returns what the backward needs: Q_A, K_A and, for "value", Y; if `keep` P and R, too."""
+def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
+    """Writes the output (n * H, L, D_v); returns what the backward needs besides weights: Q_A, K_A and, for "value", Y."""
     refinement, v = chunk.call.refinement, chunk.v
     factors = [*chunk.tables, v] if refinement == "value" else chunk.tables
     products = [chunk.place.empty(x.shape[-1]) for x in factors]
     values = products[2] if refinement == "value" else v
     direct = refinement in ("none", "additive")
-    kept: list[Tensor] = []
 
     def correlate(lo: int, hi: int) -> Tensor | None:
         """First stage of a block; returns P if that meets the values."""
         first = chunk.first(lo, hi)
-        if keep:
-            kept.append(first)
         for total, right in zip(products, factors, strict=True):
             _multiply(total[:, lo:hi], first, right[..., : first.shape[-1], :])
         return first if direct else None
 
     def attend(lo: int, hi: int, first: Tensor | None) -> None:
         weights = chunk.higher(products[0], products[1], lo, hi) if chunk.tables else None
-        if keep and weights is not None:
-            kept.append(weights)
         if first is not None:
             weights = first if weights is None else chunk.mixed(first, weights)
         assert weights is not None
         _multiply(out[:, lo:hi], _times(weights, chunk.mask(lo, hi)), values[:, : weights.shape[-1]])
 
     if chunk.one_sweep():
-        for lo, hi in chunk.blocks():
+        for lo, hi in chunk.blocks:
             attend(lo, hi, correlate(lo, hi))
     else:
-        for lo, hi in chunk.blocks():
+        for lo, hi in chunk.blocks:
             correlate(lo, hi)
-        for lo, hi in chunk.blocks():
+        for lo, hi in chunk.blocks:
             attend(lo, hi, chunk.first(lo, hi) if direct else None)
-    return products + kept
+    return products
 
 
 class _ChunkGradients:
@@ -190,7 +203,7 @@ class _ChunkGradients:
         self.values, self.dvalues = (saved[2], self.dsaved[2]) if is_value else (chunk.v, self.dv)
         self.dgate = None if chunk.gate is None else torch.zeros_like(chunk.gate)
 
-        blocks = chunk.blocks()[::-1]
+        blocks = chunk.blocks[::-1]
         if chunk.one_sweep():
             for lo, hi in blocks:
                 first = chunk.first(lo, hi)
@@ -251,50 +264,57 @@ class _ChunkGradients:
         self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _forward(given: Inputs, call: Call, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    q, v = given.q, given.v
-    out = rows_like(q, q.shape[1], v.shape[-1], given.bounds, call)
-    saved: list[Tensor] = []
-    for place in places(given, call):
-        chunk = _load_chunk(place, given, call, [])
+def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Saved] | None) -> Tensor:
+    """The output in rows form; what the backward needs of each chunk is appended to `saved`."""
+    v = given.v
+    out = plan.buffer(given.q.shape[1], v.shape[-1], v.dtype)
+    for place in plan.places:
+        keep = saved is not None and _is_kept(row_blocks(place.length, call.causal), place.length, given, call)
+        chunk = _load_chunk(place, given, call, keep, {})
         value = place.result(out)
-        saved += _forward_chunk(chunk, value, keep and place.length <= KEPT_ROWS)
-        if place.windows is not None:
-            value.masked_fill_(chunk.padding.transpose(1, 2) != 0, 0)
+        products = _forward_chunk(chunk, value)
+        if saved is not None:
+            saved.append((products, chunk.kept))
         place.store(out, value)
-    return out[:, :, : q.shape[2]], saved
+    return plan.collect(out, v.dtype)
 
 
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
         *tensors, call = args
-        out, saved = _forward(Inputs(*tensors), call, keep=True)
-        ctx.call = call
-        ctx.save_for_backward(*tensors, *saved)
+        saved: list[_Saved] = []
+        given = Inputs(*tensors)
+        plan = Plan(given, call)
+        out = _forward(plan, given, call, saved)
+        ctx.call, ctx.plan = call, None if torch.compiler.is_compiling() else plan  # which has no tensors of the caller
+        ctx.names = [list(kept) for _, kept in saved]
+        ctx.save_for_backward(*tensors, *(x for products, kept in saved for x in (*products, *kept.values())))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        given, saved, call = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:]), ctx.call
+        given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
         q, k, v, _, _, gate, bounds, _ = given
-        inputs, tables, wide = [q, k, v], _tables(given, call), torch.promote_types(q.dtype, torch.float32)
-        totals = [rows_like(x, x.shape[1], x.shape[-1], bounds, call) for x in (inputs + tables if call.per_entry else inputs)]
-        totals += [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
+        tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), ctx.plan or Plan(given, call)
+        by_rows = [q, k, v, *tables] if call.per_entry else [q, k, v]
+        buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in by_rows]
+        dtables = [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
-        for place in places(given, call):
-            products = len(tables) + (call.refinement == "value")
-            weights = (1 + bool(tables)) * (place.length <= KEPT_ROWS)
-            (mine, kept), saved = (saved[:products], saved[products : products + weights]), saved[products + weights :]
-            chunk = _load_chunk(place, given, call, kept)
-            results = [place.result(x) for x in totals[:3]] + [place.table_result(x) for x in totals[3:]]
-            found = _ChunkGradients(chunk, mine, place.load(dout), results)
-            for store, total, value in zip([place.store] * 3 + [place.store_table] * 2, totals, results, strict=False):
-                store(total, value)
+        for place, names in zip(plan.places, ctx.names, strict=True):
+            products = [next(saved) for _ in range(len(tables) + (call.refinement == "value"))]
+            chunk = _load_chunk(place, given, call, bool(names), {name: next(saved) for name in names})
+            results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]
+            found = _ChunkGradients(chunk, products, place.load_items(dout), results)
+            for buffer, value in zip(buffers, results, strict=False):
+                place.store(buffer, value)
+            for total, value in zip(dtables, results[3:], strict=False):
+                place.store_table(total, value)
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
-        grads = [g[:, :, : x.shape[2]].to(x.dtype) for g, x in zip(totals, inputs + tables, strict=True)]
+        grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, by_rows, strict=True)]
+        grads += [total.to(w.dtype) for total, w in zip(dtables, tables, strict=False)]
         if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
@@ -304,4 +324,4 @@ def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
-    return _forward(given, call, keep=False)[0]
+    return _forward(Plan(given, call), given, call, None)
