@@ -1,0 +1,319 @@
+"""What each of our kernels moves and multiplies by design, launch by launch: pure functions of sizes, nothing is run.
+
+B sequences, H query heads, H_kv key heads, L window, D, D_v, R features of q, v and the tables; n items of one sequence.
+
+The counts follow `awrsr_kernels/_triton` operand by operand, and a test holds them to what the interpreted kernels load, store and
+multiply. Sequences are causal and aligned to the left, tables shared by all heads, as the benchmark has them. Bounds, gates and
+the seed, a number per program, are left out. Three counts of bytes tell three speeds apart: `loaded` is what all programs together
+ask for, mostly from cache (every program wants W; row tiles want all earlier keys), `read` what must come from device memory, each
+tensor once, and `written` what goes there.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from awrsr_kernels.launch_config import Tile, is_short, short_tile, tiled_tile
+
+from .workloads import Shape, Task, calls
+
+SHARED = 232448  # bytes of shared memory that a program may have on an H100 or H200
+PROCESSORS = 132  # multiprocessors of an H100 or H200
+ACCUMULATOR = 4  # bytes of a float32
+
+
+class Launch(NamedTuple):
+    """One launch; `chain` counts the products of the busiest program that wait for one another."""
+
+    kernel: str
+    stage: int  # 1 is P, 2 is R; 0: the kernel has no stages
+    pass_: str
+    tile: Tile | None  # None: one of torch's own kernels
+    programs: int
+    loaded: int
+    read: int
+    written: int
+    operations: int  # of whole tiles on matrix units, the masked half included; two per multiply-add
+    weights: int  # entries of score tiles that pass through a softmax or its gradient
+    drops: int  # entries of score tiles that draw a dropout bit
+    chain: int
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator, as far as counting goes."""
+
+    shape: Shape  # B and L are not looked at: `lengths` and `window` stand for them
+    refinement: str
+    dtype: str
+    dropped: bool
+    lengths: tuple[int, ...]
+    window: int
+    packed: bool
+
+    @property
+    def itemsize(self) -> int:
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def items(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def rows(self) -> int:
+        """Rows of every output: padding is written, as zeros."""
+        return self.items if self.packed else len(self.lengths) * self.window
+
+    @property
+    def features(self) -> tuple[int, int, int]:
+        return self.shape.D, self.shape.D_v, 1 if self.refinement == "none" else self.shape.R
+
+    @property
+    def blocks(self) -> tuple[int, int, int]:
+        """The features as tiles have them: a power of two of at least 16."""
+        return tuple(max(16, 1 << (x - 1).bit_length()) for x in self.features)  # type: ignore[return-value]
+
+    def splits(self, programs: int, processors: int) -> int:
+        """Over how many programs a kernel that sums over the batch spreads it."""
+        return max(1, min(len(self.lengths), -(-2 * processors // programs)))
+
+
+def task_launches(task: Task, layout: str, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
+    """Launches of forward and backward of all calls that a layout makes of a task."""
+    found = []
+    for lengths, window in calls(task, layout):
+        call = Call(task.shape, task.refinement, task.dtype, task.dropout_p > 0, lengths, window, layout == "packed")
+        found += call_launches(call, shared, processors)
+    return found
+
+
+def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
+    """Launches of one call, forward then backward, in the regime that the package would choose."""
+    if is_short(call.window, call.features, call.itemsize, False, shared):
+        return short_launches(call, short_tile(call.window), processors)
+    return tiled_launches(call, tiled_tile(call.features, call.itemsize, shared), processors)
+
+
+# The short regime
+
+
+def short_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
+    """One kernel each way, a head per program; the backward's programs walk over the batch and leave a partial dW each."""
+    s, refined, value = call.shape, call.refinement != "none", call.refinement == "value"
+    d, d_v, r = call.features
+    block_d, block_v, block_r = call.blocks
+    heads, size, square = len(call.lengths) * s.H, call.itemsize, tile.block_m**2
+    table = 2 * call.window * r * size if refined else 0  # both of them
+    tables_loaded = 2 * call.items * s.H * r * size if refined else 0
+    q, kv, out = (rows * s.H * width * size for rows, width in ((call.items, d), (call.items, d + d_v), (call.rows, d_v)))
+    grouped = call.items * s.H_kv * (d + d_v) * size  # keys and values as they lie in memory, a head for each group
+    forward = Launch(
+        "short_fwd", 0, "fwd", tile, heads, q + kv + tables_loaded, q + grouped + table, out,
+        2 * square * heads * (block_d + (3 * block_r if refined else 0) + (2 if value else 1) * block_v),
+        square * heads * (2 if refined else 1), square * heads * call.dropped, 4 if refined else 2,
+    )  # fmt: skip
+    splits = call.splits(s.H_kv, processors)
+    dout = call.items * s.H * d_v * size
+    partials = 2 * splits * s.H_kv * tile.block_m * r * ACCUMULATOR if refined else 0
+    gradients = call.rows * (s.H * d + s.H_kv * (d + d_v)) * size
+    width = 3 * block_d + (2 * block_v + 9 * block_r if refined else 2 * block_v) + (3 * block_v if value else 0)
+    turns = -(-len(call.lengths) // splits) * (s.H // s.H_kv)  # heads that the busiest program takes
+    backward = Launch(
+        "short_bwd", 0, "bwd", tile, s.H_kv * splits, q + kv + dout + tables_loaded, q + grouped + dout + table,
+        gradients + partials, 2 * square * heads * width,
+        square * heads * (4 if refined else 2), square * heads * call.dropped, (8 if refined else 3) * turns,
+    )  # fmt: skip
+    return [forward, backward, *_torch_sums(call, splits * s.H_kv, tile.block_m, 1)]
+
+
+def _torch_sums(call: Call, partials: int, rows: int, gates: int) -> list[Launch]:
+    """Torch's own kernels after a backward: partial dW of both tables summed, fitted to the table, cast; dgate summed, cast."""
+    if call.refinement == "none":
+        return []
+    total, cast = rows * call.shape.R * ACCUMULATOR, call.itemsize < ACCUMULATOR
+
+    def small(name: str, read: int, written: int) -> Launch:
+        return Launch(f"torch_{name}", 0, "bwd", None, 1, read, read, written, 0, 0, 0, 0)
+
+    fitted = call.window * call.shape.R
+    found = [small("sum", partials * total, total), small("pad", fitted * ACCUMULATOR, fitted * ACCUMULATOR)]
+    found = 2 * (found + ([small("cast", fitted * ACCUMULATOR, fitted * call.itemsize)] if cast else []))
+    if call.refinement == "additive":
+        heads = call.shape.H
+        found.append(small("sum", len(call.lengths) * heads * gates * ACCUMULATOR, heads * ACCUMULATOR))
+        found += [small("cast", heads * ACCUMULATOR, heads * call.itemsize)] if cast else []
+    return found
+
+
+# The tiled regime
+
+
+class Walk(NamedTuple):
+    """Steps of the loops over one sequence, and rows of the other side loaded in them, summed over the tiles of one side."""
+
+    steps: int
+    loaded: int
+    longest: int
+
+
+@functools.cache
+def rows_walk(n: int, tile: Tile) -> Walk:
+    """Every row tile meets the column tiles up to its diagonal."""
+    ends = [min(n, first + tile.block_m) for first in range(0, n, tile.block_m)]
+    steps = [-(-end // tile.block_n) for end in ends]
+    return Walk(sum(steps), sum(min(n, x * tile.block_n) for x in steps), max(steps, default=0))
+
+
+@functools.cache
+def columns_walk(n: int, tile: Tile) -> Walk:
+    """Every column tile meets the row tiles from its diagonal on."""
+    firsts = [first // tile.block_m * tile.block_m for first in range(0, n, tile.block_n)]
+    steps = [-(-(n - first) // tile.block_m) for first in firsts]
+    return Walk(sum(steps), sum(n - first for first in firsts), max(steps, default=0))
+
+
+class _Stage(NamedTuple):
+    """What a stage's kernels take: features, blocks and key heads of what plays q, k, v in it."""
+
+    number: int
+    d: int
+    block_d: int
+    k_heads: int
+    v_heads: int
+    tables: bool
+    values: bool
+    added: bool  # stage 2 of additive adds stage 1's output, stage 1's backward adds stage 2's dv
+    dropped: bool
+
+
+def _stages(call: Call) -> list[_Stage]:
+    s, refinement = call.shape, call.refinement
+    d, _, r = call.features
+    block_d, _, block_r = call.blocks
+    first_dropped = call.dropped and refinement in ("none", "additive")
+    first = _Stage(1, d, block_d, s.H_kv, s.H_kv, refinement != "none", refinement != "simple", False, first_dropped)
+    if refinement == "none":
+        return [first]
+    v_heads = s.H if refinement == "value" else s.H_kv
+    return [first, _Stage(2, r, block_r, s.H, v_heads, False, True, refinement == "additive", call.dropped)]
+
+
+def tiled_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
+    """A forward kernel per stage; backward a kernel over rows and one over columns per stage, stage 2 first, then the tables'."""
+    stages = _stages(call)
+    found = [_tiled_forward(call, tile, stage) for stage in stages]
+    for stage in reversed(stages):
+        # Stage 2's dv goes to memory as it is, except additive's, which stage 1 adds in full precision
+        kept_exact = stage.number == 2 and call.refinement == "additive"
+        plus = stage.number == 1 and call.refinement == "additive"
+        found.append(_tiled_rows(call, tile, stage))
+        found.append(_tiled_columns(call, tile, stage._replace(added=plus), ACCUMULATOR if kept_exact else call.itemsize))
+    if call.refinement == "none":
+        return found
+    tiles = -(-call.window // tile.block_n)
+    splits = call.splits(tiles * call.shape.H, processors)
+    found.append(_tiled_tables(call, tile, stages[0], splits))
+    return [*found, *_torch_sums(call, splits * call.shape.H, call.window, -(-call.window // tile.block_m))]
+
+
+def _total(call: Call, tile: Tile, walk: "functools._lru_cache_wrapper[Walk]") -> Walk:
+    """The walk over all query heads."""
+    walks = [walk(n, tile) for n in call.lengths]
+    steps, loaded = (call.shape.H * sum(w[i] for w in walks) for i in (0, 1))
+    return Walk(steps, loaded, max((w.longest for w in walks), default=0))
+
+
+def _operands(call: Call, stage: _Stage) -> tuple[int, int, int]:
+    """Bytes of a key row and of a table pair's row, and of a value row, as a tile loads them (0 where there are none)."""
+    _, d_v, r = call.features
+    size = call.itemsize
+    return stage.d * size, 2 * r * size if stage.tables else 0, d_v * size if stage.values else 0
+
+
+def _distinct(call: Call, stage: _Stage) -> int:
+    """Bytes of q, k, the tables and v as they lie in memory: each once."""
+    key, table, value = _operands(call, stage)
+    return call.items * (key * (call.shape.H + stage.k_heads) + value * stage.v_heads) + call.window * table
+
+
+def _tiled_forward(call: Call, tile: Tile, stage: _Stage) -> Launch:
+    _, d_v, r = call.features
+    _, block_v, block_r = call.blocks
+    h, size, walk, square = call.shape.H, call.itemsize, _total(call, tile, rows_walk), tile.block_m * tile.block_n
+    key, table, value = _operands(call, stage)
+    items, rest = call.items * h, size == 2  # half precision keeps what rounding lost, for real items
+    added = items * d_v * size if stage.added else 0
+    results = (2 * r if stage.tables else 0) + (d_v if stage.values else 0)
+    width = stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
+    return Launch(
+        "tiled_fwd", stage.number, "fwd", tile, -(-call.window // tile.block_m) * len(call.lengths) * h,
+        items * key + walk.loaded * (key + table + value) + added,
+        _distinct(call, stage) + added,
+        (call.rows * h * (results + d_v * stage.added) + items * results * rest) * size + items * ACCUMULATOR,
+        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped, 2 * walk.longest,
+    )  # fmt: skip
+
+
+def _tiled_rows(call: Call, tile: Tile, stage: _Stage) -> Launch:
+    """dq (or dQ_A) and delta, a program per row tile."""
+    _, d_v, r = call.features
+    _, block_v, block_r = call.blocks
+    h, size, walk, square = call.shape.H, call.itemsize, _total(call, tile, rows_walk), tile.block_m * tile.block_n
+    key, table, value = _operands(call, stage)
+    items, half = call.items * h, size == 2
+    saved = (4 * r + 2 * r * half if stage.tables else 0) + (2 * d_v + d_v * half if stage.values else 0)
+    own = items * (saved * size + ACCUMULATOR)  # beside q: gradients, what the forward saved and what it rounded away, lse
+    width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
+    return Launch(
+        "tiled_bwd_rows", stage.number, "bwd", tile, -(-call.window // tile.block_m) * len(call.lengths) * h,
+        items * key + own + walk.loaded * (key + table + value),
+        _distinct(call, stage) + own,
+        call.rows * h * stage.d * size + items * ACCUMULATOR,
+        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped, 2 * walk.longest,
+    )  # fmt: skip
+
+
+def _tiled_columns(call: Call, tile: Tile, stage: _Stage, dv_size: int) -> Launch:
+    """dk (or dK_A) and dv, a program per column tile and key head."""
+    _, d_v, r = call.features
+    _, block_v, block_r = call.blocks
+    h, walk, square = call.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
+    key, table, value = _operands(call, stage)
+    owners = min(stage.k_heads, stage.v_heads) if stage.values else stage.k_heads
+    per_row = key + value + table + 2 * ACCUMULATOR  # q, dO, [dQ_A | dK_A], lse and delta
+    added = call.items * owners * d_v * ACCUMULATOR if stage.added else 0
+    width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (2 * block_v if stage.values else 0)
+    gradients = (call.items * h) * (table + value + 2 * ACCUMULATOR)  # dO, [dQ_A | dK_A], lse and delta, once each
+    return Launch(
+        "tiled_bwd_columns", stage.number, "bwd", tile, -(-call.window // tile.block_n) * len(call.lengths) * owners,
+        call.items * (h * (key + table) + owners * value) + added + walk.loaded * per_row,
+        _distinct(call, stage) + gradients + added,
+        call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
+        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
+        2 * walk.longest * (h // owners),
+    )  # fmt: skip
+
+
+def _tiled_tables(call: Call, tile: Tile, stage: _Stage, splits: int) -> Launch:
+    """Partial dW, a program per rows of the tables, head and share of the batch."""
+    _, _, r = call.features
+    _, _, block_r = call.blocks
+    h, walk, square = call.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
+    key, table, _ = _operands(call, stage)
+    own = call.items * h * (table + ACCUMULATOR)  # [dQ_A | dK_A], as wide as a row of both tables, and lse
+    return Launch(
+        "tiled_bwd_tables", 1, "bwd", tile, -(-call.window // tile.block_n) * splits * h,
+        call.items * h * key + walk.loaded * (key + table + ACCUMULATOR),
+        call.items * (h + stage.k_heads) * key + own,
+        2 * splits * h * call.window * r * ACCUMULATOR,
+        2 * square * walk.steps * (stage.block_d + 2 * block_r), square * walk.steps, 0,
+        2 * walk.longest * -(-len(call.lengths) // splits),
+    )  # fmt: skip
+
+
