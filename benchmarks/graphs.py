@@ -5,6 +5,7 @@ cannot be captured (a call that synchronises, or allocates in ways a graph forbi
 """
 
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from .measure import Clock, Entrant, gradients, quantiles
 
-REPLAYS = 20
+REPLAYS, SECONDS = 20, 0.5  # of one batch; at least five replays, however long they take
 Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
 
 
@@ -35,7 +36,7 @@ def capture(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def time_graphs(entrant: Entrant, clock: Clock, passes: list[str], capture: Capture = capture) -> None:
-    """Fill in `graph_ms`, or `graph_reason`, of an entrant for each pass: the median of REPLAYS, summed over its batches."""
+    """Fill in `graph_ms`, or `graph_reason`, of an entrant for each pass: the median of some replays, summed over its batches."""
     for p in passes:
         if p == "bwd":
             entrant.graph_reason[p] = "a backward is captured together with its forward"
@@ -56,7 +57,10 @@ def _time(entrant: Entrant, clock: Clock, backward: bool, capture: Capture) -> f
         forward = functools.partial(entrant.provider.call, view)
         replay = capture(lambda forward=forward, view=view: gradients(forward(), view) if backward else forward())  # type: ignore[misc]
         replay()
-        samples = [clock.total_ms([clock.timed(replay)[1]]) for _ in range(REPLAYS)]
+        samples: list[float] = []
+        begin = time.perf_counter()
+        while len(samples) < 5 or (len(samples) < REPLAYS and time.perf_counter() - begin < SECONDS):
+            samples.append(clock.total_ms([clock.timed(replay)[1]]))
         total += quantiles(samples)[0]
         del replay
     return total

@@ -15,6 +15,9 @@ from typing import Any, TextIO
 
 import torch
 
+from awrsr_kernels.launch_config import shared_memory
+
+from .launches import PROCESSORS, task_launches
 from .measure import PASSES, Entrant, quantiles
 from .plots import QUESTIONS, plot
 from .providers import PROVIDERS
@@ -22,6 +25,7 @@ from .roofline import Rates, shares
 from .workloads import Task
 
 Row = dict[str, Any]
+COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "drops")
 
 
 def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:
@@ -49,6 +53,27 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rat
                 | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
             )
     add_ratios(rows)
+    return rows
+
+
+def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
+    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured."""
+    rows: list[Row] = []
+    for entrant in entrants:
+        if entrant.provider.name != "triton":
+            continue
+        device = torch.device(task.device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+        sums: dict[tuple[str, int, str], Row] = {}
+        for launch in task_launches(task, entrant.layout, shared_memory(device), processors):
+            key = launch.kernel, launch.stage, launch.pass_
+            row = sums.setdefault(key, dict.fromkeys(("launches", *COUNTS), 0))
+            row["launches"] += 1
+            for name in COUNTS:
+                row[name] += getattr(launch, name)
+        for (kernel, stage, p), row in sums.items():
+            named = {"task": task.label, "layout": entrant.layout, "pass": p, "kernel": kernel, "stage": stage}
+            rows.append(named | row | {"floor_ms": rates.floor_ms(row["read"] + row["written"], row["operations"])})
     return rows
 
 
@@ -88,7 +113,7 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("TFLOP/s", 8, lambda r: f"{r['tflops']:.3g}"),
     ("copy", 6, lambda r: percent(r, "copy_share")),
     ("matmul", 6, lambda r: percent(r, "matmul_share")),
-    ("/floor", 7, lambda r: f"{r['to_floor']:.3g}x" if "to_floor" in r else "-"),
+    ("/floor", 7, lambda r: f"{r['to_floor']:.{1 if r['to_floor'] < 100 else 0}f}x" if "to_floor" in r else "-"),
     ("vs rival", 8, lambda r: f"{r['ratio_to_best_rival']:.2f}x" if "ratio_to_best_rival" in r else "-"),
     ("first ms", 9, lambda r: f"{r['first_call_ms']:.0f}"),
 ]
