@@ -57,13 +57,9 @@ def measure_rates(device: str, dtype: str) -> Rates:
 
 
 def copy_bytes(device: str) -> int:
-    """Bytes of a tensor to copy: twice the last-level cache, so that source and target are four times as large as it.
-
-    At least 256 MiB, at most an eighth of the memory that is free.
-    """
+    """Bytes of a tensor to copy."""
     if device == "cuda":
-        cache, free = torch.cuda.get_device_properties().L2_cache_size, torch.cuda.mem_get_info()[0]
-        return int(min(max(1 << 30, 2 * cache), free // 8))
+        return beyond(torch.cuda.get_device_properties().L2_cache_size, torch.cuda.mem_get_info()[0], least=1 << 30)
     cache, free = 0, 2 << 30
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
@@ -71,7 +67,12 @@ def copy_bytes(device: str) -> int:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    return min(max(256 << 20, 2 * cache), free // 8)
+    return beyond(cache, free, least=256 << 20)
+
+
+def beyond(cache: int, free: int, least: int) -> int:
+    """Twice the last-level cache, so that source and target are four times as large as it; at most an eighth of free memory."""
+    return min(max(least, 2 * cache), free // 8)
 
 
 def ideal_bytes(task: Task, layout: str, pass_: str) -> int:

@@ -19,8 +19,14 @@ SHAPE = Shape(B=2, H=4, H_kv=2, L=10, D=8, D_v=6, R=5)
 SQUARE = Task(SHAPE, "simple", "bfloat16", 0.0, "cpu")
 
 
-def test_rates_are_measured_on_tensors_beyond_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert roofline.copy_bytes("cpu") >= 1 << 20
+def test_what_is_copied_is_beyond_the_cache_and_within_memory() -> None:
+    assert roofline.beyond(cache=100, free=10_000, least=50) == 200
+    assert roofline.beyond(cache=100, free=10_000, least=300) == 300
+    assert roofline.beyond(cache=100, free=800, least=300) == 100
+    assert roofline.copy_bytes("cpu") > 1 << 20
+
+
+def test_rates_are_positive_and_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "copy_bytes", lambda device: 8 << 20)
     monkeypatch.setitem(roofline.MATMUL_SIZE, "cpu", 64)
     rates = measure_rates("cpu", "float32")
