@@ -25,7 +25,7 @@ ACCUMULATOR = 4  # bytes of a float32
 
 
 class Launch(NamedTuple):
-    """One launch; `chain` counts the products of the busiest program that wait for one another."""
+    """One launch. A chain is how many products of a program wait for one another: of the busiest program, and of all, added."""
 
     kernel: str
     stage: int  # 1 is P, 2 is R; 0: the kernel has no stages
@@ -39,6 +39,7 @@ class Launch(NamedTuple):
     weights: int  # entries of score tiles that pass through a softmax or its gradient
     drops: int  # entries of score tiles that draw a dropout bit
     chain: int
+    chains: int
 
     @property
     def bytes(self) -> int:
@@ -116,7 +117,8 @@ def short_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
     forward = Launch(
         "short_fwd", 0, "fwd", tile, heads, q + kv + tables_loaded, q + grouped + table, out,
         2 * square * heads * (block_d + (3 * block_r if refined else 0) + (2 if value else 1) * block_v),
-        square * heads * (2 if refined else 1), square * heads * call.dropped, 4 if refined else 2,
+        square * heads * (2 if refined else 1), square * heads * call.dropped,
+        4 if refined else 2, (4 if refined else 2) * heads,
     )  # fmt: skip
     splits = call.splits(s.H_kv, processors)
     dout = call.items * s.H * d_v * size
@@ -127,7 +129,8 @@ def short_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
     backward = Launch(
         "short_bwd", 0, "bwd", tile, s.H_kv * splits, q + kv + dout + tables_loaded, q + grouped + dout + table,
         gradients + partials, 2 * square * heads * width,
-        square * heads * (4 if refined else 2), square * heads * call.dropped, (8 if refined else 3) * turns,
+        square * heads * (4 if refined else 2), square * heads * call.dropped,
+        (8 if refined else 3) * turns, (8 if refined else 3) * heads,
     )  # fmt: skip
     return [forward, backward, *_torch_sums(call, splits * s.H_kv, tile.block_m, 1)]
 
@@ -139,7 +142,7 @@ def _torch_sums(call: Call, partials: int, rows: int, gates: int) -> list[Launch
     total, cast = rows * call.shape.R * ACCUMULATOR, call.itemsize < ACCUMULATOR
 
     def small(name: str, read: int, written: int) -> Launch:
-        return Launch(f"torch_{name}", 0, "bwd", None, 1, read, read, written, 0, 0, 0, 0)
+        return Launch(f"torch_{name}", 0, "bwd", None, 1, read, read, written, 0, 0, 0, 0, 0)
 
     fitted = call.window * call.shape.R
     found = [small("sum", partials * total, total), small("pad", fitted * ACCUMULATOR, fitted * ACCUMULATOR)]
@@ -256,7 +259,8 @@ def _tiled_forward(call: Call, tile: Tile, stage: _Stage) -> Launch:
         items * key + walk.loaded * (key + table + value) + added,
         _distinct(call, stage) + added,
         (call.rows * h * (results + d_v * stage.added) + items * results * rest) * size + items * ACCUMULATOR,
-        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped, 2 * walk.longest,
+        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
+        2 * walk.longest, 2 * walk.steps,
     )  # fmt: skip
 
 
@@ -275,7 +279,8 @@ def _tiled_rows(call: Call, tile: Tile, stage: _Stage) -> Launch:
         items * key + own + walk.loaded * (key + table + value),
         _distinct(call, stage) + own,
         call.rows * h * stage.d * size + items * ACCUMULATOR,
-        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped, 2 * walk.longest,
+        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
+        2 * walk.longest, 2 * walk.steps,
     )  # fmt: skip
 
 
@@ -296,7 +301,7 @@ def _tiled_columns(call: Call, tile: Tile, stage: _Stage, dv_size: int) -> Launc
         _distinct(call, stage) + gradients + added,
         call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
         2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
-        2 * walk.longest * (h // owners),
+        2 * walk.longest * (h // owners), 2 * walk.steps,
     )  # fmt: skip
 
 
@@ -313,7 +318,7 @@ def _tiled_tables(call: Call, tile: Tile, stage: _Stage, splits: int) -> Launch:
         call.items * (h + stage.k_heads) * key + own,
         2 * splits * h * call.window * r * ACCUMULATOR,
         2 * square * walk.steps * (stage.block_d + 2 * block_r), square * walk.steps, 0,
-        2 * walk.longest * -(-len(call.lengths) // splits),
+        2 * walk.longest * -(-len(call.lengths) // splits), 2 * walk.steps,
     )  # fmt: skip
 
 
