@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint bench gpu
+.PHONY: test lint bench track gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -15,7 +15,12 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
 
-# GPU tests and benchmarks in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
+# Times of a few calls, stored in .benchmarks/ and shown beside the run before: one run per commit.
+track: .venv/ready
+	$(BIN)/python -m pytest -q tests/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
+	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
+
+# GPU tests, checks, tuner, benchmarks and profile in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
 

@@ -175,6 +175,19 @@ def predict(task: Task, report: Sequence[Row] = (), gpu: Gpu = H200) -> list[Row
     return rows
 
 
+def resources_used(chosen: Sequence[Task], report: Sequence[Row], gpu: Gpu = H200) -> list[Row]:
+    """What the prediction took each of our kernels to need, and how many programs a multiprocessor then runs at a time."""
+    found: dict[str, Row] = {}
+    for task in chosen:
+        for launch in task_launches(task, "padded", processors=gpu.processors):
+            if launch.tile is not None:
+                used = find_resources(report, launch, task.refinement, task.dropout_p > 0)
+                row = {"kernel": launch.kernel, "stage": launch.stage, "refinement": task.refinement, "tile": list(launch.tile)}
+                row |= used._asdict() | {"at_once": at_once(launch.tile.num_warps, used, gpu)}
+                found[json.dumps(row)] = row
+    return list(found.values())
+
+
 def add_measured(rows: list[Row], measured: dict[str, Any]) -> int:
     """Put measured times beside predicted ones; returns how many of our measured rows have no prediction."""
     found = {compare.row_key(r): r["median_ms"] for r in measured["rows"] if r["provider"] == "triton"}
@@ -259,7 +272,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = load_report(path)
         except ValueError as error:
             parser.error(f"argument --{name}: {error}")
-    rows = [row for task in tasks(options.preset, options.refinement, options.dropout) for row in predict(task, report)]
+    chosen = list(tasks(options.preset, options.refinement, options.dropout))
+    rows = [row for task in chosen for row in predict(task, report)]
     command = shlex.join(["python", "benchmarks/gpu_model.py", *(sys.argv[1:] if argv is None else argv)])
     prediction: dict[str, Any] = {"kind": "prediction", "device": H200.name, "commit": commit(), "command": command}
     prediction["assumptions"] = asdict(H200) | {
@@ -270,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         left = add_measured(rows, measured)
         prediction["measured_on"] = measured["device"]
         print(f"{left} measured rows of our kernels have no prediction; {sum(r.get('miss', False) for r in rows)} are missed\n")
-    prediction["rows"] = rows
+    prediction["rows"], prediction["resources"] = rows, resources_used(chosen, report)
     print(markdown(prediction), end="")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

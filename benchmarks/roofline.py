@@ -59,7 +59,8 @@ def measure_rates(device: str, dtype: str) -> Rates:
 def copy_bytes(device: str) -> int:
     """Bytes of a tensor to copy."""
     if device == "cuda":
-        return beyond(torch.cuda.get_device_properties().L2_cache_size, torch.cuda.mem_get_info()[0], least=1 << 30)
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        return beyond(cache, torch.cuda.mem_get_info()[0], least=1 << 30)
     cache, free = 0, 2 << 30
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):

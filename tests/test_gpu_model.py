@@ -122,6 +122,7 @@ def test_it_says_that_it_is_a_prediction(tmp_path: Path, capsys: pytest.CaptureF
     assert (tmp_path / "prediction_h200.md").read_text() == printed
     made = json.loads((tmp_path / "prediction_h200.json").read_text())
     assert made["kind"] == "prediction" and made["assumptions"]["step_us"] == gpu_model.STEP_US
+    assert {(r["kernel"], r["registers"], r["known"]) for r in made["resources"]} >= {("short_fwd", 255, False)}
     assert len(made["rows"]) == 3 * len(list(tasks(["recsys"], ["simple"], 0.0)))
     with pytest.raises(ValueError, match="row 0 has no median_ms"):  # it cannot be compared as if it were measured
         compare.load(tmp_path / "prediction_h200.json")
