@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,7 +21,7 @@ from benchmarks.graphs import time_graphs
 from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
 from benchmarks.precompile import precompile
 from benchmarks.providers import PROVIDERS, Provider
-from benchmarks.roofline import measure_rates
+from benchmarks.roofline import Rates, measure_rates
 from benchmarks.workloads import CPU_DEFAULT, DTYPES, PRESETS, QUICK, Preset, Shape, Task, build, read_histories, sample_users
 
 EXAMPLES = """
@@ -223,6 +223,15 @@ def too_large(task: Task, provider: Provider) -> str | None:
     return f"its L x L matrices take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
+class Found(NamedTuple):
+    """What came of a task, or of all of them."""
+
+    rows: list[report.Row]
+    launches: list[report.Row]
+    skipped: list[dict[str, str]]
+    wrong: list[dict[str, str]]
+
+
 def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[str], None]) -> tuple[list[Entrant], list, list]:
     """Providers of a task that can run and are right, then those that were skipped and those that are wrong."""
     entrants: list[Entrant] = []
@@ -255,13 +264,27 @@ def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[st
     return entrants, skipped, wrong
 
 
+def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace, rates: Rates, progress: report.Progress) -> Found:
+    """All of one task: check, race, graphs; prints its table."""
+    torch.manual_seed(0)
+    random.seed(0)
+    torch._dynamo.reset()  # a shape's compilations must not count against the next one's
+    entrants, skipped, wrong = enter(task, chosen, Gate(), progress.step)
+    progress.step("timing")
+    if entrants:
+        clock = Clock(torch.device(task.device))
+        race(entrants, clock, options.passes != ["fwd"], options.reps, options.budget)
+        for entrant in entrants if clock.cuda else ():
+            time_graphs(entrant, clock, options.passes)
+    rows = report.make_rows(task, entrants, options.passes, rates)
+    progress.write(report.table(rows, wrong))
+    return Found(rows, report.launch_rows(task, entrants, rates), skipped, wrong)
+
+
 def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
-    """Measure everything and print as it comes."""
-    rows: list[report.Row] = []
-    skipped: list[dict[str, str]] = []
-    wrong: list[dict[str, str]] = []
-    launches: list[report.Row] = []
-    chosen = chosen_providers(options, skipped)
+    """Measure everything and print as it comes. A task that breaks is reported as wrong and costs the others nothing."""
+    total = Found([], [], [], [])
+    chosen = chosen_providers(options, total.skipped)
     rates = measure_rates(options.device, options.dtype)
     known = {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12, "matmul_dtype": options.dtype}
     print(f"at best: a copy {rates.copy / 1e9:.4g} GB/s, a matrix product in {options.dtype} {rates.matmul / 1e12:.4g} TFLOP/s\n")
@@ -270,29 +293,19 @@ def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
     progress = report.Progress(sum(len(chosen) * len(t.layouts) + 1 for t in tasks))
     begin = time.perf_counter()
     for task in tasks:
+        told = {"provider": "all", "layout": "any", "task": task.label}
         if time.perf_counter() - begin > options.limit:
-            skipped.append({"provider": "all", "layout": "any", "task": task.label, "reason": f"--limit: no time for {task.label}"})
+            total.skipped.append(told | {"reason": f"--limit: no time for {task.label}"})
             continue
-        torch.manual_seed(0)
-        random.seed(0)
-        torch._dynamo.reset()  # a shape's compilations must not count against the next one's
-        entrants, missing, refused = enter(task, chosen, Gate(), progress.step)
-        skipped += missing
-        wrong += refused
-        progress.step("timing")
-        if entrants:
-            backward = options.passes != ["fwd"]
-            clock = Clock(torch.device(task.device))
-            race(entrants, clock, backward, options.reps, options.budget)
-            for entrant in entrants if clock.cuda else ():
-                time_graphs(entrant, clock, options.passes)
-        found = report.make_rows(task, entrants, options.passes, rates)
-        rows += found
-        launches += report.launch_rows(task, entrants, rates)
-        progress.write(report.table(found, refused))
+        try:
+            for all_of_it, part in zip(total, measure(task, chosen, options, rates, progress), strict=True):
+                all_of_it.extend(part)
+        except Exception as error:
+            total.wrong.append(told | {"reason": f"{type(error).__name__}: {error}"})
+            progress.write(report.table([], total.wrong[-1:]))
     progress.close()
     overhead = host_overhead(chosen, options.device) if options.overhead else []
-    return {"rates": known, "rows": rows, "launches": launches, "skipped": skipped, "wrong": wrong, "overhead": overhead}
+    return {"rates": known} | total._asdict() | {"overhead": overhead}
 
 
 def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -326,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = about | {"command": command} | run(options, tasks)
     for provider, reason in dict.fromkeys((s["provider"], s["reason"]) for s in results["skipped"]):
         print(f"not run: {provider}: {reason}")
+    for provider, reason in report.graph_reasons(results["rows"]):
+        print(f"no graph: {provider}: {reason}")
     for row in results["overhead"]:
         print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
     wide = report.unsteady(results["rows"])

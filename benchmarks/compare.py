@@ -14,12 +14,13 @@ MEASURES = ("median_ms", "graph_ms", "peak_mib")  # the first must be there, the
 
 
 class Change(NamedTuple):
-    """One measure of one row: `after` over `before` is its ratio."""
+    """One measure of one row: `after` over `before` is its ratio. Of an unsteady row p80 is above twice p20, in either file."""
 
     key: Key
     measure: str
     before: float
     after: float
+    unsteady: bool
 
     @property
     def ratio(self) -> float:
@@ -51,7 +52,7 @@ def load(path: Path) -> dict[str, Any]:
         missing = [k for k in (*REQUIRED, MEASURES[0]) if not isinstance(row, dict) or k not in row]
         if missing:
             raise ValueError(f"{path}: row {number} has no {', '.join(missing)}")
-        for name in MEASURES:
+        for name in (*MEASURES, "p20_ms", "p80_ms"):
             value = row.get(name, 1.0)
             positive = isinstance(value, int | float) and math.isfinite(value) and value >= 0 and (value > 0 or name == "peak_mib")
             if not positive:
@@ -72,7 +73,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
     """Join rows by key. A measure more than `threshold` times as large is a regression, one that shrank by it an improvement."""
     old, new = ({row_key(r): r for r in results["rows"]} for results in (before, after))
     changes = [
-        Change(key, name, float(row[name]), float(new[key][name]))
+        Change(key, name, float(row[name]), float(new[key][name]), name == "median_ms" and (_unsteady(row) or _unsteady(new[key])))
         for key, row in old.items()
         if key in new
         for name in MEASURES
@@ -82,6 +83,10 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
     better = sorted((c for c in changes if c.ratio < 1 / threshold), key=lambda c: c.ratio)
     only_old, only_new = [k for k in old if k not in new], [k for k in new if k not in old]
     return Comparison(worse, better, only_old, only_new, sum(k in new for k in old))
+
+
+def _unsteady(row: Row) -> bool:
+    return bool(row.get("p80_ms", 0) > 2 * row.get("p20_ms", 0))
 
 
 def describe(key: Key) -> str:
@@ -99,7 +104,8 @@ def text(found: Comparison, threshold: float) -> str:
     lines[0] += f"{len(found.improvements)} less than 1/{threshold:g}"
     for title, changes in (("REGRESSION", found.regressions), ("improvement", found.improvements)):
         for c in changes:
-            lines.append(f"{title:<11}  {c.ratio:6.2f}x  {c.measure} {c.before:.4g} -> {c.after:.4g}  {describe(c.key)}")
+            line = f"{title:<11}  {c.ratio:6.2f}x  {c.measure} {c.before:.4g} -> {c.after:.4g}  {describe(c.key)}"
+            lines.append(line + ("  (unsteady)" if c.unsteady else ""))
     for name, keys in (("first", found.only_before), ("second", found.only_after)):
         lines += [f"only in the {name} file: {describe(key)}" for key in keys]
     return "\n".join(lines)

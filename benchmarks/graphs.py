@@ -25,14 +25,26 @@ def capture(function: Callable[[], Any]) -> Callable[[], Any]:
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = function()
+    graph, eager = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            kept = function()
+    except Exception:
+        _recover(eager)
+        raise
 
     def replay(kept: Any = kept) -> None:  # the results' memory is the graph's: they live as long as it does
         graph.replay()
 
     return replay
+
+
+def _recover(eager: torch.cuda.Stream) -> None:
+    """After a failed capture: back to the stream before it, and a generator that does not believe it goes on."""
+    torch.cuda.set_stream(eager)
+    torch.cuda.synchronize()
+    fresh = torch.Generator("cuda").graphsafe_get_state()
+    torch.cuda.default_generators[torch.cuda.current_device()].graphsafe_set_state(fresh)
 
 
 def time_graphs(entrant: Entrant, clock: Clock, passes: list[str], capture: Capture = capture) -> None:
@@ -46,8 +58,6 @@ def time_graphs(entrant: Entrant, clock: Clock, passes: list[str], capture: Capt
         except Exception as error:  # any rival may fail in a way of its own, and costs no other its time
             line = str(error).splitlines()[0] if str(error) else ""
             entrant.graph_reason[p] = f"{type(error).__name__}: {line}"
-            if clock.cuda:
-                torch.cuda.synchronize()
 
 
 def _time(entrant: Entrant, clock: Clock, backward: bool, capture: Capture) -> float:

@@ -4,9 +4,10 @@ B sequences, H query heads, H_kv key heads, L window, D, D_v, R features of q, v
 
 The counts follow `awrsr_kernels/_triton` operand by operand, and a test holds them to what the interpreted kernels load, store and
 multiply. Sequences are causal and aligned to the left, tables shared by all heads, as the benchmark has them. Bounds, gates and
-the seed, a number per program, are left out. Three counts of bytes tell three speeds apart: `loaded` is what all programs together
-ask for, mostly from cache (every program wants W; row tiles want all earlier keys), `read` what must come from device memory, each
-tensor once, and `written` what goes there.
+the seed, a number per program, are left out; a float32 product counts once, though a GPU may take three TF32 passes over it.
+
+Three counts of bytes tell three speeds apart: `loaded` is what all programs together ask for, mostly from cache (every program
+wants W; row tiles want all earlier keys), `read` what must come from device memory, each tensor once, `written` what goes there.
 """
 
 import functools

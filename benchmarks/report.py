@@ -91,9 +91,18 @@ def add_ratios(rows: list[Row]) -> None:
             row["best_rival"] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
 
 
+def graph_reasons(rows: list[Row]) -> list[tuple[str, str]]:
+    """(provider, reason), each once, where a forward, alone or with its backward, has no CUDA-graph time."""
+    return list(dict.fromkeys((r["provider"], r["graph_reason"]) for r in rows if "graph_reason" in r and r["pass"] != "bwd"))
+
+
 def unsteady(rows: list[Row]) -> int:
     """How many medians mean little, because the samples scatter."""
-    return sum(row["p80_ms"] > 2 * row["p20_ms"] for row in rows)
+    return sum(map(scattered, rows))
+
+
+def scattered(row: Row) -> bool:
+    return bool(row["p80_ms"] > 2 * row["p20_ms"])
 
 
 def percent(row: Row, name: str) -> str:

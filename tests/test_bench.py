@@ -106,6 +106,22 @@ def test_a_wrong_provider_is_refused(flaw: str, monkeypatch: pytest.MonkeyPatch,
     assert [x for x in printed.out.splitlines() if x.startswith("sdpa2 ")]
 
 
+def test_a_task_that_breaks_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(entrants: list[Entrant], *rest: object) -> None:
+        if entrants[0].batches[0].max_len == 3:
+            raise RuntimeError("the device is gone")
+        race(entrants, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attn_bench, "race", breaks)
+    options = ["--device", "cpu", "--shapes", "1,1,3,4", "1,1,5,4", "--reps", "1", "--providers", "torch", "--out", str(tmp_path)]
+    assert attn_bench.main(options) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["L"] for r in results["rows"]} == {5} and "the device is gone" in results["wrong"][0]["reason"]
+    assert "the device is gone" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 def test_the_gate_passes_what_is_right(refinement: str, dropout_p: float) -> None:

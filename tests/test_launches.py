@@ -112,7 +112,7 @@ def test_counts_are_what_the_kernels_do(
             assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
 
 
-def test_torchs_own_kernels_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_kernels_are_counted() -> None:
     """What follows a backward: the sum of the partials, fitted to the table, cast to its dtype."""
     pytest.importorskip("triton", reason="needs Triton")
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -103,6 +103,8 @@ def test_what_cannot_be_captured_has_a_reason() -> None:
     time_graphs(timed, Clock(torch.device("cpu")), ["fwd"], capture)
     assert timed.graph_ms == {}
     assert timed.graph_reason == {"fwd": "RuntimeError: operation not permitted when stream is capturing"}
+    rows = 2 * report.make_rows(Task(SHAPE, "simple", "float32", 0.0, "cpu"), [timed], ["fwd"])
+    assert report.graph_reasons(rows) == [("sdpa2", "RuntimeError: operation not permitted when stream is capturing")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -111,6 +113,23 @@ def test_calls_are_captured(name: str) -> None:
     timed = Entrant(PROVIDERS[name], "padded", build(Task(SHAPE, "simple", "bfloat16", 0.0, "cuda"), "padded"))
     time_graphs(timed, Clock(torch.device("cuda")), ["fwd", "fwd+bwd"])
     assert set(timed.graph_ms) == {"fwd", "fwd+bwd"} and not timed.graph_reason
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_failed_capture_leaves_nothing_behind() -> None:
+    """Neither the capture's stream nor a random generator that believes the capture goes on."""
+    from benchmarks.graphs import capture
+
+    before, x = torch.cuda.current_stream(), torch.ones(2, device="cuda")
+
+    def synchronises() -> float:
+        torch.rand(2, device="cuda")
+        return x.sum().item()
+
+    with pytest.raises(RuntimeError):
+        capture(synchronises)
+    assert torch.cuda.current_stream() == before
+    assert torch.rand(2, device="cuda").isfinite().all() and (x + 1).sum().item() == 4
 
 
 def test_kernels_of_ours_are_listed_launch_by_launch() -> None:
@@ -173,6 +192,14 @@ def test_compare_passes_what_stays_within_the_threshold(tmp_path: Path) -> None:
     assert run_compare(tmp_path, before, after, "--threshold", "1.5") == 0
     assert run_compare(tmp_path, before, after, "--threshold", "1.4") == 1
     assert run_compare(tmp_path, after, before) == 0  # faster is no regression
+
+
+def test_compare_marks_what_scatters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = results(1.0, 1.0, p20_ms=1.0, p80_ms=1.5), results(2.0, 2.0, p20_ms=1.0, p80_ms=1.5)
+    after["rows"][1]["p80_ms"] = 2.5
+    assert run_compare(tmp_path, before, after) == 1
+    marked = {line.split("L ")[1].split()[0]: line.endswith("(unsteady)") for line in capsys.readouterr().out.splitlines()[1:]}
+    assert marked == {"10": False, "20": True}
 
 
 def test_compare_minds_memory_and_graphs_where_both_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
