@@ -9,9 +9,10 @@ Without a GPU it runs in Triton's interpreter, where it shows no more than that 
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,28 @@ from awrsr_kernels.layout import REFINEMENTS
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.report import atomic
-from benchmarks.workloads import Batch, Shape, Task, build
+from benchmarks.workloads import Shape, Task, build
 
 WINDOWS = (20, 160)  # one for the short regime, one for the tiled
 
 
-def batches(batch: int, windows: tuple[int, ...], heads: int, dim: int, dtype: str, device: str) -> Iterator[Batch]:
-    """A batch for each regime, refinement and layout; histories of every length between nothing much and the window."""
+def problems(batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str) -> list[tuple[Task, str]]:
+    """A task and a layout for each regime, refinement and layout; histories of every length between nothing much and the window."""
+    found = []
     for window in windows:
         users = tuple(1 + (7 * i + window - 1) % window for i in range(batch))  # the first fills the window
         for refinement in REFINEMENTS:
             shape = Shape(batch, heads, heads, window, dim, dim, dim)
             task = Task(shape, refinement, dtype, 0.1, device, users=users, batch_size=batch)
-            for layout in ("padded", "packed"):
-                yield build(task, layout)[0]
+            found += [(task, layout) for layout in ("padded", "packed")]
+    return found
 
 
-def run(made: Iterator[Batch]) -> int:
-    """Forward and backward of each; how many."""
-    done = 0
-    for batch in made:
+def run(problem: tuple[Task, str]) -> None:
+    """Forward and backward."""
+    for batch in build(*problem):
         found = gradients(ours(batch, "triton"), batch)
         assert all(torch.isfinite(x).all() for x in found)
-        done += 1
-    return done
 
 
 def kernel_times(profile: Any) -> list[dict[str, Any]]:
@@ -70,20 +69,26 @@ def main() -> int:
     parser.add_argument("--heads", type=int, default=2, help="query and key heads (default 2)")
     parser.add_argument("--dim", type=int, default=32, help="D, D_v and R (default 32)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="default bfloat16")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="deal the calls out to N, to fill Triton's cache")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also run under torch.profiler: times per kernel as JSON")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = given.dtype if device == "cuda" or given.dtype != "bfloat16" else "float32"  # not in the interpreter
 
-    def made() -> Iterator[Batch]:
-        return batches(given.batch, tuple(given.windows), given.heads, given.dim, dtype, device)
-
     if given.profile and device == "cpu":
         parser.error("argument --profile: needs a GPU, and torch finds none here")
-    print(f"{run(made())} calls, forward and backward")
+    todo = problems(given.batch, given.windows, given.heads, given.dim, dtype, device)
+    if given.processes > 1:
+        with multiprocessing.get_context("spawn").Pool(min(given.processes, len(todo))) as pool:
+            pool.map(run, todo, chunksize=1)
+    else:
+        for problem in todo:
+            run(problem)
+    print(f"{len(todo)} calls, forward and backward")
     if given.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run(made())
+            for problem in todo:
+                run(problem)
             torch.cuda.synchronize()
         with atomic(given.profile) as file:
             json.dump(kernel_times(profile), file, indent=1)

@@ -72,16 +72,20 @@ def sanitizer_status(tool: str, status: int | None, folder: Path) -> str:
     return f"exit status {status}" + (f", {found[-1]}" if found else ", no summary in its log")
 
 
-def profile_kernels(folder: Path, seconds: float) -> tuple[str, list[dict[str, Any]]]:
-    """How it went, and a row per kernel: by ncu's counters where they can be read, otherwise by torch.profiler."""
+def profile_kernels(folder: Path, seconds: float, processes: int) -> tuple[str, list[dict[str, Any]]]:
+    """How it went, and a row per kernel: by ncu's counters where they can be read, otherwise by torch.profiler.
+
+    The kernels are compiled beforehand, in several processes: what watches them should find them on disk.
+    """
     end = time.monotonic() + seconds
+    run([*LARGE, "--processes", str(processes)], folder / "profile_compile.log", seconds * 0.4)
     path = shutil.which("ncu")
     why = "ncu is not installed"
     if path is not None:
         log, table = folder / "ncu.log", folder / "ncu.csv"
         command = [path, "--csv", "--page", "raw", "--print-units", "base", "--log-file", str(table)]
         chosen = ["--kernel-name", "regex:^_.*_kernel$", "--metrics", ",".join(METRICS)]
-        status = run([*command, *chosen, *LARGE], log, seconds * 0.6)
+        status = run([*command, *chosen, *LARGE], log, (end - time.monotonic()) * 0.7)
         rows = ncu_rows(table.read_text(encoding="utf-8", errors="replace")) if table.exists() else []
         if rows and status == 0:
             return "by ncu", rows

@@ -26,7 +26,18 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.gpu_checks import ROOT, SANITIZERS, STOPPED, finish, profile_kernels, run, sanitizer_status, start, start_sanitizer
+from benchmarks.gpu_checks import (
+    ROOT,
+    SANITIZERS,
+    SMALL,
+    STOPPED,
+    finish,
+    profile_kernels,
+    run,
+    sanitizer_status,
+    start,
+    start_sanitizer,
+)
 from benchmarks.report import atomic
 
 TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
@@ -95,26 +106,33 @@ class Run:
         self.write("summary.json", self.summary)
 
     def tests_and_checks(self, seconds: float) -> dict[str, str]:
-        """Sanitizers beside the tests, which are dealt out to several processes: none of them is timed, all of them compile."""
-        end = time.monotonic() + seconds
-        tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
-        status = {}
+        """Sanitizers beside the tests: none of them is timed, all of them compile, so they may share the machine."""
+        end, status = time.monotonic() + seconds, {}
         try:
-            status["tests"] = self.tests(end)
-        except Exception as error:  # the sanitizers run on
+            tests = collect_tests()
+            started = self.start_tests(tests)
+        except Exception as error:  # the sanitizers run all the same
+            tests, started = [], []
             status["tests"] = f"failed: {type(error).__name__}: {error}"
+        run([*SMALL, "--processes", str(self.processes)], self.folder / "checks_compile.log", seconds / 2)
+        tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
+        if tests:
+            status["tests"] = self.finish_tests(tests, started, end)
         for tool, process in tools.items():
             code = None if process is None else finish(process, end - time.monotonic())
             status[tool] = sanitizer_status(tool, code, self.folder)
         return status
 
-    def tests(self, end: float) -> str:
-        tests = collect_tests()
+    def start_tests(self, tests: list[str]) -> list["subprocess.Popen[bytes]"]:
+        """The tests dealt out to several processes: each compiles the kernels of its own."""
         started = []
         for i in range(min(self.processes, len(tests))):
             options = ["-q", "-p", "no:cacheprovider", f"--junitxml={self.folder / f'tests-{i}.xml'}"]
             command = [sys.executable, "-m", "pytest", *options, *tests[i :: self.processes]]
             started.append(start(command, self.folder / f"tests-{i}.log"))
+        return started
+
+    def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
         stopped = sum(finish(process, end - time.monotonic()) == STOPPED for process in started)
         found = outcomes(self.folder) | {"collected": len(tests), "stopped_processes": stopped}
         self.write("tests.json", found)
@@ -139,7 +157,7 @@ class Run:
         return f"exit status {status}"
 
     def profile(self, seconds: float) -> str:
-        status, self.summary["kernels"] = profile_kernels(self.folder, seconds)
+        status, self.summary["kernels"] = profile_kernels(self.folder, seconds, self.processes)
         return status
 
     def run_all(self, skip_tests: bool) -> None:

@@ -85,6 +85,8 @@ def test_a_whole_run_leaves_eight_files(tmp_path: Path, monkeypatch: pytest.Monk
     """Every stage in turn, two tests for real; what needs a GPU is played by what it would write."""
 
     def played(command: list[str], log: Path, seconds: float) -> int:
+        if "--out" not in command:
+            return 0
         made = Path(command[command.index("--out") + 1])
         if "benchmarks/attn_bench.py" in command:
             made.mkdir()
@@ -97,7 +99,7 @@ def test_a_whole_run_leaves_eight_files(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpu_run, "collect_tests", lambda: tests)
     monkeypatch.setattr(gpu_run, "TUNER", "json.tool")
     monkeypatch.setattr(gpu_run, "start_sanitizer", lambda tool, folder: None)
-    monkeypatch.setattr(gpu_run, "profile_kernels", lambda folder, seconds: ("by ncu", [{"kernel": "_x_kernel"}]))
+    monkeypatch.setattr(gpu_run, "profile_kernels", lambda *_: ("by ncu", [{"kernel": "_x_kernel"}]))
     made = stages(tmp_path)
     made.run_all(skip_tests=False)
     left = {"summary.json", "tests.json", "tuned.json", "logs.tar.gz", *(f"{name}.json" for name in gpu_run.BENCHMARKS)}
@@ -145,13 +147,14 @@ def test_counters_are_read() -> None:
 
 
 def test_a_profile_by_counters_or_else_by_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_checks, "LARGE", [sys.executable, "-c", "import sys; open(sys.argv[2], 'w').write('[{\"us\": 1}]')"])
+    script = "import sys; '--profile' in sys.argv and open(sys.argv[-1], 'w').write('[1]')"
+    monkeypatch.setattr(gpu_checks, "LARGE", [sys.executable, "-c", script])
     written = f"open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write({NCU!r})"
     tool(tmp_path, "ncu", written, monkeypatch)
-    assert profile_kernels(tmp_path, 60) == ("by ncu", ncu_rows(NCU))
+    assert profile_kernels(tmp_path, 60, 2) == ("by ncu", ncu_rows(NCU))
     (tmp_path / "ncu.csv").unlink()
     tool(tmp_path, "ncu", "print('ERR_NVGPUCTRPERM'); sys.exit(1)", monkeypatch)
-    assert profile_kernels(tmp_path, 60) == ("by torch.profiler: ncu had no counters (exit status 1)", [{"us": 1}])
+    assert profile_kernels(tmp_path, 60, 2) == ("by torch.profiler: ncu had no counters (exit status 1)", [1])
 
 
 def test_kernel_times_are_ours_alone() -> None:
@@ -178,7 +181,10 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
             launch(kernel, *rest, **arguments)
 
         monkeypatch.setattr(module, "launch", watch)
-    assert every_kernel.run(every_kernel.batches(2, (4, 130), 1, 16, "float32", "cpu")) == 2 * 4 * 2
+    problems = every_kernel.problems(2, (4, 130), 1, 16, "float32", "cpu")
+    for problem in problems:
+        every_kernel.run(problem)
+    assert len(problems) == 2 * 4 * 2 and all(task.dropout_p > 0 for task, _ in problems)
     assert reached == there
 
 
