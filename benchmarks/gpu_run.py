@@ -66,7 +66,11 @@ def outcomes(folder: Path) -> dict[str, Any]:
     """Passed, failed and skipped tests of all processes, from what pytest wrote."""
     result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
     for path in folder.glob("tests-*.xml"):
-        for case in ElementTree.parse(path).iter("testcase"):
+        try:
+            cases = ElementTree.parse(path).iter("testcase")
+        except ElementTree.ParseError:
+            continue  # its process died while it wrote; its tests are missed in `finish_tests`
+        for case in cases:
             name, outcome = f"{case.get('classname')}::{case.get('name')}", list(case)
             kinds = {child.tag: child.get("message", "") for child in outcome}
             bad = kinds.get("failure", kinds.get("error"))
@@ -134,10 +138,12 @@ class Run:
 
     def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
         stopped = sum(finish(process, end - time.monotonic()) == STOPPED for process in started)
-        found = outcomes(self.folder) | {"collected": len(tests), "stopped_processes": stopped}
-        self.write("tests.json", found)
+        found = outcomes(self.folder)
+        lost = len(tests) - found["passed"] - len(found["failed"]) - len(found["skipped"])  # their process died or was stopped
+        self.write("tests.json", found | {"collected": len(tests), "without_outcome": lost, "stopped_processes": stopped})
         text = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
-        return ("failed: " if found["failed"] or stopped else "") + text + (f", {stopped} processes stopped" if stopped else "")
+        text += f", {lost} without outcome ({stopped} of {len(started)} processes stopped)" if lost > 0 else ""
+        return ("failed: " if found["failed"] or lost > 0 else "") + text
 
     def tuner(self, seconds: float) -> str:
         if importlib.util.find_spec(TUNER) is None:

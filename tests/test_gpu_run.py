@@ -69,6 +69,16 @@ def test_what_is_not_installed_is_no_failure_and_what_fails_is(tmp_path: Path) -
         made.summary["status"] = before
 
 
+def test_a_test_process_that_dies_is_missed(tmp_path: Path) -> None:
+    """A crash of the driver takes a process with it before it has written what its tests came to."""
+    made = stages(tmp_path)
+    (tmp_path / "folder/tests-0.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
+    (tmp_path / "folder/tests-1.xml").write_text("<testsuite><testca")
+    status = made.finish_tests(["a::b", "a::c"], [], 0)
+    assert status.startswith("failed: 1 passed, 0 failed, 0 skipped, 1 without outcome")
+    assert json.loads((tmp_path / "out/tests.json").read_text())["without_outcome"] == 1
+
+
 def test_a_stopped_process_leaves_no_child(tmp_path: Path) -> None:
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
     assert run([sys.executable, "-c", child], tmp_path / "log", 3) == STOPPED
