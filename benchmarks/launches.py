@@ -11,6 +11,7 @@ wants W; row tiles want all earlier keys), `read` what must come from device mem
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ SHARED = 232448  # bytes of shared memory that a program may have on an H100 or 
 PROCESSORS = 132  # multiprocessors of an H100 or H200
 ACCUMULATOR = 4  # bytes of a float32
 
+Tiles = Callable[[str], Tile]  # the tile of a kernel, by its name
+
 
 class Launch(NamedTuple):
     """One launch. A chain is how many products of a program wait for one another: of the busiest program, and of all, added."""
@@ -36,11 +39,11 @@ class Launch(NamedTuple):
     loaded: int
     read: int
     written: int
-    operations: int  # of whole tiles on matrix units, the masked half included; two per multiply-add
-    weights: int  # entries of score tiles that pass through a softmax or its gradient
-    drops: int  # entries of score tiles that draw a dropout bit
-    chain: int
-    chains: int
+    operations: int = 0  # of whole tiles on matrix units, the masked half included; two per multiply-add
+    weights: int = 0  # entries of score tiles that pass through a softmax or its gradient
+    drops: int = 0  # entries of score tiles that draw a dropout bit
+    chain: int = 0
+    chains: int = 0
 
     @property
     def bytes(self) -> int:
@@ -96,42 +99,45 @@ def task_launches(task: Task, layout: str, shared: int = SHARED, processors: int
 
 
 def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
-    """Launches of one call, forward then backward, in the regime that the package would choose."""
+    """Launches of one call, forward then backward, in the regime and with the tiles that the package would choose."""
     if is_short(call.window, call.features, call.itemsize, False, shared):
-        return short_launches(call, short_tile(call.window), processors)
-    return tiled_launches(call, tiled_tile(call.features, call.itemsize, shared), processors)
+        return short_launches(call, lambda kernel: short_tile(call.window), processors)
+    return tiled_launches(call, lambda kernel: tiled_tile(call.features, call.itemsize, shared), processors)
 
 
 # The short regime
 
 
-def short_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
+def short_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     """One kernel each way, a head per program; the backward's programs walk over the batch and leave a partial dW each."""
-    s, refined, value = call.shape, call.refinement != "none", call.refinement == "value"
+    s, size, refined, value = call.shape, call.itemsize, call.refinement != "none", call.refinement == "value"
     d, d_v, r = call.features
     block_d, block_v, block_r = call.blocks
-    heads, size, square = len(call.lengths) * s.H, call.itemsize, tile.block_m**2
-    table = 2 * call.window * r * size if refined else 0  # both of them
-    tables_loaded = 2 * call.items * s.H * r * size if refined else 0
-    q, kv, out = (rows * s.H * width * size for rows, width in ((call.items, d), (call.items, d + d_v), (call.rows, d_v)))
-    grouped = call.items * s.H_kv * (d + d_v) * size  # keys and values as they lie in memory, a head for each group
+    heads, items = len(call.lengths) * s.H, call.items
+    dout, tables = items * s.H * d_v * size, 2 * r * size if refined else 0  # the latter per row of both
+    loaded = items * s.H * ((2 * d + d_v) * size + tables)
+    read = items * (s.H * d + s.H_kv * (d + d_v)) * size + call.window * tables  # a key head once for its query heads
+
+    tile = tiles("short_fwd")
+    square, softmaxes, chain = tile.block_m**2 * heads, 2 if refined else 1, 4 if refined else 2
+    width = block_d + (2 if value else 1) * block_v + (3 * block_r if refined else 0)
     forward = Launch(
-        "short_fwd", 0, "fwd", tile, heads, q + kv + tables_loaded, q + grouped + table, out,
-        2 * square * heads * (block_d + (3 * block_r if refined else 0) + (2 if value else 1) * block_v),
-        square * heads * (2 if refined else 1), square * heads * call.dropped,
-        4 if refined else 2, (4 if refined else 2) * heads,
+        kernel="short_fwd", stage=0, pass_="fwd", tile=tile, programs=heads,
+        loaded=loaded, read=read, written=call.rows * s.H * d_v * size,
+        operations=2 * square * width, weights=square * softmaxes, drops=square * call.dropped,
+        chain=chain, chains=chain * heads,
     )  # fmt: skip
-    splits = call.splits(s.H_kv, processors)
-    dout = call.items * s.H * d_v * size
+
+    tile, splits = tiles("short_bwd"), call.splits(s.H_kv, processors)
+    square, chain = tile.block_m**2 * heads, 8 if refined else 3
+    width = 3 * block_d + (5 if value else 2) * block_v + (9 * block_r if refined else 0)
     partials = 2 * splits * s.H_kv * tile.block_m * r * ACCUMULATOR if refined else 0
-    gradients = call.rows * (s.H * d + s.H_kv * (d + d_v)) * size
-    width = 3 * block_d + (2 * block_v + 9 * block_r if refined else 2 * block_v) + (3 * block_v if value else 0)
     turns = -(-len(call.lengths) // splits) * (s.H // s.H_kv)  # heads that the busiest program takes
     backward = Launch(
-        "short_bwd", 0, "bwd", tile, s.H_kv * splits, q + kv + dout + tables_loaded, q + grouped + dout + table,
-        gradients + partials, 2 * square * heads * width,
-        square * heads * (4 if refined else 2), square * heads * call.dropped,
-        (8 if refined else 3) * turns, (8 if refined else 3) * heads,
+        kernel="short_bwd", stage=0, pass_="bwd", tile=tile, programs=s.H_kv * splits,
+        loaded=loaded + dout, read=read + dout, written=call.rows * (s.H * d + s.H_kv * (d + d_v)) * size + partials,
+        operations=2 * square * width, weights=square * 2 * softmaxes, drops=square * call.dropped,
+        chain=chain * turns, chains=chain * heads,
     )  # fmt: skip
     return [forward, backward, *_torch_sums(call, splits * s.H_kv, tile.block_m, 1)]
 
@@ -143,7 +149,7 @@ def _torch_sums(call: Call, partials: int, rows: int, gates: int) -> list[Launch
     total, cast = rows * call.shape.R * ACCUMULATOR, call.itemsize < ACCUMULATOR
 
     def small(name: str, read: int, written: int) -> Launch:
-        return Launch(f"torch_{name}", 0, "bwd", None, 1, read, read, written, 0, 0, 0, 0, 0)
+        return Launch(f"torch_{name}", stage=0, pass_="bwd", tile=None, programs=1, loaded=read, read=read, written=written)
 
     fitted = call.window * call.shape.R
     found = [small("sum", partials * total, total), small("pad", fitted * ACCUMULATOR, fitted * ACCUMULATOR)]
@@ -208,22 +214,23 @@ def _stages(call: Call) -> list[_Stage]:
     return [first, _Stage(2, r, block_r, s.H, v_heads, False, True, refinement == "additive", call.dropped)]
 
 
-def tiled_launches(call: Call, tile: Tile, processors: int) -> list[Launch]:
+def tiled_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     """A forward kernel per stage; backward a kernel over rows and one over columns per stage, stage 2 first, then the tables'."""
-    stages = _stages(call)
-    found = [_tiled_forward(call, tile, stage) for stage in stages]
+    stages, heads = _stages(call), call.shape.H
+    rows, columns = tiles("tiled_bwd_rows"), tiles("tiled_bwd_columns")
+    found = [_tiled_forward(call, tiles("tiled_fwd"), stage) for stage in stages]
     for stage in reversed(stages):
         # Stage 2's dv goes to memory as it is, except additive's, which stage 1 adds in full precision
         kept_exact = stage.number == 2 and call.refinement == "additive"
         plus = stage.number == 1 and call.refinement == "additive"
-        found.append(_tiled_rows(call, tile, stage))
-        found.append(_tiled_columns(call, tile, stage._replace(added=plus), ACCUMULATOR if kept_exact else call.itemsize))
+        found.append(_tiled_rows(call, rows, stage))
+        found.append(_tiled_columns(call, columns, stage._replace(added=plus), ACCUMULATOR if kept_exact else call.itemsize))
     if call.refinement == "none":
         return found
-    tiles = -(-call.window // tile.block_n)
-    splits = call.splits(tiles * call.shape.H, processors)
+    tile = tiles("tiled_bwd_tables")
+    splits = call.splits(-(-call.window // tile.block_n) * heads, processors)
     found.append(_tiled_tables(call, tile, stages[0], splits))
-    return [*found, *_torch_sums(call, splits * call.shape.H, call.window, -(-call.window // tile.block_m))]
+    return [*found, *_torch_sums(call, splits * heads, call.window, -(-call.window // rows.block_m))]
 
 
 def _total(call: Call, tile: Tile, walk: "functools._lru_cache_wrapper[Walk]") -> Walk:
@@ -256,12 +263,13 @@ def _tiled_forward(call: Call, tile: Tile, stage: _Stage) -> Launch:
     results = (2 * r if stage.tables else 0) + (d_v if stage.values else 0)
     width = stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
     return Launch(
-        "tiled_fwd", stage.number, "fwd", tile, -(-call.window // tile.block_m) * len(call.lengths) * h,
-        items * key + walk.loaded * (key + table + value) + added,
-        _distinct(call, stage) + added,
-        (call.rows * h * (results + d_v * stage.added) + items * results * rest) * size + items * ACCUMULATOR,
-        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
-        2 * walk.longest, 2 * walk.steps,
+        kernel="tiled_fwd", stage=stage.number, pass_="fwd", tile=tile,
+        programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
+        loaded=items * key + walk.loaded * (key + table + value) + added,
+        read=_distinct(call, stage) + added,
+        written=(call.rows * h * (results + d_v * stage.added) + items * results * rest) * size + items * ACCUMULATOR,
+        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
+        chain=2 * walk.longest, chains=2 * walk.steps,
     )  # fmt: skip
 
 
@@ -276,33 +284,35 @@ def _tiled_rows(call: Call, tile: Tile, stage: _Stage) -> Launch:
     own = items * (saved * size + ACCUMULATOR)  # beside q: gradients, what the forward saved and what it rounded away, lse
     width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
     return Launch(
-        "tiled_bwd_rows", stage.number, "bwd", tile, -(-call.window // tile.block_m) * len(call.lengths) * h,
-        items * key + own + walk.loaded * (key + table + value),
-        _distinct(call, stage) + own,
-        call.rows * h * stage.d * size + items * ACCUMULATOR,
-        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
-        2 * walk.longest, 2 * walk.steps,
+        kernel="tiled_bwd_rows", stage=stage.number, pass_="bwd", tile=tile,
+        programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
+        loaded=items * key + own + walk.loaded * (key + table + value),
+        read=_distinct(call, stage) + own,
+        written=call.rows * h * stage.d * size + items * ACCUMULATOR,
+        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
+        chain=2 * walk.longest, chains=2 * walk.steps,
     )  # fmt: skip
 
 
 def _tiled_columns(call: Call, tile: Tile, stage: _Stage, dv_size: int) -> Launch:
     """dk (or dK_A) and dv, a program per column tile and key head."""
-    _, d_v, r = call.features
+    _, d_v, _ = call.features
     _, block_v, block_r = call.blocks
     h, walk, square = call.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
     key, table, value = _operands(call, stage)
     owners = min(stage.k_heads, stage.v_heads) if stage.values else stage.k_heads
-    per_row = key + value + table + 2 * ACCUMULATOR  # q, dO, [dQ_A | dK_A], lse and delta
+    numbers = 2 * ACCUMULATOR  # lse and delta of a row
     added = call.items * owners * d_v * ACCUMULATOR if stage.added else 0
     width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (2 * block_v if stage.values else 0)
-    gradients = (call.items * h) * (table + value + 2 * ACCUMULATOR)  # dO, [dQ_A | dK_A], lse and delta, once each
     return Launch(
-        "tiled_bwd_columns", stage.number, "bwd", tile, -(-call.window // tile.block_n) * len(call.lengths) * owners,
-        call.items * (h * (key + table) + owners * value) + added + walk.loaded * per_row,
-        _distinct(call, stage) + gradients + added,
-        call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
-        2 * square * walk.steps * width, square * walk.steps, square * walk.steps * stage.dropped,
-        2 * walk.longest * (h // owners), 2 * walk.steps,
+        kernel="tiled_bwd_columns", stage=stage.number, pass_="bwd", tile=tile,
+        programs=-(-call.window // tile.block_n) * len(call.lengths) * owners,
+        # In the loop q, dO and [dQ_A | dK_A], which are as wide as a key, a value and a row of both tables
+        loaded=call.items * (h * (key + table) + owners * value) + added + walk.loaded * (key + value + table + numbers),
+        read=_distinct(call, stage) + call.items * h * (value + table + numbers) + added,
+        written=call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
+        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
+        chain=2 * walk.longest * (h // owners), chains=2 * walk.steps,
     )  # fmt: skip
 
 
@@ -312,14 +322,11 @@ def _tiled_tables(call: Call, tile: Tile, stage: _Stage, splits: int) -> Launch:
     _, _, block_r = call.blocks
     h, walk, square = call.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
     key, table, _ = _operands(call, stage)
-    own = call.items * h * (table + ACCUMULATOR)  # [dQ_A | dK_A], as wide as a row of both tables, and lse
     return Launch(
-        "tiled_bwd_tables", 1, "bwd", tile, -(-call.window // tile.block_n) * splits * h,
-        call.items * h * key + walk.loaded * (key + table + ACCUMULATOR),
-        call.items * (h + stage.k_heads) * key + own,
-        2 * splits * h * call.window * r * ACCUMULATOR,
-        2 * square * walk.steps * (stage.block_d + 2 * block_r), square * walk.steps, 0,
-        2 * walk.longest * -(-len(call.lengths) // splits), 2 * walk.steps,
+        kernel="tiled_bwd_tables", stage=1, pass_="bwd", tile=tile, programs=-(-call.window // tile.block_n) * splits * h,
+        loaded=call.items * h * key + walk.loaded * (key + table + ACCUMULATOR),  # keys; in the loop q, [dQ_A | dK_A] and lse
+        read=call.items * ((h + stage.k_heads) * key + h * (table + ACCUMULATOR)),
+        written=2 * splits * h * call.window * r * ACCUMULATOR,
+        operations=2 * square * walk.steps * (stage.block_d + 2 * block_r), weights=square * walk.steps, drops=0,
+        chain=2 * walk.longest * -(-len(call.lengths) // splits), chains=2 * walk.steps,
     )  # fmt: skip
-
-

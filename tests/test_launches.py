@@ -104,7 +104,7 @@ def test_counts_are_what_the_kernels_do(
     batch = build(task, layout)[0]
     gradients(ours(batch, backend), batch)
     call = Call(SHAPE, refinement, dtype, True, USERS, SHAPE.L, layout == "packed")
-    counted = tiled_launches(call, TILE, PROCESSORS) if regime == "tiled" else call_launches(call, processors=PROCESSORS)
+    counted = tiled_launches(call, lambda _: TILE, PROCESSORS) if regime == "tiled" else call_launches(call, processors=PROCESSORS)
     kernels = [x for x in counted if x.tile is not None]
     assert [(x.kernel, x.programs) for x in kernels] == [(m.kernel, m.programs) for m in meters]
     for launch, meter in zip(kernels, meters, strict=True):
