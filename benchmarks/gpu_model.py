@@ -4,6 +4,7 @@
     python -m awrsr_kernels.compile_report --target sm_90 --json report.json
     python benchmarks/gpu_model.py --compile-report report.json --out benchmarks/results     with real registers and shared memory
     python benchmarks/gpu_model.py --measured gpu-out/recsys.json     beside measurements: misses of more than 1.5x are flagged
+    python benchmarks/gpu_model.py --explain 512,4,128,64             the times of every launch of one problem
 
 A launch takes the longest of five times, each as if the others were free, and what a launch costs in any case:
 
@@ -11,8 +12,8 @@ A launch takes the longest of five times, each as if the others were free, and w
                                                                   in the cache what the one before it left there
     cache     bytes that programs ask for / speed of the L2       W for every program, earlier keys for every row tile
     matmul    operations of whole tiles / (rate * EFFICIENCY)
-    lanes     instructions beside the products / their rate       exponentials, masks, sums: per entry of a score tile; and
-                                                                  dropout bits, per entry that draws one
+    lanes     instructions beside the products / their rate       exponentials, masks, sums: per entry of a score tile; its
+                                                                  gradient; dropout bits, per entry that draws one
     chain     products that wait for one another * STEP_US,       of the busiest program, or of all programs over how many
               and START_US per wave of programs                   run at once (registers, shared memory, warps allow)
 
@@ -36,6 +37,7 @@ if not __package__:
 
 from awrsr_kernels.layout import REFINEMENTS
 from benchmarks import compare
+from benchmarks.attn_bench import sizes
 from benchmarks.launches import Launch, task_launches
 from benchmarks.report import atomic, commit
 from benchmarks.roofline import Rates, ideal_bytes
@@ -79,6 +81,7 @@ H200 = Gpu(
 # what FlashAttention 2 publishes for an H100 (180 to 299); a test holds them to that.
 EFFICIENCY = 0.5  # of the matmul rate, in tiles this small
 INSTRUCTIONS_PER_WEIGHT = 34  # scale, mask, maximum, exp2 (worth eight: a quarter of the units, twice), sum, convert; at 70 % issue
+INSTRUCTIONS_PER_GRADIENT = 14  # subtract, two products, sum, convert; at 70 % issue
 INSTRUCTIONS_PER_DROP = 32  # seven Philox rounds over eight weights, unpack, compare, multiply; at 70 % issue
 STEP_US = 0.35  # a product with the softmax or conversion behind it, waited for
 START_US = 1.5  # first loads from memory and last stores of a program
@@ -131,7 +134,8 @@ def times_us(launch: Launch, resources: Resources, gpu: Gpu) -> dict[str, float]
     """The five times of a launch, and its cost."""
     concurrent = gpu.processors * at_once(4 if launch.tile is None else launch.tile.num_warps, resources, gpu)
     waves = -(-launch.programs // concurrent)
-    instructions = launch.weights * INSTRUCTIONS_PER_WEIGHT + launch.drops * INSTRUCTIONS_PER_DROP
+    instructions = launch.weights * INSTRUCTIONS_PER_WEIGHT + launch.gradients * INSTRUCTIONS_PER_GRADIENT
+    instructions += launch.drops * INSTRUCTIONS_PER_DROP
     return {
         "memory": launch.bytes / gpu.copy * 1e6,
         "cache": launch.loaded / gpu.cache * 1e6,
@@ -173,6 +177,23 @@ def predict(task: Task, report: Sequence[Row] = (), gpu: Gpu = H200) -> list[Row
             | {"bound_by": max(bounds, key=lambda name: bounds[name]), "bounds_us": bounds, "compiled": known}
         )
     return rows
+
+
+def explain(task: Task, report: Sequence[Row] = (), gpu: Gpu = H200) -> str:
+    """Every launch of a problem with its five times in microseconds, the longest marked: what to work on."""
+    names = ("memory", "cache", "matmul", "lanes", "chain")
+    lines = [f"PREDICTION, not a measurement: {gpu.name}, {task.label}; microseconds, * is what the launch takes (+ {LAUNCH_US:g})"]
+    lines.append(f"{'kernel':<20}{'programs':>9}{'at once':>9}" + "".join(f"{name:>9}" for name in names))
+    for launch in task_launches(task, "padded", processors=gpu.processors):
+        resources = find_resources(report, launch, task.refinement, task.dropout_p > 0)
+        times = times_us(launch, resources, gpu)
+        longest = max(names, key=lambda name: times[name])
+        together = gpu.processors * at_once(4 if launch.tile is None else launch.tile.num_warps, resources, gpu)
+        cells = "".join(f"{f'{times[name]:.2f}' + '*' * (name == longest):>9}" for name in names)
+        name = launch.kernel + (f" {launch.stage}" if launch.stage else "")
+        guessed = "" if resources.known or launch.tile is None else "?"
+        lines.append(f"{name:<20}{launch.programs:>9}{f'{together}{guessed}':>9}{cells}")
+    return "\n".join(lines) + "\n"
 
 
 def resources_used(chosen: Sequence[Task], report: Sequence[Row], gpu: Gpu = H200) -> list[Row]:
@@ -253,6 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=0.0, metavar="P", help="default 0")
     add("--compile-report", type=Path, metavar="FILE", help="registers and shared memory (without it: guessed)")
     add("--measured", type=Path, metavar="FILE", help="results.json of attn_bench.py from a GPU, to stand beside the prediction")
+    add("--explain", type=sizes, metavar="B,H,L,D[,R]", help="the launches of this problem instead of the presets, time by time")
     add("--out", type=Path, metavar="DIR", help="write prediction_h200.json and prediction_h200.md")
     return parser
 
@@ -272,14 +294,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report = load_report(path)
         except ValueError as error:
             parser.error(f"argument --{name}: {error}")
+    if options.explain:
+        b, h, length, d, *r = options.explain
+        for refinement in options.refinement:
+            task = Task(Shape(b, h, h, length, d, d, r[0] if r else d), refinement, DTYPE, options.dropout, "cuda")
+            print(explain(task, report))
+        return 0
     chosen = list(tasks(options.preset, options.refinement, options.dropout))
     rows = [row for task in chosen for row in predict(task, report)]
     command = shlex.join(["python", "benchmarks/gpu_model.py", *(sys.argv[1:] if argv is None else argv)])
     prediction: dict[str, Any] = {"kind": "prediction", "device": H200.name, "commit": commit(), "command": command}
     prediction["assumptions"] = asdict(H200) | {
-        name.lower(): globals()[name]
-        for name in ("EFFICIENCY", "INSTRUCTIONS_PER_WEIGHT", "INSTRUCTIONS_PER_DROP", "STEP_US", "START_US", "LAUNCH_US")
-    }
+        "efficiency": EFFICIENCY, "step_us": STEP_US, "start_us": START_US, "launch_us": LAUNCH_US,
+        "instructions": {"weight": INSTRUCTIONS_PER_WEIGHT, "gradient": INSTRUCTIONS_PER_GRADIENT, "drop": INSTRUCTIONS_PER_DROP},
+    }  # fmt: skip
     if measured is not None:
         left = add_measured(rows, measured)
         prediction["measured_on"] = measured["device"]

@@ -40,7 +40,8 @@ class Launch(NamedTuple):
     read: int
     written: int
     operations: int = 0  # of whole tiles on matrix units, the masked half included; two per multiply-add
-    weights: int = 0  # entries of score tiles that pass through a softmax or its gradient
+    weights: int = 0  # entries of score tiles that are exponentiated
+    gradients: int = 0  # entries of score tiles whose gradient is formed
     drops: int = 0  # entries of score tiles that draw a dropout bit
     chain: int = 0
     chains: int = 0
@@ -136,7 +137,8 @@ def short_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     backward = Launch(
         kernel="short_bwd", stage=0, pass_="bwd", tile=tile, programs=s.H_kv * splits,
         loaded=loaded + dout, read=read + dout, written=call.rows * (s.H * d + s.H_kv * (d + d_v)) * size + partials,
-        operations=2 * square * width, weights=square * 2 * softmaxes, drops=square * call.dropped,
+        operations=2 * square * width, weights=square * softmaxes, gradients=square * softmaxes,
+        drops=square * call.dropped,
         chain=chain * turns, chains=chain * heads,
     )  # fmt: skip
     return [forward, backward, *_torch_sums(call, splits * s.H_kv, tile.block_m, 1)]
@@ -289,7 +291,8 @@ def _tiled_rows(call: Call, tile: Tile, stage: _Stage) -> Launch:
         loaded=items * key + own + walk.loaded * (key + table + value),
         read=_distinct(call, stage) + own,
         written=call.rows * h * stage.d * size + items * ACCUMULATOR,
-        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
+        operations=2 * square * walk.steps * width, weights=square * walk.steps, gradients=square * walk.steps,
+        drops=square * walk.steps * stage.dropped,
         chain=2 * walk.longest, chains=2 * walk.steps,
     )  # fmt: skip
 
@@ -311,7 +314,8 @@ def _tiled_columns(call: Call, tile: Tile, stage: _Stage, dv_size: int) -> Launc
         loaded=call.items * (h * (key + table) + owners * value) + added + walk.loaded * (key + value + table + numbers),
         read=_distinct(call, stage) + call.items * h * (value + table + numbers) + added,
         written=call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
-        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
+        operations=2 * square * walk.steps * width, weights=square * walk.steps, gradients=square * walk.steps,
+        drops=square * walk.steps * stage.dropped,
         chain=2 * walk.longest * (h // owners), chains=2 * walk.steps,
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from .roofline import Rates, shares
 from .workloads import Task
 
 Row = dict[str, Any]
-COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "drops")
+COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "gradients", "drops")
 
 
 def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:

@@ -18,7 +18,10 @@ ROUND = Gpu(
     name="a round one", copy=1e12, cache=2e12, matmul=1e14, lanes=1e13,
     processors=100, registers=65536, shared=100 << 10, warps=64, programs=32,
 )  # fmt: skip
-KERNEL = Launch("short_fwd", 0, "fwd", Tile(64, 64, 4, 1), 400, 8_000_000, 2_000_000, 1_000_000, 10**9, 10**6, 0, 4, 1600)
+KERNEL = Launch(
+    kernel="short_fwd", stage=0, pass_="fwd", tile=Tile(64, 64, 4, 1), programs=400,
+    loaded=8_000_000, read=2_000_000, written=1_000_000, operations=10**9, weights=10**6, chain=4, chains=1600,
+)  # fmt: skip
 
 
 def task(batch: int = 64, length: int = 50, refinement: str = "simple", dropout_p: float = 0.0) -> Task:
@@ -41,6 +44,8 @@ def test_a_launch_by_hand() -> None:
     assert times["cache"] == pytest.approx(4.0)  # 8 MB at 2 TB/s
     assert times["matmul"] == pytest.approx(1e9 / (1e14 * gpu_model.EFFICIENCY) * 1e6)
     assert times["lanes"] == pytest.approx(gpu_model.INSTRUCTIONS_PER_WEIGHT * 1e6 / 1e13 * 1e6)
+    more = times_us(KERNEL._replace(gradients=10**6, drops=10**5), Resources(128, 0, True), ROUND)["lanes"] - times["lanes"]
+    assert more == pytest.approx((gpu_model.INSTRUCTIONS_PER_GRADIENT + 0.1 * gpu_model.INSTRUCTIONS_PER_DROP) * 1e6 / 1e13 * 1e6)
     assert times["chain"] == pytest.approx(4 * gpu_model.STEP_US + gpu_model.START_US)
     assert times["launch"] == gpu_model.LAUNCH_US
     assert total_us(times) == pytest.approx(20.0 + gpu_model.LAUNCH_US)  # matmul is the longest
@@ -146,11 +151,26 @@ def test_measurements_stand_beside_it_and_misses_are_flagged(tmp_path: Path, cap
     assert [r.get("miss") for r in made[:5]] == [False, False, True, True, None]
 
 
+def test_a_problem_is_explained_launch_by_launch(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--explain", "64,2,50,32") == 0
+    first, names, *lines = capsys.readouterr().out.strip().splitlines()
+    assert first.startswith("PREDICTION, not a measurement: NVIDIA H200, B 64 L 50 H 2")
+    assert [line.split()[0] for line in lines] == ["short_fwd", "short_bwd", *2 * ("torch_sum", "torch_pad", "torch_cast")]
+    total = 0.0
+    for line in lines:
+        times = dict(zip(names.split()[-5:], line.split()[-5:], strict=True))
+        marked = [float(t.strip("*")) for t in times.values() if t.endswith("*")]
+        assert marked == [max(float(t.strip("*")) for t in times.values())]
+        total += marked[0] + gpu_model.LAUNCH_US
+    assert total == pytest.approx(1e3 * predict(task(64, 50))[2]["predicted_ms"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     "options,message",
     [
         (["--compile-report", "none.json"], "argument --compile-report: none.json: "),
         (["--measured", "none.json"], "argument --measured: none.json: No such file"),
+        (["--explain", "1,2"], "argument --explain: was '1,2', must be B,H,L,D"),
         (["--dropout", "1"], "argument --dropout: was 1.0, must be in [0, 1)"),
     ],
 )

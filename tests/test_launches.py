@@ -157,7 +157,9 @@ def test_a_short_forward_by_hand() -> None:
     assert forward.loaded == 2 * (2 * 20 * 3 * 32) + 2 * 2 * (2 * 20 * 16)  # each program asks for the tables
     assert forward.written == 2 * (2 * 20 * 32)
     assert forward.operations == 2 * 2 * 32 * 32 * (32 + 16 + 16 + 16 + 32)  # QK^T, two tables, Q_A K_A^T, R V
-    assert forward.weights == 2 * 2 * 32 * 32
+    assert (forward.weights, forward.gradients) == (2 * 2 * 32 * 32, 0)
+    backward = task_launches(task, "padded")[1]
+    assert (backward.weights, backward.gradients) == (2 * 2 * 32 * 32, 2 * 2 * 32 * 32)
 
 
 @pytest.mark.parametrize("length", [50, 500])
