@@ -243,10 +243,10 @@ def markdown(prediction: dict[str, Any]) -> str:
         sizes = " ".join(f"{k} {row[k]}" for k in ("B", "L", "H", "D", "R"))
         drop = f" dropout {row['dropout_p']:g}" if row["dropout_p"] else ""
         cells = [f"{sizes} {row['dtype']} {row['refinement']}{drop}", row["pass"]]
-        cells += [f"{row['predicted_ms']:.3f}" + ("" if row["compiled"] else "?"), f"{row['floor_ms']:.3f}"]
+        cells += [f"{row['predicted_ms']:.3g}" + ("" if row["compiled"] else "?"), f"{row['floor_ms']:.2g}"]
         cells += [f"{row['to_floor']:.1f}x", row["bound_by"], str(row["launches"])]
         if measured and "measured_ms" in row:
-            cells += [f"{row['measured_ms']:.3f}", f"{'MISS ' if row['miss'] else ''}{row['measured_over_predicted']:.2f}x"]
+            cells += [f"{row['measured_ms']:.3g}", f"{'MISS ' if row['miss'] else ''}{row['measured_over_predicted']:.2f}x"]
         elif measured:
             cells += ["-", ""]
         lines.append("| " + " | ".join(cells) + " |")

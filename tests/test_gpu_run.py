@@ -81,7 +81,7 @@ def test_a_test_process_that_dies_is_missed(tmp_path: Path) -> None:
 
 def test_a_stopped_process_leaves_no_child(tmp_path: Path) -> None:
     child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
-    assert run([sys.executable, "-c", child], tmp_path / "log", 3) == STOPPED
+    assert run([sys.executable, "-c", child], tmp_path / "log", 6) == STOPPED
     pid = int((tmp_path / "log").read_text())
     for _ in range(50):  # until whoever inherits it has buried it
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] if Path(f"/proc/{pid}").exists() else "gone"
