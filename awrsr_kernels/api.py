@@ -4,7 +4,6 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
-import torch
 from torch import Tensor
 
 from . import checks
@@ -153,7 +152,7 @@ def attention_weights(
     w_q, w_k, gate, call = _prepare(
         q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, 0.0
     )
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q.device):
         return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, None), call)
 
 
@@ -199,7 +198,7 @@ def _run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: 
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"
     if call.dropout_p:
         given = given._replace(seed=checks.seed(dropout_seed, q.device))
-    with torch.autocast(q.device.type, enabled=False):
+    with checks.without_autocast(q.device):
         if backend == "reference":
             return reference_attention(given, call)
         if backend == "torch":

@@ -5,6 +5,7 @@ that is free: on the CPU, outside torch.compile.
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -263,9 +264,14 @@ def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor) -> tuple[
     return w_q, w_k
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Arithmetic as the dtypes say; the arguments were cast already."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
 def _autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
     kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

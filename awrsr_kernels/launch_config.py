@@ -1,21 +1,85 @@
-"""Which kernels and which tiles for which call, as data; and why a call cannot run on the kernels. Imports no Triton."""
+"""Which kernels and which tiles for which call, as data; and why a call cannot run on the kernels. Imports no Triton.
+
+A *row* of the table is a configuration of one kernel for a length class (short regime: the longest sequence, which is the height
+of the tile), a width class (the widest of D, D_v and R) and a size of element. `choose` is a pure function of the call, the GPU's
+shared memory and what the tuner found for this GPU (`tuned.py`).
+"""
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
-MAX_SHORT = 128  # the longest window and the widest features of the short kernels
+SHORT_KERNELS = ("short_fwd", "short_bwd")
+TILED_KERNELS = ("tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns", "tiled_bwd_tables")
+LENGTHS = (16, 32, 64)  # classes of the short regime; longer sequences go to the tiled one
+WIDTHS = (64, 128, 256)
+TILED = 0  # the length class of the tiled kernels
 
 
-class Tile(NamedTuple):
-    """How a kernel is launched: rows and columns of a tile (equal in the short regime), warps, pipeline stages."""
+class Config(NamedTuple):
+    """How a kernel is launched."""
 
-    block_m: int
-    block_n: int
+    block_m: int  # rows of a tile
+    block_n: int  # columns of a tile; in the short regime as many as rows
     num_warps: int
     num_stages: int
+    programs: int = 0  # short: how many of them per processor share a batch
+
+
+class Key(NamedTuple):
+    """What a configuration is chosen by."""
+
+    kernel: str
+    length: int  # class in LENGTHS, or TILED
+    width: int  # class in WIDTHS
+    itemsize: int  # bytes of an element, 4 for float64, too
+
+
+class Row(NamedTuple):
+    """A configuration, and the shared memory that a program of it takes: the greediest refinement, sm_90, as the report has it."""
+
+    shared: int
+    config: Config
+
+
+Tuned = Mapping[Key, Config]
+
+# Not measured yet: chosen by the compile report (registers, spills, occupancy). Rows of one key: the first that fits is taken.
+TABLE: dict[Key, list[Row]] = {
+    Key("short_fwd", 16, 64, 2): [Row(6144, Config(16, 16, 1, 1, 16))],
+    Key("short_bwd", 16, 64, 2): [Row(11776, Config(16, 16, 2, 1, 8))],
+    Key("short_fwd", 16, 128, 2): [Row(0, Config(16, 16, 1, 1, 16))],
+    Key("short_bwd", 16, 128, 2): [Row(0, Config(16, 16, 2, 1, 8))],
+    Key("short_fwd", 16, 64, 4): [Row(0, Config(16, 16, 1, 1, 16))],
+    Key("short_bwd", 16, 64, 4): [Row(0, Config(16, 16, 2, 1, 8))],
+    Key("short_fwd", 32, 64, 2): [Row(0, Config(32, 32, 2, 1, 8))],
+    Key("short_bwd", 32, 64, 2): [Row(0, Config(32, 32, 4, 1, 4))],
+    Key("short_fwd", 32, 128, 2): [Row(0, Config(32, 32, 2, 1, 8))],
+    Key("short_bwd", 32, 128, 2): [Row(0, Config(32, 32, 4, 1, 4))],
+    Key("short_fwd", 32, 64, 4): [Row(0, Config(32, 32, 4, 1, 8))],
+    Key("short_bwd", 32, 64, 4): [Row(0, Config(32, 32, 4, 1, 4))],
+    Key("short_fwd", 64, 64, 2): [Row(24576, Config(64, 64, 4, 1, 4))],
+    Key("short_bwd", 64, 64, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
+    Key("short_fwd", 64, 128, 2): [Row(65536, Config(64, 64, 4, 1, 4))],
+    Key("short_bwd", 64, 128, 2): [Row(163840, Config(64, 64, 8, 1, 1))],
+    Key("short_fwd", 64, 64, 4): [Row(98304, Config(64, 64, 4, 1, 4))],
+    Key("short_bwd", 64, 64, 4): [Row(163840, Config(64, 64, 8, 1, 1))],
+    **{
+        Key(kernel, TILED, width, itemsize): rows
+        for kernel in TILED_KERNELS
+        for (width, itemsize), rows in {
+            (64, 2): [Row(115200, Config(64, 64, 4, 2)), Row(65536, Config(64, 64, 4, 1))],
+            (128, 2): [Row(213504, Config(64, 64, 8, 2)), Row(114688, Config(64, 64, 8, 1)), Row(51200, Config(32, 32, 4, 1))],
+            (256, 2): [Row(133376, Config(32, 32, 8, 2)), Row(100352, Config(32, 32, 8, 1))],
+            (64, 4): [Row(81920, Config(32, 32, 4, 1))],
+            (128, 4): [Row(163840, Config(32, 32, 8, 1)), Row(81920, Config(16, 16, 4, 1))],
+            (256, 4): [Row(163840, Config(16, 16, 4, 1))],
+        }.items()
+    },
+}
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
@@ -32,7 +96,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple
         return "the kernels have no float64 on a GPU (use float32, or backend='torch')"
     if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0 (use backend='torch')"
-    needed, present = _tiled_rows(features, dtype.itemsize)[-1][0], shared_memory(device)
+    needed, present = smallest(features, dtype.itemsize), shared_memory(device)
     if torch.version.cuda and needed > present:
         return f"{features} features in {dtype} take {needed} bytes of shared memory, the GPU has {present} (use backend='torch')"
     return None
@@ -46,47 +110,37 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block))
 
 
-# Shared memory of the short backward, by (rows of the tile, widest feature, bytes per element), as compiled for sm_90 by Triton
-# 3.6 and 3.9 (`benchmarks/compile_report.py --refinement value --dim 64 128 --group 2`: "value" under grouped-query attention, with
-# dropout and shifted tables, the greediest). Tiles of 128 rows are left out: they take 262,144 there, more than sm_90 grants.
-_SHORT_BWD_SHARED = {(64, 64, 2): 98304, (64, 64, 4): 163840, (64, 128, 2): 163840}
+def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: int) -> Key | None:
+    """The class of a call, None if the kernel has none for it. features: D, D_v and R."""
+    length = next((size for size in LENGTHS if max_len <= size), None) if kernel in SHORT_KERNELS else TILED
+    width = next((size for size in WIDTHS if max(features) <= size), None)
+    if length is None or width is None:
+        return None
+    key = Key(kernel, length, width, 2 if itemsize == 2 else 4)
+    return key if key in TABLE else None
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, grouped_tables: bool, shared: int) -> bool:
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int) -> bool:
     """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
 
-    features: D, D_v and R. grouped_tables: a table per query head under grouped-query attention. shared: bytes a program may have.
+    shared: bytes of shared memory that a program may have.
     """
-    if max_len > MAX_SHORT or max(features) > MAX_SHORT or grouped_tables:
-        return False
-    key = (64 if max_len <= 64 else 128, 64 if max(features) <= 64 else 128, min(itemsize, 4))
-    return _SHORT_BWD_SHARED.get(key, shared + 1) <= shared
+    keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]
+    return all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
 
 
-def short_tile(max_len: int) -> Tile:
-    """Tile of the short kernels: the length class of the window."""
-    block = next(size for size in (16, 32, 64, 128) if max_len <= size)
-    return Tile(block, block, 4 if block <= 64 else 8, 1)
+def choose(key: Key, shared: int, tuned: Tuned | None = None) -> Config:
+    """The configuration to launch: what was tuned for this GPU, otherwise the first row that fits, otherwise the last.
+
+    (The last is for AMD GPUs, which keep operands in registers and take less shared memory than the table says.)
+    """
+    if tuned and key in tuned:
+        return tuned[key]
+    rows = TABLE[key]
+    return next((row.config for row in rows if row.shared <= shared), rows[-1].config)
 
 
-# Tiles of the tiled kernels by (widest feature, bytes per element): what a program takes of an NVIDIA GPU's shared memory, as
-# compiled for sm_90 by Triton 3.6 and 3.9 (`benchmarks/compile_report.py --length 512 --dim 64 128 256`: the greediest kernel of
-# "additive" with dropout), and the tile; larger ones first.
-_TILED = {
-    (64, 2): [(115200, Tile(64, 64, 4, 2)), (65536, Tile(64, 64, 4, 1))],
-    (128, 2): [(213504, Tile(64, 64, 8, 2)), (114688, Tile(64, 64, 8, 1)), (51200, Tile(32, 32, 4, 1))],
-    (256, 2): [(133376, Tile(32, 32, 8, 2)), (100352, Tile(32, 32, 8, 1))],
-    (64, 4): [(81920, Tile(32, 32, 4, 1))],
-    (128, 4): [(163840, Tile(32, 32, 8, 1)), (81920, Tile(16, 16, 4, 1))],
-    (256, 4): [(163840, Tile(16, 16, 4, 1))],
-}
-
-
-def tiled_tile(features: tuple[int, int, int], itemsize: int, shared: int) -> Tile:
-    """Tile of the tiled kernels: the largest that fits, otherwise the smallest (AMD GPUs keep operands in registers)."""
-    rows = _tiled_rows(features, itemsize)
-    return next((tile for needed, tile in rows if needed <= shared), rows[-1][1])
-
-
-def _tiled_rows(features: tuple[int, int, int], itemsize: int) -> list[tuple[int, Tile]]:
-    return _TILED[next(width for width in (64, 128, 256) if max(features) <= width), 2 if itemsize == 2 else 4]
+def smallest(features: tuple[int, int, int], itemsize: int) -> int:
+    """Bytes of shared memory without which a call of these features cannot run in either regime."""
+    keys = [key_of(kernel, 1 << 30, features, itemsize) for kernel in TILED_KERNELS]
+    return max(TABLE[key][-1].shared for key in keys if key is not None)

@@ -43,8 +43,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         other = {"short": "tiled", "tiled": "short"}[engine]
         monkeypatch.setattr(kernels, f"{other}_forward", refuse)
         if engine == "tiled":
-            monkeypatch.setattr(launch_config, "MAX_SHORT", 0)
-            monkeypatch.setattr(kernels.launch, "tiled_tile", lambda *_: launch_config.Tile(32, 16, 4, 1))
+            monkeypatch.setattr(kernels.launch, "is_short", lambda *_: False)
+            monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
         return "triton"
 
     return chosen

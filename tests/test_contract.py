@@ -48,6 +48,17 @@ def arguments() -> dict:
         ({"dropout_p": 0.1, "dropout_seed": 1.5}, "dropout_seed", TypeError),
         ({"backend": "cuda"}, "backend", ValueError),
         ({"lengths": torch.zeros(2, dtype=torch.int32, device="meta")}, "lengths", ValueError),
+        ({"k": torch.zeros(2, 4, 6, 9)}, "k", ValueError),
+        ({name: torch.zeros(2, 4, 0, 8) for name in "qkv"}, "q", ValueError),
+        ({name: torch.zeros(2, 0, 6, 8) for name in "qkv"}, "q", ValueError),
+        ({name: torch.zeros(2, 4, 6, 8, dtype=torch.int32) for name in "qkv"}, "q", TypeError),
+        ({"w_q": torch.zeros(6), "w_k": torch.zeros(6)}, "w_q", ValueError),
+        ({"w_q": torch.zeros(6, 257), "w_k": torch.zeros(6, 257)}, "w_q", ValueError),
+        ({"gate": torch.zeros(4, dtype=torch.int64), "refinement": "additive"}, "gate", TypeError),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros((), dtype=torch.int32)}, "dropout_seed", TypeError),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros(2, dtype=torch.int64)}, "dropout_seed", ValueError),
+        ({"dropout_p": 0.1, "dropout_seed": torch.zeros((), dtype=torch.int64, device="meta")}, "dropout_seed", ValueError),
+        ({"dropout_p": 0.1, "dropout_seed": 2**63}, "dropout_seed", ValueError),
     ],
 )
 def test_a_wrong_argument_is_named(change: dict, name: str, kind: type[Exception]) -> None:
@@ -59,21 +70,38 @@ def test_a_wrong_argument_is_named(change: dict, name: str, kind: type[Exception
 
 
 @pytest.mark.parametrize(
-    "cu,keywords,name",
+    "cu,change,name,kind",
     [
-        ([0, 3, 2, 6], {}, "cu_seqlens"),
-        ([1, 6], {}, "cu_seqlens"),
-        ([0, 5], {}, "cu_seqlens"),
-        ([0, 6], {"max_seqlen": 5}, "max_seqlen"),
-        ([0, 6], {"align": "top"}, "align"),
+        ([0, 3, 2, 6], {}, "cu_seqlens", ValueError),
+        ([1, 6], {}, "cu_seqlens", ValueError),
+        ([0, 5], {}, "cu_seqlens", ValueError),
+        ([0, 6], {"max_seqlen": 5}, "max_seqlen", ValueError),
+        ([], {}, "cu_seqlens", ValueError),
+        ([[0, 6]], {}, "cu_seqlens", ValueError),
+        ([0.0, 6.0], {}, "cu_seqlens", TypeError),
+        ([0, 6], {"max_seqlen": 6.0}, "max_seqlen", TypeError),
+        ([0, 6], {"max_seqlen": -1}, "max_seqlen", ValueError),
+        ([0, 6], {"align": "top"}, "align", ValueError),
+        ([0, 6], {"k": torch.zeros(7, 4, 8)}, "k", ValueError),
+        ([0, 6], {"w_q": torch.zeros(5, 9, 5), "w_k": torch.zeros(5, 9, 5)}, "w_q", ValueError),
     ],
 )
-def test_a_wrong_packed_argument_is_named(cu: list[int], keywords: dict, name: str) -> None:
-    if DEVICE != "cpu" and name != "align":
+def test_a_wrong_packed_argument_is_named(cu: list, change: dict, name: str, kind: type[Exception]) -> None:
+    reads_values = name in ("cu_seqlens", "max_seqlen") and kind is ValueError
+    if DEVICE != "cpu" and reads_values and cu and not isinstance(cu[0], list) and change.get("max_seqlen", 0) >= 0:
         pytest.skip("values of cu_seqlens are read on the CPU only")
     x, w = torch.randn(6, 4, 8, device=DEVICE), torch.randn(9, 5, device=DEVICE)
-    with pytest.raises(ValueError, match=rf"\b{name}\b is .*must be"):
-        refined_attention_varlen(x, x, x, w, w, torch.tensor(cu, device=DEVICE), **keywords)
+    bounds = torch.tensor(cu, device=DEVICE, dtype=None if cu else torch.int32)
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(kind, match=rf"\b{name}\b is .*must be"):
+        refined_attention_varlen(**{"q": x, "k": x, "v": x, "w_q": w, "w_k": w, "cu_seqlens": bounds, **moved})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the meta device stands in for one whose memory is not read")
+def test_a_table_shorter_than_max_seqlen_is_named_without_reading_cu_seqlens() -> None:
+    x, w = torch.empty(16, 4, 8, device="meta"), torch.empty(9, 5, device="meta")
+    with pytest.raises(ValueError, match=r"\bw_q\b is of 9 rows.*must be at least max_seqlen = 12"):
+        refined_attention_varlen(x, x, x, w, w, torch.empty(3, dtype=torch.int32, device="meta"), 12)
 
 
 def test_a_table_shorter_than_a_sequence_is_named() -> None:
@@ -114,16 +142,19 @@ def test_triton_outside_its_reach_says_why(cuda: bool, monkeypatch: pytest.Monke
 
 def test_a_regime_is_chosen_by_what_fits() -> None:
     h100, consumer, amd = 232448, 101376, 65536
-    assert launch_config.is_short(50, (64, 64, 64), 2, False, h100)
-    assert launch_config.is_short(50, (64, 64, 64), 2, False, consumer)
-    assert not launch_config.is_short(50, (64, 64, 64), 2, False, amd)
-    assert not launch_config.is_short(50, (64, 64, 64), 4, False, consumer)
-    assert not launch_config.is_short(50, (64, 64, 64), 2, True, h100)
-    assert not launch_config.is_short(129, (8, 8, 8), 2, False, h100)
-    assert not launch_config.is_short(50, (64, 64, 129), 2, False, h100)
-    assert launch_config.tiled_tile((64, 64, 64), 2, h100).num_stages == 2
-    assert launch_config.tiled_tile((64, 64, 64), 2, consumer).num_stages == 1
-    assert launch_config.tiled_tile((8, 256, 8), 4, h100).block_m == 16
+    is_short = launch_config.is_short
+    assert is_short(50, (64, 64, 64), 2, h100) and is_short(50, (64, 64, 64), 2, consumer)
+    assert not is_short(50, (64, 64, 64), 2, amd) and is_short(32, (64, 64, 64), 2, amd)
+    assert not is_short(50, (64, 64, 64), 4, consumer)
+    assert not is_short(65, (8, 8, 8), 2, h100) and not is_short(50, (64, 64, 129), 2, h100)
+
+    def tiled(features: tuple[int, int, int], itemsize: int, shared: int) -> launch_config.Config:
+        key = launch_config.key_of("tiled_fwd", 1000, features, itemsize)
+        assert key is not None
+        return launch_config.choose(key, shared)
+
+    assert tiled((64, 64, 64), 2, h100).num_stages == 2 and tiled((64, 64, 64), 2, consumer).num_stages == 1
+    assert tiled((8, 256, 8), 4, h100).block_m == 16
 
 
 ARROWS = {  # module: those of the package that it may import
@@ -136,7 +167,9 @@ ARROWS = {  # module: those of the package that it may import
     "dropout": set(),
     "tolerance": set(),
     "launch_config": set(),
-    "_triton": {"dropout", "launch_config", "layout"},
+    "tuned": {"launch_config"},
+    "compile_report": {"launch_config", "layout", "_triton"},
+    "_triton": {"dropout", "launch_config", "layout", "tuned"},
 }
 
 
@@ -154,7 +187,7 @@ def test_imports_go_one_way() -> None:
                 names = [node.module or ""]
             for name in names:
                 assert not name.startswith(("awrsr", "benchmarks", "tests")), f"{inside} imports {name}"
-                assert module == "_triton" or not name.startswith("triton"), f"{inside} imports {name}"
+                assert module in ("_triton", "compile_report", "tune") or not name.startswith("triton"), f"{inside} imports {name}"
 
 
 def test_import_is_cheap() -> None:
@@ -231,6 +264,13 @@ def test_autocast_runs_in_its_dtype() -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out = refined_attention(**arguments(), backend="torch")
     assert out.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_shapes_follow_from_the_meta_device(backend: str) -> None:
+    q, w = torch.empty(2, 4, 6, 8, device="meta"), torch.empty(6, 5, device="meta")
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    assert refined_attention(q, q, q[..., :3], w, w, lengths=lengths, backend=backend).shape == (2, 4, 6, 3)
 
 
 def test_a_contiguous_last_dimension_is_not_copied() -> None:

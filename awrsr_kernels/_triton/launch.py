@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import Tile, is_short, shared_memory, tiled_tile
+from ..launch_config import Config, choose, is_short, key_of, shared_memory
 from ..layout import Call, Inputs
+from ..tuned import tuned_for
 
 View = tuple[Tensor, int, int, int]
 
 # Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
-RUNTIME = ["gate_stride", "rows_total", "max_len", "table_rows", "batch", "heads", "kv_heads", "splits", "drop_threshold"]
+RUNTIME = ["gate_stride", "rows_total", "max_len", "table_rows", "batch", "heads", "run", "splits", "drop_threshold"]
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -29,12 +31,12 @@ def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch
     return like.new_empty(entries, heads, rows, features, dtype=dtype)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tile: Tile, device: torch.device, **arguments: Any) -> None:
-    """Run a kernel on `device` under a tile's warps and stages. Fused multiply-add is part of the numerics, so it is pinned."""
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
+    """Run a kernel on `device` under a configuration's warps and stages. Fused multiply-add is pinned: numerics depend on it."""
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -60,11 +62,12 @@ class Problem:
         self.shared = shared_memory(q.device)
 
     def is_short(self) -> bool:
-        grouped_tables = not self.call.per_entry and self.w_q is not None and self.w_q.shape[1] > 1 and self.group > 1
-        return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, grouped_tables, self.shared)
+        return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, self.shared)
 
-    def tile(self) -> Tile:
-        return tiled_tile(self.features, self.q.dtype.itemsize, self.shared)
+    def config(self, kernel: str) -> Config:
+        key = key_of(kernel, self.call.max_len, self.features, self.q.dtype.itemsize)
+        assert key is not None
+        return choose(key, self.shared, None if self.interpreted else tuned_for(self.q.device))
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
@@ -119,13 +122,23 @@ class Problem:
             return "ieee"
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
+    def run(self, programs: int) -> int:
+        """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""
+        return max(1, ceil_div(self.batch * self.heads, programs * self.processors()))
+
     def splits(self, programs: int) -> int:
         """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
-        return max(1, min(self.batch, ceil_div(2 * self._processors(), programs)))
+        return max(1, min(self.batch, ceil_div(2 * self.processors(), programs)))
 
-    def _processors(self) -> int:
+    def offset_type(self, block: int) -> Any:
+        """What counts elements within a tile of the short regime: int32, unless entries or rows lie very far apart."""
+        tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k) if x is not None]
+        widest = max(block * (self.view(x)[1] + self.view(x)[3]) for x in tensors)
+        return tl.int64 if widest >= 2**31 else tl.int32
+
+    def processors(self) -> int:
         if self.q.device.type != "cuda":
-            return 2  # interpreted: few enough that every program has several sequences to walk over
+            return 1  # interpreted: few enough that every program has several sequences to walk over
         return torch.cuda.get_device_properties(self.q.device).multi_processor_count
 
     def row_numbers(self) -> Tensor:
@@ -134,6 +147,18 @@ class Problem:
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
+
+    def per_query_head(self, gradient: Tensor) -> Tensor:
+        """Uninitialised memory for the parts of a key head's gradient that its query heads contribute; itself if there is one."""
+        if self.group == 1:
+            return gradient
+        return allocate(gradient, self.heads, gradient.shape[-1], self.call.varlen, self.accumulator)
+
+    def sum_group(self, parts: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient from what `per_query_head` allocated, summed in a fixed order."""
+        if parts is gradient:
+            return gradient
+        return gradient.copy_(parts.unflatten(1, (self.kv_heads, self.group)).sum(2))
 
     def table_gradients(self) -> tuple[Tensor, Tensor]:
         assert self.w_q is not None and self.w_k is not None

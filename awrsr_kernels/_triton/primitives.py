@@ -2,7 +2,7 @@
 
 L length of a sequence, D features of a tile. A *view* is the tuple (pointer, entry stride, head stride, row stride) of a tensor
 (entries, heads, rows, D) whose last dimension is contiguous; for packed batches the entry stride is 0. Rows count from the
-sequence's first real item ("local"), on both sides of every tile.
+sequence's first real item ("local"), on both sides of every tile; its *seats* say where a tile's rows lie.
 """
 
 import triton
@@ -40,31 +40,92 @@ def table_start(start, length, table_rows, VARLEN: tl.constexpr, ALIGN_RIGHT: tl
 
 
 @triton.jit
-def tile_pointers(view, entry, head, rows, columns):
-    base = view[0] + entry.to(tl.int64) * view[1] + head.to(tl.int64) * view[2]
-    return base + rows.to(tl.int64)[:, None] * view[3] + columns[None, :]
+def seats(entry, start, rows, length):
+    """Seats of local rows of one sequence: where each row of a tile lies in a tensor.
+
+    A tuple (entry and row of the tile's origin, then per row of the tile: entries and rows beyond it, whether an item sits there).
+    """
+    return entry, start, 0, rows.to(tl.int64), rows < length
 
 
 @triton.jit
-def load_tile(view, entry, head, start, rows, length, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
-    """[len(rows), BLOCK]: local rows of one head and WIDTH features from FIRST, zero beyond the sequence and those features."""
-    columns = tl.arange(0, BLOCK)
-    mask = (rows < length)[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(tile_pointers(view, entry, head, start + rows, FIRST + columns), mask=mask, other=0.0)
-
-
-@triton.jit
-def store_tile(
-    view, entry, head, start, rows, length, total, tile,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PADDED: tl.constexpr, FIRST: tl.constexpr = 0,
-):  # fmt: skip
-    """Store local rows. With PADDED the rows from `length` to `total` are those of the padding, which wraps around `total`."""
-    columns = tl.arange(0, BLOCK)
-    physical = start + rows
+def padded_seats(entry, start, rows, length, total, PADDED: tl.constexpr):
+    """Seats to store at: with PADDED the rows from `length` to `total` are those of the padding, which wraps around `total`."""
     if PADDED:
-        physical = tl.where(physical >= total, physical - total, physical)
-    mask = (rows < (total if PADDED else length))[:, None] & (columns < WIDTH)[None, :]
-    tl.store(tile_pointers(view, entry, head, physical, FIRST + columns), tile.to(view[0].dtype.element_ty), mask=mask)
+        physical = (start + rows).to(tl.int64)
+        return entry, start * 0, 0, tl.where(physical >= total, physical - total, physical), rows < total
+    else:
+        return seats(entry, start, rows, length)
+
+
+@triton.jit
+def shared_seats(
+    bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+    VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
+    BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Seats whole sequences from number `sequence` (below `last`) on in the rows of one tile, as many as fit: at least one.
+
+    Returns their number, then per row: its sequence's first row in the tile and its length (0 if the row stays empty), seats in the
+    inputs, and seats in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that counts.
+    """
+    candidate = sequence + tl.arange(0, CANDIDATES)
+    start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
+    length = tl.where(candidate < last, tl.minimum(length, BLOCK), 0)
+    end = tl.cumsum(length, 0)
+    fits = (end <= BLOCK) & (candidate < last)
+    taken = tl.sum(fits.to(tl.int32), 0)
+
+    rows = tl.arange(0, BLOCK)
+    passed = end[None, :] <= rows[:, None]  # [BLOCK, CANDIDATES]
+    owner = tl.sum(passed.to(tl.int32), 1)  # empty sequences are passed, too
+    first = tl.max(tl.where(passed, end[None, :], 0), 1)
+    mine = (owner[:, None] == tl.arange(0, CANDIDATES)[None, :]) & fits[None, :]
+    length = tl.sum(tl.where(mine, length[None, :], 0), 1)
+    local = rows - first
+    if VARLEN:  # one after another in memory, too
+        origin = tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence), 0), rows_total).to(tl.int32)
+        steps = rows
+    else:
+        origin = sequence * 0
+        steps = local + (rows_total - length if ALIGN_RIGHT and bounds_ptr is not None else 0)
+    filled = local < length
+    seat = sequence, origin, owner.to(OFFSET), steps.to(OFFSET), filled
+    if VARLEN and not PER_ENTRY:
+        steps = local + (table_rows - length if ALIGN_RIGHT else 0)
+        return taken, first, length, seat, (sequence, sequence * 0, owner.to(OFFSET), steps.to(OFFSET), filled)
+    else:
+        return taken, first, length, seat, seat
+
+
+@triton.jit
+def tile_pointers(view, head, seat, columns):
+    base = view[0] + (seat[0].to(tl.int64) * view[1] + head.to(tl.int64) * view[2] + seat[1].to(tl.int64) * view[3])
+    return base + ((seat[2] * view[1] + seat[3] * view[3])[:, None] + columns[None, :])
+
+
+@triton.jit
+def load_tile(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
+    """[len(seat), BLOCK]: rows of one head and WIDTH features from FIRST, zero where no item sits and beyond those features."""
+    columns = tl.arange(0, BLOCK)
+    mask = seat[4][:, None] & (columns < WIDTH)[None, :]
+    return tl.load(tile_pointers(view, head, seat, FIRST + columns), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(view, head, seat, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
+    columns = tl.arange(0, BLOCK)
+    mask = seat[4][:, None] & (columns < WIDTH)[None, :]
+    tl.store(tile_pointers(view, head, seat, FIRST + columns), tile.to(view[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_padding(view, entry, head, start, length, total, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Store zeros in the rows of an entry that hold no item; ROWS is a bound on `total`."""
+    rows = tl.arange(0, ROWS)
+    padding = (rows < total) & ((rows < start) | (rows >= start + length))
+    seat = entry, start * 0, 0, rows.to(tl.int64), padding
+    store_tile(view, head, seat, tl.zeros((ROWS, BLOCK), view[0].dtype.element_ty), WIDTH, BLOCK)
 
 
 @triton.jit
@@ -96,9 +157,17 @@ def visible_tile(rows, columns, length, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product, accumulated in float32 (float64 for float64)."""
-    return tl.dot(a, b, input_precision=PRECISION)
+def visible_in_shared_tile(first, length, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK] bool: the same, where rows and columns are those of a tile that several sequences share."""
+    rows = tl.arange(0, BLOCK)
+    end = tl.minimum(first + length, rows + 1) if CAUSAL else first + length
+    return (rows[None, :] >= first[:, None]) & (rows[None, :] < end[:, None])
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, total=None):
+    """Matrix product, added to `total` if there is one, accumulated in float32 (float64 for float64)."""
+    return tl.dot(a, b, acc=total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -113,18 +182,47 @@ def softmax_tile(scores, visible):
 
 
 @triton.jit
-def dropout_tile(seed_ptr, entry, head, rows, column, threshold, scale, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Z for local rows and the BLOCK columns from `column`, a multiple of 8: the bits that `awrsr_kernels/dropout.py` defines."""
-    seed = tl.load(seed_ptr)
+def draw(seed_ptr, entry, head, rows, column, BLOCK: tl.constexpr):
+    """The four words, each [len(rows), BLOCK // 8], that decide over BLOCK columns from `column`, a multiple of 8, of local rows.
+
+    They are those that `awrsr_kernels/dropout.py` defines: column 8g + 2w + u takes half u of word w in column g.
+    """
     groups = column // WEIGHTS_PER_CALL + tl.arange(0, BLOCK // WEIGHTS_PER_CALL)
     zero = rows[:, None] * 0 + groups[None, :] * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed, zero + groups[None, :], zero + head.to(tl.int32), zero + rows[:, None], zero + entry.to(tl.int32), PHILOX_ROUNDS
-    )
+    counters = zero + groups[None, :], zero + head.to(tl.int32), zero + rows[:, None], zero + entry.to(tl.int32)
+    return tl.philox(tl.load(seed_ptr), counters[0], counters[1], counters[2], counters[3], PHILOX_ROUNDS)
+
+
+@triton.jit
+def keep_tile(seed_ptr, entry, head, rows, column, threshold, BLOCK: tl.constexpr):
+    """[len(rows), BLOCK] bool: which weights dropout keeps of local rows and the BLOCK columns from `column`, a multiple of 8."""
+    w0, w1, w2, w3 = draw(seed_ptr, entry, head, rows, column, BLOCK)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, words >> 16)
-    bits = tl.reshape(halves, (rows.shape[0], BLOCK)).to(tl.int32)
-    return (bits >= threshold).to(DTYPE) * scale
+    return tl.reshape(halves, (rows.shape[0], BLOCK)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def keep_word(seed_ptr, entry, head, local, first, threshold, BLOCK: tl.constexpr):
+    """[BLOCK] int64: bit c says whether dropout keeps column c of a row, in a tile of up to 64 rows that sequences share.
+
+    Drawn at columns counted from each row's sequence, which begins at column `first` of the tile; a bit each, so that moving them
+    is a shift and keeping them takes two registers a row.
+    """
+    words = draw(seed_ptr, entry[:, None], head, local, 0, BLOCK)
+    bits = tl.zeros((BLOCK, BLOCK // WEIGHTS_PER_CALL), tl.int64)
+    for i in tl.static_range(4):
+        bits |= ((words[i] & 0xFFFF).to(tl.int32) >= threshold).to(tl.int64) << (2 * i)
+        bits |= ((words[i] >> 16).to(tl.int32) >= threshold).to(tl.int64) << (2 * i + 1)
+    groups = tl.arange(0, BLOCK // WEIGHTS_PER_CALL).to(tl.int64) * WEIGHTS_PER_CALL
+    return tl.sum(bits << groups[None, :], 1) << first.to(tl.int64)
+
+
+@triton.jit
+def drop_by_word(weights, word, scale, BLOCK: tl.constexpr):
+    """Z * weights, Z from `keep_word`."""
+    kept = (word[:, None] >> tl.arange(0, BLOCK)[None, :].to(tl.int64)) & 1
+    return tl.where(kept != 0, weights * scale, 0.0)
 
 
 @triton.jit

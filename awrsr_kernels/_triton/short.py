@@ -1,7 +1,9 @@
-"""The short regime: one program owns a head, every matrix stays on chip, one launch forward and one backward.
+"""The short regime: a tile holds whole heads, every matrix stays on chip, one launch forward and one backward.
 
-L positions (a tile of BLOCK_L holds them all), D, DV, R features of q, v and the tables. The formulas are those of
-`awrsr_kernels/reference.py`; gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
+L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
+many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
+sequences in one tile do not see each other. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout
+mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V
@@ -9,27 +11,29 @@ L positions (a tile of BLOCK_L holds them all), D, DV, R features of q, v and th
     dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)   dW_q = P^T dQ_A        dW_k = P^T dK_A
     dS = softmax_scale softmax'(dP; P)     dQ = dS K                  dK = dS^T Q
 
-Nothing is saved for the backward but the inputs. A backward program walks over the batch for one key head, so the gradients of
-shared tables build up on chip and leave as one partial per program, summed in a fixed order afterwards: no atomics.
+Nothing is saved for the backward but the inputs. The gradients of shared tables build up on chip and leave as one partial per
+program, summed in a fixed order afterwards: no atomics. Under grouped-query attention dK and dV leave per query head.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch_config import short_tile
-from .launch import RUNTIME, Problem, allocate, launch
+from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
     dot,
-    dropout_tile,
+    drop_by_word,
+    keep_word,
     load_gate,
     load_tile,
     locate,
+    seats,
+    shared_seats,
     softmax_tile,
     store_tile,
-    table_start,
-    visible_tile,
+    visible_in_shared_tile,
+    zero_padding,
 )
 
 
@@ -37,146 +41,178 @@ from .primitives import (
 def _short_fwd_kernel(
     q, k, v, w_q, w_k, out,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, heads,
+    rows_total, max_len, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    entry, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-    rows = tl.arange(0, BLOCK_L)
-    visible = visible_tile(rows, rows, length, CAUSAL)
+    head = tl.program_id(0) % heads
+    begin = (tl.program_id(0) // heads) * run
+    last = tl.minimum(begin + run, batch)
     DTYPE: tl.constexpr = q[0].dtype.element_ty
 
-    q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
-    k_tile = load_tile(k, entry, head // GROUP, start, rows, length, D, BLOCK_D)
-    first = softmax_tile(dot(q_tile, tl.trans(k_tile), PRECISION) * (softmax_scale * LOG2E), visible)
-    weights = first
-    v_tile = load_tile(v, entry, head // GROUP, start, rows, length, DV, BLOCK_DV)
+    sequence = begin
+    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+        if sequence < last:
+            taken, first_row, length, seat, table_seat = shared_seats(
+                bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+                VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
+            )  # fmt: skip
+            entry = sequence + seat[2].to(tl.int32)
+            sequence += taken
+            rows = tl.arange(0, BLOCK_L) - first_row
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)
+            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
+            first = softmax_tile(dot(q_tile, tl.trans(k_tile), PRECISION) * (softmax_scale * LOG2E), visible)
+            weights = first
+            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
 
-    if REFINEMENT != "none":
-        w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
-        w_q_tile = load_tile(w_q, entry, head, w_start, rows, length, R, BLOCK_R).to(DTYPE)
-        w_k_tile = load_tile(w_k, entry, head, w_start, rows, length, R, BLOCK_R).to(DTYPE)
-        q_a = dot(first.to(DTYPE), w_q_tile, PRECISION).to(DTYPE)
-        k_a = dot(first.to(DTYPE), w_k_tile, PRECISION).to(DTYPE)
-        weights = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
-        if REFINEMENT == "value":
-            v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
-        if REFINEMENT == "additive":
-            weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
+            if REFINEMENT != "none":
+                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
+                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
+                q_a = dot(first.to(DTYPE), w_q_tile, PRECISION).to(DTYPE)
+                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION).to(DTYPE)
+                weights = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
+                if REFINEMENT == "value":
+                    v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
+                if REFINEMENT == "additive":
+                    weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
 
-    if seed_ptr is not None:
-        weights = weights * dropout_tile(
-            seed_ptr, entry, head, rows, 0, drop_threshold, drop_scale, BLOCK_L, weights.dtype
-        )
-    tile = dot(weights.to(DTYPE), v_tile, PRECISION)
-    store_tile(out, entry, head, start, rows, length, rows_total, tile, DV, BLOCK_DV, not VARLEN)
+            if seed_ptr is not None:
+                kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
+                weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            tile = dot(weights.to(DTYPE), v_tile, PRECISION)
+            store_tile(out, head, seat, tile, DV, BLOCK_DV)
+
+    if bounds_ptr is not None and not VARLEN:
+        for number in range(begin, last):
+            padded = tl.full((), number, tl.int32)
+            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+            zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_bwd_kernel(
     q, k, v, w_q, w_k, dout, dq, dk, dv, dw_q, dw_k, dgate_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, kv_heads, splits,
+    rows_total, max_len, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    kv_head, split = tl.program_id(0) % kv_heads, tl.program_id(0) // kv_heads
-    rows = tl.arange(0, BLOCK_L)
+    head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
+    begin = split * run
+    last = tl.minimum(begin + run, batch)
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    # Right-aligned sequences of several lengths meet different rows of a shared table: their P is moved to those rows.
-    SHIFTED: tl.constexpr = ALIGN_RIGHT and (VARLEN or bounds_ptr is not None)
+    gate = load_gate(gate_ptr, gate_stride, head, ACC)
+    dgate = tl.zeros((BLOCK_L,), ACC)
     dw_q_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
     dw_k_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
 
-    for step in range(split, batch, splits):
-        entry = tl.full((), step, tl.int32)
-        start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-        visible = visible_tile(rows, rows, length, CAUSAL)
-        dk_sum = tl.zeros((BLOCK_L, BLOCK_D), ACC)
-        dv_sum = tl.zeros((BLOCK_L, BLOCK_DV), ACC)
-        for member in tl.range(GROUP):
-            head = kv_head * GROUP + member
-            q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
-            k_tile = load_tile(k, entry, kv_head, start, rows, length, D, BLOCK_D)
-            v_tile = load_tile(v, entry, kv_head, start, rows, length, DV, BLOCK_DV)
-            dout_tile = load_tile(dout, entry, head, start, rows, length, DV, BLOCK_DV)
+    sequence = begin
+    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+        if sequence < last:
+            taken, first_row, length, seat, table_seat = shared_seats(
+                bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+                VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
+            )  # fmt: skip
+            entry = sequence + seat[2].to(tl.int32)
+            sequence += taken
+            rows = tl.arange(0, BLOCK_L) - first_row
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)
+            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
+            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
             first = softmax_tile(dot(q_tile, tl.trans(k_tile), PRECISION) * (softmax_scale * LOG2E), visible)
-            first_half = first.to(DTYPE)
 
-            if REFINEMENT == "none":
-                dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION)
-                weights = first
-                if seed_ptr is not None:
-                    mask = dropout_tile(seed_ptr, entry, head, rows, 0, drop_threshold, drop_scale, BLOCK_L, ACC)
-                    dfirst = dfirst * mask
-                    weights = weights * mask
-                dv_sum += dot(tl.trans(weights.to(DTYPE)), dout_tile, PRECISION)
-            else:
-                w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
-                w_q_tile = load_tile(w_q, entry, head, w_start, rows, length, R, BLOCK_R).to(DTYPE)
-                w_k_tile = load_tile(w_k, entry, head, w_start, rows, length, R, BLOCK_R).to(DTYPE)
+            first_half = first.to(DTYPE)
+            weights = first
+            values = v_tile
+            if REFINEMENT != "none":
+                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
+                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
                 q_a = dot(first_half, w_q_tile, PRECISION).to(DTYPE)
                 k_a = dot(first_half, w_k_tile, PRECISION).to(DTYPE)
-                higher = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
-
-                values = v_tile
                 if REFINEMENT == "value":
                     values = dot(first_half, v_tile, PRECISION).to(DTYPE)
-                dmixed = dot(dout_tile, tl.trans(values), PRECISION)
-                gate = load_gate(gate_ptr, gate_stride, head, ACC)
+                higher = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
                 weights = higher
                 if REFINEMENT == "additive":
                     weights = first + gate * higher
-                if seed_ptr is not None:
-                    mask = dropout_tile(seed_ptr, entry, head, rows, 0, drop_threshold, drop_scale, BLOCK_L, ACC)
-                    dmixed = dmixed * mask
-                    weights = weights * mask
-                dvalues = dot(tl.trans(weights.to(DTYPE)), dout_tile, PRECISION)
-
-                inner = tl.sum(higher * dmixed, 1)
-                if gate_ptr is not None:
-                    tl.store(dgate_ptr + entry.to(tl.int64) * (kv_heads * GROUP) + head, tl.sum(inner, 0))
-                dhigher = (higher * (dmixed - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
+            if seed_ptr is not None:
+                kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
+                weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            weights = tl.trans(weights.to(DTYPE))
+            dweights = dot(dout_tile, tl.trans(values), PRECISION)
+            if seed_ptr is not None:
+                dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
+            if REFINEMENT != "none":
+                inner = tl.sum(higher * dweights, 1)
+                if dgate_ptr is not None:
+                    dgate += inner
+                dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
                 dq_a = dot(dhigher, k_a, PRECISION).to(DTYPE)
                 dk_a = dot(tl.trans(dhigher), q_a, PRECISION).to(DTYPE)
 
-                dfirst = dot(dq_a, tl.trans(w_q_tile), PRECISION) + dot(dk_a, tl.trans(w_k_tile), PRECISION)
-                if REFINEMENT == "additive":
-                    dfirst += dmixed
-                if REFINEMENT == "value":
-                    dfirst += dot(dvalues.to(DTYPE), tl.trans(v_tile), PRECISION)
-                    dvalues = dot(tl.trans(first_half), dvalues.to(DTYPE), PRECISION)
-                dv_sum += dvalues
-
-                at_rows = tl.trans(first_half)
-                if PER_ENTRY:
-                    dw = dot(at_rows, dq_a, PRECISION)
-                    store_tile(dw_q, entry, head, start, rows, length, rows_total, dw, R, BLOCK_R, not VARLEN)
-                    dw = dot(at_rows, dk_a, PRECISION)
-                    store_tile(dw_k, entry, head, start, rows, length, rows_total, dw, R, BLOCK_R, not VARLEN)
+            dvalues = dot(weights, dout_tile, PRECISION)
+            if REFINEMENT == "value":
+                dvalues_half = dvalues.to(DTYPE)
+            else:
+                store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
+            if REFINEMENT == "value":
+                store_tile(dv, head, seat, dot(tl.trans(first_half), dvalues_half, PRECISION), DV, BLOCK_DV)
+            if REFINEMENT == "none":
+                dfirst = dweights
+            else:
+                dfirst = dot(dk_a, tl.trans(w_k_tile), PRECISION, dot(dq_a, tl.trans(w_q_tile), PRECISION))
+            if REFINEMENT == "value":
+                dfirst = dot(dvalues_half, tl.trans(v_tile), PRECISION, dfirst)
+            if REFINEMENT == "additive":
+                if seed_ptr is None:  # dM computed again, which takes fewer registers than keeping it
+                    dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
-                    if SHIFTED:
-                        shift = (rows[:, None] == rows[None, :] + (BLOCK_L - length)).to(DTYPE)
-                        at_rows = dot(shift, at_rows, PRECISION).to(DTYPE)
-                    dw_q_sum += dot(at_rows, dq_a, PRECISION)
-                    dw_k_sum += dot(at_rows, dk_a, PRECISION)
+                    dfirst += dweights
 
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
-            tile = dot(dscores, k_tile, PRECISION)
-            store_tile(dq, entry, head, start, rows, length, rows_total, tile, D, BLOCK_D, not VARLEN)
-            dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
-        store_tile(dk, entry, kv_head, start, rows, length, rows_total, dk_sum, D, BLOCK_D, not VARLEN)
-        store_tile(dv, entry, kv_head, start, rows, length, rows_total, dv_sum, DV, BLOCK_DV, not VARLEN)
+            store_tile(dk, head, seat, dot(tl.trans(dscores), q_tile, PRECISION), D, BLOCK_D)
+            store_tile(dq, head, seat, dot(dscores, k_tile, PRECISION), D, BLOCK_D)
+            if REFINEMENT != "none":
+                at_rows = tl.trans(first_half)
+                if PER_ENTRY:
+                    store_tile(dw_q, head, seat, dot(at_rows, dq_a, PRECISION), R, BLOCK_R)
+                    store_tile(dw_k, head, seat, dot(at_rows, dk_a, PRECISION), R, BLOCK_R)
+                else:
+                    if SHIFTED:  # sequences meet different rows of the table: their P is moved to those rows
+                        row = rows + BLOCK_L - length if ALIGN_RIGHT and bounds_ptr is not None else rows
+                        move = (tl.arange(0, BLOCK_L)[:, None] == row[None, :]).to(DTYPE)
+                        at_rows = dot(move, at_rows, PRECISION).to(DTYPE)
+                    dw_q_sum = dot(at_rows, dq_a, PRECISION, dw_q_sum)
+                    dw_k_sum = dot(at_rows, dk_a, PRECISION, dw_k_sum)
 
+    if bounds_ptr is not None and not VARLEN:
+        for number in range(begin, last):
+            padded = tl.full((), number, tl.int32)
+            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+            zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
+            zero_padding(dk, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
+            zero_padding(dv, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            if PER_ENTRY:
+                zero_padding(dw_q, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
+                zero_padding(dw_k, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
     if REFINEMENT != "none" and not PER_ENTRY:
-        store_tile(dw_q, split, kv_head, 0, rows, BLOCK_L, BLOCK_L, dw_q_sum, R, BLOCK_R, False)
-        store_tile(dw_k, split, kv_head, 0, rows, BLOCK_L, BLOCK_L, dw_k_sum, R, BLOCK_R, False)
+        rows = tl.arange(0, BLOCK_L)
+        partial = seats(split, begin * 0, rows, BLOCK_L)
+        store_tile(dw_q, head, partial, dw_q_sum, R, BLOCK_R)
+        store_tile(dw_k, head, partial, dw_k_sum, R, BLOCK_R)
+    if dgate_ptr is not None:
+        tl.store(dgate_ptr + split * heads + head, tl.sum(dgate, 0))
 
 
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
@@ -189,10 +225,12 @@ def short_forward(problem: Problem) -> list[Tensor]:
     """The output (entries, H, rows, D_v), alone in its list."""
     p = problem
     out = short_buffers(p)["out"]
-    tile = short_tile(p.call.max_len)
+    config = p.config("short_fwd")
+    run = p.run(config.programs)
     launch(
-        _short_fwd_kernel, (p.batch * p.heads,), tile, p.q.device,
-        out=p.view(out), heads=p.heads, GROUP=p.group, BLOCK_L=tile.block_m,
+        _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
+        out=p.view(out), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     return [out]
@@ -201,23 +239,27 @@ def short_forward(problem: Problem) -> list[Tensor]:
 def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[Tensor]:
     """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate."""
     p = problem
+    config = p.config("short_bwd")
+    run, block = p.run(config.programs), config.block_m
+    splits = ceil_div(p.batch, run)
     dq, dk, dv = p.gradients()
-    tile = short_tile(p.call.max_len)
-    splits = p.splits(p.kv_heads)
+    dk_heads, dv_heads = p.per_query_head(dk), p.per_query_head(dv)
     if p.w_q is None:
         dw_q = dw_k = dq
     elif p.call.per_entry:
         dw_q, dw_k = p.table_gradients()
     else:
-        dw_q, dw_k = (p.q.new_empty(splits, p.kv_heads, tile.block_m, p.rank, dtype=p.accumulator) for _ in range(2))
-    dgate = p.q.new_empty(p.batch, p.heads, dtype=p.accumulator) if p.gate is not None else None
+        dw_q, dw_k = (p.q.new_empty(splits, p.heads, block, p.rank, dtype=p.accumulator) for _ in range(2))
+    dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
     launch(
-        _short_bwd_kernel, (p.kv_heads * splits,), tile, p.q.device,
-        dout=p.view(dout), dq=p.view(dq), dk=p.view(dk), dv=p.view(dv),
+        _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
+        dout=p.view(dout), dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads),
         dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
-        dgate_ptr=dgate, batch=p.batch, kv_heads=p.kv_heads, splits=splits, GROUP=p.group, BLOCK_L=tile.block_m,
+        dgate_ptr=dgate, batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
+        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     if p.w_q is not None and not p.call.per_entry:
         dw_q, dw_k = p.sum_tables(dw_q), p.sum_tables(dw_k)
+    dk, dv = p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)
     return p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))

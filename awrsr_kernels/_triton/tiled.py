@@ -21,12 +21,14 @@ from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
     dot,
-    dropout_tile,
+    keep_tile,
     load_gate,
     load_tile,
     locate,
+    padded_seats,
     rounding_rest,
     row_index,
+    seats,
     store_tile,
     table_start,
     visible_tile,
@@ -54,7 +56,7 @@ def _tiled_fwd_kernel(
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
-    q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
+    q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     peak = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -67,7 +69,7 @@ def _tiled_fwd_kernel(
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, entry, head // K_GROUP, start, columns, length, D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
         scores = dot(q_tile, tl.trans(k_tile), PRECISION) * (score_scale * LOG2E)
         scores = tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -77,14 +79,14 @@ def _tiled_fwd_kernel(
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
         if TABLES:
-            w_tile = load_tile(w_q, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
+            w_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
             q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
-            w_tile = load_tile(w_k, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
+            w_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
             k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
         if VALUES:
             if seed_ptr is not None:
-                weights = weights * dropout_tile(seed_ptr, entry, head, rows, low, drop_threshold, 1.0, BLOCK_N, ACC)
-            v_tile = load_tile(v, entry, head // V_GROUP, start, columns, length, DV, BLOCK_DV)
+                weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
+            v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
             sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: sums of zero, and a finite log-sum-exp
@@ -95,23 +97,23 @@ def _tiled_fwd_kernel(
     REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
-        store_tile(q_a, entry, head, start, rows, length, rows_total, q_a_sum, R, BLOCK_R, not VARLEN)
-        store_tile(k_a, entry, head, start, rows, length, rows_total, k_a_sum, R, BLOCK_R, not VARLEN)
+        store_tile(q_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), q_a_sum, R, BLOCK_R)
+        store_tile(k_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), k_a_sum, R, BLOCK_R)
         if HALF:
             lost = rounding_rest(q_a_sum, DTYPE)
-            store_tile(rest, entry, head, start, rows, length, rows_total, lost, R, BLOCK_R, False)
+            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, R, BLOCK_R)
             lost = rounding_rest(k_a_sum, DTYPE)
-            store_tile(rest, entry, head, start, rows, length, rows_total, lost, R, BLOCK_R, False, R)
+            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, R, BLOCK_R, R)
     if VALUES:
         sums = sums * (share * drop_scale)  # applied to weights, the scale would be rounded with them
-        store_tile(weighted, entry, head, start, rows, length, rows_total, sums, DV, BLOCK_DV, not VARLEN)
+        store_tile(weighted, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), sums, DV, BLOCK_DV)
         if HALF:
             lost = rounding_rest(sums, DTYPE)
-            store_tile(rest, entry, head, start, rows, length, rows_total, lost, DV, BLOCK_DV, False, REST)
+            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST)
         if ADDED:
-            other = load_tile(added, entry, head, start, rows, length, DV, BLOCK_DV).to(ACC)
+            other = load_tile(added, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
             sums = other + load_gate(gate_ptr, gate_stride, head, ACC) * sums
-            store_tile(out, entry, head, start, rows, length, rows_total, sums, DV, BLOCK_DV, not VARLEN)
+            store_tile(out, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), sums, DV, BLOCK_DV)
 
 
 def tiled_buffers(problem: Problem) -> dict[str, Tensor]:
@@ -170,7 +172,7 @@ def tiled_forward(problem: Problem) -> list[Tensor]:
     p = problem
     buffers = tiled_buffers(p)
     unused = p.view(buffers["out"])
-    tile = p.tile()
+    tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
     for higher in stages:

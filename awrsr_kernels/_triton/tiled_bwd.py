@@ -18,12 +18,14 @@ from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
     dot,
-    dropout_tile,
+    keep_tile,
     load_gate,
     load_rows,
     load_tile,
     locate,
+    padded_seats,
     row_index,
+    seats,
     store_tile,
     table_start,
     visible_tile,
@@ -59,25 +61,25 @@ def _tiled_bwd_rows_kernel(
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
-    q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
+    q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     delta = tl.zeros((BLOCK_M,), ACC)
     if TABLES:
-        dq_a_tile = load_tile(dq_a, entry, head, start, rows, length, R, BLOCK_R)
-        dk_a_tile = load_tile(dk_a, entry, head, start, rows, length, R, BLOCK_R)
-        space = load_tile(q_a, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
+        dq_a_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
+        dk_a_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
+        space = load_tile(q_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
         if HALF:
-            space += load_tile(rest, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
+            space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
-        space = load_tile(k_a, entry, head, start, rows, length, R, BLOCK_R).to(ACC)
+        space = load_tile(k_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
         if HALF:
-            space += load_tile(rest, entry, head, start, rows, length, R, BLOCK_R, R).to(ACC)
+            space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R, R).to(ACC)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
-        dout_tile = load_tile(dout, entry, head, start, rows, length, DV, BLOCK_DV)
-        saved = load_tile(weighted, entry, head, start, rows, length, DV, BLOCK_DV).to(ACC)
+        dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
+        saved = load_tile(weighted, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
         if HALF:
-            saved += load_tile(rest, entry, head, start, rows, length, DV, BLOCK_DV, 2 * R if TABLES else 0).to(ACC)
+            saved += load_tile(rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R if TABLES else 0).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
         tiles = tl.num_programs(0) // (batch * heads)
@@ -90,26 +92,25 @@ def _tiled_bwd_rows_kernel(
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, entry, head // K_GROUP, start, columns, length, D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
         weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
         dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if VALUES:
-            v_tile = load_tile(v, entry, head // V_GROUP, start, columns, length, DV, BLOCK_DV)
+            v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
             dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
             if seed_ptr is not None:
-                dweights = dweights * dropout_tile(
-                    seed_ptr, entry, head, rows, low, drop_threshold, drop_scale, BLOCK_N, ACC
-                )
+                kept = keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N)
+                dweights = tl.where(kept, dweights * drop_scale, 0.0)
         if TABLES:
-            w_tile = load_tile(w_q, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
+            w_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
             dweights += dot(dq_a_tile, tl.trans(w_tile), PRECISION)
-            w_tile = load_tile(w_k, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
+            w_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
             dweights += dot(dk_a_tile, tl.trans(w_tile), PRECISION)
         dscores = weights * (dweights - delta[:, None])
         dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
 
     dq_sum = dq_sum * (score_scale * load_gate(gate_ptr, gate_stride, head, ACC))
-    store_tile(dq, entry, head, start, rows, length, rows_total, dq_sum, D, BLOCK_D, not VARLEN)
+    store_tile(dq, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), dq_sum, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -138,50 +139,48 @@ def _tiled_bwd_columns_kernel(
     dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if VALUES:
         dv_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-        v_tile = load_tile(v, entry, owner * GROUP // V_GROUP, start, columns, length, DV, BLOCK_DV)
+        v_tile = load_tile(v, owner * GROUP // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
         if ADDED:
-            dv_sum += load_tile(dv_added, entry, owner, start, columns, length, DV, BLOCK_DV)
+            dv_sum += load_tile(dv_added, owner, seats(entry, start, columns, length), DV, BLOCK_DV)
     for member in tl.range(GROUP):
         head = owner * GROUP + member
-        k_tile = load_tile(k, entry, head // K_GROUP, start, columns, length, D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         if TABLES:
-            w_q_tile = load_tile(w_q, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
-            w_k_tile = load_tile(w_k, entry, head, w_start, columns, length, R, BLOCK_R).to(DTYPE)
+            w_q_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_k_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
         if K_GROUP == 1:
             dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         for low in range(first_row, tl.where(first_column < length, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-            q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
+            q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
             lse = load_rows(lse_ptr, at, rows, length)
             weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
-                dout_tile = load_tile(dout, entry, head, start, rows, length, DV, BLOCK_DV)
+                dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
-                kept = weights
+                met = weights
                 if seed_ptr is not None:
-                    mask = dropout_tile(
-                        seed_ptr, entry, head, rows, first_column, drop_threshold, drop_scale, BLOCK_N, ACC
-                    )
-                    dweights = dweights * mask
-                    kept = kept * mask
-                dv_sum += dot(tl.trans((kept * gate).to(DTYPE)), dout_tile, PRECISION)
+                    kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
+                    dweights = tl.where(kept, dweights * drop_scale, 0.0)
+                    met = tl.where(kept, weights * drop_scale, 0.0)
+                dv_sum += dot(tl.trans((met * gate).to(DTYPE)), dout_tile, PRECISION)
             if TABLES:
-                rows_tile = load_tile(dq_a, entry, head, start, rows, length, R, BLOCK_R)
+                rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
                 dweights += dot(rows_tile, tl.trans(w_q_tile), PRECISION)
-                rows_tile = load_tile(dk_a, entry, head, start, rows, length, R, BLOCK_R)
+                rows_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
                 dweights += dot(rows_tile, tl.trans(w_k_tile), PRECISION)
             delta = load_rows(delta_ptr, at, rows, length)
             dscores = weights * (dweights - delta[:, None]) * (score_scale * gate)
             dk_sum += dot(tl.trans(dscores.to(DTYPE)), q_tile, PRECISION)
         if K_GROUP == 1:
-            store_tile(dk, entry, head, start, columns, length, rows_total, dk_sum, D, BLOCK_D, not VARLEN)
+            store_tile(dk, head, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
     if K_GROUP > 1:
-        store_tile(dk, entry, owner, start, columns, length, rows_total, dk_sum, D, BLOCK_D, not VARLEN)
+        store_tile(dk, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
     if VALUES:
-        store_tile(dv, entry, owner, start, columns, length, rows_total, dv_sum, DV, BLOCK_DV, not VARLEN)
+        store_tile(dv, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dv_sum, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -207,28 +206,28 @@ def _tiled_bwd_tables_kernel(
         start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
         offset = max_len - length if SHIFTED else length * 0
         columns = tl.where(window < offset, length, window - offset)  # before the first item: as good as after the last
-        k_tile = load_tile(k, entry, head // K_GROUP, start, columns, length, D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
         first_row = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else length * 0
         reached = (first_column < offset + length) & (first_column + BLOCK_N > offset)
         for low in range(first_row, tl.where(reached, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q, entry, head, start, rows, length, D, BLOCK_D)
+            q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
             lse = load_rows(lse_ptr, at, rows, length)
             weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
             at_columns = tl.trans(weights.to(DTYPE))
-            rows_tile = load_tile(dq_a, entry, head, start, rows, length, R, BLOCK_R)
+            rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
             dw_q_sum += dot(at_columns, rows_tile, PRECISION)
-            rows_tile = load_tile(dk_a, entry, head, start, rows, length, R, BLOCK_R)
+            rows_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
             dw_k_sum += dot(at_columns, rows_tile, PRECISION)
 
     if PER_ENTRY:  # one sequence per program
         start, length = locate(bounds_ptr, split, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-        store_tile(dw_q, split, head, start, window, length, rows_total, dw_q_sum, R, BLOCK_R, not VARLEN)
-        store_tile(dw_k, split, head, start, window, length, rows_total, dw_k_sum, R, BLOCK_R, not VARLEN)
+        store_tile(dw_q, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_q_sum, R, BLOCK_R)
+        store_tile(dw_k, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_k_sum, R, BLOCK_R)
     else:
-        store_tile(dw_q, split, head, 0, window, max_len, max_len, dw_q_sum, R, BLOCK_R, False)
-        store_tile(dw_k, split, head, 0, window, max_len, max_len, dw_k_sum, R, BLOCK_R, False)
+        store_tile(dw_q, head, seats(split, split * 0, window, max_len), dw_q_sum, R, BLOCK_R)
+        store_tile(dw_k, head, seats(split, split * 0, window, max_len), dw_k_sum, R, BLOCK_R)
 
 
 class _Backward:
@@ -254,7 +253,7 @@ class _Backward:
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
-        tile = p.tile()
+        tile = p.config("tiled_bwd_rows")
         tiles = ceil_div(p.call.max_len, tile.block_m)
         if higher and p.gate is not None:
             self.dgate = p.q.new_empty(p.batch, p.heads, tiles, dtype=p.accumulator)
@@ -266,7 +265,7 @@ class _Backward:
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
-        tile = p.tile()
+        tile = p.config("tiled_bwd_columns")
         group = max(arguments["K_GROUP"], arguments["V_GROUP"] if arguments["VALUES"] else 1)
         tiles = ceil_div(p.call.max_len, tile.block_n)
         launch(
@@ -278,7 +277,7 @@ class _Backward:
     def tables(self) -> tuple[Tensor, Tensor]:
         """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
-        tile = p.tile()
+        tile = p.config("tiled_bwd_tables")
         tiles = ceil_div(p.call.max_len, tile.block_n)
         splits = p.batch if per_entry else p.splits(tiles * p.heads)
         if per_entry:
