@@ -72,6 +72,15 @@ class Task:
         return LAYOUTS if self.users else ("padded",)
 
     @property
+    def itemsize(self) -> int:
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def features(self) -> tuple[int, int, int]:
+        """D, D_v and R, which is 1 where there are no tables."""
+        return self.shape.D, self.shape.D_v, 1 if self.refinement == "none" else self.shape.R
+
+    @property
     def label(self) -> str:
         s = self.shape
         size = f"{s.B} users, window {s.L}, batches of {self.batch_size}" if self.users else f"B {s.B} L {s.L}"

@@ -1,7 +1,7 @@
 """Bytes and operations counted per launch are those of the kernels themselves, as the interpreter runs them."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -9,23 +9,29 @@ import numpy as np
 import pytest
 import torch
 
-from awrsr_kernels.launch_config import Tile
-from benchmarks.launches import Call, call_launches, columns_walk, rows_walk, task_launches, tiled_launches
+from awrsr_kernels.launch_config import Config
+from benchmarks.launches import Call, columns_walk, rows_walk, seat, task_launches, tiled_launches
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.roofline import ideal_bytes
-from benchmarks.workloads import Shape, Task, build
+from benchmarks.workloads import Shape, Task, build, calls
 
 from .conftest import DEVICE
 
 REFINEMENTS = ("none", "simple", "value", "additive")
-TILE = Tile(32, 16, 4, 1)  # what the fixture `choose` gives the tiled regime
-PROCESSORS = 2  # what launchers assume in the interpreter
-USERS = (20, 1, 40)
-SHAPE = Shape(B=3, H=2, H_kv=1, L=40, D=8, D_v=12, R=20)
+TILE = Config(32, 16, 4, 1)  # what the fixture `choose` gives the tiled regime
+PROCESSORS = 1  # what launchers assume in the interpreter
+SHAPE = Shape(B=5, H=2, H_kv=1, L=40, D=8, D_v=12, R=20)
+USERS = (20, 1, 40, 40, 3)  # under two heads, runs of three forward and of all five backward: tiles of one and of two sequences
+CASES = {  # name: (layout, task but for its refinement)
+    "padded": ("padded", Task(SHAPE, "", "float16", 0.1, "cpu", USERS, len(USERS))),
+    "packed": ("packed", Task(SHAPE, "", "float32", 0.1, "cpu", USERS, len(USERS))),
+    "full": ("padded", Task(SHAPE, "", "float16", 0.0, "cpu")),
+    "own key heads": ("padded", Task(replace(SHAPE, H=1, L=8), "", "float32", 0.0, "cpu")),  # several full sequences in a tile
+}
 
 
-@dataclasses.dataclass
+@dataclass
 class Meter:
     """What one launch did: bytes by count and, of loads, addresses, so that what is loaded twice counts once."""
 
@@ -34,7 +40,7 @@ class Meter:
     loaded: int = 0
     written: int = 0
     operations: int = 0
-    addresses: list[np.ndarray] = dataclasses.field(default_factory=list)
+    addresses: list[np.ndarray] = field(default_factory=list)
 
     @property
     def read(self) -> int:
@@ -47,7 +53,7 @@ class Meter:
 
 @pytest.fixture
 def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
-    """A meter per launch, filled as launches run. Numbers per program (bounds, gates, the seed) are not counted."""
+    """A meter per launch, filled as launches run. Bounds and seed, which are integers, and single numbers are not counted."""
     if DEVICE != "cpu":
         pytest.skip("the counts are read off Triton's interpreter, which a machine with a GPU does not use here")
     pytest.importorskip("triton", reason="needs Triton")
@@ -59,8 +65,9 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     load, store, dot = (getattr(InterpreterBuilder, f"create_{x}") for x in ("masked_load", "masked_store", "dot"))
 
     def count_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        if ptrs.data.size > 1:
-            size = np.dtype(_get_np_dtype(ptrs.get_element_ty())).itemsize
+        kind = np.dtype(_get_np_dtype(ptrs.get_element_ty()))
+        if ptrs.data.size > 1 and kind.kind == "f":
+            size = kind.itemsize
             touched = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data]
             found[-1].loaded += touched.size * size
             found[-1].addresses.append(np.concatenate([[size], touched.astype(np.int64)]))
@@ -92,19 +99,20 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     return found
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 @pytest.mark.parametrize("regime", ["short", "tiled"])
 def test_counts_are_what_the_kernels_do(
-    regime: str, refinement: str, layout: str, meters: list[Meter], choose: Callable[[str], str]
+    regime: str, refinement: str, case: str, meters: list[Meter], choose: Callable[[str], str]
 ) -> None:
-    dtype = "float16" if layout == "padded" else "float32"
-    task = Task(SHAPE, refinement, dtype, 0.1, "cpu", users=USERS, batch_size=len(USERS))
+    layout, task = CASES[case][0], replace(CASES[case][1], refinement=refinement)
     backend = choose(regime)
     batch = build(task, layout)[0]
     gradients(ours(batch, backend), batch)
-    call = Call(SHAPE, refinement, dtype, True, USERS, SHAPE.L, layout == "packed")
-    counted = tiled_launches(call, lambda _: TILE, PROCESSORS) if regime == "tiled" else call_launches(call, processors=PROCESSORS)
+    if regime == "tiled":
+        counted = tiled_launches(Call(task, *calls(task, layout)[0], layout == "packed"), lambda _: TILE, PROCESSORS)
+    else:
+        counted = task_launches(task, layout, processors=PROCESSORS)
     kernels = [x for x in counted if x.tile is not None]
     assert [(x.kernel, x.programs) for x in kernels] == [(m.kernel, m.programs) for m in meters]
     for launch, meter in zip(kernels, meters, strict=True):
@@ -112,54 +120,98 @@ def test_counts_are_what_the_kernels_do(
             assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
 
 
-def test_torchs_own_kernels_are_counted() -> None:
-    """What follows a backward: the sum of the partials, fitted to the table, cast to its dtype."""
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("refinement", ["none", "additive"])
+@pytest.mark.parametrize("regime", ["short", "tiled"])
+def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a backward: partials of the tables summed, fitted, cast; query heads summed, copied; dgate summed, cast."""
     pytest.importorskip("triton", reason="needs Triton")
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from awrsr_kernels._triton import short, tiled, tiled_bwd
     from awrsr_kernels._triton.launch import Problem
     from awrsr_kernels.layout import Call as KernelCall
     from awrsr_kernels.layout import Inputs
 
-    ran: list[str] = []
+    for module in (short, tiled, tiled_bwd):
+        monkeypatch.setattr(module, "launch", lambda *_, **arguments: None)
+    names = {"sum": "torch_sum", "constant_pad_nd": "torch_pad", "_to_copy": "torch_cast", "copy_": "torch_copy"}
+    ran: list[tuple[str, int, int]] = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            ran.append(function.overloadpacket.__name__)
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+            name = function.overloadpacket.__name__
+            if name in names:
+                ran.append((names[name], args[name == "copy_"].nbytes, result.nbytes))
+            return result
 
-    q, w = torch.zeros(3, 2, 40, 8, dtype=torch.float16), torch.zeros(1, 1, 40, 20, dtype=torch.float16)
-    call = KernelCall("simple", True, False, False, 40, False, 0.1, 0.1, 0.0)
-    problem = Problem(Inputs(q, q, q, w, w, None, None, None), call)
+    s = replace(SHAPE, L=40 if regime == "short" else 80)
+    q, k, v, w, gate = (
+        torch.zeros(shape, dtype=getattr(torch, dtype))
+        for shape in ((s.B, s.H, s.L, s.D), (s.B, s.H_kv, s.L, s.D), (s.B, s.H_kv, s.L, s.D_v), (1, 1, s.L, s.R), (s.H,))
+    )
+    dout = q.new_zeros(s.B, s.H, s.L, s.D_v)
+    refined = {"none": (None, None, None), "additive": (w, w, gate)}[refinement]
+    problem = Problem(Inputs(q, k, v, *refined, None, None), KernelCall(refinement, True, False, False, s.L, False, 0.1, 0.1, 0.0))
     with Record():
-        for _ in "qk":
-            problem.sum_tables(torch.zeros(2, 2, 64, 20))
-    kernels = [x for x in ran if x not in ("zeros", "view", "slice", "_unsafe_view")]
-    counted = [x for x in call_launches(Call(SHAPE, "simple", "float16", False, USERS, 40, False)) if x.tile is None]
-    names = {"sum": "torch_sum", "constant_pad_nd": "torch_pad", "_to_copy": "torch_cast"}
-    assert [names[x] for x in kernels] == [x.kernel for x in counted]
+        if regime == "short":
+            short.short_backward(problem, dout, [])
+        else:
+            tiled_bwd.tiled_backward(problem, dout, tiled.tiled_forward(problem))
+    counted = task_launches(Task(s, refinement, dtype, 0.0, "cpu"), "padded", processors=PROCESSORS)
+    assert ran == [(x.kernel, x.read, x.written) for x in counted if x.tile is None]
 
 
 def test_walks_by_hand() -> None:
     """Five items under tiles of 2 x 2 rows: tiles of two, two and one rows reach 1, 2 and 3 column tiles, and so back."""
-    tile = Tile(2, 2, 4, 1)
+    tile = Config(2, 2, 4, 1)
     assert rows_walk(5, tile) == (1 + 2 + 3, 2 + 4 + 5, 3)
     assert columns_walk(5, tile) == (3 + 2 + 1, 5 + 3 + 1, 3)
     assert rows_walk(0, tile) == columns_walk(0, tile) == (0, 0, 0)
 
 
-def test_a_short_forward_by_hand() -> None:
-    """Two full sequences of 20 items, one head, D = D_v = 32, R = 16, bfloat16, in a tile of 32 rows."""
-    task = Task(Shape(2, 1, 1, 20, 32, 32, 16), "simple", "bfloat16", 0.0, "cpu")
+def test_seats_by_hand() -> None:
+    """In tiles of 16 rows, which take four sequences at most, empty ones included."""
+    assert seat((8, 8, 1, 16), 4, 16) == [3]
+    assert seat((8, 8, 1, 16), 2, 16) == [1, 2]
+    assert seat((1, 1, 1, 1, 1), 5, 16) == [2]
+    assert seat((0, 0, 0, 16, 0), 5, 16) == [2]
+    assert seat((), 5, 16) == []
+
+
+def test_a_short_call_by_hand() -> None:
+    """300 full sequences of 20 items, one head, D = D_v = 32, R = 16, bfloat16, in tiles of 32 rows: one to a tile.
+
+    Forward 8 programs per processor, of one sequence each; backward 4, which on 10 processors leaves runs of 8 and one of 4.
+    """
+    task = Task(Shape(300, 1, 1, 20, 32, 32, 16), "simple", "bfloat16", 0.0, "cpu")
     forward = task_launches(task, "padded")[0]
-    assert (forward.kernel, forward.programs, forward.drops) == ("short_fwd", 2, 0)
-    assert forward.read == 2 * (2 * 20 * 3 * 32) + 2 * (2 * 20 * 16)  # q, k, v of two sequences and the tables once
-    assert forward.loaded == 2 * (2 * 20 * 3 * 32) + 2 * 2 * (2 * 20 * 16)  # each program asks for the tables
-    assert forward.written == 2 * (2 * 20 * 32)
-    assert forward.operations == 2 * 2 * 32 * 32 * (32 + 16 + 16 + 16 + 32)  # QK^T, two tables, Q_A K_A^T, R V
-    assert (forward.weights, forward.gradients) == (2 * 2 * 32 * 32, 0)
-    backward = task_launches(task, "padded")[1]
-    assert (backward.weights, backward.gradients) == (2 * 2 * 32 * 32, 2 * 2 * 32 * 32)
+    assert (forward.kernel, forward.programs, forward.starts, forward.drops) == ("short_fwd", 300, 1, 0)
+    assert forward.read == 300 * (2 * 20 * 3 * 32) + 2 * (2 * 20 * 16)  # q, k, v of all sequences and the tables once
+    assert forward.loaded == 300 * (2 * 20 * 3 * 32) + 300 * 2 * (2 * 20 * 16)  # the tables for every sequence
+    assert forward.written == 300 * (2 * 20 * 32)
+    assert forward.operations == 300 * 2 * 32 * 32 * (32 + 16 + 16 + 16 + 32)  # QK^T, two tables, Q_A K_A^T, R V
+    assert (forward.weights, forward.gradients) == (300 * 2 * 32 * 32, 0)
+    assert (forward.chain, forward.chains) == (4, 300 * 4)
+    backward = task_launches(task, "padded", processors=10)[1]
+    assert (backward.kernel, backward.programs, backward.starts) == ("short_bwd", 38, 8)
+    assert backward.written == 3 * 300 * (2 * 20 * 32) + 38 * 2 * (4 * 32 * 16)  # dQ, dK, dV; partial dW of whole tiles
+    assert (backward.weights, backward.gradients) == (300 * 2 * 32 * 32, 300 * 2 * 32 * 32)
+    assert (backward.chain, backward.chains) == (8 * 7, 300 * 7)
+
+
+def test_key_heads_of_several_query_heads() -> None:
+    """Their gradients leave in float32, per query head."""
+    own, shared = (task_launches(Task(Shape(8, 4, h, 50, 32, 32, 32), "none", "bfloat16", 0.0, "cpu"), "padded") for h in (4, 2))
+    assert shared[1].written - own[1].written == 2 * 8 * 4 * 50 * 32 * (4 - 2)
+    assert [x.kernel for x in own] == ["short_fwd", "short_bwd"]
+    assert [x.kernel for x in shared] == ["short_fwd", "short_bwd", *2 * ("torch_sum", "torch_copy")]
+
+
+def test_what_no_kernel_takes() -> None:
+    with pytest.raises(ValueError, match=r"D, D_v, R were \(32, 32, 300\), must be at most 256"):
+        task_launches(Task(Shape(8, 4, 2, 50, 32, 32, 300), "simple", "bfloat16", 0.0, "cpu"), "padded")
 
 
 @pytest.mark.parametrize("length", [50, 500])
