@@ -15,7 +15,8 @@ A launch takes the longest of five times, each as if the others were free, and w
     lanes     instructions beside the products / their rate       exponentials, masks, sums: per entry of a score tile; its
                                                                   gradient; dropout bits, per entry that draws one
     chain     products that wait for one another * STEP_US,       of the busiest program, or of all programs over how many
-              and START_US per wave of programs                   run at once (registers, shared memory, warps allow)
+              and START_US per wave of programs and per tile      run at once (registers, shared memory, warps allow)
+              that one of them begins
 
 A pass is the sum of its launches. Bytes, operations, entries and chains are `launches.py`'s counts, held by a test to what the
 interpreted kernels do; registers and shared memory are the compiler's. The constants below are data-sheet numbers or assumptions,
@@ -24,7 +25,6 @@ as marked, and the assumptions are the first thing to correct once there is a me
 
 import argparse
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from awrsr_kernels.launch_config import key_of
 from awrsr_kernels.layout import REFINEMENTS
 from benchmarks import compare
 from benchmarks.attn_bench import sizes
@@ -45,6 +46,8 @@ from benchmarks.workloads import PRESETS, Shape, Task
 
 Row = dict[str, Any]
 DTYPE = "bfloat16"
+TARGET = "sm_90"
+REQUIRED = ("kernel", "refinement", "dtype", "dropout", "target", "length", "width", "config", "registers", "shared_bytes")
 MISS = 1.5  # a measurement further from its prediction than this is flagged
 
 
@@ -84,13 +87,13 @@ INSTRUCTIONS_PER_WEIGHT = 34  # scale, mask, maximum, exp2 (worth eight: a quart
 INSTRUCTIONS_PER_GRADIENT = 14  # subtract, two products, sum, convert; at 70 % issue
 INSTRUCTIONS_PER_DROP = 32  # seven Philox rounds over eight weights, unpack, compare, multiply; at 70 % issue
 STEP_US = 0.35  # a product with the softmax or conversion behind it, waited for
-START_US = 1.5  # first loads from memory and last stores of a program
+START_US = 1.5  # first loads from memory and last stores of a program; in the short regime, of each of its tiles
 LAUNCH_US = 2.5  # between two kernels of a stream that the host has filled ahead
 RESERVED = 1 << 10  # bytes of shared memory that every program costs beside its own (Hopper tuning guide)
 
 
 class Resources(NamedTuple):
-    """What a program takes of a multiprocessor; `known` says whether the compiler said so for this very tile."""
+    """What a program takes of a multiprocessor; `known` says whether the compiler said so for this very kernel."""
 
     registers: int
     shared: int
@@ -100,27 +103,25 @@ class Resources(NamedTuple):
 UNKNOWN = Resources(255, 0, False)  # the most registers that a thread can have: few programs at a time
 
 
-def find_resources(report: Sequence[Row], launch: Launch, refinement: str, dropped: bool) -> Resources:
-    """The row of a compile report that fits a launch best: kernel and refinement must agree, then stage, tile, dropout if they can.
-
-    Of several that fit equally well (widths of features, say) the one with the most registers.
+def find_resources(report: Sequence[Row], launch: Launch, task: Task) -> Resources:
+    """The row of a compile report that fits a launch best: kernel, stage and refinement must agree, then the table's classes of
+    length and width, the configuration, and dropout if they can. Of several that fit equally well the one with the most registers.
     """
-    tile = [] if launch.tile is None else [int(x) for x in launch.tile]
-    staged = {f"{launch.kernel} {launch.stage}", f"{launch.kernel}_{launch.stage}"}
+    names = {launch.kernel, f"{launch.kernel}_stage{launch.stage}"}
+    wanted = {"refinement": task.refinement, "dtype": task.dtype, "target": TARGET}
+    key = key_of(launch.kernel, task.shape.L, task.features, task.itemsize)
+    config = None if launch.tile is None else launch.tile._asdict()
     found: list[tuple[bool, bool, bool, int, int]] = []
     for row in report:
-        name = str(row.get("kernel", "")).strip("_").removesuffix("_kernel")
-        if name not in {launch.kernel, *staged} or row.get("refinement", refinement) != refinement:
+        if "error" in row or row["kernel"] not in names or any(row[name] != value for name, value in wanted.items()):
             continue
-        if row.get("dtype", DTYPE) not in (DTYPE, "bf16") or row.get("registers") is None:
-            continue
-        numbers = [int(x) for x in re.findall(r"\d+", json.dumps(row.get("config", "")))]
-        dropout = bool(row.get("dropout", dropped)) == dropped
-        found.append((numbers[:4] == tile, name in staged, dropout, int(row["registers"]), int(row.get("shared_bytes") or 0)))
+        classes = key is not None and (row["length"], row["width"]) == (key.length, key.width)
+        fits = classes, row["config"] == config, row["dropout"] == (task.dropout_p > 0)
+        found.append((*fits, row["registers"], row["shared_bytes"]))
     if not found:
         return UNKNOWN
     best = max(found)
-    return Resources(best[3], best[4], best[0])
+    return Resources(best[3], best[4], known=all(best[:3]))
 
 
 def at_once(warps: int, resources: Resources, gpu: Gpu) -> int:
@@ -141,7 +142,7 @@ def times_us(launch: Launch, resources: Resources, gpu: Gpu) -> dict[str, float]
         "cache": launch.loaded / gpu.cache * 1e6,
         "matmul": launch.operations / (gpu.matmul * EFFICIENCY) * 1e6,
         "lanes": instructions / gpu.lanes * 1e6,
-        "chain": max(launch.chain, launch.chains / concurrent) * STEP_US + waves * START_US,
+        "chain": max(launch.chain, launch.chains / concurrent) * STEP_US + waves * launch.starts * START_US,
         "launch": LAUNCH_US,
     }
 
@@ -160,7 +161,7 @@ def predict(task: Task, report: Sequence[Row] = (), gpu: Gpu = H200) -> list[Row
         bounds: dict[str, float] = {}
         total, known, count = 0.0, True, 0
         for launch in (x for x in launches if x.pass_ in p.split("+")):
-            resources = find_resources(report, launch, task.refinement, task.dropout_p > 0)
+            resources = find_resources(report, launch, task)
             known &= resources.known or launch.tile is None
             times = times_us(launch, resources, gpu)
             longest = max((t, name) for name, t in times.items() if name != "launch")
@@ -185,7 +186,7 @@ def explain(task: Task, report: Sequence[Row] = (), gpu: Gpu = H200) -> str:
     lines = [f"PREDICTION, not a measurement: {gpu.name}, {task.label}; microseconds, * is what the launch takes (+ {LAUNCH_US:g})"]
     lines.append(f"{'kernel':<20}{'programs':>9}{'at once':>9}" + "".join(f"{name:>9}" for name in names))
     for launch in task_launches(task, "padded", processors=gpu.processors):
-        resources = find_resources(report, launch, task.refinement, task.dropout_p > 0)
+        resources = find_resources(report, launch, task)
         times = times_us(launch, resources, gpu)
         longest = max(names, key=lambda name: times[name])
         together = gpu.processors * at_once(4 if launch.tile is None else launch.tile.num_warps, resources, gpu)
@@ -202,7 +203,7 @@ def resources_used(chosen: Sequence[Task], report: Sequence[Row], gpu: Gpu = H20
     for task in chosen:
         for launch in task_launches(task, "padded", processors=gpu.processors):
             if launch.tile is not None:
-                used = find_resources(report, launch, task.refinement, task.dropout_p > 0)
+                used = find_resources(report, launch, task)
                 row = {"kernel": launch.kernel, "stage": launch.stage, "refinement": task.refinement, "tile": list(launch.tile)}
                 row |= used._asdict() | {"at_once": at_once(launch.tile.num_warps, used, gpu)}
                 found[json.dumps(row)] = row
@@ -251,7 +252,7 @@ def markdown(prediction: dict[str, Any]) -> str:
             cells += ["-", ""]
         lines.append("| " + " | ".join(cells) + " |")
     if not all(row["compiled"] for row in prediction["rows"]):
-        lines += ["", "?: without the compiler's word on this very tile; how many programs run at once is a guess."]
+        lines += ["", "?: without the compiler's word on this very kernel; how many programs run at once is a guess."]
     return "\n".join(lines) + "\n"
 
 
@@ -261,8 +262,13 @@ def load_report(path: Path) -> list[Row]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if not isinstance(found, list) or not all(isinstance(row, dict) and "kernel" in row for row in found):
-        raise ValueError(f'{path}: must hold a list of rows with "kernel", as awrsr_kernels.compile_report --json writes it')
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"{path}: must hold a list of rows, as awrsr_kernels.compile_report --json writes it")
+    for number, row in enumerate(found):
+        required = REQUIRED[:1] if isinstance(row, dict) and "error" in row else REQUIRED
+        missing = [name for name in required if not isinstance(row, dict) or name not in row]
+        if missing:
+            raise ValueError(f"{path}: row {number} has no {', '.join(missing)}")
     return found
 
 

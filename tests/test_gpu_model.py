@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from awrsr_kernels.launch_config import Tile
+from awrsr_kernels.launch_config import Config
 from benchmarks import compare, gpu_model
 from benchmarks.gpu_model import H200, UNKNOWN, Gpu, Resources, at_once, find_resources, predict, tasks, times_us, total_us
 from benchmarks.launches import Launch
@@ -19,7 +19,7 @@ ROUND = Gpu(
     processors=100, registers=65536, shared=100 << 10, warps=64, programs=32,
 )  # fmt: skip
 KERNEL = Launch(
-    kernel="short_fwd", stage=0, pass_="fwd", tile=Tile(64, 64, 4, 1), programs=400,
+    kernel="short_fwd", stage=0, pass_="fwd", tile=Config(64, 64, 4, 1, 4), programs=400,
     loaded=8_000_000, read=2_000_000, written=1_000_000, operations=10**9, weights=10**6, chain=4, chains=1600,
 )  # fmt: skip
 
@@ -54,6 +54,11 @@ def test_a_launch_by_hand() -> None:
 def test_fewer_programs_at_a_time_lengthen_the_chain() -> None:
     four, one = (times_us(KERNEL, Resources(r, shared, True), ROUND)["chain"] for r, shared in ((128, 0), (128, 99 << 10)))
     assert one == pytest.approx(1600 / 100 * gpu_model.STEP_US + 4 * gpu_model.START_US) and one > four
+
+
+def test_every_tile_of_a_program_begins_with_loads() -> None:
+    once, thrice = (times_us(KERNEL._replace(starts=n), Resources(128, 0, True), ROUND)["chain"] for n in (1, 3))
+    assert thrice - once == pytest.approx(2 * gpu_model.START_US)
 
 
 def test_dropout_bits_cost_instructions() -> None:
@@ -91,29 +96,48 @@ def test_the_assumptions_agree_with_plain_attention_as_published() -> None:
     assert 180 < long.flops("fwd") / predict(long)[0]["predicted_ms"] / 1e9 < 299
 
 
-def row(kernel: str, registers: int | None, **more: Any) -> dict[str, Any]:
-    return {"kernel": kernel, "refinement": "simple", "dtype": "bfloat16", "dropout": False, "registers": registers} | {
-        "config": [64, 64, 4, 1], "shared_bytes": 1000
+def row(kernel: str, registers: int, **more: Any) -> dict[str, Any]:
+    """As `awrsr_kernels.compile_report` writes it."""
+    return {
+        "kernel": kernel, "regime": kernel.split("_")[0], "refinement": "simple", "dtype": "bfloat16", "dropout": False,
+        "target": "sm_90", "length": 64, "width": 64, "config": Config(64, 64, 4, 1, 4)._asdict(),
+        "registers": registers, "shared_bytes": 1000,
     } | more  # fmt: skip
 
 
 def test_the_compile_report_is_read() -> None:
+    tiled = {"length": 0, "config": Config(64, 64, 4, 2)._asdict()}
     report = [
-        row("_short_fwd_kernel", 100),
-        row("_short_fwd_kernel", 50, config={"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1}),
-        row("_short_fwd_kernel", 70, dropout=True),
-        row("_short_fwd_kernel", 200, refinement="value"),
-        row("_short_bwd_kernel", None, error="does not compile"),
-        row("tiled_fwd 1", 90),
-        row("tiled_fwd 2", 80),
+        row("short_fwd", 100),
+        row("short_fwd", 50, length=32),
+        row("short_fwd", 60, width=128),
+        row("short_fwd", 70, dropout=True),
+        row("short_fwd", 200, refinement="value"),
+        row("short_fwd", 210, target="sm_80"),
+        row("short_fwd", 220, dtype="float32"),
+        {"kernel": "short_bwd", "refinement": "simple", "dtype": "bfloat16", "target": "sm_90", "error": "does not compile"},
+        row("tiled_fwd_stage1", 90, **tiled),
+        row("tiled_fwd_stage2", 80, **tiled),
+        row("tiled_bwd_tables", 85, **tiled),
+        row("tiled_fwd", 75, **tiled, refinement="none"),
     ]
-    assert find_resources(report, KERNEL, "simple", False) == Resources(100, 1000, True)
-    assert find_resources(report, KERNEL, "simple", True) == Resources(70, 1000, True)
-    assert find_resources(report, KERNEL._replace(tile=Tile(16, 16, 4, 1)), "simple", False) == Resources(50, 1000, True)
-    assert find_resources(report, KERNEL._replace(tile=Tile(32, 32, 4, 1)), "simple", False) == Resources(100, 1000, False)
-    assert find_resources(report, KERNEL._replace(kernel="tiled_fwd", stage=2), "simple", False).registers == 80
-    assert find_resources(report, KERNEL._replace(kernel="short_bwd"), "simple", False) == UNKNOWN
-    assert find_resources([], KERNEL, "simple", False) == UNKNOWN
+
+    def found(launch: Launch, of: Task) -> Resources:
+        return find_resources(report, launch, of)
+
+    assert found(KERNEL, task()) == Resources(100, 1000, True)
+    assert found(KERNEL, task(length=30)) == Resources(50, 1000, True)
+    assert found(KERNEL, Task(Shape(64, 2, 2, 50, 32, 32, 65), "simple", "bfloat16", 0.0, "cuda")) == Resources(60, 1000, True)
+    assert found(KERNEL, task(dropout_p=0.1)) == Resources(70, 1000, True)
+    assert found(KERNEL, task(length=10)) == Resources(100, 1000, False)  # another class: the report is of another table
+    assert found(KERNEL._replace(tile=Config(64, 64, 8, 1, 4)), task()) == Resources(100, 1000, False)
+    assert found(KERNEL._replace(kernel="short_bwd"), task()) == UNKNOWN
+    assert find_resources([], KERNEL, task()) == UNKNOWN
+    long = KERNEL._replace(kernel="tiled_fwd", stage=1, tile=Config(64, 64, 4, 2))
+    assert found(long, task(length=500)) == Resources(90, 1000, True)
+    assert found(long._replace(stage=2), task(length=500)) == Resources(80, 1000, True)
+    assert found(long._replace(kernel="tiled_bwd_tables"), task(length=500)) == Resources(85, 1000, True)
+    assert found(long, task(length=500, refinement="none")) == Resources(75, 1000, True)
 
 
 def run(*options: str) -> int:
@@ -180,14 +204,23 @@ def test_bad_options(options: list[str], message: str, capsys: pytest.CaptureFix
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_compile_report_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.json").write_text('{"rows": []}')
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ('{"rows": []}', "x.json: must hold a list of rows, as awrsr_kernels.compile_report"),
+        ('[{"kernel": "x", "error": "does not compile"}, {"kernel": "x", "registers": 3}]', "x.json: row 1 has no refinement"),
+        ("[1]", "x.json: row 0 has no kernel"),
+    ],
+)
+def test_a_compile_report_that_is_none(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.json").write_text(text)
     with pytest.raises(SystemExit):
         run("--compile-report", str(tmp_path / "x.json"))
-    assert 'x.json: must hold a list of rows with "kernel"' in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_stored_prediction_is_what_the_model_wrote() -> None:
-    stored = json.loads((RESULTS / "prediction_h200.json").read_text(encoding="utf-8"))
-    assert stored["kind"] == "prediction" and not any("median_ms" in r for r in stored["rows"])
-    assert (RESULTS / "prediction_h200.md").read_text(encoding="utf-8") == gpu_model.markdown(stored)
+def test_stored_predictions_are_what_the_model_wrote() -> None:
+    for path in RESULTS.glob("prediction_*.json"):
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        assert stored["kind"] == "prediction" and not any("median_ms" in r for r in stored["rows"])
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == gpu_model.markdown(stored)
