@@ -1,7 +1,7 @@
 """Every kernel once, forward and backward, padded and packed, with dropout: what sanitizers and profilers look at.
 
     python benchmarks/every_kernel.py
-    compute-sanitizer --tool racecheck python benchmarks/every_kernel.py
+    compute-sanitizer --tool racecheck python benchmarks/every_kernel.py --batch 12 --processors 1
     python benchmarks/every_kernel.py --batch 512 --windows 50 512 --profile kernels.json
 
 Without a GPU it runs in Triton's interpreter, where it shows no more than that every kernel is reached.
@@ -52,6 +52,14 @@ def run(problem: tuple[Task, str]) -> None:
         assert all(torch.isfinite(x).all() for x in found)
 
 
+def pretend(processors: int | None) -> None:
+    """As if the GPU had so few processors: programs of the short regime then own several sequences even in a small batch."""
+    if processors:
+        from awrsr_kernels._triton.launch import Problem
+
+        Problem.processors = lambda self: processors  # type: ignore[method-assign]
+
+
 def kernel_times(profile: Any) -> list[dict[str, Any]]:
     """Launches and microseconds of each of our kernels, the longest first, from what torch.profiler saw."""
     rows = []
@@ -70,6 +78,7 @@ def main() -> int:
     parser.add_argument("--dim", type=int, default=32, help="D, D_v and R (default 32)")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="default bfloat16")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="deal the calls out to N, to fill Triton's cache")
+    parser.add_argument("--processors", type=int, metavar="N", help="lay launches out as for so few (default: as there are)")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also run under torch.profiler: times per kernel as JSON")
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,8 +87,10 @@ def main() -> int:
     if given.profile and device == "cpu":
         parser.error("argument --profile: needs a GPU, and torch finds none here")
     todo = problems(given.batch, given.windows, given.heads, given.dim, dtype, device)
+    pretend(given.processors)
     if given.processes > 1:
-        with multiprocessing.get_context("spawn").Pool(min(given.processes, len(todo))) as pool:
+        workers = min(given.processes, len(todo))
+        with multiprocessing.get_context("spawn").Pool(workers, pretend, (given.processors,)) as pool:
             pool.map(run, todo, chunksize=1)
     else:
         for problem in todo:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks import every_kernel, gpu_checks, gpu_run
 from benchmarks.gpu_checks import STOPPED, ncu_rows, profile_kernels, run, sanitizer_status, start_sanitizer
+from benchmarks.launches import Call, call_launches
 
 NCU = """==PROF== Connected to process 7
 "ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
@@ -136,7 +137,7 @@ def test_sanitizers_run_where_they_are_installed(tmp_path: Path, monkeypatch: py
     assert start_sanitizer("memcheck", tmp_path) is None
     assert sanitizer_status("memcheck", None, tmp_path) == "not run: compute-sanitizer is not installed"
     monkeypatch.undo()
-    tool(tmp_path, "compute-sanitizer", "print('========= ERROR SUMMARY: 2 errors', sys.argv[-1]); sys.exit(9)", monkeypatch)
+    tool(tmp_path, "compute-sanitizer", "print('========= ERROR SUMMARY: 2 errors', sys.argv[6]); sys.exit(9)", monkeypatch)
     process = start_sanitizer("memcheck", tmp_path)
     assert process is not None
     status = sanitizer_status("memcheck", gpu_checks.finish(process, 60), tmp_path)
@@ -196,6 +197,20 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         every_kernel.run(problem)
     assert len(problems) == 2 * 4 * 2 and all(task.dropout_p > 0 for task, _ in problems)
     assert reached == there
+
+
+def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton.launch import Problem
+
+    monkeypatch.setattr(Problem, "processors", lambda self: 132)
+    options = dict(zip(gpu_checks.SMALL[2::2], gpu_checks.SMALL[3::2], strict=True))
+    every_kernel.pretend(None)
+    assert Problem.processors(None) == 132
+    every_kernel.pretend(int(options["--processors"]))
+    task, _ = every_kernel.problems(int(options["--batch"]), every_kernel.WINDOWS, 2, 32, "bfloat16", "cuda")[0]
+    for launch in call_launches(Call(task, task.users, task.shape.L, True), processors=Problem.processors(None)):
+        assert 1 < launch.starts < len(task.users) / (launch.programs / 2)  # several tiles a program, and fewer than sequences
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
