@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint bench compile-report gpu
+.PHONY: test lint bench track compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -19,7 +19,12 @@ bench: .venv/ready
 compile-report: .venv/ready
 	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
-# GPU tests and benchmarks in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
+# Times of a few calls, stored in .benchmarks/ and shown beside the run before: one run per commit.
+track: .venv/ready
+	$(BIN)/python -m pytest -q tests/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
+	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
+
+# GPU tests, checks, tuner, benchmarks and profile in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
 

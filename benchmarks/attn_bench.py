@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,10 +16,12 @@ if not __package__:  # run as a script: make `benchmarks` and, not installed, `a
 import torch
 
 from awrsr_kernels.layout import REFINEMENTS
-from benchmarks import report
+from benchmarks import compare, report
+from benchmarks.graphs import time_graphs
 from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
 from benchmarks.precompile import precompile
 from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.roofline import Rates, measure_rates
 from benchmarks.workloads import CPU_DEFAULT, DTYPES, PRESETS, QUICK, Preset, Shape, Task, build, read_histories, sample_users
 
 EXAMPLES = """
@@ -32,14 +34,22 @@ examples, from the repository root:
   python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
                                                           the same users padded, bucketed and packed
   python benchmarks/attn_bench.py --overhead --precompile 8
+  python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
 providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
 call per value block, which lets flash kernels take it), flex2 (FlexAttention, GPU), varlen2 (varlen_attn, GPU, packed); sdpa
 (plain attention: the price floor, another result); reference, torch and triton (ours).
 
 "vs rival" is the time of the fastest rival, that is of the first six, in any layout, over the row's time: above 1 is faster
-than all of them. On a GPU "median ms" is the device's time and "host ms" the host's beside it. Peak memory is what the
-allocator holds above the inputs. A provider whose output or gradients miss the float64 reference is refused: exit status 1.
+than all of them. On a GPU "median ms" is the device's time, "host ms" the host's beside it, and "graph ms" the time of the call
+replayed from a CUDA graph; results.json has the reason where one cannot be captured. Peak memory is what the allocator holds above
+the inputs. A provider whose output or gradients miss the float64 reference is refused: exit status 1.
+
+"copy" and "matmul" are shares of what this device did in this run at best: a copy of large tensors, a large matrix product. The
+bytes are ideal (inputs once, outputs once, W once), the operations those of the formula in workloads.py, so that providers compare.
+"/floor" is the time over the longer of what bytes and operations take at those rates: 1 is as fast as the device allows. On a CPU
+small problems stay in the cache and may beat a floor that is made of memory. What each of our kernels moves and multiplies by
+design stands in results.json under "launches".
 """
 
 
@@ -118,12 +128,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--limit", type=number(0, 1e9, "a number of seconds"), default=float("inf"), metavar="S", help="start no problem after S s")
     add("--overhead", action="store_true", help="also: host time per call")
     add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
-    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv, time.png, memory.png")
+    add("--out", type=Path, metavar="DIR", help="write results.json, .csv, .md and, against L, time.png, memory.png, floor.png")
+    add = parser.add_argument_group("comparison, instead of a measurement").add_argument
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="rows that got slower or larger: exit status 1")
+    times = number(1, 1e9, "a number of at least 1")
+    add("--threshold", type=times, metavar="X", help="with --compare: tolerate up to X times A (default 1.1)")
+    add("--force", action="store_true", help="with --compare: compare results of different devices")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Options that contradict each other or the machine."""
+    for name, given in (("threshold", options.threshold), ("force", options.force)):
+        if given and not options.compare:
+            parser.error(f"argument --{name}: is for --compare, and there is none")
     if options.shapes and (options.preset or options.batch or options.length or options.heads or options.dim or options.quick):
         parser.error("argument --shapes: says B, H, L and D itself; leave out --preset, --quick, --batch, --length, --heads, --dim")
     if options.lengths and (options.shapes or options.preset or options.length):
@@ -205,6 +223,15 @@ def too_large(task: Task, provider: Provider) -> str | None:
     return f"its L x L matrices take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
+class Found(NamedTuple):
+    """What came of a task, or of all of them."""
+
+    rows: list[report.Row]
+    launches: list[report.Row]
+    skipped: list[dict[str, str]]
+    wrong: list[dict[str, str]]
+
+
 def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[str], None]) -> tuple[list[Entrant], list, list]:
     """Providers of a task that can run and are right, then those that were skipped and those that are wrong."""
     entrants: list[Entrant] = []
@@ -237,42 +264,71 @@ def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[st
     return entrants, skipped, wrong
 
 
+def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace, rates: Rates, progress: report.Progress) -> Found:
+    """All of one task: check, race, graphs; prints its table."""
+    torch.manual_seed(0)
+    random.seed(0)
+    torch._dynamo.reset()  # a shape's compilations must not count against the next one's
+    entrants, skipped, wrong = enter(task, chosen, Gate(), progress.step)
+    progress.step("timing")
+    if entrants:
+        clock = Clock(torch.device(task.device))
+        race(entrants, clock, options.passes != ["fwd"], options.reps, options.budget)
+        for entrant in entrants if clock.cuda else ():
+            time_graphs(entrant, clock, options.passes)
+    rows = report.make_rows(task, entrants, options.passes, rates)
+    progress.write(report.table(rows, wrong))
+    return Found(rows, report.launch_rows(task, entrants, rates), skipped, wrong)
+
+
 def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
-    """Measure everything and print as it comes."""
-    rows: list[report.Row] = []
-    skipped: list[dict[str, str]] = []
-    wrong: list[dict[str, str]] = []
-    chosen = chosen_providers(options, skipped)
+    """Measure everything and print as it comes. A task that breaks is reported as wrong and costs the others nothing."""
+    total = Found([], [], [], [])
+    chosen = chosen_providers(options, total.skipped)
+    rates = measure_rates(options.device, options.dtype)
+    known = {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12, "matmul_dtype": options.dtype}
+    print(f"at best: a copy {rates.copy / 1e9:.4g} GB/s, a matrix product in {options.dtype} {rates.matmul / 1e12:.4g} TFLOP/s\n")
     if options.precompile:
         print(precompile(tasks, options.precompile))
     progress = report.Progress(sum(len(chosen) * len(t.layouts) + 1 for t in tasks))
     begin = time.perf_counter()
     for task in tasks:
+        told = {"provider": "all", "layout": "any", "task": task.label}
         if time.perf_counter() - begin > options.limit:
-            skipped.append({"provider": "all", "layout": "any", "task": task.label, "reason": f"--limit: no time for {task.label}"})
+            total.skipped.append(told | {"reason": f"--limit: no time for {task.label}"})
             continue
-        torch.manual_seed(0)
-        random.seed(0)
-        torch._dynamo.reset()  # a shape's compilations must not count against the next one's
-        entrants, missing, refused = enter(task, chosen, Gate(), progress.step)
-        skipped += missing
-        wrong += refused
-        progress.step("timing")
-        if entrants:
-            backward = options.passes != ["fwd"]
-            race(entrants, Clock(torch.device(task.device)), backward, options.reps, options.budget)
-        found = report.make_rows(task, entrants, options.passes)
-        rows += found
-        progress.write(report.table(found, refused))
+        try:
+            for all_of_it, part in zip(total, measure(task, chosen, options, rates, progress), strict=True):
+                all_of_it.extend(part)
+        except Exception as error:
+            total.wrong.append(told | {"reason": f"{type(error).__name__}: {error}"})
+            progress.write(report.table([], total.wrong[-1:]))
     progress.close()
     overhead = host_overhead(chosen, options.device) if options.overhead else []
-    return {"rows": rows, "skipped": skipped, "wrong": wrong, "overhead": overhead}
+    return {"rates": known} | total._asdict() | {"overhead": overhead}
+
+
+def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Print how the second file differs from the first: 1 if anything in it got worse than the threshold allows."""
+    try:
+        before, after = (compare.load(path) for path in options.compare)
+    except ValueError as error:
+        parser.error(f"argument --compare: {error}")
+    reason = compare.refusal(before, after)
+    if reason and not options.force:
+        parser.error(f"argument --compare: {reason}")
+    threshold = options.threshold or 1.1
+    found = compare.compare(before, after, threshold)
+    print(compare.text(found, threshold))
+    return int(bool(found.regressions))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options = parser.parse_args(argv)
     check(parser, options)
+    if options.compare:
+        return comparison(parser, options)
     tasks = make_tasks(parser, options)
     begin = time.perf_counter()
     command = shlex.join(["python", "benchmarks/attn_bench.py", *(sys.argv[1:] if argv is None else argv)])
@@ -280,10 +336,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{about['device']}; {' '.join(f'{k} {v}' for k, v in about['versions'].items())}; commit {about['commit'][:18]}")
     if options.device == "cpu":
         print("No GPU in this run: the Triton rows need one and are left out; the rest compares the CPU paths.")
-    print()
     results = about | {"command": command} | run(options, tasks)
     for provider, reason in dict.fromkeys((s["provider"], s["reason"]) for s in results["skipped"]):
         print(f"not run: {provider}: {reason}")
+    for provider, reason in report.graph_reasons(results["rows"]):
+        print(f"no graph: {provider}: {reason}")
     for row in results["overhead"]:
         print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
     wide = report.unsteady(results["rows"])

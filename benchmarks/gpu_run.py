@@ -1,12 +1,15 @@
-"""Everything that needs a GPU in one go: the tests, then the benchmarks, within ten minutes and without a network.
+"""Everything that needs a GPU in one go, within ten minutes and without a network: tests, checks, tuner, benchmarks, profile.
 
     python benchmarks/gpu_run.py --out gpu-out        (or: make gpu)
 
-Leaves tests.json, one JSON per benchmark, summary.json and logs.tar.gz (logs, CSV, plots) in the output folder: seven files.
-Every stage has a time limit of its own, and what one of them does not finish costs the others nothing.
+Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
+tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): eight files. Every stage has a time limit of its own,
+and what one of them does not finish, or cannot run at all, costs the others nothing.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -16,63 +19,58 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-FILES = ("test_contract", "test_meaning", "test_agreement")
-TEST_SECONDS = 270
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.gpu_checks import (
+    ROOT,
+    SANITIZERS,
+    SMALL,
+    STOPPED,
+    finish,
+    profile_kernels,
+    run,
+    sanitizer_status,
+    start,
+    start_sanitizer,
+)
+from benchmarks.report import atomic
+
+TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
+FILES = ("test_contract", "test_meaning", "test_agreement", "test_roofline")
+SECONDS = {"tests and checks": 195, "tuner": 70, "profile": 45}
 BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
-    "recsys": (110, ["--preset", "recsys", "--overhead"]),
-    "long": (90, ["--preset", "long"]),
-    "refinements": (50, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
-    "compiled": (40, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
+    "recsys": (100, ["--preset", "recsys", "--overhead"]),
+    "long": (75, ["--preset", "long"]),
+    "refinements": (45, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
+    "compiled": (35, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
 }
-
-
-def run(command: list[str], log: Path, seconds: float) -> int:
-    """Exit status; 124 if it had to be stopped. Output goes to the log."""
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return 124
+TUNER = "awrsr_kernels.tune"
 
 
 def collect_tests() -> list[str]:
     paths = [f"tests/{name}.py" for name in FILES]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     tests = [line for line in found.stdout.splitlines() if "::" in line]
     if not tests:
-        raise SystemExit(f"pytest collects no tests:\n{found.stdout}{found.stderr}")
+        raise RuntimeError(f"pytest collects no tests: {(found.stdout + found.stderr)[-500:]}")
     return tests
 
 
-def run_tests(folder: Path, processes: int) -> dict[str, Any]:
-    """All GPU tests, dealt out to several processes: each compiles the kernels of its own tests."""
-    tests = collect_tests()
-    started = []
-    for i in range(processes):
-        log = open(folder / f"tests-{i}.log", "w", encoding="utf-8")  # noqa: SIM115
-        options = ["-q", "-p", "no:cacheprovider", f"--junitxml={folder / f'tests-{i}.xml'}"]
-        command = [sys.executable, "-m", "pytest", *options, *tests[i::processes]]
-        started.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    end = time.monotonic() + TEST_SECONDS
-    stopped = 0
-    for process in started:
-        try:
-            process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            stopped += 1
-    result: dict[str, Any] = {"collected": len(tests), "passed": 0, "failed": {}, "skipped": {}, "stopped_processes": stopped}
+def outcomes(folder: Path) -> dict[str, Any]:
+    """Passed, failed and skipped tests of all processes, from what pytest wrote."""
+    result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
     for path in folder.glob("tests-*.xml"):
-        for case in ElementTree.parse(path).iter("testcase"):
+        try:
+            cases = ElementTree.parse(path).iter("testcase")
+        except ElementTree.ParseError:
+            continue  # its process died while it wrote; its tests are missed in `finish_tests`
+        for case in cases:
             name, outcome = f"{case.get('classname')}::{case.get('name')}", list(case)
             kinds = {child.tag: child.get("message", "") for child in outcome}
             bad = kinds.get("failure", kinds.get("error"))
@@ -85,48 +83,123 @@ def run_tests(folder: Path, processes: int) -> dict[str, Any]:
     return result
 
 
-def run_benchmark(name: str, folder: Path, processes: int) -> int:
-    seconds, options = BENCHMARKS[name]
-    script = [sys.executable, "benchmarks/attn_bench.py", "--device", "cuda", "--precompile", str(processes)]
-    limits = ["--limit", str(seconds * 0.6), "--budget", "0.7", "--out", str(folder / name)]
-    return run([*script, *options, *limits], folder / f"{name}.log", seconds)
+class Run:
+    """The stages of one run, what they found, and where it goes."""
+
+    def __init__(self, out: Path, folder: Path, processes: int, about: dict[str, Any]) -> None:
+        self.out, self.folder, self.processes = out, folder, processes
+        self.summary: dict[str, Any] = about | {"seconds": {}, "status": {}}
+        self.begin = time.monotonic()
+
+    def write(self, name: str, content: Any) -> None:
+        with atomic(self.out / name) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+
+    def stage(self, name: str, limit: float, work: Callable[[float], dict[str, str] | str]) -> None:
+        """Run a stage in its limit, or in what is left of the whole; whatever it raises is its status."""
+        start = time.monotonic()
+        seconds = min(limit, TOTAL - (start - self.begin))
+        try:
+            found = work(seconds) if seconds >= 5 else "not run: no time left"
+        except Exception as error:
+            found = f"failed: {type(error).__name__}: {error}"
+        self.summary["seconds"][name] = round(time.monotonic() - start, 1)
+        for part, status in (found if isinstance(found, dict) else {name: found}).items():
+            self.summary["status"][part] = status
+            print(f"{part}: {status} after {self.summary['seconds'][name]} s", flush=True)
+        self.write("summary.json", self.summary)
+
+    def tests_and_checks(self, seconds: float) -> dict[str, str]:
+        """Sanitizers beside the tests: none of them is timed, all of them compile, so they may share the machine."""
+        end, status = time.monotonic() + seconds, {}
+        try:
+            tests = collect_tests()
+            started = self.start_tests(tests)
+        except Exception as error:  # the sanitizers run all the same
+            tests, started = [], []
+            status["tests"] = f"failed: {type(error).__name__}: {error}"
+        run([*SMALL, "--processes", str(self.processes)], self.folder / "checks_compile.log", seconds / 2)
+        tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
+        if tests:
+            status["tests"] = self.finish_tests(tests, started, end)
+        for tool, process in tools.items():
+            code = None if process is None else finish(process, end - time.monotonic())
+            status[tool] = sanitizer_status(tool, code, self.folder)
+        return status
+
+    def start_tests(self, tests: list[str]) -> list["subprocess.Popen[bytes]"]:
+        """The tests dealt out to several processes: each compiles the kernels of its own."""
+        started = []
+        for i in range(min(self.processes, len(tests))):
+            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={self.folder / f'tests-{i}.xml'}"]
+            command = [sys.executable, "-m", "pytest", *options, *tests[i :: self.processes]]
+            started.append(start(command, self.folder / f"tests-{i}.log"))
+        return started
+
+    def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
+        stopped = sum(finish(process, end - time.monotonic()) == STOPPED for process in started)
+        found = outcomes(self.folder)
+        lost = len(tests) - found["passed"] - len(found["failed"]) - len(found["skipped"])  # their process died or was stopped
+        self.write("tests.json", found | {"collected": len(tests), "without_outcome": lost, "stopped_processes": stopped})
+        text = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
+        text += f", {lost} without outcome ({stopped} of {len(started)} processes stopped)" if lost > 0 else ""
+        return ("failed: " if found["failed"] or lost > 0 else "") + text
+
+    def tuner(self, seconds: float) -> str:
+        if importlib.util.find_spec(TUNER) is None:
+            return f"not run: this version has no {TUNER}"
+        made = self.folder / "tuned.json"
+        status = run([sys.executable, "-m", TUNER, "--out", str(made)], self.folder / "tuner.log", seconds)
+        if made.exists():
+            shutil.copy(made, self.out / "tuned.json")
+        return f"exit status {status}" + ("" if made.exists() else ", and it wrote no file")
+
+    def benchmark(self, name: str, seconds: float) -> str:
+        script = [sys.executable, "benchmarks/attn_bench.py", "--device", "cuda", "--precompile", str(self.processes)]
+        limits = ["--limit", str(seconds * 0.6), "--budget", "0.7", "--out", str(self.folder / name)]
+        status = run([*script, *BENCHMARKS[name][1], *limits], self.folder / f"{name}.log", seconds)
+        if (self.folder / name / "results.json").exists():
+            shutil.copy(self.folder / name / "results.json", self.out / f"{name}.json")
+        return f"exit status {status}"
+
+    def profile(self, seconds: float) -> str:
+        status, self.summary["kernels"] = profile_kernels(self.folder, seconds, self.processes)
+        return status
+
+    def run_all(self, skip_tests: bool) -> None:
+        if not skip_tests:
+            self.stage("tests and checks", SECONDS["tests and checks"], self.tests_and_checks)
+        self.stage("tuner", SECONDS["tuner"], self.tuner)
+        for name, (seconds, _) in BENCHMARKS.items():
+            self.stage(name, seconds, functools.partial(self.benchmark, name))
+        self.stage("profile", SECONDS["profile"], self.profile)
+        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(self.folder, arcname="logs")
+
+    def all_went_well(self) -> bool:
+        """What is not installed is no failure; anything that ran must have ended well."""
+        fine = ("not run", "exit status 0", "by ")
+        return all(s.startswith(fine) for name, s in self.summary["status"].items() if name != "tests") and not (
+            self.summary["status"].get("tests", "").startswith("failed")
+        )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
     parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="to compile and test in")
-    parser.add_argument("--skip-tests", action="store_true", help="benchmarks alone")
+    parser.add_argument("--skip-tests", action="store_true", help="no tests and no checks")
     given = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU, and torch finds none here; `make bench` compares the CPU paths")
     given.out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "seconds": {}, "status": {}}
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
-        folder, begin = Path(name), time.monotonic()
-
-        def finish(stage: str, status: Any) -> None:
-            nonlocal begin
-            summary["status"][stage], summary["seconds"][stage] = status, round(time.monotonic() - begin, 1)
-            begin = time.monotonic()
-            print(f"{stage}: {status} after {summary['seconds'][stage]} s", flush=True)
-            (given.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-
-        if not given.skip_tests:
-            tests = run_tests(folder, given.processes)
-            (given.out / "tests.json").write_text(json.dumps(tests, indent=1) + "\n")
-            finish("tests", f"{tests['passed']} passed, {len(tests['failed'])} failed, {len(tests['skipped'])} skipped")
-        for stage in BENCHMARKS:
-            status = run_benchmark(stage, folder, given.processes)
-            if (folder / stage / "results.json").exists():
-                shutil.copy(folder / stage / "results.json", given.out / f"{stage}.json")
-            finish(stage, f"exit status {status}")
-        with tarfile.open(given.out / "logs.tar.gz", "w:gz") as archive:
-            archive.add(folder, arcname="logs")
-    failed = not given.skip_tests and (tests["failed"] or tests["stopped_processes"])
-    return int(bool(failed) or any(s != "exit status 0" for k, s in summary["status"].items() if k != "tests"))
+        stages = Run(given.out, Path(name), given.processes, about)
+        stages.run_all(given.skip_tests)
+    return int(not stages.all_went_well())
 
 
 if __name__ == "__main__":

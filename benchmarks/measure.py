@@ -33,6 +33,8 @@ class Entrant:
     peak_mib: dict[str, float] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
     host_samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
+    graph_ms: dict[str, float] = field(default_factory=dict)
+    graph_reason: dict[str, str] = field(default_factory=dict)  # why a pass has no graph_ms
 
 
 # Times

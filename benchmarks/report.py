@@ -1,8 +1,7 @@
-"""What comes out: the table, results.json and results.csv, plots, and the line that says on what machine."""
+"""What comes out: the table, results.json and results.csv, and the line that says on what machine; pictures in `plots`."""
 
 import contextlib
 import csv
-import io
 import json
 import os
 import platform
@@ -16,15 +15,24 @@ from typing import Any, TextIO
 
 import torch
 
+from awrsr_kernels.launch_config import shared_memory
+
+from .launches import PROCESSORS, task_launches
 from .measure import PASSES, Entrant, quantiles
+from .plots import QUESTIONS, plot
 from .providers import PROVIDERS
-from .workloads import LAYOUTS, Task
+from .roofline import Rates, shares
+from .workloads import Task
 
 Row = dict[str, Any]
+COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "gradients", "drops")
 
 
-def make_rows(task: Task, entrants: list[Entrant], passes: list[str]) -> list[Row]:
-    """One row per entrant and pass. `ratio_to_best_rival` > 1: faster than the fastest rival of the task, in any layout."""
+def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:
+    """One row per entrant and pass. `ratio_to_best_rival` > 1: faster than the fastest rival of the task, in any layout.
+
+    With `rates` a row says how far from the possible it is (`roofline.shares`).
+    """
     s, rows = task.shape, []
     for entrant in entrants:
         for p in passes:
@@ -39,9 +47,33 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str]) -> list[Ro
                 | {"peak_mib": entrant.peak_mib[p], "first_call_ms": entrant.first_ms[p]}
                 | {"seq_per_s": s.B / median * 1e3, "tflops": view.flops(p) / median / 1e9}
                 | ({"host_ms": quantiles(entrant.host_samples[p])[0]} if task.device == "cuda" else {})
+                | ({"graph_ms": entrant.graph_ms[p]} if p in entrant.graph_ms else {})
+                | ({"graph_reason": entrant.graph_reason[p]} if p in entrant.graph_reason else {})
+                | ({} if rates is None else shares(view, entrant.layout, p, median, rates))
                 | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
             )
     add_ratios(rows)
+    return rows
+
+
+def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
+    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured."""
+    rows: list[Row] = []
+    for entrant in entrants:
+        if entrant.provider.name != "triton":
+            continue
+        device = torch.device(task.device)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+        sums: dict[tuple[str, int, str], Row] = {}
+        for launch in task_launches(task, entrant.layout, shared_memory(device), processors):
+            key = launch.kernel, launch.stage, launch.pass_
+            row = sums.setdefault(key, dict.fromkeys(("launches", *COUNTS), 0))
+            row["launches"] += 1
+            for name in COUNTS:
+                row[name] += getattr(launch, name)
+        for (kernel, stage, p), row in sums.items():
+            named = {"task": task.label, "layout": entrant.layout, "pass": p, "kernel": kernel, "stage": stage}
+            rows.append(named | row | {"floor_ms": rates.floor_ms(row["read"] + row["written"], row["operations"])})
     return rows
 
 
@@ -59,9 +91,22 @@ def add_ratios(rows: list[Row]) -> None:
             row["best_rival"] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
 
 
+def graph_reasons(rows: list[Row]) -> list[tuple[str, str]]:
+    """(provider, reason), each once, where a forward, alone or with its backward, has no CUDA-graph time."""
+    return list(dict.fromkeys((r["provider"], r["graph_reason"]) for r in rows if "graph_reason" in r and r["pass"] != "bwd"))
+
+
 def unsteady(rows: list[Row]) -> int:
     """How many medians mean little, because the samples scatter."""
-    return sum(row["p80_ms"] > 2 * row["p20_ms"] for row in rows)
+    return sum(map(scattered, rows))
+
+
+def scattered(row: Row) -> bool:
+    return bool(row["p80_ms"] > 2 * row["p20_ms"])
+
+
+def percent(row: Row, name: str) -> str:
+    return f"{row[name]:.1%}" if name in row else "-"
 
 
 COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
@@ -71,9 +116,13 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
     ("median ms", 10, lambda r: f"{r['median_ms']:.3f}"),
     ("p20..p80", 19, lambda r: f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"),
     ("host ms", 8, lambda r: f"{r['host_ms']:.3f}" if "host_ms" in r else "-"),
+    ("graph ms", 8, lambda r: f"{r['graph_ms']:.3f}" if "graph_ms" in r else "-"),
     ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
     ("seq/s", 10, lambda r: f"{r['seq_per_s']:.4g}" if r["seq_per_s"] < 1000 else f"{r['seq_per_s']:.0f}"),
     ("TFLOP/s", 8, lambda r: f"{r['tflops']:.3g}"),
+    ("copy", 6, lambda r: percent(r, "copy_share")),
+    ("matmul", 6, lambda r: percent(r, "matmul_share")),
+    ("/floor", 7, lambda r: f"{r['to_floor']:.{1 if r['to_floor'] < 100 else 0}f}x" if "to_floor" in r else "-"),
     ("vs rival", 8, lambda r: f"{r['ratio_to_best_rival']:.2f}x" if "ratio_to_best_rival" in r else "-"),
     ("first ms", 9, lambda r: f"{r['first_call_ms']:.0f}"),
 ]
@@ -82,7 +131,8 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 def table(rows: list[Row], wrong: list[Row]) -> str:
     """One task: a block per pass, the fastest first."""
     empty = set() if any(r["layout"] != "padded" for r in rows) else {"layout"}
-    empty |= set() if any("host_ms" in r for r in rows) else {"host ms"}
+    for name in ("host ms", "graph ms"):
+        empty |= set() if any(name.replace(" ", "_") in r for r in rows) else {name}
     columns = [c for c in COLUMNS if c[0] not in empty]
 
     def line(cells: list[str]) -> str:
@@ -189,79 +239,12 @@ def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
         matplotlib.use("Agg")
     except ImportError:
         return [*notes, "no plots: matplotlib is not installed (pip install matplotlib)"]
-    for name, column, unit in (("time", "median_ms", "ms"), ("memory", "peak_mib", "MiB above the inputs")):
-        with atomic(directory / f"{name}.png", "wb") as file:
-            file.write(plot(results["rows"], column, f"{name}, {unit}", results["device"]))
-        notes[0] += f", {directory / (name + '.png')}"
+    for name, column, axis in QUESTIONS:
+        if any(column in row for row in results["rows"]):
+            with atomic(directory / f"{name}.png", "wb") as file:
+                file.write(plot(results["rows"], column, axis, results["device"]))
+            notes[0] += f", {directory / (name + '.png')}"
     return notes
-
-
-def plot(rows: list[Row], column: str, axis: str, device: str) -> bytes:
-    """A panel per problem (all but L) and pass: lines against L, or bars per layout where users' histories were measured."""
-    from matplotlib import pyplot
-
-    panels = _panels(rows)
-    passes = [p for p in PASSES if any(r["pass"] == p for r in rows)]
-    size = (4.8 * len(passes) + 1.5, 3.6 * len(panels) + 0.4)
-    figure, axes = pyplot.subplots(len(panels), len(passes), figsize=size, squeeze=False, layout="constrained")
-    for line, (title, members) in zip(axes, panels.items(), strict=True):
-        for ax, p in zip(line, passes, strict=True):
-            chosen = [r for r in members if r["pass"] == p]
-            (_bars if members[0]["source"] else _lines)(ax, chosen, column)
-            ax.set_title(f"{title}\n{p}", fontsize=8)
-            ax.set_ylabel(axis)
-    named = {name: handle for ax in axes.flat for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside right upper", fontsize=8)
-    figure.suptitle(device, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _panels(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that share a panel, by its title. A batch size is part of it only where one length was measured with several."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        heads = row["H"] if row["H"] == row["H_kv"] else f"{row['H']}/{row['H_kv']}"
-        title = f"{row['source']} H {heads} D {row['D']} R {row['R']} {row['dtype']} {row['refinement']}".strip()
-        found.setdefault(title, []).append(row)
-    split: dict[str, list[Row]] = {}
-    for title, members in found.items():
-        several = len({(r["B"], r["L"]) for r in members}) > len({r["L"] for r in members})
-        every = sorted({r["B"] for r in members})
-        for row in members:
-            batch = row["B"] if several or len(every) == 1 else f"{every[0]}..{every[-1]}"
-            split.setdefault(title if row["source"] else f"B {batch} {title}", []).append(row)
-    return split
-
-
-def _colour(provider: str) -> str:
-    return f"C{list(PROVIDERS).index(provider)}"
-
-
-def _lines(ax: Any, rows: list[Row], column: str) -> None:
-    from matplotlib.ticker import LogLocator
-
-    for name in dict.fromkeys(r["provider"] for r in rows):
-        points = sorted((r["L"], r[column]) for r in rows if r["provider"] == name)
-        style = "-" if PROVIDERS[name].role == "ours" else "--"
-        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=_colour(name))
-    ax.set(xscale="log", yscale="log", xlabel="L")
-    ticks = sorted({r["L"] for r in rows})
-    ax.set_xticks(ticks, [str(x) for x in ticks])
-    ax.set_xticks([], minor=True)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.yaxis.set_minor_formatter("{x:g}")
-
-
-def _bars(ax: Any, rows: list[Row], column: str) -> None:
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    for row in rows:
-        x = LAYOUTS.index(row["layout"]) + (names.index(row["provider"]) - len(names) / 2) * 0.8 / len(names)
-        ax.bar(x, row[column], 0.8 / len(names), align="edge", label=row["provider"], color=_colour(row["provider"]))
-    ax.set_xticks(range(len(LAYOUTS)), LAYOUTS)
 
 
 class Progress:

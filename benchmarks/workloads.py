@@ -72,6 +72,15 @@ class Task:
         return LAYOUTS if self.users else ("padded",)
 
     @property
+    def itemsize(self) -> int:
+        return int(getattr(torch, self.dtype).itemsize)
+
+    @property
+    def features(self) -> tuple[int, int, int]:
+        """D, D_v and R, which is 1 where there are no tables."""
+        return self.shape.D, self.shape.D_v, 1 if self.refinement == "none" else self.shape.R
+
+    @property
     def label(self) -> str:
         s = self.shape
         size = f"{s.B} users, window {s.L}, batches of {self.batch_size}" if self.users else f"B {s.B} L {s.L}"
@@ -161,6 +170,16 @@ def cumulative(lengths: list[int], device: torch.device) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
+def calls(task: Task, layout: str) -> list[tuple[tuple[int, ...], int]]:
+    """(items of each sequence, window) of every call that a layout makes of a task."""
+    length = task.shape.L
+    if not task.users:
+        return [((length,) * task.shape.B, length)]
+    users = tuple(sorted(task.users)) if layout == "bucketed" else task.users
+    groups = [users[i : i + task.batch_size] for i in range(0, len(users), task.batch_size)]
+    return [(group, max(group) if layout == "bucketed" else length) for group in groups]
+
+
 def build(task: Task, layout: str) -> list[Batch]:
     """The batches of one layout: a single one without padding, or the users' in the order of the layout."""
     s, device, dtype = task.shape, torch.device(task.device), getattr(torch, task.dtype)
@@ -185,11 +204,7 @@ def build(task: Task, layout: str) -> list[Batch]:
         places = torch.cat([torch.arange(n) for n in lengths]).to(device) if layout == "packed" else None
         return Batch(q, k, v, w_q, w_k, gate, dout, task.refinement, task.dropout_p, kept, layout == "packed", places)
 
-    if not task.users:
-        return [batch([s.L] * s.B, s.L)]
-    users = sorted(task.users) if layout == "bucketed" else list(task.users)
-    groups = [users[i : i + task.batch_size] for i in range(0, len(users), task.batch_size)]
-    return [batch(group, max(group) if layout == "bucketed" else s.L) for group in groups]
+    return [batch(list(lengths), window) for lengths, window in calls(task, layout)]
 
 
 def read_histories(path: Path) -> list[int]:

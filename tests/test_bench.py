@@ -23,6 +23,12 @@ SHAPE = Shape(B=3, H=4, H_kv=2, L=9, D=8, D_v=6, R=5)
 
 
 @pytest.fixture(autouse=True)
+def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device does at best is no matter here."""
+    monkeypatch.setattr("benchmarks.roofline.copy_bytes", lambda device: 1 << 20)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Problems this small only wait for threads, the more so where tests run in parallel."""
     before = torch.get_num_threads()
@@ -70,9 +76,10 @@ def test_fixed_interface(tmp_path: Path) -> None:
     for row in rows:
         assert [row[k] for k in keys[:9]] == expected
         assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
+        assert row["to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"]) and 0 < row["copy_share"]
     assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(rows)
-    names = {"results.json", "results.csv", "results.md", "time.png", "memory.png"}  # plots need matplotlib, the rest nothing
-    assert {p.name for p in tmp_path.iterdir()} | {"time.png", "memory.png"} == names
+    plots = {"time.png", "memory.png", "floor.png"}  # these need matplotlib, the rest nothing
+    assert {p.name for p in tmp_path.iterdir()} | plots == plots | {"results.json", "results.csv", "results.md"}
 
 
 def test_interpreted_triton_is_never_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,6 +104,22 @@ def test_a_wrong_provider_is_refused(flaw: str, monkeypatch: pytest.MonkeyPatch,
     assert status == 1 and "1 results are WRONG" in printed.err
     assert not [x for x in printed.out.splitlines() if x.startswith("torch ") and "WRONG" not in x]
     assert [x for x in printed.out.splitlines() if x.startswith("sdpa2 ")]
+
+
+def test_a_task_that_breaks_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(entrants: list[Entrant], *rest: object) -> None:
+        if entrants[0].batches[0].max_len == 3:
+            raise RuntimeError("the device is gone")
+        race(entrants, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attn_bench, "race", breaks)
+    options = ["--device", "cpu", "--shapes", "1,1,3,4", "1,1,5,4", "--reps", "1", "--providers", "torch", "--out", str(tmp_path)]
+    assert attn_bench.main(options) == 1
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {r["L"] for r in results["rows"]} == {5} and "the device is gone" in results["wrong"][0]["reason"]
+    assert "the device is gone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
@@ -280,6 +303,9 @@ def test_malformed_histories(text: str, message: str, tmp_path: Path, capsys: py
         ("--lengths a --length 5", "argument --lengths: takes lengths from the file"),
         ("--shapes 1,1,1,1 --batch 4", "argument --shapes: says B, H, L and D itself"),
         ("--quick --preset long", "argument --quick"),
+        ("--threshold 1.2", "argument --threshold: is for --compare"),
+        ("--compare a b --threshold 0.5", "argument --threshold: was '0.5', must be a number of at least 1"),
+        ("--compare a", "argument --compare: expected 2 arguments"),
         ("--refinement sharp", "argument --refinement: invalid choice: 'sharp'"),
     ],
 )

@@ -4,19 +4,14 @@
 """
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from awrsr_kernels import refined_attention
 from benchmarks.measure import Entrant, gradients, measure_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.workloads import Shape, Task, build, read_histories
-
-from .conftest import DEVICE
 
 BEAUTY = Path(__file__).parents[1] / "../shared/data/beauty.txt"
 
@@ -45,24 +40,6 @@ def test_not_slower_than_the_textbook(b: int, h: int, length: int) -> None:
             gradients(entrant.provider.call(entrant.batches[0]), entrant.batches[0])
             least[name] = min(least[name], time.process_time() - begin)
     assert least["torch"] < 1.3 * least["textbook"]
-
-
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
-def test_time_of_a_call(refinement: str, backend: str, benchmark: Callable[..., Tensor]) -> None:
-    """For comparison from commit to commit: pytest --benchmark-autosave tests/test_cost.py."""
-    if backend == "triton" and DEVICE == "cpu":
-        pytest.skip("needs a GPU: the interpreter's time says nothing")
-    q, k, v = (torch.randn(64, 2, 50, 64, device=DEVICE, requires_grad=True) for _ in range(3))
-    w = torch.randn(50, 64, device=DEVICE, requires_grad=True)
-
-    def call() -> Tensor:
-        grads = torch.autograd.grad(refined_attention(q, k, v, w, w, refinement=refinement, backend=backend).sum(), [q, k, v])
-        if q.is_cuda:
-            torch.cuda.synchronize()
-        return grads[0]
-
-    assert torch.isfinite(benchmark(call)).all()
 
 
 def test_real_histories_are_read() -> None:

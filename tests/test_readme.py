@@ -21,9 +21,21 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_measured_tables_are_the_benchmarks() -> None:
-    results = sorted((ROOT / "benchmarks/results").glob("*.json"))
-    assert results
-    for path in results:
-        assert markdown(json.loads(path.read_text(encoding="utf-8"))) in README, path.name
+    files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
+    measured = {path: results for path, results in files.items() if results.get("kind") != "prediction"}
+    assert measured
+    for path, results in measured.items():
+        assert results["rows"] and all("median_ms" in row for row in results["rows"]), path.name
+        assert markdown(results) in README, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
+
+
+def test_predictions_never_pass_for_measurements() -> None:
+    """Whatever is named a prediction says so inside, holds no measured time, and none of its figures stands in the README."""
+    for path in (ROOT / "benchmarks/results").glob("*prediction*.json"):
+        prediction = json.loads(path.read_text(encoding="utf-8"))
+        assert prediction["kind"] == "prediction" and not any("median_ms" in row for row in prediction["rows"])
+        table = path.with_suffix(".md").read_text(encoding="utf-8")
+        assert table.startswith("**PREDICTION, not a measurement**")
+        assert not any(line in README for line in table.splitlines() if line.startswith("| B "))

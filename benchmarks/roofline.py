@@ -1,0 +1,112 @@
+"""How far from the possible: what the device copies and multiplies in this very run, and what a problem must move at least.
+
+A problem's *floor* is the longer of two times: its bytes at the speed of a large copy, and its operations at the speed of a large
+matrix product. Bytes are ideal: every input is read once, every output written once, both tables W once per call, and nothing is
+saved for the backward. Operations are those of `Task.flops`. No algorithm that keeps its inputs in device memory gets below the
+floor; one that is far above it loses its time elsewhere: launches, the host, padding, exponentials, intermediate results.
+
+On a CPU a problem that fits in the cache moves faster than a copy of large tensors, so small problems may beat their floor.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .measure import Clock
+from .workloads import Task, calls
+
+ROUNDS = 5
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices: about 20 and 1 ms
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does at best: bytes a second (read and written both count), operations a second (two per multiply-add)."""
+
+    copy: float
+    matmul: float
+
+    def floor_ms(self, moved: float, operations: float) -> float:
+        return max(moved / self.copy, operations / self.matmul) * 1e3
+
+
+def measure_rates(device: str, dtype: str) -> Rates:
+    """The fastest of a few copies and of a few matrix products in `dtype` (float32 as torch is set: IEEE or TF32)."""
+    clock = Clock(torch.device(device))
+
+    def fastest(function: Callable[[], Any]) -> float:
+        function()
+        return min(clock.total_ms([clock.timed(function)[1]]) for _ in range(ROUNDS)) / 1e3
+
+    def copy() -> float:
+        source = torch.ones(copy_bytes(device) // 4, device=device)
+        target = torch.zeros_like(source)
+        return 2 * source.nbytes / fastest(lambda: target.copy_(source))
+
+    def matmul() -> float:
+        n = MATMUL_SIZE[device]
+        a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+        out = torch.empty_like(a)
+        return 2 * n**3 / fastest(lambda: torch.mm(a, b, out=out))
+
+    return Rates(copy(), matmul())
+
+
+def copy_bytes(device: str) -> int:
+    """Bytes of a tensor to copy."""
+    if device == "cuda":
+        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
+        return beyond(cache, torch.cuda.mem_get_info()[0], least=1 << 30)
+    cache, free = 0, 2 << 30
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            cache = max(cache, int(path.read_text().strip().removesuffix("K")) << 10)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+    return beyond(cache, free, least=256 << 20)
+
+
+def beyond(cache: int, free: int, least: int) -> int:
+    """Twice the last-level cache, so that source and target are four times as large as it; at most an eighth of free memory."""
+    return min(max(least, 2 * cache), free // 8)
+
+
+def ideal_bytes(task: Task, layout: str, pass_: str) -> int:
+    """Bytes that a pass must move at least: real items of every input, all rows of every output (padding is written, as zeros).
+
+    The gate, lengths and the seed, a number per head or sequence, are left out.
+    """
+    s, size = task.shape, getattr(torch, task.dtype).itemsize
+    if pass_ == "fwd+bwd":
+        return ideal_bytes(task, layout, "fwd") + ideal_bytes(task, layout, "bwd")
+    inputs, out = s.H * s.D + s.H_kv * (s.D + s.D_v), s.H * s.D_v  # features of all heads, per row
+    total = 0
+    for lengths, window in calls(task, layout):
+        items = sum(lengths)
+        rows = items if layout == "packed" else len(lengths) * window
+        tables = 0 if task.refinement == "none" else 2 * window * s.R
+        if pass_ == "fwd":
+            total += items * inputs + tables + rows * out
+        else:
+            total += items * (inputs + out) + tables + rows * inputs + tables
+    return total * size
+
+
+def shares(task: Task, layout: str, pass_: str, time_ms: float, rates: Rates) -> dict[str, float]:
+    """What a time says about a pass, as columns of a row: shares of both rates, the floor, and the distance to it (1 is on it)."""
+    moved, operations = ideal_bytes(task, layout, pass_), task.flops(pass_)
+    floor = rates.floor_ms(moved, operations)
+    seconds = time_ms / 1e3
+    return {
+        "bytes": moved,
+        "operations": operations,
+        "copy_share": moved / seconds / rates.copy,
+        "matmul_share": operations / seconds / rates.matmul,
+        "floor_ms": floor,
+        "to_floor": time_ms / floor,
+    }

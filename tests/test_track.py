@@ -1,0 +1,61 @@
+"""Times from commit to commit at recommender shapes: `make track` stores them and shows them beside the run before.
+
+Under `make test` each case is a single call whose result is looked at. For claims there is `benchmarks/attn_bench.py`.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.measure import gradients
+from benchmarks.providers import PROVIDERS
+from benchmarks.workloads import Shape, Task, build
+
+from .conftest import DEVICE
+
+pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark (pip install -e '.[dev]')")
+
+SIZES = ((128, 50), (64, 200))  # B, L
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A thread of its own scatters less than several that share a machine with other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def histories(batch: int, window: int) -> tuple[int, ...]:
+    """As long-tailed as real ones: half of them no longer than a tenth of the window, some as long as it."""
+    return tuple(max(1, round(window * ((i + 1) / batch) ** 4)) for i in range(batch))
+
+
+@pytest.mark.benchmark(warmup=True, warmup_iterations=2)
+@pytest.mark.parametrize("pass_", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("size", SIZES, ids=[f"B{b}-L{length}" for b, length in SIZES])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_time(
+    backend: str, size: tuple[int, int], layout: str, pass_: str, benchmark: Callable[..., tuple[Tensor, ...]]
+) -> None:
+    if backend == "triton" and DEVICE == "cpu":
+        pytest.skip("needs a GPU: the interpreter's time says nothing")
+    torch.use_deterministic_algorithms(False)  # the mode for tests fills every new tensor with NaN, which takes time
+    b, length = size
+    dtype = "float32" if DEVICE == "cpu" else "bfloat16"
+    task = Task(Shape(b, 2, 2, length, 32, 32, 32), "simple", dtype, 0.0, DEVICE, histories(b, length), b)
+    batch, call = build(task, layout)[0], PROVIDERS[backend].call
+
+    def run() -> tuple[Tensor, ...]:
+        out = call(batch)
+        found = (out, *gradients(out, batch)) if pass_ == "fwd+bwd" else (out,)
+        if out.is_cuda:
+            torch.cuda.synchronize()
+        return found
+
+    found = benchmark(run)
+    assert len(found) == (6 if pass_ == "fwd+bwd" else 1) and all(torch.isfinite(x).all() for x in found)
