@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint bench track gpu
+.PHONY: test lint bench track compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -19,6 +19,10 @@ bench: .venv/ready
 track: .venv/ready
 	$(BIN)/python -m pytest -q tests/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
 	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
+
+# What every kernel compiles to on every target, without a GPU: registers, spills, shared memory. An hour the first time.
+compile-report: .venv/ready
+	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
 # GPU tests, checks, tuner, benchmarks and profile in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
 gpu:

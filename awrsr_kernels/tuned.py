@@ -43,9 +43,8 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
     for number, entry in enumerate(found["entries"]):
         fine = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("gpu", "triton", "source"))
         fine = fine and isinstance(entry.get("key"), list) and len(entry["key"]) == 4 and Key(*entry["key"]) in TABLE
-        config = entry.get("config") if fine else None
-        whole = isinstance(config, list) and len(config) == 5 and all(type(x) is int and x >= 0 for x in config)
-        if not whole:
+        config: Any = entry.get("config") if fine else None
+        if not (isinstance(config, list) and len(config) == 5 and all(type(x) is int and x >= 0 for x in config)):
             raise ValueError(f"{path}: entry {number} is {str(entry)[:120]}; it must name gpu, triton, key, config and source")
         key, tile = Key(*entry["key"]), Config(*config)
         if min(tile[:4]) < 1 or (key.length and (tile.block_m, tile.block_n) != (key.length,) * 2):

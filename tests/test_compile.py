@@ -1,60 +1,113 @@
-"""The kernels compile ahead of time, without a GPU, within the resources that `launch_config.py` counts on."""
+"""The kernels compile ahead of time, without a GPU, within the resources that `launch_config.py` and their budgets count on."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+from awrsr_kernels import compile_report
+from awrsr_kernels.compile_report import TARGETS, cases, spill_budget
+from awrsr_kernels.launch_config import SHORT_KERNELS, TABLE, TILED, TILED_KERNELS, Key, choose, key_of
+from awrsr_kernels.layout import REFINEMENTS
+
+COLUMNS = "kernel regime refinement dtype dropout config target registers spill_bytes shared_bytes tensor_core_instructions"
 
 
-def report(folder: Path, *options: str) -> list[dict[str, Any]]:
+def run(arguments: list[str], seconds: int = 580) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("triton", reason="needs Triton")
-    path = folder / "report.json"
-    command = [sys.executable, str(ROOT / "benchmarks/compile_report.py"), "--json", str(path), *options]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=seconds)
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("report")
+    options = ["--sample", "--jobs", "2", "--json", str(folder / "report.json"), "--cache", str(folder / "cache")]
+    done = run(["-m", "awrsr_kernels.compile_report", *options])
     assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(path.read_text())
+    return json.loads((folder / "report.json").read_text())
 
 
-@pytest.mark.parametrize("length", [64, 512])
-@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
-def test_every_kernel_compiles_for_sm_90(refinement: str, length: int, tmp_path: Path) -> None:
-    rows = report(tmp_path, "--refinement", refinement, "--length", str(length), "--jobs", "1")
-    kernels = {row["kernel"].split()[0] for row in rows}
-    tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"} | ({"tiled_bwd_tables"} if refinement != "none" else set())
-    assert kernels == ({"short_fwd", "short_bwd"} if length == 64 else tiled)
-    for row in rows:
-        forward = "fwd" in row["kernel"]
-        assert row["shared"] <= (98304 if length == 64 else 115200)  # what launch_config.py says they take
-        assert row["tensor_core"] > 0
-        assert row["stack"] <= (0 if forward else 900), row  # bytes per thread that do not fit in registers
+def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dict[str, Any]]) -> None:
+    for row in sample:
+        assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
+        assert row["budget_ok"] and row["tensor_cores_expected"] and row["tensor_core_instructions"] > 0
+        assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
+    found = {(row["kernel"], row["refinement"]) for row in sample if row["target"] == "sm_90"}
+    tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
+    stages = {f"{kernel}_stage{i}" for kernel in tiled for i in (1, 2)} | {"tiled_bwd_tables"}
+    short = {(kernel, refinement) for kernel in SHORT_KERNELS for refinement in REFINEMENTS}
+    assert found == short | {(k, "none") for k in tiled} | {(k, r) for k in stages for r in REFINEMENTS if r != "none"}
+    assert {row["target"] for row in sample} == set(TARGETS)
 
 
-@pytest.mark.parametrize("arch,length", [("sm_80", 64), ("sm_100", 512), ("gfx942", 512)])
-def test_a_kernel_compiles_for_other_gpus(arch: str, length: int, tmp_path: Path) -> None:
-    dtype = "float16" if arch == "sm_80" else "bfloat16"
-    rows = report(tmp_path, "--arch", arch, "--refinement", "none", "--length", str(length), "--dtype", dtype, "--jobs", "1")
-    assert rows and all(0 <= row["shared"] <= SHARED[arch] and row["tensor_core"] > 0 for row in rows)
+def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]) -> None:
+    rows = [row for row in sample if row["target"] == "sm_90"]
+    forward = [row for row in rows if "fwd" in row["kernel"]]
+    backward = [row for row in rows if row["kernel"] == "short_bwd"]
+    assert len(forward) == 11 and all(row["spill_bytes"] == 0 for row in forward)
+    assert {row["refinement"]: row["spill_bytes"] <= 64 * (row["refinement"] == "additive") for row in backward} == dict.fromkeys(
+        REFINEMENTS, True
+    )
+
+
+def test_rows_are_read_and_written_16_bytes_at_a_time(sample: list[dict[str, Any]]) -> None:
+    for row in sample:
+        if row["target"] == "sm_90" and row["regime"] == "short":
+            tensors = 3 + 2 * (row["refinement"] != "none") + ("bwd" in row["kernel"])
+            assert row["loads"]["16"] == 4 * tensors, row  # a tile of 64 x 64 in bfloat16 takes 128 threads four loads each
+            assert row["stores"]["16"] > 0
+
+
+def test_the_table_says_what_the_kernels_take(sample: list[dict[str, Any]]) -> None:
+    for row in sample:
+        if row["target"] == "sm_90":
+            kernel = row["kernel"].split("_stage")[0]
+            entry = TABLE[Key(kernel, row["length"], row["width"], 2)][0]
+            assert row["config"] == entry.config._asdict() and row["shared_bytes"] <= entry.shared
+
+
+def test_the_report_leaves_out_no_row_of_the_table() -> None:
+    returned = set()
+    for target, chip in TARGETS.items():
+        for case in cases(target):
+            kernels = TILED_KERNELS if case.length == TILED else SHORT_KERNELS
+            for kernel in kernels if case.refinement != "none" else kernels[:3]:
+                key = Key(kernel, case.length, case.width, 4 if case.dtype == "float32" else 2)
+                assert key_of(kernel, case.length or 1000, (case.width,) * 3, key.itemsize) == key
+                returned.add((key, choose(key, chip.shared)))
+    assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows}
+    for target in TARGETS:
+        kinds = {(c.refinement, c.dtype, c.dropout) for c in cases(target)}
+        assert len(kinds) == len(REFINEMENTS) * 3 * 2
+
+
+def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    case = cases("sm_90")[0]
+    row = case._asdict() | {"kernel": "short_fwd", "config": choose(Key("short_fwd", 16, 64, 2), 1 << 20)._asdict()}
+    row |= {"registers": 9, "spill_bytes": 8, "shared_bytes": 1, "tensor_core_instructions": 1, "loads": {}}
+    row |= {"programs_per_processor": 1, "spill_budget": spill_budget(case, "short_fwd"), "budget_ok": False}
+    assert row["spill_budget"] == 0
+    monkeypatch.setattr(compile_report, "compile_cases", lambda *_: iter([[row], [row | {"error": "Failed: it does"}]]))
+    monkeypatch.setattr(compile_report, "version", lambda _: "3.9.0")
+    assert compile_report.main([]) == 1
+    printed = capsys.readouterr().out
+    assert "OVER BUDGET (spill 0)" in printed and "Failed: it does" in printed and "2 over their budget" in printed
 
 
 def test_lengths_and_batches_compile_nothing_anew() -> None:
-    pytest.importorskip("triton", reason="needs Triton")
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from benchmarks.compile_report import Case, compile_case
-for refinement, sizes in (("simple", ((33, 4), (47, 1), (64, 7), (48, 16))), ("none", ((200, 4), (513, 1), (1024, 7)))):
-    rows = [compile_case(Case("sm_90", refinement, "bfloat16", length, 64, 64, batch=batch)) for length, batch in sizes]
-    print(len(rows[0]), len({{row["variant"] for call in rows for row in call}}))
+    code = """
+from awrsr_kernels.compile_report import Case, compile_case
+for refinement, length, sizes in (
+    ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7)))
+):
+    case = Case("sm_90", refinement, "bfloat16", True, length, 64)
+    rows = [compile_case(case, window, batch) for window, batch in sizes]
+    print(len(rows[0]), len({row["variant"] for call in rows for row in call}))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=580)
+    done = run(["-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["2", "2", "3", "3"]  # kernels of a call, and binaries for all calls together

@@ -145,7 +145,7 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
     is_short = launch_config.is_short
     assert is_short(50, (64, 64, 64), 2, h100) and is_short(50, (64, 64, 64), 2, consumer)
     assert not is_short(50, (64, 64, 64), 2, amd) and is_short(32, (64, 64, 64), 2, amd)
-    assert not is_short(50, (64, 64, 64), 4, consumer)
+    assert not is_short(50, (64, 64, 64), 4, h100) and is_short(32, (64, 64, 64), 4, h100)
     assert not is_short(65, (8, 8, 8), 2, h100) and not is_short(50, (64, 64, 129), 2, h100)
 
     def tiled(features: tuple[int, int, int], itemsize: int, shared: int) -> launch_config.Config:

@@ -1,0 +1,337 @@
+"""What every configuration of the launch table compiles to, without a GPU.
+
+    python -m awrsr_kernels.compile_report --target sm_90 --json report.json
+    python -m awrsr_kernels.compile_report --target all                          # also: make compile-report
+    python -m awrsr_kernels.compile_report --refinement additive --dtype bfloat16 --length 64 --width 64
+
+One row per kernel: registers, bytes spilled to local memory per thread, shared memory, tensor-core instructions, loads from and
+stores to device memory by width, and how many programs a processor holds. `budget_ok` says that it compiles, fits the chip, uses
+tensor cores where its products should, and spills no more than `spill_budget` grants. Exit status 1 if any row is not ok.
+
+A launch is replaced by Triton's own warm-up on tensors without memory, under a driver that claims the wanted GPU; so what compiles
+is what a real launch would compile, alignment of pointers included. Rows are kept in a cache by a hash of the kernels' sources.
+"""
+
+import argparse
+import collections
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .launch_config import LENGTHS, TABLE, TILED, WIDTHS, Key, is_short
+from .layout import REFINEMENTS
+
+
+class Target(NamedTuple):
+    """A chip. shared: bytes that one program, and that all programs of a processor may have. registers: of 32 bits, a processor."""
+
+    backend: str
+    architecture: Any
+    lanes: int
+    shared: int
+    processor_shared: int
+    warps: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 166912, 167936, 64),
+    "sm_90": Target("cuda", 90, 32, 232448, 233472, 64),
+    "sm_100": Target("cuda", 100, 32, 232448, 233472, 64),
+    "gfx942": Target("hip", "gfx942", 64, 65536, 65536, 32),
+}
+DTYPES = ("bfloat16", "float16", "float32")
+REGISTERS = 65536  # of an NVIDIA processor
+BATCH = 64
+
+
+class Case(NamedTuple):
+    """One call, compiled forward and backward, of the greatest sizes in its classes."""
+
+    target: str
+    refinement: str
+    dtype: str
+    dropout: bool
+    length: int  # class in LENGTHS, or TILED
+    width: int
+    group: int = 1  # query heads per key head
+
+
+def cases(target: str) -> list[Case]:
+    """Every call whose configurations the table can return on a target."""
+    shared, found = TARGETS[target].shared, []
+    for dtype in DTYPES:
+        itemsize = 2 if dtype != "float32" else 4
+        for length in (*LENGTHS, TILED):
+            for width in WIDTHS:
+                if length == TILED:
+                    needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
+                    reached = TARGETS[target].backend == "hip" or needed <= shared
+                else:
+                    reached = is_short(length, (width, width, width), itemsize, shared)
+                if reached:
+                    found += [Case(target, r, dtype, d, length, width) for r in REFINEMENTS for d in (False, True)]
+    return found
+
+
+def sample() -> list[Case]:
+    """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
+    found = [Case("sm_90", r, "bfloat16", True, length, 64) for length in (64, TILED) for r in REFINEMENTS]
+    others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
+    return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
+
+
+def spill_budget(case: Case, kernel: str) -> int:
+    """Bytes per thread that a kernel may keep in local memory: what was found on sm_90, and why.
+
+    Forward kernels up to 128 features, and the short backward in half precision up to 64, keep everything in registers. Except
+    "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
+    sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
+    too. Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches. Other chips
+    are held to compile, to fit, and to 8 KB.
+    """
+    half = case.dtype != "float32"
+    if case.target != "sm_90":
+        return 8192
+    if "fwd" in kernel:
+        return 0 if case.width <= 128 else 512
+    if "short" in kernel and half and case.width <= 64:
+        return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
+    return 1024 if half or "short" in kernel else 2048
+
+
+class _Driver:
+    """Stands in for the GPU driver: names a target, and nothing more is asked of it."""
+
+    def __init__(self, target: Any, number: int) -> None:
+        self.target, self.number = target, number
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.number  # one per target: Triton remembers binaries, and the target itself, by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
+    """A row per kernel that the call launches ("variant" tells binaries apart); `window` in place of its class's greatest length.
+
+    For a process of its own, in which Triton does not interpret.
+    """
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from ._triton import short, tiled, tiled_bwd
+    from ._triton.launch import Problem
+    from .layout import Call, Inputs
+
+    target = TARGETS[case.target]
+    driver.set_active(_Driver(GPUTarget(target.backend, target.architecture, target.lanes), list(TARGETS).index(case.target)))
+    rows: list[dict[str, Any]] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], config: Any, device: Any, **arguments: Any) -> None:
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+        compiled = kernel.warmup(grid=grid, **arguments, **options)
+        stage = ("_stage1" if arguments["TABLES"] else "_stage2") if "TABLES" in arguments and table is not None else ""
+        name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
+        rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})
+
+    for module in (short, tiled, tiled_bwd):
+        module.launch = compile_only  # type: ignore[attr-defined]
+    dtype, heads, length = getattr(torch, case.dtype), 2 * case.group, window or case.length or 512
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k = (new(batch, h, length, case.width) for h in (heads, 2))
+    table = None if case.refinement == "none" else new(1, 1, length, case.width)
+    gate = new(heads) if case.refinement == "additive" else None
+    seed = new(dtype=torch.int64) if case.dropout else None
+    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout)
+    problem = Problem(Inputs(q, k, k, table, table, gate, new(batch, dtype=torch.int64), seed), call)
+    problem.shared = target.shared
+    if problem.is_short():
+        short.short_backward(problem, q, short.short_forward(problem)[1:])
+    else:
+        tiled_bwd.tiled_backward(problem, q, tiled.tiled_forward(problem))
+    return rows
+
+
+def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
+    target = TARGETS[case.target]
+    found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
+    found["shared_bytes"] = compiled.metadata.shared
+    budget = spill_budget(case, kernel)
+    fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget
+    regime = kernel.split("_")[0]
+    row: dict[str, Any] = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other"}
+    row |= case._asdict() | {"config": config} | found
+    row |= {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": True}
+    return row | {"spill_budget": budget, "budget_ok": fits and found["tensor_core_instructions"] > 0}
+
+
+def _occupancy(target: Target, found: dict[str, Any], warps: int) -> int:
+    """How many programs a processor holds, by its registers, shared memory and warps."""
+    by_shared = target.processor_shared // (found["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
+    if target.backend == "hip":  # four units of 512 registers a lane
+        waves = 4 * min(8, 512 // max(8, found["registers"]))
+        return min(by_shared, waves // warps) if warps else 0
+    per_warp = -(-found["registers"] // 8) * 8 * target.lanes
+    return min(by_shared, REGISTERS // per_warp // warps, target.warps // warps, 32)
+
+
+def _nvidia(compiled: Any) -> dict[str, Any]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        usage, sass = (
+            subprocess.run([str(tool), option, str(binary)], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+
+    def widths(name: str) -> dict[str, int]:
+        """Instructions by bytes per thread."""
+        found = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
+        bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+        counted = collections.Counter(bytes_of[m[1]] if m else 4 for m in found)
+        return {str(size): counted[size] for size in sorted(counted)}
+
+    tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
+    return {
+        "registers": registers,
+        "spill_bytes": stack,
+        "tensor_core_instructions": tensor,
+        "loads": widths("LDG"),
+        "stores": widths("STG"),
+    }
+
+
+def _amd(compiled: Any) -> dict[str, Any]:
+    text = compiled.asm["amdgcn"]
+    registers, spilled = (int(re.search(rf"\.{name}:\s+(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count"))  # type: ignore[index]
+    sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "short_d16": 2, "ubyte": 1}
+
+    def widths(kind: str) -> dict[str, int]:
+        found = collections.Counter(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
+        return {str(size): found[size] for size in sorted(found)}
+
+    return {
+        "registers": registers,
+        "spill_bytes": 4 * spilled,
+        "tensor_core_instructions": text.count("v_mfma"),
+        "loads": widths("load"),
+        "stores": widths("store"),
+    }
+
+
+def _source_hash() -> str:
+    """Of everything that decides what a kernel compiles to."""
+    root, digest = Path(__file__).parent, hashlib.sha256(version("triton").encode())
+    for path in sorted([*root.glob("_triton/*.py"), root / "launch_config.py", root / "dropout.py", Path(__file__)]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
+    path = folder / ("-".join(str(x) for x in case) + ".json")
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        rows = compile_case(case)
+    except Exception as error:
+        message = (str(error) or repr(error)).splitlines()[0][:200]
+        return [case._asdict() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(rows), encoding="utf-8")
+    temporary.replace(path)
+    return rows
+
+
+def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each case, in order, compiled in `jobs` processes; a case that fails yields one row with an "error"."""
+    folder = cache / _source_hash()
+    environment = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            futures = [pool.submit(_cached, case, folder) for case in chosen]
+            for future in futures:
+                yield future.result()
+    finally:
+        if environment is not None:
+            os.environ["TRITON_INTERPRET"] = environment
+
+
+COLUMNS = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
+
+
+def _line(row: dict[str, Any]) -> str:
+    length = row["length"] or ">64"
+    head = f"{row['target']:7}{row['dtype']:9}{length:>4}{row['width']:4} {row['refinement']:9}{'drop' if row['dropout'] else '':5}"
+    if "error" in row:
+        return head + row["error"]
+    tile = "x".join(str(row["config"][name]) for name in ("block_m", "block_n", "num_warps", "num_stages"))
+    loads = " ".join(f"{size}:{count}" for size, count in row["loads"].items())
+    text = f"{head}{row['kernel']:26}{tile:>12}{row['registers']:6}{row['spill_bytes']:7}{row['shared_bytes']:8}"
+    text += f"{row['tensor_core_instructions']:5}{row['programs_per_processor']:4}  {loads}"
+    return text if row["budget_ok"] else text + f"   OVER BUDGET (spill {row['spill_budget']})"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m awrsr_kernels.compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"])
+    parser.add_argument("--sample", action="store_true", help="the tests' sample: each kernel, regime and refinement once")
+    parser.add_argument("--refinement", nargs="+", default=list(REFINEMENTS), choices=REFINEMENTS)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--length", nargs="+", type=int, default=[*LENGTHS, TILED], choices=[*LENGTHS, TILED], help="0: tiled")
+    parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), choices=WIDTHS, help="the widest of D, D_v, R")
+    parser.add_argument("--group", type=int, default=1, help="query heads per key head")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awrsr_kernels" / "compiled"
+    parser.add_argument("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
+    given = parser.parse_args(argv)
+    try:
+        version("triton")
+    except ModuleNotFoundError:
+        parser.error("Triton is not installed (pip install triton, Linux only)")
+
+    targets = list(TARGETS) if "all" in given.target else given.target
+    wanted = sample() if given.sample else [case for target in targets for case in cases(target)]
+    wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
+    wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
+    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':14}{COLUMNS}")
+    rows: list[dict[str, Any]] = []
+    for found in compile_cases(wanted, given.jobs, given.cache):
+        rows += found
+        print(*map(_line, found), sep="\n", flush=True)
+    bad = [row for row in rows if not row["budget_ok"]]
+    print(f"{len(rows)} kernels of {len(wanted)} calls compiled, {len(bad)} over their budget")
+    if given.json:
+        temporary = given.json.with_name(f".{given.json.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(given.json)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
