@@ -224,7 +224,8 @@ class Plan:
         drawn = self.drawn[widest : -widest].view(count, WEIGHTS_PER_CALL)
         for lo in range(0, count, _DRAWN_AT_ONCE):
             part = slice(lo, lo + _DRAWN_AT_ONCE)
-            drawn[part] = draw(given.seed, self.call.dropout_p, tuple(x[part] for x in counter), self.dtype)
+            c0, c1, c2, c3 = (x[part] for x in counter)
+            drawn[part] = draw(given.seed, self.call.dropout_p, (c0, c1, c2, c3), self.dtype)
         first = self.first.repeat_interleave(self.heads)[self.rows(self.heads).pair]
         self.first_drawn = (before * WEIGHTS_PER_CALL - first).clamp_(min=-widest) + widest
 

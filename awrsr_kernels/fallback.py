@@ -37,7 +37,6 @@ from torch.autograd.function import once_differentiable
 from ._fallback_chunks import LANES, Place, Plan, row_blocks
 from .layout import Call, Inputs
 
-
 _Saved = tuple[list[Tensor], dict[tuple[str, int], Tensor]]  # products and weights of a chunk
 
 

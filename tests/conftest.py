@@ -42,6 +42,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 
         other = {"short": "tiled", "tiled": "short"}[engine]
         monkeypatch.setattr(kernels, f"{other}_forward", refuse)
+        monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
         if engine == "tiled":
             monkeypatch.setattr(kernels.launch, "is_short", lambda *_: False)
             monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from awrsr_kernels.launch_config import Config
-from benchmarks.launches import Call, columns_walk, rows_walk, seat, task_launches, tiled_launches
+from benchmarks.launches import Call, columns_walk, rows_walk, seat, short_launches, task_launches, tiled_launches
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.roofline import ideal_bytes
@@ -25,7 +25,7 @@ SHAPE = Shape(B=5, H=2, H_kv=1, L=40, D=8, D_v=12, R=20)
 USERS = (20, 1, 40, 40, 3)  # under two heads, runs of three forward and of all five backward: tiles of one and of two sequences
 CASES = {  # name: (layout, task but for its refinement)
     "padded": ("padded", Task(SHAPE, "", "float16", 0.1, "cpu", USERS, len(USERS))),
-    "packed": ("packed", Task(SHAPE, "", "float32", 0.1, "cpu", USERS, len(USERS))),
+    "packed": ("packed", Task(SHAPE, "", "float16", 0.1, "cpu", USERS, len(USERS))),
     "full": ("padded", Task(SHAPE, "", "float16", 0.0, "cpu")),
     "own key heads": ("padded", Task(replace(SHAPE, H=1, L=8), "", "float32", 0.0, "cpu")),  # several full sequences in a tile
 }
@@ -146,7 +146,7 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
                 ran.append((names[name], args[name == "copy_"].nbytes, result.nbytes))
             return result
 
-    s = replace(SHAPE, L=40 if regime == "short" else 80)
+    s = replace(SHAPE, L=20 if regime == "short" else 80)
     q, k, v, w, gate = (
         torch.zeros(shape, dtype=getattr(torch, dtype))
         for shape in ((s.B, s.H, s.L, s.D), (s.B, s.H_kv, s.L, s.D), (s.B, s.H_kv, s.L, s.D_v), (1, 1, s.L, s.R), (s.H,))
@@ -183,10 +183,11 @@ def test_seats_by_hand() -> None:
 def test_a_short_call_by_hand() -> None:
     """300 full sequences of 20 items, one head, D = D_v = 32, R = 16, bfloat16, in tiles of 32 rows: one to a tile.
 
-    Forward 8 programs per processor, of one sequence each; backward 4, which on 10 processors leaves runs of 8 and one of 4.
+    Four programs per processor: on 132 of them one sequence each, on 10 runs of eight and one of four.
     """
     task = Task(Shape(300, 1, 1, 20, 32, 32, 16), "simple", "bfloat16", 0.0, "cpu")
-    forward = task_launches(task, "padded")[0]
+    call = Call(task, *calls(task, "padded")[0], packed=False)
+    forward = short_launches(call, lambda _: Config(32, 32, 4, 1, 4), 132)[0]
     assert (forward.kernel, forward.programs, forward.starts, forward.drops) == ("short_fwd", 300, 1, 0)
     assert forward.read == 300 * (2 * 20 * 3 * 32) + 2 * (2 * 20 * 16)  # q, k, v of all sequences and the tables once
     assert forward.loaded == 300 * (2 * 20 * 3 * 32) + 300 * 2 * (2 * 20 * 16)  # the tables for every sequence
@@ -194,7 +195,7 @@ def test_a_short_call_by_hand() -> None:
     assert forward.operations == 300 * 2 * 32 * 32 * (32 + 16 + 16 + 16 + 32)  # QK^T, two tables, Q_A K_A^T, R V
     assert (forward.weights, forward.gradients) == (300 * 2 * 32 * 32, 0)
     assert (forward.chain, forward.chains) == (4, 300 * 4)
-    backward = task_launches(task, "padded", processors=10)[1]
+    backward = short_launches(call, lambda _: Config(32, 32, 4, 1, 4), 10)[1]
     assert (backward.kernel, backward.programs, backward.starts) == ("short_bwd", 38, 8)
     assert backward.written == 3 * 300 * (2 * 20 * 32) + 38 * 2 * (4 * 32 * 16)  # dQ, dK, dV; partial dW of whole tiles
     assert (backward.weights, backward.gradients) == (300 * 2 * 32 * 32, 300 * 2 * 32 * 32)
