@@ -18,6 +18,7 @@ SCREENING, FINALISTS, ROUNDS, FEWEST = 2, 6, 15, 5  # rounds of all, who goes on
 WARPS = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (2, 4, 8)}  # of the short regime, by the height of its tile
 PROGRAMS = (1, 2, 4, 8, 16)
 BLOCKS = (16, 32, 64, 128)
+LARGEST_SHARED = 232448  # bytes that a program may have on an H100, more than on any older GPU
 
 
 # What is tried
@@ -36,8 +37,19 @@ def carried(key: Key, config: Config) -> int:
     return sums[key.kernel] * key.width + config.block_m * config.block_n
 
 
+def estimated_shared(key: Key, config: Config) -> float:
+    """Bytes of shared memory in the tiled regime, in proportion to the operands' rows: those of the table's first."""
+    row = TABLE[key][0]
+    operands, known = (tile.block_m + tile.num_stages * tile.block_n for tile in (config, row.config))
+    return row.shared * operands / known
+
+
 def candidates(key: Key) -> list[Config]:
-    """Configurations worth trying, from the table's first row outwards; without those whose sums alone outgrow the registers."""
+    """Configurations worth trying, from the table's first row outwards.
+
+    Without those whose sums alone outgrow the registers or whose operands outgrow any GPU's shared memory by far: what is that
+    large may compile for a minute and more. What is a little too large remains, and fails when it is checked.
+    """
     if key.length != TILED:
         block = key.length
         found = [Config(block, block, warps, 1, programs) for warps in WARPS[block] for programs in PROGRAMS]
@@ -49,6 +61,8 @@ def candidates(key: Key) -> list[Config]:
         return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(config, start, strict=True))
 
     fitting = [config for config in found if carried(key, config) <= 255 * 32 * config.num_warps and not misfit(key, config)]
+    if key.length == TILED:
+        fitting = [config for config in fitting if estimated_shared(key, config) <= 1.5 * LARGEST_SHARED]
     return sorted(fitting, key=distance)
 
 

@@ -73,6 +73,8 @@ def test_candidates_can_be_launched_and_hold_the_tables_rows(key: Key) -> None:
             assert config[:2] == (key.length, key.length) and 1 <= config.programs <= 16 and config.num_stages == 1
         else:
             assert config.programs == 0 and config.num_warps in (4, 8) and 1 <= config.num_stages <= 3
+    assert Config(64, 64, 4, 2) in candidates(TILED_FORWARD) and Config(128, 128, 8, 3) in candidates(TILED_FORWARD)
+    assert Config(64, 128, 8, 3) not in candidates(Key("tiled_fwd", TILED, 256, 4))  # compiles to 1.4 MB, and for a minute
 
 
 def test_a_case_knows_its_kernels() -> None:
