@@ -57,7 +57,7 @@ TABLE: dict[Key, list[Row]] = {
     Key("short_fwd", 32, 64, 4): [Row(32768, Config(32, 32, 4, 1, 4))],
     Key("short_fwd", 64, 64, 2): [Row(24576, Config(64, 64, 4, 1, 4))],
     Key("short_fwd", 64, 128, 2): [Row(49152, Config(64, 64, 4, 1, 2))],
-    Key("short_bwd", 16, 64, 2): [Row(12800, Config(16, 16, 2, 1, 6))],
+    Key("short_bwd", 16, 64, 2): [Row(12800, Config(16, 16, 2, 1, 4))],
     Key("short_bwd", 16, 128, 2): [Row(25088, Config(16, 16, 4, 1, 2))],
     Key("short_bwd", 16, 64, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
     Key("short_bwd", 32, 64, 2): [Row(26624, Config(32, 32, 4, 1, 2))],

@@ -4,20 +4,25 @@
                                 "config": [64, 64, 4, 1, 4], "source": "..."}, ...]}
 
 The file lies at $AWRSR_KERNELS_TUNED, or in the user's cache folder. Without it the table of `launch_config.py` decides alone.
+`python -m awrsr_kernels.tune` writes it; `forced` tries a configuration without writing anything.
 """
 
+import contextlib
 import functools
 import json
 import os
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .launch_config import TABLE, Config, Key, Tuned
+from .launch_config import LENGTHS, TABLE, Config, Key, Tuned
 
 VERSION = 1
+Entry = dict[str, Any]
 
 
 def tuned_path() -> Path:
@@ -26,7 +31,29 @@ def tuned_path() -> Path:
     return Path(given) if given else cache / "awrsr_kernels" / "tuned.json"
 
 
-def read_entries(path: Path) -> list[dict[str, Any]]:
+def machine(device: torch.device) -> tuple[str, str]:
+    """What an entry holds for: a GPU by name, and the Triton that is installed."""
+    return torch.cuda.get_device_name(device), version("triton")
+
+
+# The file
+
+
+def misfit(key: Key, config: Config) -> str | None:
+    """Why a kernel cannot be launched with a configuration, whatever the GPU; None if it can."""
+    block_m, block_n, warps, stages, programs = config
+    if any(size < 16 or size & (size - 1) for size in (block_m, block_n)):
+        return "block_m and block_n must be powers of two, 16 at least"
+    if warps < 1 or warps & (warps - 1) or stages < 1:
+        return "num_warps must be a power of two, num_stages at least 1"
+    if key.length and not key.length <= block_m == block_n <= LENGTHS[-1]:
+        return f"block_m and block_n must be equal, from the length class, {key.length}, to {LENGTHS[-1]}"
+    if key.length and programs < 1:
+        return "programs must be at least 1"
+    return None
+
+
+def read_entries(path: Path) -> list[Entry]:
     """Entries of a file, empty if there is none.
 
     Raises:
@@ -36,35 +63,101 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); it must be a file that awrsr_kernels.tune writes") from None
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); it must be what awrsr_kernels.tune writes: delete it") from None
     if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("entries"), list):
         raise ValueError(f"{path} must be an object of version {VERSION} with entries; delete it and tune again")
     for number, entry in enumerate(found["entries"]):
-        fine = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in ("gpu", "triton", "source"))
-        fine = fine and isinstance(entry.get("key"), list) and len(entry["key"]) == 4 and Key(*entry["key"]) in TABLE
-        config: Any = entry.get("config") if fine else None
-        if not (isinstance(config, list) and len(config) == 5 and all(type(x) is int and x >= 0 for x in config)):
+        parts = entry if isinstance(entry, dict) else {}
+        key, config = _numbers(parts.get("key"), 1, 3), _numbers(parts.get("config"), 0, 5)
+        named = all(isinstance(parts.get(name), str) for name in ("gpu", "triton", "source"))
+        if not named or key is None or config is None or Key(*key) not in TABLE:
             raise ValueError(f"{path}: entry {number} is {str(entry)[:120]}; it must name gpu, triton, key, config and source")
-        key, tile = Key(*entry["key"]), Config(*config)
-        if min(tile[:4]) < 1 or (key.length and (tile.block_m, tile.block_n) != (key.length,) * 2):
-            raise ValueError(f"{path}: entry {number} has a config that {key.kernel} cannot run: {tile}")
+        reason = misfit(Key(*key), Config(*config))
+        if reason:
+            raise ValueError(f"{path}: entry {number} has a config that {key[0]} cannot run: {Config(*config)}; {reason}")
     return found["entries"]
 
 
-def tuned_entries(entries: list[dict[str, Any]], gpu: str, triton: str) -> Tuned:
+def _numbers(value: Any, names: int, numbers: int) -> list[Any] | None:
+    """A list of so many strings and then so many whole numbers, None if it is anything else."""
+    if not isinstance(value, list) or [type(x) for x in value] != [str] * names + [int] * numbers:
+        return None
+    return value if all(x >= 0 for x in value[names:]) else None
+
+
+def write_entries(path: Path, entries: list[Entry]) -> None:
+    """Replace a file in one step: whoever reads it meanwhile, or after a crash, finds the old one or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            lines = ",\n  ".join(json.dumps(entry) for entry in entries)
+            file.write(f'{{"version": {VERSION}, "entries": [\n  {lines}\n]}}\n')
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's own mode shuts other users out
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _of.cache_clear()
+
+
+def merged(old: list[Entry], new: list[Entry], gpu: str, triton: str, keys: Collection[Key]) -> list[Entry]:
+    """`new` after what `old` has for other GPUs, other versions of Triton and other keys.
+
+    keys: what was measured. A key without a new entry loses its old one: the table's row held its own.
+    """
+
+    def replaced(entry: Entry) -> bool:
+        return (entry["gpu"], entry["triton"]) == (gpu, triton) and Key(*entry["key"]) in keys
+
+    return [entry for entry in old if not replaced(entry)] + new
+
+
+def tuned_entries(entries: list[Entry], gpu: str, triton: str) -> Tuned:
     """Configurations by key, of one GPU and one Triton."""
     mine = [entry for entry in entries if (entry["gpu"], entry["triton"]) == (gpu, triton)]
     return {Key(*entry["key"]): Config(*entry["config"]) for entry in mine}
 
 
+# What a launch consults
+
+_forced: dict[Key, Config] = {}  # of the process, not of a thread: autograd runs a backward in threads of its own
+
+
+@contextlib.contextmanager
+def forced(configs: Mapping[Key, Config]) -> Iterator[None]:
+    """Launch with these configurations, whatever the file and the table say, on any device and in every thread.
+
+    For measuring and testing, such as `with forced({key: config}): out = refined_attention(...)`. The backward is launched where
+    it is called: keep it inside, too. Contexts nest, the innermost decides.
+
+    Raises:
+        ValueError: a kernel cannot be launched with its configuration.
+    """
+    for key, config in configs.items():
+        reason = misfit(key, config) if key in TABLE else "the table has no such key"
+        if reason:
+            raise ValueError(f"configs is {config} for {key}, which cannot run: {reason}")
+    before = dict(_forced)
+    _forced.update(configs)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 @functools.cache
-def _read(path: Path, gpu: str, triton: str) -> Tuned:
-    return tuned_entries(read_entries(path), gpu, triton)
+def _of(device: torch.device) -> Tuned:
+    return tuned_entries(read_entries(tuned_path()), *machine(device)) if device.type == "cuda" else {}
 
 
 def tuned_for(device: torch.device) -> Tuned:
-    """What was tuned for this GPU and the Triton that is installed; the file is read once per process."""
-    if device.type != "cuda":
-        return {}
-    return _read(tuned_path(), torch.cuda.get_device_name(device), version("triton"))
+    """What is forced, then what was tuned for this GPU and the Triton that is installed; the file is read once per process."""
+    found = _of(device)
+    return {**found, **_forced} if _forced else found

@@ -168,6 +168,9 @@ ARROWS = {  # module: those of the package that it may import
     "tolerance": set(),
     "launch_config": set(),
     "tuned": {"launch_config"},
+    "tune": {"launch_config", "layout", "tuned", "_tune_bench", "_tune_search"},
+    "_tune_search": {"launch_config", "tuned", "_tune_bench"},
+    "_tune_bench": {"api", "launch_config", "layout", "tolerance", "tuned"},
     "compile_report": {"launch_config", "layout", "_triton"},
     "_triton": {"dropout", "launch_config", "layout", "tuned"},
 }

@@ -67,7 +67,7 @@ class Problem:
     def config(self, kernel: str) -> Config:
         key = key_of(kernel, self.call.max_len, self.features, self.q.dtype.itemsize)
         assert key is not None
-        return choose(key, self.shared, None if self.interpreted else tuned_for(self.q.device))
+        return choose(key, self.shared, tuned_for(self.q.device))
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
