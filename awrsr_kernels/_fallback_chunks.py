@@ -17,8 +17,8 @@ from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
 from .layout import Call, Inputs, sequence_lengths, table_window
 
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
-_BLOCK_ROWS = (2 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
-_BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
+_BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
+_BLOCK_WEIGHTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
 _CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
 
