@@ -6,9 +6,10 @@ The batch is cut into chunks of sequences of similar length (`_fallback_chunks.p
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
 sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
 where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
-case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed, except those of
-windows up to `KEPT_ROWS`, where they are no larger than q and computing them again would be a good part of the work. With M as in
-`reference.py`, Z the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
+case takes one sweep per stage. Saved for the backward are [Q_A | K_A] and Y = P V of "value"; weights are recomputed, except where
+all of them weigh no more than q, k and v, and computing them again would be a good part of the work. Plain attention goes to
+torch's own kernel where that is faster (`_fallback_stock.py`). With M as in `reference.py`, Z the dropout mask, and
+softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY
@@ -23,7 +24,7 @@ and results go straight to where they are wanted. Passes over a block of weights
 Rows without an item have weights that are finite but mean nothing. Nothing comes of them: no row with an item gives weight to
 them, their output is not stored and their output gradient is read as zero.
 
-Half precision is computed in float32 and rounded once, on the way out.
+Half precision is computed in float32 and rounded once, on the way out (torch's kernel rounds P, too, as the definition does).
 """
 
 import math
@@ -35,8 +36,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._fallback_chunks import LANES, Place, Plan, row_blocks
+from ._fallback_stock import stock_attention, takes
 from .layout import Call, Inputs
-
 
 _Saved = tuple[list[Tensor], dict[tuple[str, int], Tensor]]  # products and weights of a chunk
 
@@ -326,6 +327,8 @@ class _RefinedAttention(torch.autograd.Function):
 
 def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
+    if takes(given, call):
+        return stock_attention(given, call)
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
     return _forward(Plan(given, call), given, call, None)

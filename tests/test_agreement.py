@@ -139,6 +139,28 @@ def test_agrees_with_the_reference(engine: str, refinement: str, dtype: torch.dt
     holds()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("causal", [True, False])
+def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: torch.dtype) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("a CPU's shortcut")
+    tensors = {name: torch.randn(2, 3, 300, 24).to(dtype).requires_grad_() for name in ("q", "k", "v")}
+    doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    dout = torch.randn(2, 3, 300, 24).to(dtype)
+
+    def results(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        out = refined_attention(**given, w_q=None, w_k=None, refinement="none", causal=causal, backend=backend)
+        assert backend == "reference" or type(out.grad_fn).__name__ == "_StockAttentionBackward"
+        grads = torch.autograd.grad(out, list(given.values()), dout.to(out))
+        return {"out": out} | {f"d{name}": g for name, g in zip(given, grads, strict=True)}
+
+    found = results(tensors, "torch")
+    assert wrong_results(found, results(doubles, "reference"), results(tensors, "reference"), dtype) == []
+    with torch.no_grad():
+        out = refined_attention(**tensors, w_q=None, w_k=None, refinement="none", causal=causal, backend="torch")
+    assert wrong_results({"out": out}, {"out": results(doubles, "reference")["out"]}, {"out": found["out"]}, dtype) == []
+
+
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
 @pytest.mark.parametrize("engine", ["reference", *ENGINES])
 def test_gradcheck(refinement: str, engine: str, choose: Callable[[str], str]) -> None:
