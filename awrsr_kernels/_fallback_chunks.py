@@ -17,7 +17,7 @@ from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
 from .layout import Call, Inputs, sequence_lengths, table_window
 
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
-_BLOCK_ROWS = (2 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
+_BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
 _CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
@@ -125,7 +125,7 @@ class Plan:
             self.places.append(Place(self, chosen, length, real, self.total, sequences))
             sequences += self.places[-1].count
             self.total += self.places[-1].count * length
-        self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `_find_first` finds a row's
+        self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `first_drawn` says where a row's begin
         self._found: dict[tuple[str | int, ...], Any] = {}
         if self.places and (self.ragged or call.dropout_p):
             self._find_sequences(bounds)
@@ -219,13 +219,13 @@ class Plan:
         row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
         group = torch.arange(count) - before[row]
         pair, local = pair[row], local[row]
-        counter = group, pair % self.heads, local, self.sequence[pair // self.heads]
+        head, sequence = pair % self.heads, self.sequence[pair // self.heads]
         self.drawn = torch.zeros(count * WEIGHTS_PER_CALL + 2 * widest, dtype=self.dtype)
         drawn = self.drawn[widest : -widest].view(count, WEIGHTS_PER_CALL)
         for lo in range(0, count, _DRAWN_AT_ONCE):
             part = slice(lo, lo + _DRAWN_AT_ONCE)
-            c0, c1, c2, c3 = (x[part] for x in counter)
-            drawn[part] = draw(given.seed, self.call.dropout_p, (c0, c1, c2, c3), self.dtype)
+            counter = group[part], head[part], local[part], sequence[part]
+            drawn[part] = draw(given.seed, self.call.dropout_p, counter, self.dtype)
         first = self.first.repeat_interleave(self.heads)[self.rows(self.heads).pair]
         self.first_drawn = (before * WEIGHTS_PER_CALL - first).clamp_(min=-widest) + widest
 

@@ -6,9 +6,10 @@ The batch is cut into chunks of sequences of similar length (`_fallback_chunks.p
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
 sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
 where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
-case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed, except those of
-windows up to `KEPT_ROWS`, where they are no larger than q and computing them again would be a good part of the work. With M as in
-`reference.py`, Z the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
+case takes one sweep per stage. Saved for the backward are [Q_A | K_A] and Y = P V of "value"; weights are recomputed, except where
+all of them weigh no more than q, k and v, and computing them again would be a good part of the work. Plain attention goes to
+torch's own kernel where that is faster (`_fallback_stock.py`). With M as in `reference.py`, Z the dropout mask, and
+softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY
@@ -23,7 +24,7 @@ and results go straight to where they are wanted. Passes over a block of weights
 Rows without an item have weights that are finite but mean nothing. Nothing comes of them: no row with an item gives weight to
 them, their output is not stored and their output gradient is read as zero.
 
-Half precision is computed in float32 and rounded once, on the way out.
+Half precision is computed in float32 and rounded once, on the way out (torch's kernel rounds P, too, as the definition does).
 """
 
 import math
@@ -35,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._fallback_chunks import LANES, Place, Plan, row_blocks
+from ._fallback_stock import stock_attention, takes
 from .layout import Call, Inputs
 
 _Saved = tuple[list[Tensor], dict[tuple[str, int], Tensor]]  # products and weights of a chunk
@@ -49,7 +51,7 @@ class _Chunk:
     q: Tensor  # (n * H, L, D)
     k: Tensor  # (n * H, L, D), one per query head
     v: Tensor  # (n * H, L, D_v)
-    tables: list[Tensor]  # W_q and W_k, none for "none"; each (L, R) shared, otherwise (n * H, L, R)
+    tables: list[Tensor]  # [W_q | W_k], none for "none"; (L, 2R) shared, otherwise (n * H, L, 2R)
     gate: Tensor | None  # (n * H, 1, 1)
     blocks: list[tuple[int, int]]  # first row and end of each
     future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
@@ -94,7 +96,8 @@ class _Chunk:
     def first(self, lo: int, hi: int) -> Tensor:
         return self._weights("first", self.q, self.k, self.call.softmax_scale, lo, hi)
 
-    def higher(self, q_a: Tensor, k_a: Tensor, lo: int, hi: int) -> Tensor:
+    def higher(self, product: Tensor, lo: int, hi: int) -> Tensor:
+        q_a, k_a = product.chunk(2, -1)
         return self._weights("higher", q_a, k_a, self.call.refine_scale, lo, hi)
 
     def mask(self, lo: int, hi: int) -> Tensor | None:
@@ -136,6 +139,7 @@ def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: dict[
         future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
     q, k, v, _, _, gate, _, seed = given
     tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
+    tables = [torch.cat(tables, -1)] if tables else []
     if gate is not None:
         gate = gate.to(dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
     loaded = place.load(q), place.load(k), place.load(v)
@@ -159,11 +163,11 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, 
 
 
 def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
-    """Writes the output (n * H, L, D_v); returns what the backward needs besides weights: Q_A, K_A and, for "value", Y."""
+    """Writes the output (n * H, L, D_v); returns what the backward needs besides weights: [Q_A | K_A] and, for "value", Y."""
     refinement, v = chunk.call.refinement, chunk.v
     factors = [*chunk.tables, v] if refinement == "value" else chunk.tables
     products = [chunk.place.empty(x.shape[-1]) for x in factors]
-    values = products[2] if refinement == "value" else v
+    values = products[1] if refinement == "value" else v
     direct = refinement in ("none", "additive")
 
     def correlate(lo: int, hi: int) -> Tensor | None:
@@ -174,7 +178,7 @@ def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
         return first if direct else None
 
     def attend(lo: int, hi: int, first: Tensor | None) -> None:
-        weights = chunk.higher(products[0], products[1], lo, hi) if chunk.tables else None
+        weights = chunk.higher(products[0], lo, hi) if chunk.tables else None
         if first is not None:
             weights = first if weights is None else chunk.mixed(first, weights)
         assert weights is not None
@@ -199,7 +203,7 @@ class _ChunkGradients:
         self.dq, self.dk, self.dv, *self.dtables = results
         self.dsaved = [torch.empty_like(x) for x in saved]
         is_value = chunk.call.refinement == "value"
-        self.values, self.dvalues = (saved[2], self.dsaved[2]) if is_value else (chunk.v, self.dv)
+        self.values, self.dvalues = (saved[1], self.dsaved[1]) if is_value else (chunk.v, self.dv)
         self.dgate = None if chunk.gate is None else torch.zeros_like(chunk.gate)
 
         blocks = chunk.blocks[::-1]
@@ -227,7 +231,7 @@ class _ChunkGradients:
         """Everything below M of a block but P; returns what reaches P directly (dM of "none" and "additive")."""
         chunk, refinement, scale = self.chunk, self.chunk.call.refinement, self.chunk.call.refine_scale
         mask = chunk.mask(lo, hi)
-        higher = first if refinement == "none" else chunk.higher(self.saved[0], self.saved[1], lo, hi)
+        higher = first if refinement == "none" else chunk.higher(self.saved[0], lo, hi)
         weights = chunk.mixed(first, higher) if refinement == "additive" else higher
         self._collect(self.dvalues, _times(weights, mask), self.dout[:, lo:hi], hi)
         del weights
@@ -239,7 +243,7 @@ class _ChunkGradients:
         dscores = chunk.softmax_backward(grad, higher)
         if chunk.gate is not None:
             dscores *= chunk.gate
-        (q_a, k_a), (dq_a, dk_a) = self.saved[:2], self.dsaved[:2]
+        (q_a, k_a), (dq_a, dk_a) = (x[0].chunk(2, -1) for x in (self.saved, self.dsaved))
         _multiply(dq_a[:, lo:hi], dscores, k_a[:, : dscores.shape[-1]], scale=scale)
         self._collect(dk_a, dscores, q_a[:, lo:hi], hi, scale)
         return grad if refinement == "additive" else None
@@ -247,9 +251,9 @@ class _ChunkGradients:
     def _first_stage(self, lo: int, hi: int, first: Tensor, grad: Tensor | None) -> None:
         """Everything below P of a block; grad is what reached P directly."""
         chunk, columns, scale = self.chunk, first.shape[-1], self.chunk.call.softmax_scale
-        # P was multiplied with W_q, W_k and, for "value", V: the factor, the gradients of the product and of the factor.
+        # P was multiplied with [W_q | W_k] and, for "value", V: the factor, the gradients of the product and of the factor.
         for factor, dproduct, dfactor in zip([*chunk.tables, chunk.v], self.dsaved, [*self.dtables, self.dv], strict=False):
-            rows = dproduct[:, lo:hi]
+            rows = dproduct[:, lo:hi].contiguous()
             if dfactor.dim() == 2:  # one product over sequences, heads and rows together
                 dfactor[:columns].addmm_(first.flatten(0, 1).T, rows.flatten(0, 1))
             else:
@@ -297,12 +301,14 @@ class _RefinedAttention(torch.autograd.Function):
         given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
         q, k, v, _, _, gate, bounds, _ = given
         tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), ctx.plan or Plan(given, call)
-        by_rows = [q, k, v, *tables] if call.per_entry else [q, k, v]
-        buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in by_rows]
-        dtables = [] if call.per_entry else [torch.zeros_like(w, dtype=wide) for w in tables]
+        inputs, rank = [q, k, v], tables[0].shape[-1] if tables else 0
+        shapes = [(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
+        shapes += [(q.shape[1], 2 * rank, torch.promote_types(*(w.dtype for w in tables)))] if call.per_entry and tables else []
+        buffers = [plan.buffer(*shape) for shape in shapes]
+        dtables = [w.new_zeros(*w.shape[:-1], 2 * rank, dtype=wide) for w in tables[:1] if not call.per_entry]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
         for place, names in zip(plan.places, ctx.names, strict=True):
-            products = [next(saved) for _ in range(len(tables) + (call.refinement == "value"))]
+            products = [next(saved) for _ in range(bool(tables) + (call.refinement == "value"))]
             chunk = _load_chunk(place, given, call, bool(names), {name: next(saved) for name in names})
             results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]
             found = _ChunkGradients(chunk, products, place.load_items(dout), results)
@@ -312,8 +318,8 @@ class _RefinedAttention(torch.autograd.Function):
                 place.store_table(total, value)
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
-        grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, by_rows, strict=True)]
-        grads += [total.to(w.dtype) for total, w in zip(dtables, tables, strict=False)]
+        grads = [plan.collect(buffer, shape[2]) for buffer, shape in zip(buffers, shapes, strict=True)] + dtables
+        grads = grads[:3] + [part.to(w.dtype) for total in grads[3:] for part, w in zip(total.chunk(2, -1), tables, strict=True)]
         if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
@@ -321,6 +327,8 @@ class _RefinedAttention(torch.autograd.Function):
 
 def fallback_attention(given: Inputs, call: Call) -> Tensor:
     """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
+    if takes(given, call):
+        return stock_attention(given, call)
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
     return _forward(Plan(given, call), given, call, None)

@@ -9,6 +9,7 @@ if not torch.cuda.is_available():
 
 import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 
@@ -29,6 +30,13 @@ def refuse(*_: object) -> None:
     raise AssertionError("the call went to the other regime")
 
 
+def short_config(problem: Any, kernel: str) -> Any:
+    from awrsr_kernels.launch_config import LENGTHS, Config
+
+    block = next(size for size in LENGTHS if problem.call.max_len <= size)
+    return Config(block, block, 4, 1, programs=1)
+
+
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """choose(engine) -> name of the backend to call; holds the kernels to that regime, the tiled one with several small tiles."""
@@ -43,6 +51,9 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         other = {"short": "tiled", "tiled": "short"}[engine]
         monkeypatch.setattr(kernels, f"{other}_forward", refuse)
         monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
+        if engine == "short" and DEVICE == "cpu":  # whatever the size of an element: the interpreter has room
+            monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 64)
+            monkeypatch.setattr(kernels.launch.Problem, "config", short_config)
         if engine == "tiled":
             monkeypatch.setattr(kernels.launch, "is_short", lambda *_: False)
             monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
