@@ -125,8 +125,9 @@ def test_agrees_with_the_reference(engine: str, refinement: str, dtype: torch.dt
     if engine != "torch" and dtype == torch.float64 and DEVICE != "cpu":
         pytest.skip("needs the interpreter, that is a machine without a GPU: the kernels have no float64 there")
     backend = choose(engine)
-    @settings(EXAMPLES_ONLY, max_examples=EXAMPLES[engine])
     reach = 32 if engine == "short" and dtype == torch.float32 and DEVICE != "cpu" else 1000  # longer ones are tiled there
+
+    @settings(EXAMPLES_ONLY, max_examples=EXAMPLES[engine])
     @given(problems(tuple(n for n in LENGTHS[engine] if n <= reach)))
     def holds(problem: Problem) -> None:
         tensors = tensors_of(problem, refinement, dtype)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from awrsr_kernels import refined_attention
 from benchmarks.measure import Entrant, gradients, measure_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.workloads import Shape, Task, build, read_histories
