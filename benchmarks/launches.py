@@ -183,13 +183,13 @@ def _cast(call: Call, numbers: int) -> list[Launch]:
 
 
 def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
-    """Partial dW of both tables summed, fitted to the table, cast."""
+    """Partial dW of both tables summed at once, the rows of each table copied to where they belong."""
     if call.task.refinement == "none":
         return []
     r = call.task.shape.R
-    total, fitted = rows * r * ACCUMULATOR, call.window * r
-    summed = [_torch("sum", partials * total, total), _torch("pad", fitted * ACCUMULATOR, fitted * ACCUMULATOR)]
-    return 2 * (summed + _cast(call, fitted))
+    total, fitted = 2 * rows * r * ACCUMULATOR, call.window * r
+    copy = _torch("copy", fitted * ACCUMULATOR, fitted * call.task.itemsize)
+    return [_torch("sum", partials * total, total), copy, copy]
 
 
 def _group_sums(call: Call) -> list[Launch]:

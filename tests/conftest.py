@@ -31,10 +31,11 @@ def refuse(*_: object) -> None:
 
 
 def short_config(problem: Any, kernel: str) -> Any:
-    from awrsr_kernels.launch_config import LENGTHS, Config
+    """What the table has, and a tile of 64 rows for what it sends to the tiled regime."""
+    from awrsr_kernels.launch_config import Config, choose, key_of
 
-    block = next(size for size in LENGTHS if problem.call.max_len <= size)
-    return Config(block, block, 4, 1, programs=1)
+    key = key_of(kernel, problem.call.max_len, problem.features, problem.q.dtype.itemsize)
+    return Config(64, 64, 4, 1, programs=1) if key is None else choose(key, problem.shared)
 
 
 @pytest.fixture

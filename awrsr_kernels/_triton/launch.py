@@ -164,18 +164,23 @@ class Problem:
         assert self.w_q is not None and self.w_k is not None
         return torch.empty_like(self.w_q), torch.empty_like(self.w_k)
 
-    def sum_tables(self, partials: Tensor) -> Tensor:
-        """(splits, heads, window, R) -> the gradient of a table (1, 1 or H, N, R); summed in a fixed order."""
+    def partial_tables(self, splits: int, rows: int) -> Tensor:
+        """Uninitialised memory for the parts of both tables' gradients, one per program and head: (2, splits, heads, rows, R)."""
+        return self.q.new_empty(2, splits, self.heads, rows, self.rank, dtype=self.accumulator)
+
+    def sum_tables(self, partials: Tensor) -> list[Tensor]:
+        """The gradients of both tables, (1, 1 or H, N, R) each, from their parts; summed in a fixed order."""
         assert self.w_q is not None
-        total = partials.sum(0 if self.w_q.shape[1] > 1 else (0, 1)).view(1, *self.w_q.shape[1:2], *partials.shape[2:])
-        rows, window = self.w_q.shape[2], partials.shape[2]
-        if self.call.align_right and (self.call.varlen or self.bounds is not None):
-            total = total[:, :, max(0, window - rows) :]
-            before, after = max(0, rows - window), 0
-        else:
-            total = total[:, :, :rows]
-            before, after = 0, max(0, rows - window)
-        return torch.nn.functional.pad(total, (0, 0, before, after)).to(self.w_q.dtype)
+        w = self.w_q
+        total = partials.sum(1 if w.shape[1] > 1 else (1, 2)).view(2, 1, w.shape[1], *partials.shape[3:])
+        rows, window = w.shape[2], partials.shape[3]
+        kept = min(rows, window)
+        right = self.call.align_right and (self.call.varlen or self.bounds is not None)
+        found = [w.new_empty(w.shape) if kept == rows else w.new_zeros(w.shape) for _ in range(2)]
+        for gradient, part in zip(found, total, strict=True):
+            place, source = (gradient[:, :, rows - kept :], part[:, :, window - kept :]) if right else (gradient, part)
+            place[:, :, :kept].copy_(source[:, :, :kept])
+        return found
 
     def results(
         self, dq: Tensor, dk: Tensor, dv: Tensor, dw_q: Tensor, dw_k: Tensor, dgate: Tensor | None

@@ -249,7 +249,8 @@ def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[
     elif p.call.per_entry:
         dw_q, dw_k = p.table_gradients()
     else:
-        dw_q, dw_k = (p.q.new_empty(splits, p.heads, block, p.rank, dtype=p.accumulator) for _ in range(2))
+        partials = p.partial_tables(splits, block)
+        dw_q, dw_k = partials
     dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
@@ -260,6 +261,6 @@ def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     if p.w_q is not None and not p.call.per_entry:
-        dw_q, dw_k = p.sum_tables(dw_q), p.sum_tables(dw_k)
+        dw_q, dw_k = p.sum_tables(partials)
     dk, dv = p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)
     return p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))

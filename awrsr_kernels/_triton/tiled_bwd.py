@@ -274,7 +274,7 @@ class _Backward:
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip
 
-    def tables(self) -> tuple[Tensor, Tensor]:
+    def tables(self) -> list[Tensor]:
         """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
@@ -283,8 +283,8 @@ class _Backward:
         if per_entry:
             dw_q, dw_k = p.table_gradients()
         else:
-            shape = (splits, p.heads, p.call.max_len, p.rank)
-            dw_q, dw_k = (p.q.new_empty(shape, dtype=p.accumulator) for _ in range(2))
+            partials = p.partial_tables(splits, p.call.max_len)
+            dw_q, dw_k = partials
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
         shared = {name: value for name, value in stage(p, self.saved, higher=False).items() if name in used}
@@ -293,7 +293,7 @@ class _Backward:
             dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
             splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
         )  # fmt: skip
-        return (dw_q, dw_k) if per_entry else (p.sum_tables(dw_q), p.sum_tables(dw_k))
+        return [dw_q, dw_k] if per_entry else p.sum_tables(partials)
 
 
 def tiled_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[Tensor]:
@@ -313,6 +313,6 @@ def tiled_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
         step.stage(True, dout, from_higher)
         step.stage(False, dout, step.dv, dv_added=from_higher)
-    dw_q, dw_k = step.tables() if p.w_q is not None else (step.dq, step.dq)
+    dw_q, dw_k = step.tables() if p.w_q is not None else [step.dq, step.dq]
     dgate = None if step.dgate is None else step.dgate.sum((0, 2))
     return p.results(step.dq, step.dk, step.dv, dw_q, dw_k, dgate)
