@@ -130,9 +130,9 @@ class Problem:
         """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
         return max(1, min(self.batch, ceil_div(2 * self.processors(), programs)))
 
-    def offset_type(self, block: int) -> Any:
-        """What counts elements within a tile of the short regime: int32, unless entries or rows lie very far apart."""
-        tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k) if x is not None]
+    def offset_type(self, block: int, *more: Tensor) -> Any:
+        """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
+        tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k, *more) if x is not None]
         widest = max(block * (self.view(x)[1] + self.view(x)[3]) for x in tensors)
         return tl.int64 if widest >= 2**31 else tl.int32
 

@@ -167,7 +167,8 @@ def visible_in_shared_tile(first, length, CAUSAL: tl.constexpr, BLOCK: tl.conste
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr, total=None):
     """Matrix product, added to `total` if there is one, accumulated in float32 (float64 for float64)."""
-    return tl.dot(a, b, acc=total, input_precision=PRECISION)
+    ACC: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
+    return tl.dot(a, b, acc=total, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit

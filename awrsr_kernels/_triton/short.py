@@ -230,7 +230,7 @@ def short_forward(problem: Problem) -> list[Tensor]:
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
         out=p.view(out), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
-        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m),
+        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, out),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     return [out]
@@ -257,7 +257,7 @@ def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[
         dout=p.view(dout), dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads),
         dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
         dgate_ptr=dgate, batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
-        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block),
+        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, dout),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     if p.w_q is not None and not p.call.per_entry:
