@@ -166,6 +166,13 @@ class Plan:
             self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
         return self._found["index", heads, group, *strides]
 
+    def future(self, rows: int) -> Tensor:
+        """(rows, rows): hides columns after the row when added to scores."""
+        if ("future", rows) not in self._found:
+            never = torch.full((rows, rows), torch.finfo(self.dtype).min / 2, dtype=self.dtype, device=self.device)
+            self._found["future", rows] = never.triu(1)
+        return self._found["future", rows]
+
     def padding(self) -> tuple[Tensor, Tensor]:
         """(N,) 1 for an item and 0 for padding; what hides padding when added to scores: two of them are finite."""
         if ("padding",) not in self._found:
@@ -242,8 +249,8 @@ class Place:
         self.count = self.sequence.shape[0]
         self._start, self._sequences = start, sequences  # rows and sequences of the chunks before it
 
-    def empty(self, features: int) -> Tensor:
-        return self.sequence.new_empty(self.count * self.heads, self.length, features, dtype=self.dtype)
+    def empty(self, features: int, rows: int | None = None) -> Tensor:
+        return self.sequence.new_empty(self.count * self.heads, self.length if rows is None else rows, features, dtype=self.dtype)
 
     def _part(self, rows: Tensor, heads: int) -> Tensor:
         """(n * heads, L, ...): this chunk's of the rows of all."""

@@ -6,7 +6,7 @@ The batch is cut into chunks of sequences of similar length (`_fallback_chunks.p
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
 sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
 where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
-case takes one sweep per stage. Saved for the backward are [Q_A | K_A] and Y = P V of "value"; weights are recomputed, except where
+case takes one sweep per stage. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are recomputed, except where
 all of them weigh no more than q, k and v, and computing them again would be a good part of the work. Plain attention goes to
 torch's own kernel where that is faster (`_fallback_stock.py`). With M as in `reference.py`, Z the dropout mask, and
 softmax'(g; p) = p * (g - rowsum(g * p)):
@@ -18,7 +18,7 @@ softmax'(g; p) = p * (g - rowsum(g * p)):
     dS = softmax'(dP; P)                   dQ = softmax_scale dS K               dK = softmax_scale dS^T Q
 
 What torch does on a CPU shapes the rest. Batched products are quick only into contiguous memory, where they also scale and
-add for free: so chunks are three-dimensional (n * H, rows, features), masks are added by the product that makes the scores,
+add for free: so chunks are three-dimensional (n * H, rows, features), what only its own block reads (Q_A) is a tensor per block,
 and results go straight to where they are wanted. Passes over a block of weights that are not products are few.
 
 Rows without an item have weights that are finite but mean nothing. Nothing comes of them: no row with an item gives weight to
@@ -39,7 +39,8 @@ from ._fallback_chunks import LANES, Place, Plan, row_blocks
 from ._fallback_stock import stock_attention, takes
 from .layout import Call, Inputs
 
-_Saved = tuple[list[Tensor], dict[tuple[str, int], Tensor]]  # products and weights of a chunk
+_Named = dict[tuple[str, int], Tensor]  # by name and first row of the block
+_WEIGHTS = ("first", "higher")
 
 
 @dataclass
@@ -51,14 +52,19 @@ class _Chunk:
     q: Tensor  # (n * H, L, D)
     k: Tensor  # (n * H, L, D), one per query head
     v: Tensor  # (n * H, L, D_v)
-    tables: list[Tensor]  # [W_q | W_k], none for "none"; (L, 2R) shared, otherwise (n * H, L, 2R)
+    tables: list[Tensor]  # W_q and W_k, none for "none"; (L, R) shared, otherwise (n * H, L, R)
     gate: Tensor | None  # (n * H, 1, 1)
     blocks: list[tuple[int, int]]  # first row and end of each
-    future: Tensor  # (block rows, block rows + L or 2L): added to scores, hides columns that come L or more after the row's number
+    future: Tensor | None  # (block rows, block rows): added to the scores of a block's rows and the same columns
     padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
-    kept: dict[tuple[str, int], Tensor]  # they, by name and first row of the block
+    kept: _Named
+
+    @property
+    def factors(self) -> list[Tensor]:
+        """What P is multiplied with; the last in "value" alone."""
+        return [*self.tables, self.v]
 
     @property
     def length(self) -> int:
@@ -71,19 +77,21 @@ class _Chunk:
         return hi if self.call.causal else self.length
 
     def _weights(self, name: str, queries: Tensor, keys: Tensor, scale: float, lo: int, hi: int) -> Tensor:
-        """Softmax of queries of rows lo..hi against every key they can see, (n * H, m, c)."""
+        """Softmax of the queries of rows lo..hi against every key they can see, (n * H, m, c)."""
         if (name, lo) in self.kept:
             return self.kept[name, lo]
-        columns, shift = self.columns(hi), self.length - lo
-        hidden = self.future[: hi - lo, shift : shift + columns]
+        right = keys[:, : self.columns(hi)].transpose(1, 2)
+        columns = right.shape[-1]
+        scale = scale if columns >= LANES else scale / math.log(2)
+        scores = queries.new_empty(queries.shape[0], hi - lo, columns)
+        scores.baddbmm_(queries, right, beta=0, alpha=scale)
+        if self.future is not None:
+            scores[..., lo:] += self.future[: hi - lo, : hi - lo]
         if self.padding is not None:
-            hidden = hidden + self.padding[..., :columns]
-        right = keys[:, :columns].transpose(1, 2)
+            scores += self.padding[..., :columns]
         if columns >= LANES:
-            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale)
-            torch.softmax(scores, -1, out=scores)
+            scores = torch.softmax(scores, -1)  # in place it is slower
         else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
-            scores = torch.baddbmm(hidden, queries[:, lo:hi], right, alpha=scale / math.log(2))
             scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
             scores.div_(scores.sum(-1, keepdim=True))
         return self._found(name, lo, scores)
@@ -94,21 +102,20 @@ class _Chunk:
         return weights
 
     def first(self, lo: int, hi: int) -> Tensor:
-        return self._weights("first", self.q, self.k, self.call.softmax_scale, lo, hi)
+        return self._weights("first", self.q[:, lo:hi], self.k, self.call.softmax_scale, lo, hi)
 
-    def higher(self, product: Tensor, lo: int, hi: int) -> Tensor:
-        q_a, k_a = product.chunk(2, -1)
-        return self._weights("higher", q_a, k_a, self.call.refine_scale, lo, hi)
+    def higher(self, products: _Named, lo: int, hi: int) -> Tensor:
+        return self._weights("higher", products["q_a", lo], products["k_a", 0], self.call.refine_scale, lo, hi)
 
     def mask(self, lo: int, hi: int) -> Tensor | None:
         return None if self.seed is None else self.place.mask(self.seed, lo, hi, self.columns(hi))
 
-    def softmax_backward(self, grad: Tensor, weights: Tensor) -> Tensor:
-        """softmax'(grad; weights), in the memory of weights that nobody keeps."""
-        into = torch.empty_like(weights) if self.keep else weights
+    def softmax_backward(self, grad: Tensor, weights: Tensor, *, into: Tensor | None = None) -> Tensor:
+        """softmax'(grad; weights), in the memory of grad unless `into` says where."""
+        into = grad if into is None else into
         if weights.shape[-1] < LANES:
             mean = torch.linalg.vecdot(grad, weights)[..., None]
-            return torch.mul(weights, grad - mean, out=into)
+            return torch.mul(grad - mean, weights, out=into)
         return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=into)
 
     def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
@@ -128,20 +135,13 @@ def _is_kept(blocks: list[tuple[int, int]], length: int, given: Inputs, call: Ca
     return weights * rows <= length * sum(x.numel() for x in given[:3] if x is not None)
 
 
-def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: dict[tuple[str, int], Tensor]) -> _Chunk:
-    length, device, dtype = place.length, given.q.device, place.dtype
-    blocks = row_blocks(length, call.causal)
-    rows = max(hi - lo for lo, hi in blocks)
-    if call.causal:
-        behind = torch.arange(rows + length, device=device) - torch.arange(rows, device=device)[:, None]
-        future = (behind > length).to(dtype) * (torch.finfo(dtype).min / 2)
-    else:
-        future = torch.zeros(1, 1, dtype=dtype, device=device).expand(rows, 2 * length)
+def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: _Named) -> _Chunk:
+    blocks = row_blocks(place.length, call.causal)
+    future = place.plan.future(max(hi - lo for lo, hi in blocks)) if call.causal else None
     q, k, v, _, _, gate, _, seed = given
     tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
-    tables = [torch.cat(tables, -1)] if tables else []
     if gate is not None:
-        gate = gate.to(dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
+        gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
     loaded = place.load(q), place.load(k), place.load(v)
     return _Chunk(place, call, *loaded, tables, gate, blocks, future, place.padding(), seed, keep, kept)
 
@@ -162,23 +162,38 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, 
         total.baddbmm_(left, right, beta=int(add), alpha=scale)
 
 
-def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
-    """Writes the output (n * H, L, D_v); returns what the backward needs besides weights: [Q_A | K_A] and, for "value", Y."""
-    refinement, v = chunk.call.refinement, chunk.v
-    factors = [*chunk.tables, v] if refinement == "value" else chunk.tables
-    products = [chunk.place.empty(x.shape[-1]) for x in factors]
-    values = products[1] if refinement == "value" else v
-    direct = refinement in ("none", "additive")
+def _products(chunk: _Chunk) -> _Named:
+    """Room for P times W_q, by first row of the block; P times W_k; for "value", P times the values. Or for their gradients."""
+    if not chunk.tables:
+        return {}
+    rank, empty = chunk.tables[0].shape[-1], chunk.place.empty
+    found = {("q_a", lo): empty(rank, hi - lo) for lo, hi in chunk.blocks}
+    found["k_a", 0] = empty(rank)
+    if chunk.call.refinement == "value":
+        found["y", 0] = empty(chunk.v.shape[-1])
+    return found
+
+
+def _of_block(products: _Named, lo: int, hi: int) -> list[Tensor]:
+    """The rows of a block of [Q_A, K_A, Y]: what its P gives with [W_q, W_k, V]."""
+    return [x if name == "q_a" else x[:, lo:hi] for (name, row), x in products.items() if name != "q_a" or row == lo]
+
+
+def _forward_chunk(chunk: _Chunk, out: Tensor) -> _Named:
+    """Writes the output (n * H, L, D_v); returns `_products`."""
+    found = _products(chunk)
+    values = found.get(("y", 0), chunk.v)
+    direct = chunk.call.refinement in ("none", "additive")
 
     def correlate(lo: int, hi: int) -> Tensor | None:
         """First stage of a block; returns P if that meets the values."""
         first = chunk.first(lo, hi)
-        for total, right in zip(products, factors, strict=True):
-            _multiply(total[:, lo:hi], first, right[..., : first.shape[-1], :])
+        for total, right in zip(_of_block(found, lo, hi), chunk.factors, strict=False):
+            _multiply(total, first, right[..., : first.shape[-1], :])
         return first if direct else None
 
     def attend(lo: int, hi: int, first: Tensor | None) -> None:
-        weights = chunk.higher(products[0], lo, hi) if chunk.tables else None
+        weights = chunk.higher(found, lo, hi) if found else None
         if first is not None:
             weights = first if weights is None else chunk.mixed(first, weights)
         assert weights is not None
@@ -192,18 +207,17 @@ def _forward_chunk(chunk: _Chunk, out: Tensor) -> list[Tensor]:
             correlate(lo, hi)
         for lo, hi in chunk.blocks:
             attend(lo, hi, chunk.first(lo, hi) if direct else None)
-    return products
+    return found
 
 
 class _ChunkGradients:
     """The backward of a chunk: gradients build up in the given tensors while blocks are visited."""
 
-    def __init__(self, chunk: _Chunk, saved: list[Tensor], dout: Tensor, results: list[Tensor]) -> None:
-        self.chunk, self.saved, self.dout = chunk, saved, dout
+    def __init__(self, chunk: _Chunk, products: _Named, dout: Tensor, results: list[Tensor]) -> None:
+        self.chunk, self.products, self.dout = chunk, products, dout
         self.dq, self.dk, self.dv, *self.dtables = results
-        self.dsaved = [torch.empty_like(x) for x in saved]
-        is_value = chunk.call.refinement == "value"
-        self.values, self.dvalues = (saved[1], self.dsaved[1]) if is_value else (chunk.v, self.dv)
+        self.dproducts = {name: torch.empty_like(x) for name, x in products.items()}
+        self.values, self.dvalues = products.get(("y", 0), chunk.v), self.dproducts.get(("y", 0), self.dv)
         self.dgate = None if chunk.gate is None else torch.zeros_like(chunk.gate)
 
         blocks = chunk.blocks[::-1]
@@ -231,7 +245,7 @@ class _ChunkGradients:
         """Everything below M of a block but P; returns what reaches P directly (dM of "none" and "additive")."""
         chunk, refinement, scale = self.chunk, self.chunk.call.refinement, self.chunk.call.refine_scale
         mask = chunk.mask(lo, hi)
-        higher = first if refinement == "none" else chunk.higher(self.saved[0], lo, hi)
+        higher = first if refinement == "none" else chunk.higher(self.products, lo, hi)
         weights = chunk.mixed(first, higher) if refinement == "additive" else higher
         self._collect(self.dvalues, _times(weights, mask), self.dout[:, lo:hi], hi)
         del weights
@@ -239,35 +253,36 @@ class _ChunkGradients:
         if refinement == "none":
             return grad
         if self.dgate is not None:
-            self.dgate += (higher * grad).sum((1, 2), keepdim=True)
-        dscores = chunk.softmax_backward(grad, higher)
+            self.dgate += torch.linalg.vecdot(higher.flatten(1), grad.flatten(1)).view_as(self.dgate)
+        keep_grad = refinement == "additive"
+        into = None if not keep_grad else torch.empty_like(grad) if chunk.keep else higher
+        dscores = chunk.softmax_backward(grad, higher, into=into)
         if chunk.gate is not None:
             dscores *= chunk.gate
-        (q_a, k_a), (dq_a, dk_a) = (x[0].chunk(2, -1) for x in (self.saved, self.dsaved))
-        _multiply(dq_a[:, lo:hi], dscores, k_a[:, : dscores.shape[-1]], scale=scale)
-        self._collect(dk_a, dscores, q_a[:, lo:hi], hi, scale)
-        return grad if refinement == "additive" else None
+        _multiply(self.dproducts["q_a", lo], dscores, self.products["k_a", 0][:, : dscores.shape[-1]], scale=scale)
+        self._collect(self.dproducts["k_a", 0], dscores, self.products["q_a", lo], hi, scale)
+        return grad if keep_grad else None
 
     def _first_stage(self, lo: int, hi: int, first: Tensor, grad: Tensor | None) -> None:
         """Everything below P of a block; grad is what reached P directly."""
         chunk, columns, scale = self.chunk, first.shape[-1], self.chunk.call.softmax_scale
-        # P was multiplied with [W_q | W_k] and, for "value", V: the factor, the gradients of the product and of the factor.
-        for factor, dproduct, dfactor in zip([*chunk.tables, chunk.v], self.dsaved, [*self.dtables, self.dv], strict=False):
-            rows = dproduct[:, lo:hi].contiguous()
+        dfactors = [*self.dtables, self.dv]
+        for factor, dfactor, drows in zip(chunk.factors, dfactors, _of_block(self.dproducts, lo, hi), strict=False):
             if dfactor.dim() == 2:  # one product over sequences, heads and rows together
-                dfactor[:columns].addmm_(first.flatten(0, 1).T, rows.flatten(0, 1))
+                drows = drows.contiguous()
+                dfactor[:columns].addmm_(first.flatten(0, 1).T, drows.flatten(0, 1))
             else:
-                self._collect(dfactor, first, rows, hi)
+                self._collect(dfactor, first, drows, hi)
             add = grad is not None
             grad = torch.empty_like(first) if grad is None else grad
-            _multiply(grad, rows, factor[..., :columns, :].transpose(-1, -2), add=add)
+            _multiply(grad, drows, factor[..., :columns, :].transpose(-1, -2), add=add)
         assert grad is not None
         dscores = chunk.softmax_backward(grad, first)
         _multiply(self.dq[:, lo:hi], dscores, chunk.k[:, :columns], scale=scale)
         self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Saved] | None) -> Tensor:
+def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Named] | None) -> Tensor:
     """The output in rows form; what the backward needs of each chunk is appended to `saved`."""
     v = given.v
     out = plan.buffer(given.q.shape[1], v.shape[-1], v.dtype)
@@ -277,7 +292,7 @@ def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Saved] | None) 
         value = place.result(out)
         products = _forward_chunk(chunk, value)
         if saved is not None:
-            saved.append((products, chunk.kept))
+            saved.append(products | chunk.kept)
         place.store(out, value)
     return plan.collect(out, v.dtype)
 
@@ -286,13 +301,13 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args):  # type: ignore[no-untyped-def]
         *tensors, call = args
-        saved: list[_Saved] = []
+        saved: list[_Named] = []
         given = Inputs(*tensors)
         plan = Plan(given, call)
         out = _forward(plan, given, call, saved)
         ctx.call, ctx.plan = call, None if torch.compiler.is_compiling() else plan  # which has no tensors of the caller
-        ctx.names = [list(kept) for _, kept in saved]
-        ctx.save_for_backward(*tensors, *(x for products, kept in saved for x in (*products, *kept.values())))
+        ctx.names = [list(named) for named in saved]
+        ctx.save_for_backward(*tensors, *(x for named in saved for x in named.values()))
         return out
 
     @staticmethod
@@ -301,15 +316,15 @@ class _RefinedAttention(torch.autograd.Function):
         given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
         q, k, v, _, _, gate, bounds, _ = given
         tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), ctx.plan or Plan(given, call)
-        inputs, rank = [q, k, v], tables[0].shape[-1] if tables else 0
-        shapes = [(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
-        shapes += [(q.shape[1], 2 * rank, torch.promote_types(*(w.dtype for w in tables)))] if call.per_entry and tables else []
-        buffers = [plan.buffer(*shape) for shape in shapes]
-        dtables = [w.new_zeros(*w.shape[:-1], 2 * rank, dtype=wide) for w in tables[:1] if not call.per_entry]
+        inputs = [q, k, v, *(tables if call.per_entry else [])]
+        buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
+        dtables = [torch.zeros_like(w, dtype=wide, memory_format=torch.contiguous_format) for w in tables if not call.per_entry]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
         for place, names in zip(plan.places, ctx.names, strict=True):
-            products = [next(saved) for _ in range(bool(tables) + (call.refinement == "value"))]
-            chunk = _load_chunk(place, given, call, bool(names), {name: next(saved) for name in names})
+            named = {name: next(saved) for name in names}
+            kept = {name: x for name, x in named.items() if name[0] in _WEIGHTS}
+            products = {name: x for name, x in named.items() if name not in kept}
+            chunk = _load_chunk(place, given, call, bool(kept), kept)
             results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]
             found = _ChunkGradients(chunk, products, place.load_items(dout), results)
             for buffer, value in zip(buffers, results, strict=False):
@@ -318,8 +333,8 @@ class _RefinedAttention(torch.autograd.Function):
                 place.store_table(total, value)
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
-        grads = [plan.collect(buffer, shape[2]) for buffer, shape in zip(buffers, shapes, strict=True)] + dtables
-        grads = grads[:3] + [part.to(w.dtype) for total in grads[3:] for part, w in zip(total.chunk(2, -1), tables, strict=True)]
+        grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, inputs, strict=True)]
+        grads += [total.to(w.dtype) for total, w in zip(dtables, tables, strict=False)]
         if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
