@@ -4,7 +4,7 @@ n sequences of a chunk, H query heads, L window length, m rows of a block, c col
 
 A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
 already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one,
-on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
+once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
 """
 
 from collections.abc import Iterator
@@ -180,6 +180,29 @@ class Plan:
             self._found["padding",] = items, (1 - items).mul_(torch.finfo(self.dtype).min / 2)
         return self._found["padding",]
 
+    def load(self, x: Tensor) -> Tensor:
+        """What chunks load x from: itself; if there are windows, (N, F), each head repeated for the query heads that share it."""
+        if not self.ragged or not self.places:
+            return x
+        rows, strides = _as_rows(x)
+        found = rows.index_select(0, self.index(strides, self.heads, self.heads // x.shape[1]))
+        if all(place.real for place in self.places):
+            return found
+        return torch.where(self.rows(self.heads).valid[:, None], found, 0)
+
+    def load_inputs(self, given: Inputs) -> Inputs:
+        """Loaded q, k, v and, in the dtype of q, the tables, which by position stay what they are."""
+        q, k, v, *tables = given[:5]
+        tables = [w if w is None else w.to(q.dtype) for w in tables]
+        if self.call.per_entry:
+            tables = [w if w is None else self.load(w) for w in tables]
+        return given._replace(q=self.load(q), k=self.load(k), v=self.load(v), w_q=tables[0], w_k=tables[1])
+
+    def load_items(self, x: Tensor) -> Tensor:
+        """Loaded, with zeros, not just any item, at padding."""
+        found = self.load(x)
+        return found.mul_(self.padding()[0][:, None].to(found.dtype)) if self.ragged and self.places else found
+
     def buffer(self, heads: int, features: int, dtype: torch.dtype) -> Buffer:
         """For results of `features` columns that the caller wants in `dtype`; every chunk writes all its rows."""
         if not self.ragged:
@@ -244,6 +267,7 @@ class Place:
         self.plan, self.call, self.heads, self.dtype = plan, plan.call, plan.heads, plan.dtype
         self.chosen = chosen  # entries, if every row is an item
         self.length = length
+        self.blocks = row_blocks(length, plan.call.causal)
         self.real = real  # every sequence has an item
         self.sequence = torch.arange(chosen.start, chosen.stop, device=plan.device) if isinstance(chosen, slice) else chosen
         self.count = self.sequence.shape[0]
@@ -258,24 +282,12 @@ class Place:
         return rows[begin : begin + size].view(self.count * heads, self.length, *rows.shape[1:])
 
     def load(self, x: Tensor) -> Tensor:
-        """The chunk's rows of x, each head repeated for the query heads that share it; padding repeats an item."""
+        """The chunk's rows of what the plan loaded; at padding there is an item."""
+        if self.plan.ragged:
+            return self._part(x, self.heads).to(self.dtype)
         group = self.heads // x.shape[1]
-        if not self.plan.ragged:
-            found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
-            return found.to(self.dtype).flatten(0, 1).contiguous()
-        rows, strides = _as_rows(x)
-        index = self._part(self.plan.index(strides, self.heads, group), self.heads)
-        found = rows.index_select(0, index.flatten()).to(self.dtype).view(-1, self.length, x.shape[-1])
-        if self.real:
-            return found
-        return torch.where(self._part(self.plan.rows(self.heads).valid, self.heads)[..., None], found, 0)
-
-    def load_items(self, x: Tensor) -> Tensor:
-        """The same with zeros at padding."""
-        found = self.load(x)
-        if not self.plan.ragged or not self.real:
-            return found
-        return found.mul_(self._part(self.plan.padding()[0], self.heads)[..., None])
+        found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
+        return found.to(self.dtype).flatten(0, 1).contiguous()
 
     def padding(self) -> Tensor | None:
         """(n * H, 1, L): added to scores, hides columns without an item; None if causality does."""

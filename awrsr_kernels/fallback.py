@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._fallback_chunks import LANES, Place, Plan, row_blocks
+from ._fallback_chunks import LANES, Place, Plan
 from ._fallback_stock import stock_attention, takes
 from .layout import Call, Inputs
 
@@ -48,18 +48,24 @@ class _Chunk:
     """Some sequences in windows of one length, in the accumulation dtype: what a sweep works on."""
 
     place: Place
-    call: Call
     q: Tensor  # (n * H, L, D)
     k: Tensor  # (n * H, L, D), one per query head
     v: Tensor  # (n * H, L, D_v)
     tables: list[Tensor]  # W_q and W_k, none for "none"; (L, R) shared, otherwise (n * H, L, R)
     gate: Tensor | None  # (n * H, 1, 1)
-    blocks: list[tuple[int, int]]  # first row and end of each
     future: Tensor | None  # (block rows, block rows): added to the scores of a block's rows and the same columns
     padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
     kept: _Named
+
+    @property
+    def call(self) -> Call:
+        return self.place.call
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        return self.place.blocks
 
     @property
     def factors(self) -> list[Tensor]:
@@ -127,23 +133,20 @@ def _tables(given: Inputs, call: Call) -> list[Tensor]:
     return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
 
 
-def _is_kept(blocks: list[tuple[int, int]], length: int, given: Inputs, call: Call) -> bool:
+def _is_kept(place: Place, loaded: Inputs) -> bool:
     """Whether all weights together weigh no more than q, k and v, so that keeping them does not change the order of memory."""
-    kinds = 1 + (call.refinement != "none")
-    weights = kinds * sum((hi - lo) * (hi if call.causal else length) for lo, hi in blocks)
-    rows = given.q.shape[:-1].numel()
-    return weights * rows <= length * sum(x.numel() for x in given[:3] if x is not None)
+    kinds = 1 + (place.call.refinement != "none")
+    weights = kinds * sum((hi - lo) * (hi if place.call.causal else place.length) for lo, hi in place.blocks)
+    return weights <= place.length * sum(x.shape[-1] for x in loaded[:3] if x is not None)
 
 
-def _load_chunk(place: Place, given: Inputs, call: Call, keep: bool, kept: _Named) -> _Chunk:
-    blocks = row_blocks(place.length, call.causal)
-    future = place.plan.future(max(hi - lo for lo, hi in blocks)) if call.causal else None
-    q, k, v, _, _, gate, _, seed = given
-    tables = [place.load_table(w.to(q.dtype)) for w in _tables(given, call)]
+def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: _Named) -> _Chunk:
+    q, k, v, _, _, gate, _, seed = loaded
+    tables = [place.load_table(w) for w in _tables(loaded, place.call)]
     if gate is not None:
         gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
-    loaded = place.load(q), place.load(k), place.load(v)
-    return _Chunk(place, call, *loaded, tables, gate, blocks, future, place.padding(), seed, keep, kept)
+    future = place.plan.future(max(hi - lo for lo, hi in place.blocks)) if place.call.causal else None
+    return _Chunk(place, place.load(q), place.load(k), place.load(v), tables, gate, future, place.padding(), seed, keep, kept)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -282,19 +285,17 @@ class _ChunkGradients:
         self._collect(self.dk, dscores, chunk.q[:, lo:hi], hi, scale)
 
 
-def _forward(plan: Plan, given: Inputs, call: Call, saved: list[_Named] | None) -> Tensor:
-    """The output in rows form; what the backward needs of each chunk is appended to `saved`."""
-    v = given.v
-    out = plan.buffer(given.q.shape[1], v.shape[-1], v.dtype)
+def _forward(plan: Plan, loaded: Inputs, dtype: torch.dtype, saved: list[_Named] | None) -> Tensor:
+    """The output in rows form and `dtype`; what the backward needs of each chunk is appended to `saved`."""
+    out = plan.buffer(plan.heads, loaded.v.shape[-1], dtype)
     for place in plan.places:
-        keep = saved is not None and _is_kept(row_blocks(place.length, call.causal), place.length, given, call)
-        chunk = _load_chunk(place, given, call, keep, {})
+        chunk = _load_chunk(place, loaded, saved is not None and _is_kept(place, loaded), {})
         value = place.result(out)
         products = _forward_chunk(chunk, value)
         if saved is not None:
             saved.append(products | chunk.kept)
         place.store(out, value)
-    return plan.collect(out, v.dtype)
+    return plan.collect(out, dtype)
 
 
 class _RefinedAttention(torch.autograd.Function):
@@ -304,18 +305,21 @@ class _RefinedAttention(torch.autograd.Function):
         saved: list[_Named] = []
         given = Inputs(*tensors)
         plan = Plan(given, call)
-        out = _forward(plan, given, call, saved)
+        loaded = plan.load_inputs(given)
+        out = _forward(plan, loaded, given.v.dtype, saved)
         ctx.call, ctx.plan = call, None if torch.compiler.is_compiling() else plan  # which has no tensors of the caller
         ctx.names = [list(named) for named in saved]
-        ctx.save_for_backward(*tensors, *(x for named in saved for x in named.values()))
+        ctx.save_for_backward(*given, *loaded, *(x for named in saved for x in named.values()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        given, saved, call = Inputs(*ctx.saved_tensors[:8]), iter(ctx.saved_tensors[8:]), ctx.call
-        q, k, v, _, _, gate, bounds, _ = given
-        tables, wide, plan = _tables(given, call), torch.promote_types(q.dtype, torch.float32), ctx.plan or Plan(given, call)
+        tensors, call, size = ctx.saved_tensors, ctx.call, len(Inputs._fields)
+        given, loaded, saved = Inputs(*tensors[:size]), Inputs(*tensors[size : 2 * size]), iter(tensors[2 * size :])
+        q, k, v, _, _, gate, _, _ = given
+        plan, tables, wide = ctx.plan or Plan(given, call), _tables(given, call), torch.promote_types(q.dtype, torch.float32)
+        dout = plan.load_items(dout)
         inputs = [q, k, v, *(tables if call.per_entry else [])]
         buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
         dtables = [torch.zeros_like(w, dtype=wide, memory_format=torch.contiguous_format) for w in tables if not call.per_entry]
@@ -324,9 +328,9 @@ class _RefinedAttention(torch.autograd.Function):
             named = {name: next(saved) for name in names}
             kept = {name: x for name, x in named.items() if name[0] in _WEIGHTS}
             products = {name: x for name, x in named.items() if name not in kept}
-            chunk = _load_chunk(place, given, call, bool(kept), kept)
+            chunk = _load_chunk(place, loaded, bool(kept), kept)
             results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]
-            found = _ChunkGradients(chunk, products, place.load_items(dout), results)
+            found = _ChunkGradients(chunk, products, place.load(dout), results)
             for buffer, value in zip(buffers, results, strict=False):
                 place.store(buffer, value)
             for total, value in zip(dtables, results[3:], strict=False):
@@ -346,4 +350,5 @@ def fallback_attention(given: Inputs, call: Call) -> Tensor:
         return stock_attention(given, call)
     if given.need_gradient():
         return _RefinedAttention.apply(*given, call)
-    return _forward(Plan(given, call), given, call, None)
+    plan = Plan(given, call)
+    return _forward(plan, plan.load_inputs(given), given.v.dtype, None)
