@@ -191,12 +191,15 @@ class Plan:
         return torch.where(self.rows(self.heads).valid[:, None], found, 0)
 
     def load_inputs(self, given: Inputs) -> Inputs:
-        """Loaded q, k, v and, in the dtype of q, the tables, which by position stay what they are."""
+        """Loaded q, k and v, and in the dtype of q the tables: loaded, or, if by position, (N, R) shared or (H, N, R)."""
         q, k, v, *tables = given[:5]
         tables = [w if w is None else w.to(q.dtype) for w in tables]
-        if self.call.per_entry:
-            tables = [w if w is None else self.load(w) for w in tables]
+        tables = [w if w is None else self.load(w) if self.call.per_entry else self.by_head(w) for w in tables]
         return given._replace(q=self.load(q), k=self.load(k), v=self.load(v), w_q=tables[0], w_k=tables[1])
+
+    def by_head(self, w: Tensor) -> Tensor:
+        """A table by position, (1, 1 or H, N, R), as (N, R) in the dtype of the arithmetic if heads share it, otherwise (H, N, R)."""
+        return (w[0, 0] if w.shape[1] == 1 else w[0]).to(self.dtype)
 
     def load_items(self, x: Tensor) -> Tensor:
         """Loaded, with zeros, not just any item, at padding."""
@@ -278,8 +281,8 @@ class Place:
 
     def _part(self, rows: Tensor, heads: int) -> Tensor:
         """(n * heads, L, ...): this chunk's of the rows of all."""
-        begin, size = self._start * heads, self.count * self.length * heads
-        return rows[begin : begin + size].view(self.count * heads, self.length, *rows.shape[1:])
+        found = rows.narrow(0, self._start * heads, self.count * self.length * heads)
+        return found.view(self.count * heads, self.length, *rows.shape[1:])
 
     def load(self, x: Tensor) -> Tensor:
         """The chunk's rows of what the plan loaded; at padding there is an item."""
@@ -316,12 +319,12 @@ class Place:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
         if self.call.per_entry:
             return self.load(w)
-        found = table_window(w, self.call, self.length).to(self.dtype)[0]
-        return found[0] if found.shape[0] == 1 else found.repeat(self.count, 1, 1)
+        found = table_window(w, self.call, self.length)
+        return found if found.dim() == 2 else found.repeat(self.count, 1, 1)
 
     def table_result(self, total: Tensor) -> Tensor:
         """Where the gradient of a table by position is written, or, if the whole chunk shares it, added to."""
-        return table_window(total, self.call, self.length)[0, 0] if total.shape[1] == 1 else self.empty(total.shape[-1])
+        return table_window(total, self.call, self.length) if total.dim() == 2 else self.empty(total.shape[-1])
 
     def store_table(self, total: Tensor, value: Tensor) -> None:
         if value.dim() == 3:

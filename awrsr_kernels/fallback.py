@@ -120,8 +120,8 @@ class _Chunk:
         """softmax'(grad; weights), in the memory of grad unless `into` says where."""
         into = grad if into is None else into
         if weights.shape[-1] < LANES:
-            mean = torch.linalg.vecdot(grad, weights)[..., None]
-            return torch.mul(grad - mean, weights, out=into)
+            shares = grad * weights
+            return torch.addcmul(shares, weights, shares.sum(-1, keepdim=True), value=-1, out=into)
         return torch.ops.aten._softmax_backward_data.out(grad, weights, -1, weights.dtype, grad_input=into)
 
     def mixed(self, first: Tensor, higher: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ class _RefinedAttention(torch.autograd.Function):
         dout = plan.load_items(dout)
         inputs = [q, k, v, *(tables if call.per_entry else [])]
         buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
-        dtables = [torch.zeros_like(w, dtype=wide, memory_format=torch.contiguous_format) for w in tables if not call.per_entry]
+        dtables = [torch.zeros_like(plan.by_head(w), dtype=wide) for w in tables if not call.per_entry]
         dgate = q.new_zeros(q.shape[1], dtype=wide)
         for place, names in zip(plan.places, ctx.names, strict=True):
             named = {name: next(saved) for name in names}
@@ -338,7 +338,7 @@ class _RefinedAttention(torch.autograd.Function):
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
         grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, inputs, strict=True)]
-        grads += [total.to(w.dtype) for total, w in zip(dtables, tables, strict=False)]
+        grads += [total.to(w.dtype).view(w.shape) for total, w in zip(dtables, tables, strict=False)]
         if gate is not None:
             dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None

@@ -113,8 +113,8 @@ def scatter_windows(out: Tensor, value: Tensor, windows: Windows, varlen: bool) 
 
 
 def table_window(table: Tensor, call: Call, length: int) -> Tensor:
-    """The rows of a position table (1, 1 or H, N, R) that a window of `length` positions uses."""
-    return table[:, :, table.shape[2] - length :] if call.align_right else table[:, :, :length]
+    """The rows of a position table (..., N, R) that a window of `length` positions uses."""
+    return table.narrow(-2, table.shape[-2] - length if call.align_right else 0, length)
 
 
 def visibility(valid: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
