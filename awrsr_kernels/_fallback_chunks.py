@@ -1,10 +1,12 @@
 """Chunks of a batch: which sequences the torch backend works on at a time, and how rows travel to and from them.
 
-n sequences of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
+n windows of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
 
-A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
-already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one,
-once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
+A window holds a sequence, or several short ones, one after another, none of which sees another: then padding costs little, and
+one chunk serves many lengths. A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic.
+Where a tensor of the caller already looks like that, nothing is copied: products read it and write into it in place. Otherwise
+rows are picked one by one, once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation
+of its rows an index.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
-_CHUNK_WEIGHTS = 1 << 16  # as many weights take about the time that a chunk takes beyond its weights
+_CHUNK_WEIGHTS = 1 << 15  # as many weights take about the time that a chunk takes beyond its weights
 
 
 def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
@@ -39,31 +41,74 @@ def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
     return [(i * step, (i + 1) * step if i + 1 < count else length) for i in range(count)]
 
 
-def _classes(lengths: Tensor, heads: int, max_len: int) -> list[tuple[int, int]]:
+def _classes(lengths: Tensor, heads: int, max_len: int, shared: bool) -> list[tuple[int, int]]:
     """(sequences, window length) of the classes into which ascending lengths fall, shortest first.
 
-    A class of its own must be worth its overhead: the weights that padding its sequences to the next class would add.
+    A class of its own must be worth its overhead: the weights that longer windows for its sequences would add.
     """
     vectors = (lengths + LANES - 1) // LANES
-    half = int((lengths <= LANES // 2).sum())
+    items = torch.zeros(int(vectors[-1]) + 1, dtype=torch.int64).index_add_(0, vectors, lengths).tolist()
     classes: list[tuple[int, int]] = []
-    for i, count in enumerate([half, *vectors[half:].bincount().tolist()]):
-        span = min(max(i * LANES, LANES // 2), max_len)
-        if count and classes:
-            added = heads * classes[-1][0] * (span**2 - classes[-1][1] ** 2)
-            count += classes.pop()[0] if added < _CHUNK_WEIGHTS else 0
-        if count:
-            classes.append((count, span))
+    total = 0  # items of the last class
+    for i, count in enumerate(vectors.bincount().tolist()):
+        span = min(i * LANES, max_len)
+        if not count:
+            continue
+        if classes:
+            members, before = classes[-1]
+            added = total * (span - before) if shared else members * (span**2 - before**2)
+            if heads * added < _CHUNK_WEIGHTS:
+                count += classes.pop()[0]
+                items[i] += total
+        total = items[i]
+        classes.append((count, span))
     return classes
 
 
-def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int, bool]]:
-    """(sequences, window length, whether each is known to have an item) of each chunk, of at most `_BLOCK_WEIGHTS` at a time."""
+def _pack(lengths: list[int], span: int) -> list[list[int]]:
+    """Windows of `span` rows for ascending lengths: the numbers of the sequences in each, long ones joined by short ones."""
+    windows, low, high = [], 0, len(lengths) - 1
+    while low <= high:
+        window, room = [], span
+        while low <= high and lengths[high] <= room:
+            window.append(high)
+            room -= lengths[high]
+            high -= 1
+        while low <= high and lengths[low] <= room:
+            window.append(low)
+            room -= lengths[low]
+            low += 1
+        windows.append(window)
+    return windows
+
+
+class Selection(NamedTuple):
+    """What a chunk is made of."""
+
+    sequences: slice | Tensor  # in the order of windows; a slice of the entries, if every row is an item
+    length: int  # of a window
+    real: bool  # whether each sequence is known to have an item
+    window: Tensor | None = None  # of each sequence, if windows are shared
+
+
+def _can_share(given: Inputs, call: Call, lengths: Tensor) -> bool:
+    """Whether windows may be shared: under dropout Z must be drawn for rows of items, as `Plan.draw_mask` does if there are few."""
+    drawn = (lengths * (lengths + WEIGHTS_PER_CALL - 1) // WEIGHTS_PER_CALL * WEIGHTS_PER_CALL).sum() * given.q.shape[1]
+    return not call.dropout_p or int(drawn) <= _drawn_at_most(given)
+
+
+def _drawn_at_most(given: Inputs) -> int:
+    """Weights whose Z may exist at a time: no more than q, k and v have numbers."""
+    return given.q.numel() + given.k.numel() + given.v.numel()
+
+
+def _selections(given: Inputs, call: Call) -> Iterator[Selection]:
+    """The chunks, of at most `_BLOCK_WEIGHTS` at a time."""
     q, bounds = given.q, given.bounds
     budget = _BLOCK_WEIGHTS.get(q.device.type, _BLOCK_WEIGHTS["cpu"])
 
     def steps(count: int, length: int) -> Iterator[slice]:
-        """Equal parts of `count` sequences of one length that fit the budget."""
+        """Equal parts of `count` windows of one length that fit the budget."""
         rows = max(hi - lo for lo, hi in row_blocks(length, call.causal))
         chunks = -(-count // max(1, budget // (q.shape[1] * rows * length)))
         step = -(-count // chunks)
@@ -73,18 +118,29 @@ def _selections(given: Inputs, call: Call) -> Iterator[tuple[slice | Tensor, int
     if not count or not call.max_len or not q.shape[2]:
         return
     if bounds is None:
-        yield from ((chosen, call.max_len, True) for chosen in steps(count, call.max_len))
-    elif bounds.device.type != "cpu" or torch.compiler.is_compiling():
+        yield from (Selection(chosen, call.max_len, True) for chosen in steps(count, call.max_len))
+        return
+    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
         for chosen in steps(count, call.max_len):
-            yield torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False
-    else:
-        lengths, order = sequence_lengths(call, bounds).sort()
-        begin = int((lengths == 0).sum())
-        for members, span in _classes(lengths[begin:], q.shape[1], call.max_len):
+            yield Selection(torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False)
+        return
+    lengths, order = sequence_lengths(call, bounds).long().sort()
+    begin = int((lengths == 0).sum())
+    if begin == count:
+        return
+    shared = _can_share(given, call, lengths)
+    for members, span in _classes(lengths[begin:], q.shape[1], call.max_len, shared):
+        part = order[begin : begin + members]
+        windows = _pack(lengths[begin : begin + members].tolist(), span) if shared else []
+        begin += members
+        if not shared or len(windows) == members:
             for chosen in steps(members, span):
-                part = order[begin + chosen.start : begin + chosen.stop]
-                yield part.sort().values, span, True  # in the order of memory
-            begin += members
+                yield Selection(part[chosen].sort().values, span, True)  # in the order of memory
+            continue
+        for chosen in steps(len(windows), span):
+            found = windows[chosen]
+            window = torch.arange(len(found)).repeat_interleave(torch.tensor([len(x) for x in found]))
+            yield Selection(part[torch.tensor([i for x in found for i in x])], span, True, window)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -97,7 +153,7 @@ def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
 
 
 class Rows(NamedTuple):
-    """The rows of all chunks, N of them, for a number of heads: a sequence's heads one after another, each a window."""
+    """The rows of all chunks, N of them, for a number of heads: a window's heads one after another, each with all its rows."""
 
     pair: Tensor  # (N,) number of the sequence times heads plus the head; sequences are counted as chunks have them
     local: Tensor  # (N,) position, counted from the sequence's first item
@@ -120,11 +176,10 @@ class Plan:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.entries, self.heads, self.num_rows, _ = q.shape
         self.places: list[Place] = []
-        self.total = sequences = 0  # rows of all chunks, for one head
-        for chosen, length, real in _selections(given, call):
-            self.places.append(Place(self, chosen, length, real, self.total, sequences))
-            sequences += self.places[-1].count
-            self.total += self.places[-1].count * length
+        self.total = 0  # rows of all chunks, for one head
+        for selection in _selections(given, call):
+            self.places.append(Place(self, selection))
+            self.total += self.places[-1].count * selection.length
         self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `first_drawn` says where a row's begin
         self._found: dict[tuple[str | int, ...], Any] = {}
         if self.places and (self.ragged or call.dropout_p):
@@ -133,25 +188,55 @@ class Plan:
             self._draw(given)
 
     def _find_sequences(self, bounds: Tensor | None) -> None:
-        """(n,) numbers for each sequence in the order of chunks."""
+        """(S,) numbers for each sequence in the order of chunks, S of all."""
         call, places = self.call, self.places
         self.sequence = torch.cat([p.sequence for p in places])
-        self.span = torch.cat([p.sequence.new_full((p.count,), p.length) for p in places])
-        self.lengths = self.span if bounds is None else sequence_lengths(call, bounds)[self.sequence]
-        self.first = self.span - self.lengths if call.align_right else torch.zeros_like(self.lengths)
+        length = torch.cat([p.sequence.new_full(p.sequence.shape, p.length) for p in places])
+        self.lengths = length if bounds is None else sequence_lengths(call, bounds).long()[self.sequence]
+        self.shared = any(p.window is not None for p in places)
+        if self.shared:
+            self._find_shares(length)
+        else:  # rows from its first to the next one's; of these before its first item; place of that in the window
+            self.span, self.lead = length, length - self.lengths if call.align_right else torch.zeros_like(length)
+            self.first = self.lead
         if bounds is not None and call.varlen:
             start = bounds.long()[self.sequence]
         else:
             start = self.num_rows - self.lengths if call.align_right else torch.zeros_like(self.lengths)
         self.start = start.clamp(max=self.num_rows - 1)
 
+    def _find_shares(self, length: Tensor) -> None:
+        """The same where several sequences may share a window: there a sequence's rows end where the next one's begin."""
+        alone = torch.cat([torch.full(p.sequence.shape, p.window is None) for p in self.places])
+        counts = [torch.ones_like(p.sequence) if p.window is None else p.window.bincount() for p in self.places]
+        self.count = torch.cat(counts)  # sequences of each window
+        end = self.count.cumsum(0)
+        window = torch.arange(end.shape[0]).repeat_interleave(self.count, output_size=length.shape[0])
+        used = self.lengths.cumsum(0) - self.lengths  # items before it
+        offset = used - used[(end - self.count)[window]]
+        self.first = torch.where(alone & self.call.align_right, length - self.lengths, offset)
+        self.lead = self.first - offset
+        last = torch.zeros_like(alone)
+        last[end - 1] = True
+        self.span = torch.where(last, length - offset, self.lengths)
+
+    def _pairs(self, heads: int) -> Tensor:
+        """(S * heads,) number of the sequence times heads plus the head, in the order of rows."""
+        count = self.sequence.shape[0] * heads
+        if not self.shared:
+            return torch.arange(count, device=self.device)
+        inside = self.count.repeat_interleave(self.count * heads, output_size=count)
+        before = ((self.count.cumsum(0) - self.count) * heads).repeat_interleave(self.count * heads, output_size=count)
+        within = torch.arange(count) - before
+        return before + within % inside * heads + within // inside
+
     def rows(self, heads: int) -> Rows:
         if ("rows", heads) not in self._found:
-            count = self.total * heads
-            spans = self.span.repeat_interleave(heads)
-            pair = torch.arange(spans.shape[0], device=self.device).repeat_interleave(spans, output_size=count)
-            begin = (spans.cumsum(0) - spans + self.first.repeat_interleave(heads))[pair]
-            local = torch.arange(count, device=self.device) - begin
+            count, pairs = self.total * heads, self._pairs(heads)
+            spans, lead = (x.repeat_interleave(heads)[pairs] for x in (self.span, self.lead))
+            place = torch.arange(pairs.shape[0], device=self.device).repeat_interleave(spans, output_size=count)
+            local = torch.arange(count, device=self.device) - (spans.cumsum(0) - spans + lead)[place]
+            pair = pairs[place]
             valid = (local >= 0) & (local < self.lengths.repeat_interleave(heads)[pair])
             self._found["rows", heads] = Rows(pair, local, valid)
         return self._found["rows", heads]
@@ -165,6 +250,15 @@ class Plan:
             last = (self.lengths - 1).clamp(min=0).repeat_interleave(heads)[rows.pair]
             self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
         return self._found["index", heads, group, *strides]
+
+    def table_rows(self, size: int) -> Tensor:
+        """(N,) which of `size` rows of a table by position belongs to a row; some other one at padding."""
+        if ("table", size) not in self._found:
+            pair, local, _ = self.rows(self.heads)
+            lengths = self.lengths.repeat_interleave(self.heads)[pair]
+            shift = size - lengths if self.call.align_right else 0
+            self._found["table", size] = (local.clamp(min=0).minimum(lengths - 1) + shift).clamp_(min=0)
+        return self._found["table", size]
 
     def future(self, rows: int) -> Tensor:
         """(rows, rows): hides columns after the row when added to scores."""
@@ -198,7 +292,7 @@ class Plan:
         return given._replace(q=self.load(q), k=self.load(k), v=self.load(v), w_q=tables[0], w_k=tables[1])
 
     def by_head(self, w: Tensor) -> Tensor:
-        """A table by position, (1, 1 or H, N, R), as (N, R) in the dtype of the arithmetic if heads share it, otherwise (H, N, R)."""
+        """A table by position, (1, 1 or H, N, R), in the dtype of the arithmetic: (N, R) if heads share it, else (H, N, R)."""
         return (w[0, 0] if w.shape[1] == 1 else w[0]).to(self.dtype)
 
     def load_items(self, x: Tensor) -> Tensor:
@@ -247,7 +341,7 @@ class Plan:
         groups = groups * valid
         end = groups.cumsum(0)
         count, before, widest = int(end[-1]), end - groups, max(p.length for p in self.places)
-        if count * WEIGHTS_PER_CALL > given.q.numel() + given.k.numel() + given.v.numel():
+        if count * WEIGHTS_PER_CALL > _drawn_at_most(given):
             return
         row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
         group = torch.arange(count) - before[row]
@@ -266,15 +360,15 @@ class Plan:
 class Place:
     """One chunk, and how it reads and writes tensors of the caller."""
 
-    def __init__(self, plan: Plan, chosen: slice | Tensor, length: int, real: bool, start: int, sequences: int) -> None:
+    def __init__(self, plan: Plan, selection: Selection) -> None:
         self.plan, self.call, self.heads, self.dtype = plan, plan.call, plan.heads, plan.dtype
-        self.chosen = chosen  # entries, if every row is an item
-        self.length = length
-        self.blocks = row_blocks(length, plan.call.causal)
-        self.real = real  # every sequence has an item
+        self.chosen, self.length, self.real, self.window = selection
+        self.blocks = row_blocks(self.length, plan.call.causal)
+        chosen = self.chosen
         self.sequence = torch.arange(chosen.start, chosen.stop, device=plan.device) if isinstance(chosen, slice) else chosen
-        self.count = self.sequence.shape[0]
-        self._start, self._sequences = start, sequences  # rows and sequences of the chunks before it
+        self.count = self.sequence.shape[0] if self.window is None else int(self.window[-1]) + 1  # of windows
+        self._start = plan.total  # rows of the chunks before it
+        self._sequences = sum(p.sequence.shape[0] for p in plan.places)  # theirs
 
     def empty(self, features: int, rows: int | None = None) -> Tensor:
         return self.sequence.new_empty(self.count * self.heads, self.length if rows is None else rows, features, dtype=self.dtype)
@@ -292,11 +386,23 @@ class Place:
         found = x[self.chosen] if group == 1 else x[self.chosen].repeat_interleave(group, dim=1)
         return found.to(self.dtype).flatten(0, 1).contiguous()
 
+    def future(self) -> Tensor | None:
+        """(m, m) of the largest block: added to scores of a block's rows and the same columns, hides columns after the row."""
+        return self.plan.future(max(hi - lo for lo, hi in self.blocks)) if self.call.causal else None
+
     def padding(self) -> Tensor | None:
-        """(n * H, 1, L): added to scores, hides columns without an item; None if causality does."""
-        if not self.plan.ragged or (self.call.causal and not self.call.align_right):
+        """(n * H, 1, L): added to scores, hides columns without an item; None if causality or `strangers` does."""
+        if not self.plan.ragged or self.window is not None or (self.call.causal and not self.call.align_right):
             return None
         return self._part(self.plan.padding()[1], self.heads)[:, None]
+
+    def strangers(self) -> Tensor | None:
+        """(n, 1, L, L): added to scores, hides columns of another sequence in the same window; None if each has its own."""
+        if self.window is None:
+            return None
+        pair, _, valid = (self._part(x, self.heads).unflatten(0, (-1, self.heads))[:, 0] for x in self.plan.rows(self.heads))
+        owner = torch.where(valid, pair, -1)
+        return (owner[:, :, None] != owner[:, None]).to(self.dtype).mul_(torch.finfo(self.dtype).min / 2)[:, None]
 
     def _share(self, buffer: Buffer) -> Tensor:
         """(n * heads, L, F): the chunk's part of a buffer."""
@@ -319,15 +425,27 @@ class Place:
         """(L, R) if the whole chunk shares it, otherwise (n * H, L, R)."""
         if self.call.per_entry:
             return self.load(w)
+        if self.window is not None:
+            return w.flatten(0, -2).index_select(0, self._table_rows(w)).view(-1, self.length, w.shape[-1])
         found = table_window(w, self.call, self.length)
         return found if found.dim() == 2 else found.repeat(self.count, 1, 1)
 
     def table_result(self, total: Tensor) -> Tensor:
         """Where the gradient of a table by position is written, or, if the whole chunk shares it, added to."""
-        return table_window(total, self.call, self.length) if total.dim() == 2 else self.empty(total.shape[-1])
+        is_shared = total.dim() == 2 and self.window is None
+        return table_window(total, self.call, self.length) if is_shared else self.empty(total.shape[-1])
+
+    def _table_rows(self, w: Tensor) -> Tensor:
+        """(n * H * L,) row of a table by position, (N, R) or (H, N, R), whose rows are numbered through."""
+        found = self._part(self.plan.table_rows(w.shape[-2]), self.heads)
+        if w.dim() == 3:
+            found = found.unflatten(0, (-1, self.heads)) + torch.arange(self.heads)[:, None] * w.shape[-2]
+        return found.flatten()
 
     def store_table(self, total: Tensor, value: Tensor) -> None:
-        if value.dim() == 3:
+        if self.window is not None:
+            total.view(-1, total.shape[-1]).index_add_(0, self._table_rows(total), value.view(-1, total.shape[-1]))
+        elif value.dim() == 3:
             table_window(total, self.call, self.length).add_(value.unflatten(0, (-1, self.heads)).sum(0))
 
     def mask(self, seed: Tensor, lo: int, hi: int, columns: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Refined attention in plain torch with O(L) memory and its own backward: the CPU path.
 
-n sequences of a chunk, H query heads, L window length, m rows of a block, c columns they can see, D, D_v, R feature sizes.
+n windows of a chunk, H query heads, L window length, m rows of a block, c columns they can see, D, D_v, R feature sizes.
 
 The batch is cut into chunks of sequences of similar length (`_fallback_chunks.py`; so padding costs little) and each chunk into
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
@@ -55,6 +55,7 @@ class _Chunk:
     gate: Tensor | None  # (n * H, 1, 1)
     future: Tensor | None  # (block rows, block rows): added to the scores of a block's rows and the same columns
     padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
+    strangers: Tensor | None  # (n, 1, L, L): added to scores, hides columns of other sequences
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
     kept: _Named
@@ -95,6 +96,8 @@ class _Chunk:
             scores[..., lo:] += self.future[: hi - lo, : hi - lo]
         if self.padding is not None:
             scores += self.padding[..., :columns]
+        if self.strangers is not None:
+            scores.unflatten(0, (-1, self.place.heads)).add_(self.strangers[:, :, lo:hi, :columns])
         if columns >= LANES:
             scores = torch.softmax(scores, -1)  # in place it is slower
         else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
@@ -145,8 +148,8 @@ def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: _Named) -> _Chun
     tables = [place.load_table(w) for w in _tables(loaded, place.call)]
     if gate is not None:
         gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
-    future = place.plan.future(max(hi - lo for lo, hi in place.blocks)) if place.call.causal else None
-    return _Chunk(place, place.load(q), place.load(k), place.load(v), tables, gate, future, place.padding(), seed, keep, kept)
+    hidden = (None, None, None) if kept else (place.future(), place.padding(), place.strangers())
+    return _Chunk(place, place.load(q), place.load(k), place.load(v), tables, gate, *hidden, seed, keep, kept)
 
 
 def _times(weights: Tensor, mask: Tensor | None) -> Tensor:
@@ -307,23 +310,27 @@ class _RefinedAttention(torch.autograd.Function):
         plan = Plan(given, call)
         loaded = plan.load_inputs(given)
         out = _forward(plan, loaded, given.v.dtype, saved)
-        ctx.call, ctx.plan = call, None if torch.compiler.is_compiling() else plan  # which has no tensors of the caller
-        ctx.names = [list(named) for named in saved]
-        ctx.save_for_backward(*given, *loaded, *(x for named in saved for x in named.values()))
+        eager = not torch.compiler.is_compiling()
+        ctx.call, ctx.names = call, [list(named) for named in saved]
+        ctx.plan = plan if eager else None  # it has no tensors of the caller
+        ctx.loaded = eager and plan.ragged  # rows once picked are not picked again
+        ctx.kinds = [(x.shape, x.dtype) for x in (given.q, given.k, given.v, *_tables(given, call))]
+        ctx.save_for_backward(*(loaded if ctx.loaded else given), *(x for named in saved for x in named.values()))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout):  # type: ignore[no-untyped-def]
-        tensors, call, size = ctx.saved_tensors, ctx.call, len(Inputs._fields)
-        given, loaded, saved = Inputs(*tensors[:size]), Inputs(*tensors[size : 2 * size]), iter(tensors[2 * size :])
-        q, k, v, _, _, gate, _, _ = given
-        plan, tables, wide = ctx.plan or Plan(given, call), _tables(given, call), torch.promote_types(q.dtype, torch.float32)
+        size, call = len(Inputs._fields), ctx.call
+        given, saved = Inputs(*ctx.saved_tensors[:size]), iter(ctx.saved_tensors[size:])
+        plan = ctx.plan or Plan(given, call)
+        loaded = given if ctx.loaded else plan.load_inputs(given)
         dout = plan.load_items(dout)
-        inputs = [q, k, v, *(tables if call.per_entry else [])]
-        buffers = [plan.buffer(x.shape[1], x.shape[-1], x.dtype) for x in inputs]
-        dtables = [torch.zeros_like(plan.by_head(w), dtype=wide) for w in tables if not call.per_entry]
-        dgate = q.new_zeros(q.shape[1], dtype=wide)
+        count = len(ctx.kinds) if call.per_entry else 3  # of gradients that have rows like the output
+        inputs, tables = ctx.kinds[:count], ctx.kinds[count:]
+        buffers = [plan.buffer(shape[1], shape[-1], dtype) for shape, dtype in inputs]
+        dtables = [dout.new_zeros(shape[2:] if shape[1] == 1 else shape[1:], dtype=plan.dtype) for shape, _ in tables]
+        dgate = dout.new_zeros(plan.heads, dtype=plan.dtype)
         for place, names in zip(plan.places, ctx.names, strict=True):
             named = {name: next(saved) for name in names}
             kept = {name: x for name, x in named.items() if name[0] in _WEIGHTS}
@@ -337,10 +344,10 @@ class _RefinedAttention(torch.autograd.Function):
                 place.store_table(total, value)
             if found.dgate is not None:
                 dgate += found.dgate.view(-1, place.heads).sum(0)
-        grads = [plan.collect(buffer, x.dtype) for buffer, x in zip(buffers, inputs, strict=True)]
-        grads += [total.to(w.dtype).view(w.shape) for total, w in zip(dtables, tables, strict=False)]
-        if gate is not None:
-            dgate = (dgate if gate.shape[0] == q.shape[1] else dgate.sum(0, keepdim=True)).to(gate.dtype)
+        grads = [plan.collect(buffer, dtype) for buffer, (_, dtype) in zip(buffers, inputs, strict=True)]
+        grads += [total.to(dtype).view(shape) for total, (shape, dtype) in zip(dtables, tables, strict=True)]
+        if (gate := given.gate) is not None:
+            dgate = (dgate if gate.shape[0] == plan.heads else dgate.sum(0, keepdim=True)).to(gate.dtype)
         return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
 
 
