@@ -22,6 +22,7 @@ LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
+_FAR = 1e30  # subtracted from a score it hides it, and so does a million times as much, which is a number still
 _CHUNK_WEIGHTS = 1 << 15  # as many weights take about the time that a chunk takes beyond its weights
 
 
@@ -212,6 +213,7 @@ class Plan:
         self.count = torch.cat(counts)  # sequences of each window
         end = self.count.cumsum(0)
         window = torch.arange(end.shape[0]).repeat_interleave(self.count, output_size=length.shape[0])
+        self.number = torch.arange(1, window.shape[0] + 1) - (end - self.count)[window]  # of the sequence in its window, from 1
         used = self.lengths.cumsum(0) - self.lengths  # items before it
         offset = used - used[(end - self.count)[window]]
         self.first = torch.where(alone & self.call.align_right, length - self.lengths, offset)
@@ -250,6 +252,13 @@ class Plan:
             last = (self.lengths - 1).clamp(min=0).repeat_interleave(heads)[rows.pair]
             self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
         return self._found["index", heads, group, *strides]
+
+    def owner(self) -> Tensor:
+        """(N,), for one head: which sequence of its window a row belongs to, from 1; 0 at padding, unless causality hides that."""
+        if ("owner",) not in self._found:
+            owner = self.number.to(self.dtype).repeat_interleave(self.span, output_size=self.total)
+            self._found["owner",] = owner if self.call.causal else owner.mul_(self.rows(1).valid)
+        return self._found["owner",]
 
     def table_rows(self, size: int) -> Tensor:
         """(N,) which of `size` rows of a table by position belongs to a row; some other one at padding."""
@@ -400,9 +409,8 @@ class Place:
         """(n, 1, L, L): added to scores, hides columns of another sequence in the same window; None if each has its own."""
         if self.window is None:
             return None
-        pair, _, valid = (self._part(x, self.heads).unflatten(0, (-1, self.heads))[:, 0] for x in self.plan.rows(self.heads))
-        owner = torch.where(valid, pair, -1)
-        return (owner[:, :, None] != owner[:, None]).to(self.dtype).mul_(torch.finfo(self.dtype).min / 2)[:, None]
+        owner = self._part(self.plan.owner(), 1)
+        return (owner[:, :, None] - owner[:, None]).abs_().mul_(-_FAR)[:, None]
 
     def _share(self, buffer: Buffer) -> Tensor:
         """(n * heads, L, F): the chunk's part of a buffer."""

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awrsr_kernels import refined_attention, refined_attention_varlen
+from awrsr_kernels import _fallback_chunks, refined_attention, refined_attention_varlen
 from awrsr_kernels.tolerance import wrong_results
 
 from .conftest import DEVICE, ENGINES, cumulative
@@ -161,6 +161,38 @@ def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: t
     with torch.no_grad():
         out = refined_attention(**tensors, w_q=None, w_k=None, refinement="none", causal=causal, backend="torch")
     assert wrong_results({"out": out}, {"out": results(doubles, "reference")["out"]}, {"out": found["out"]}, dtype) == []
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("table", ["shared", "head", "entry"])
+@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
+def test_short_histories_share_windows(refinement: str, table: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend on a CPU: each result agrees, and windows with several histories were made."""
+    if DEVICE != "cpu":
+        pytest.skip("a CPU's way")
+    made: list[list[int]] = []
+    pack = _fallback_chunks._pack
+
+    def record(lengths: list[int], span: int) -> list[list[int]]:
+        windows = pack(lengths, span)
+        assert sorted(i for x in windows for i in x) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in x) <= span for x in windows)
+        made.extend(windows)
+        return windows
+
+    monkeypatch.setattr(_fallback_chunks, "_pack", record)
+    for seed, padded in enumerate([False, True]):
+        lengths = torch.randint(0, 12, (60,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50, 100]
+        problem = Problem(
+            heads=4, kv_heads=2, lengths=lengths, padded=padded, ragged=True, extra_rows=3, widths=(20, 16, 8), table=table,
+            gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
+        )  # fmt: skip
+        tensors = tensors_of(problem, refinement, torch.float32)
+        doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+        exact = compute(problem, refinement, doubles, "reference", torch.float32)
+        same = compute(problem, refinement, tensors, "reference", torch.float32)
+        assert wrong_results(compute(problem, refinement, tensors, "torch", torch.float32), exact, same, torch.float32) == []
+    assert max(len(window) for window in made) > 5
 
 
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
