@@ -1,147 +1,23 @@
-"""Chunks of a batch: which sequences the torch backend works on at a time, and how rows travel to and from them.
+"""Chunks of a batch, which `_fallback_selection.py` selects: how rows travel to and from them.
 
 n windows of a chunk, H query heads, L window length, m rows of a block, c columns, F features.
 
-A window holds a sequence, or several short ones, one after another, none of which sees another: then padding costs little, and
-one chunk serves many lengths. A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic.
-Where a tensor of the caller already looks like that, nothing is copied: products read it and write into it in place. Otherwise
-rows are picked one by one, once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation
-of its rows an index.
+A chunk holds each of its tensors as (n * H, L, F), contiguous, in the dtype of the arithmetic. Where a tensor of the caller
+already looks like that, nothing is copied: products read it and write into it in place. Otherwise rows are picked one by one,
+once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._fallback_selection import Selection, drawn_at_most, row_blocks, selections
 from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
 from .layout import Call, Inputs, sequence_lengths, table_window
 
-LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
-_BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
-_BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
 _FAR = 1e30  # subtracted from a score it hides it, and so does a million times as much, which is a number still
-_CHUNK_WEIGHTS = 1 << 15  # as many weights take about the time that a chunk takes beyond its weights
-
-
-def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
-    """(first, end) of each block of rows of a window.
-
-    Causal blocks leave out the columns of later ones. The more blocks, the nearer that comes to half of all weights, but small
-    products are slow: three blocks is the compromise, as far as the bounds allow it.
-    """
-    fewest, most = _BLOCK_ROWS
-    if causal:
-        step = min(max(length // 3 // LANES * LANES, fewest), most)
-        count = max(1, (length + step - LANES) // step)  # what would be a block of a few rows goes with the one before
-    else:
-        count = -(-length // most)
-        step = -(-length // count)
-    return [(i * step, (i + 1) * step if i + 1 < count else length) for i in range(count)]
-
-
-def _classes(lengths: Tensor, heads: int, max_len: int, shared: bool) -> list[tuple[int, int]]:
-    """(sequences, window length) of the classes into which ascending lengths fall, shortest first.
-
-    A class of its own must be worth its overhead: the weights that longer windows for its sequences would add.
-    """
-    vectors = (lengths + LANES - 1) // LANES
-    items = torch.zeros(int(vectors[-1]) + 1, dtype=torch.int64).index_add_(0, vectors, lengths).tolist()
-    classes: list[tuple[int, int]] = []
-    total = 0  # items of the last class
-    for i, count in enumerate(vectors.bincount().tolist()):
-        span = min(i * LANES, max_len)
-        if not count:
-            continue
-        if classes:
-            members, before = classes[-1]
-            added = total * (span - before) if shared else members * (span**2 - before**2)
-            if heads * added < _CHUNK_WEIGHTS:
-                count += classes.pop()[0]
-                items[i] += total
-        total = items[i]
-        classes.append((count, span))
-    return classes
-
-
-def _pack(lengths: list[int], span: int) -> list[list[int]]:
-    """Windows of `span` rows for ascending lengths: the numbers of the sequences in each, long ones joined by short ones."""
-    windows, low, high = [], 0, len(lengths) - 1
-    while low <= high:
-        window, room = [], span
-        while low <= high and lengths[high] <= room:
-            window.append(high)
-            room -= lengths[high]
-            high -= 1
-        while low <= high and lengths[low] <= room:
-            window.append(low)
-            room -= lengths[low]
-            low += 1
-        windows.append(window)
-    return windows
-
-
-class Selection(NamedTuple):
-    """What a chunk is made of."""
-
-    sequences: slice | Tensor  # in the order of windows; a slice of the entries, if every row is an item
-    length: int  # of a window
-    real: bool  # whether each sequence is known to have an item
-    window: Tensor | None = None  # of each sequence, if windows are shared
-
-
-def _can_share(given: Inputs, call: Call, lengths: Tensor) -> bool:
-    """Whether windows may be shared: under dropout Z must be drawn for rows of items, as `Plan.draw_mask` does if there are few."""
-    drawn = (lengths * (lengths + WEIGHTS_PER_CALL - 1) // WEIGHTS_PER_CALL * WEIGHTS_PER_CALL).sum() * given.q.shape[1]
-    return not call.dropout_p or int(drawn) <= _drawn_at_most(given)
-
-
-def _drawn_at_most(given: Inputs) -> int:
-    """Weights whose Z may exist at a time: no more than q, k and v have numbers."""
-    return given.q.numel() + given.k.numel() + given.v.numel()
-
-
-def _selections(given: Inputs, call: Call) -> Iterator[Selection]:
-    """The chunks, of at most `_BLOCK_WEIGHTS` at a time."""
-    q, bounds = given.q, given.bounds
-    budget = _BLOCK_WEIGHTS.get(q.device.type, _BLOCK_WEIGHTS["cpu"])
-
-    def steps(count: int, length: int) -> Iterator[slice]:
-        """Equal parts of `count` windows of one length that fit the budget."""
-        rows = max(hi - lo for lo, hi in row_blocks(length, call.causal))
-        chunks = -(-count // max(1, budget // (q.shape[1] * rows * length)))
-        step = -(-count // chunks)
-        return (slice(lo, min(lo + step, count)) for lo in range(0, count, step))
-
-    count = q.shape[0] if bounds is None else bounds.shape[0] - call.varlen
-    if not count or not call.max_len or not q.shape[2]:
-        return
-    if bounds is None:
-        yield from (Selection(chosen, call.max_len, True) for chosen in steps(count, call.max_len))
-        return
-    if bounds.device.type != "cpu" or torch.compiler.is_compiling():
-        for chosen in steps(count, call.max_len):
-            yield Selection(torch.arange(chosen.start, chosen.stop, device=q.device), call.max_len, False)
-        return
-    lengths, order = sequence_lengths(call, bounds).long().sort()
-    begin = int((lengths == 0).sum())
-    if begin == count:
-        return
-    shared = _can_share(given, call, lengths)
-    for members, span in _classes(lengths[begin:], q.shape[1], call.max_len, shared):
-        part = order[begin : begin + members]
-        windows = _pack(lengths[begin : begin + members].tolist(), span) if shared else []
-        begin += members
-        if not shared or len(windows) == members:
-            for chosen in steps(members, span):
-                yield Selection(part[chosen].sort().values, span, True)  # in the order of memory
-            continue
-        for chosen in steps(len(windows), span):
-            found = windows[chosen]
-            window = torch.arange(len(found)).repeat_interleave(torch.tensor([len(x) for x in found]))
-            yield Selection(part[torch.tensor([i for x in found for i in x])], span, True, window)
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -159,6 +35,8 @@ class Rows(NamedTuple):
     pair: Tensor  # (N,) number of the sequence times heads plus the head; sequences are counted as chunks have them
     local: Tensor  # (N,) position, counted from the sequence's first item
     valid: Tensor  # (N,) bool, whether it is an item
+    item: Tensor  # (N,) the nearest position of an item
+    length: Tensor  # (N,) of the sequence
 
 
 class Buffer(NamedTuple):
@@ -178,7 +56,7 @@ class Plan:
         self.entries, self.heads, self.num_rows, _ = q.shape
         self.places: list[Place] = []
         self.total = 0  # rows of all chunks, for one head
-        for selection in _selections(given, call):
+        for selection in selections(given, call):
             self.places.append(Place(self, selection))
             self.total += self.places[-1].count * selection.length
         self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `first_drawn` says where a row's begin
@@ -227,10 +105,10 @@ class Plan:
         count = self.sequence.shape[0] * heads
         if not self.shared:
             return torch.arange(count, device=self.device)
-        inside = self.count.repeat_interleave(self.count * heads, output_size=count)
-        before = ((self.count.cumsum(0) - self.count) * heads).repeat_interleave(self.count * heads, output_size=count)
-        within = torch.arange(count) - before
-        return before + within % inside * heads + within // inside
+        before = (self.count.cumsum(0) - self.count) * heads
+        both = torch.stack((self.count, before)).repeat_interleave(self.count * heads, 1, output_size=count)
+        within = torch.arange(count) - both[1]
+        return both[1] + within % both[0] * heads + within // both[0]
 
     def rows(self, heads: int) -> Rows:
         if ("rows", heads) not in self._found:
@@ -239,8 +117,9 @@ class Plan:
             place = torch.arange(pairs.shape[0], device=self.device).repeat_interleave(spans, output_size=count)
             local = torch.arange(count, device=self.device) - (spans.cumsum(0) - spans + lead)[place]
             pair = pairs[place]
-            valid = (local >= 0) & (local < self.lengths.repeat_interleave(heads)[pair])
-            self._found["rows", heads] = Rows(pair, local, valid)
+            length = self.lengths.repeat_interleave(heads)[pair]
+            item = local.clamp(min=0).minimum((length - 1).clamp_(min=0))
+            self._found["rows", heads] = Rows(pair, local, (local == item) & (length > 0), item, length)
         return self._found["rows", heads]
 
     def index(self, strides: tuple[int, int, int], heads: int, group: int) -> Tensor:
@@ -249,8 +128,7 @@ class Plan:
             rows, (entry, head, row) = self.rows(heads), strides
             base = (self.start * row if self.call.varlen else self.start * row + self.sequence * entry)[:, None]
             base = (base + torch.arange(heads, device=self.device) // group * head).flatten()[rows.pair]
-            last = (self.lengths - 1).clamp(min=0).repeat_interleave(heads)[rows.pair]
-            self._found["index", heads, group, *strides] = base + rows.local.clamp(min=0).minimum(last) * row
+            self._found["index", heads, group, *strides] = base + rows.item * row
         return self._found["index", heads, group, *strides]
 
     def owner(self) -> Tensor:
@@ -263,10 +141,8 @@ class Plan:
     def table_rows(self, size: int) -> Tensor:
         """(N,) which of `size` rows of a table by position belongs to a row; some other one at padding."""
         if ("table", size) not in self._found:
-            pair, local, _ = self.rows(self.heads)
-            lengths = self.lengths.repeat_interleave(self.heads)[pair]
-            shift = size - lengths if self.call.align_right else 0
-            self._found["table", size] = (local.clamp(min=0).minimum(lengths - 1) + shift).clamp_(min=0)
+            rows = self.rows(self.heads)
+            self._found["table", size] = rows.item + (size - rows.length) if self.call.align_right else rows.item
         return self._found["table", size]
 
     def future(self, rows: int) -> Tensor:
@@ -342,15 +218,15 @@ class Plan:
     def _draw(self, given: Inputs) -> None:
         """Z of all weights at once, unless it would be larger than q, k and v."""
         assert given.seed is not None
-        pair, local, valid = self.rows(self.heads)
+        pair, local, valid, _, length = self.rows(self.heads)
         if self.call.causal:
             groups = local // WEIGHTS_PER_CALL + 1
         else:
-            groups = ((self.lengths - 1) // WEIGHTS_PER_CALL + 1).repeat_interleave(self.heads)[pair]
+            groups = (length - 1) // WEIGHTS_PER_CALL + 1
         groups = groups * valid
         end = groups.cumsum(0)
         count, before, widest = int(end[-1]), end - groups, max(p.length for p in self.places)
-        if count * WEIGHTS_PER_CALL > _drawn_at_most(given):
+        if count * WEIGHTS_PER_CALL > drawn_at_most(given):
             return
         row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
         group = torch.arange(count) - before[row]

@@ -58,8 +58,8 @@ def refined_attention(
             number of derivatives), or "auto": triton where it can run on a GPU, otherwise torch.
 
     Returns:
-        (B, H, L, D_v) in v's dtype. "triton" and "torch" are differentiable once. Entries are independent; but "triton" lets short
-        ones share a tile, where a NaN or Inf in a real item of one reaches the others.
+        (B, H, L, D_v) in v's dtype. "triton" and "torch" are differentiable once. Entries are independent; but "triton" and, where
+        there are lengths, "torch" let short ones share a tile, where a NaN or Inf in a real item of one reaches the others.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.

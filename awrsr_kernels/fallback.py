@@ -2,7 +2,7 @@
 
 n windows of a chunk, H query heads, L window length, m rows of a block, c columns they can see, D, D_v, R feature sizes.
 
-The batch is cut into chunks of sequences of similar length (`_fallback_chunks.py`; so padding costs little) and each chunk into
+The batch is cut into chunks of windows of similar length (`_fallback_selection.py`; so padding costs little) and each chunk into
 blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row only, and one
 sweep serves both stages: K_A (and P V) are complete for the rows above. The backward sweeps from the last block to the first,
 where the same holds for the gradients: once a block has been visited, nothing below adds to its dK_A (and dY). The bidirectional
@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._fallback_chunks import LANES, Place, Plan
+from ._fallback_chunks import Place, Plan
+from ._fallback_selection import LANES
 from ._fallback_stock import stock_attention, takes
 from .layout import Call, Inputs
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awrsr_kernels import _fallback_chunks, refined_attention, refined_attention_varlen
+from awrsr_kernels import _fallback_selection, refined_attention, refined_attention_varlen
 from awrsr_kernels.tolerance import wrong_results
 
 from .conftest import DEVICE, ENGINES, cumulative
@@ -171,7 +171,7 @@ def test_short_histories_share_windows(refinement: str, table: str, causal: bool
     if DEVICE != "cpu":
         pytest.skip("a CPU's way")
     made: list[list[int]] = []
-    pack = _fallback_chunks._pack
+    pack = _fallback_selection._pack
 
     def record(lengths: list[int], span: int) -> list[list[int]]:
         windows = pack(lengths, span)
@@ -180,7 +180,7 @@ def test_short_histories_share_windows(refinement: str, table: str, causal: bool
         made.extend(windows)
         return windows
 
-    monkeypatch.setattr(_fallback_chunks, "_pack", record)
+    monkeypatch.setattr(_fallback_selection, "_pack", record)
     for seed, padded in enumerate([False, True]):
         lengths = torch.randint(0, 12, (60,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50, 100]
         problem = Problem(
