@@ -94,7 +94,7 @@ class _Chunk:
         scores = queries.new_empty(queries.shape[0], hi - lo, columns)
         scores.baddbmm_(queries, right, beta=0, alpha=scale)
         if self.future is not None:
-            scores[..., lo:] += self.future[: hi - lo, : hi - lo]
+            scores[..., lo:].add_(self.future[: hi - lo, : hi - lo])
         if self.padding is not None:
             scores += self.padding[..., :columns]
         if self.strangers is not None:
