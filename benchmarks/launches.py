@@ -12,10 +12,10 @@ wants W; row tiles want all earlier keys), `read` what must come from device mem
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from awrsr_kernels.launch_config import Config, choose, is_short, key_of
+from awrsr_kernels.launch_config import LENGTHS, Config, choose, is_short, key_of
 
 from .workloads import Task, calls
 
@@ -94,14 +94,24 @@ def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS
     """Launches of one call, forward then backward, in the regime and with the tiles that the package would choose."""
     features, itemsize = call.task.features, call.task.itemsize
 
-    def tiles(kernel: str) -> Config:
-        key = key_of(kernel, call.window, features, itemsize)
-        if key is None:
-            raise ValueError(f"D, D_v, R were {features}, must be at most 256")
-        return choose(key, shared)
+    def tiles(window: int) -> Tiles:
+        def choice(kernel: str) -> Config:
+            key = key_of(kernel, window, features, itemsize)
+            if key is None:
+                raise ValueError(f"D, D_v, R were {features}, must be at most 256")
+            return choose(key, shared)
 
-    short = is_short(call.window, features, itemsize, shared)
-    return short_launches(call, tiles, processors) if short else tiled_launches(call, tiles, processors)
+        return choice
+
+    if is_short(call.window, features, itemsize, shared):
+        return short_launches(call, tiles(call.window), processors)
+    shares = call.task.users and call.task.shape.H == call.task.shape.H_kv  # between the regimes, by length
+    reach = max((n for n in LENGTHS if is_short(n, features, itemsize, shared)), default=0) if shares else 0
+    found = tiled_launches(replace(call, lengths=tuple(n * (n > reach) for n in call.lengths)), tiles(call.window), processors)
+    if reach:
+        few = replace(call, lengths=tuple(n * (n <= reach) for n in call.lengths), window=reach, packed=True)
+        found += [*short_launches(few, tiles(reach), processors), *_additions(call)]
+    return sorted(found, key=lambda launch: launch.pass_ != "fwd")
 
 
 # The short regime
@@ -190,6 +200,14 @@ def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
     total, fitted = 2 * rows * r * ACCUMULATOR, call.window * r
     copy = _torch("copy", fitted * ACCUMULATOR, fitted * call.task.itemsize)
     return [_torch("sum", partials * total, total), copy, copy]
+
+
+def _additions(call: Call) -> list[Launch]:
+    """What both regimes found of the tables' gradients and of dgate, added; the short regime's reaches into some rows, of zeros."""
+    s, size, refinement = call.task.shape, call.task.itemsize, call.task.refinement
+    tables = [call.window * s.R * size] * (2 * (refinement != "none"))
+    summed = tables + [s.H * size] * (refinement == "additive")
+    return [_torch("fill", 0, x) for x in tables] + [_torch("add", 2 * x, x) for x in summed]
 
 
 def _group_sums(call: Call) -> list[Launch]:

@@ -40,17 +40,17 @@ def short_config(problem: Any, kernel: str) -> Any:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """choose(engine) -> name of the backend to call; holds the kernels to that regime, the tiled one with several small tiles."""
+    """choose(engine) -> name of the backend to call; holds the kernels to that regime or both ("mixed"), with small tiles."""
 
     def chosen(engine: str) -> str:
-        if engine not in ("short", "tiled"):
+        if engine not in ("short", "tiled", "mixed"):
             return engine
         pytest.importorskip("triton", reason="needs Triton")
         import awrsr_kernels._triton as kernels
         from awrsr_kernels import launch_config
 
-        other = {"short": "tiled", "tiled": "short"}[engine]
-        monkeypatch.setattr(kernels, f"{other}_forward", refuse)
+        if engine != "mixed":
+            monkeypatch.setattr(kernels, {"short": "tiled_forward", "tiled": "short_forward"}[engine], refuse)
         monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
         if engine == "short" and DEVICE == "cpu":  # whatever the size of an element: the interpreter has room
             monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 64)
@@ -58,6 +58,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         if engine == "tiled":
             monkeypatch.setattr(kernels.launch, "is_short", lambda *_: False)
             monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
+        if engine == "mixed":  # sequences of up to 16 items in the short regime, beside longer ones in the tiled one
+            monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 16)
+            small = {True: launch_config.Config(16, 16, 1, 1, programs=1), False: launch_config.Config(32, 16, 4, 1)}
+            monkeypatch.setattr(kernels.launch, "choose", lambda key, *_: small[key.kernel in launch_config.SHORT_KERNELS])
         return "triton"
 
     return chosen

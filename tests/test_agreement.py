@@ -1,5 +1,6 @@
 """Every backend and regime against the reference: output and all gradients, under the rule of `awrsr_kernels/tolerance.py`."""
 
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,6 +117,16 @@ def compute(
     return {"out": out} | {f"d{name}": g for name, g in zip(tensors, grads, strict=True)}
 
 
+def disagreements(problem: Problem, refinement: str, dtype: torch.dtype, backend: str) -> list[str]:
+    """What of a backend's output and gradients is further from the definition than the tolerance rule allows."""
+    tensors = tensors_of(problem, refinement, dtype)
+    read = {name: x.detach().to(dtype) if name in ("w_q", "w_k") else x.detach() for name, x in tensors.items()}
+    doubles = {name: x.double().requires_grad_() for name, x in read.items()}  # float32 tables are read in q's dtype
+    exact = compute(problem, refinement, doubles, "reference", dtype)
+    same = compute(problem, refinement, tensors, "reference", dtype)
+    return wrong_results(compute(problem, refinement, tensors, backend, dtype), exact, same, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -130,15 +141,37 @@ def test_agrees_with_the_reference(engine: str, refinement: str, dtype: torch.dt
     @settings(EXAMPLES_ONLY, max_examples=EXAMPLES[engine])
     @given(problems(tuple(n for n in LENGTHS[engine] if n <= reach)))
     def holds(problem: Problem) -> None:
-        tensors = tensors_of(problem, refinement, dtype)
-        read = {name: x.detach().to(dtype) if name in ("w_q", "w_k") else x.detach() for name, x in tensors.items()}
-        doubles = {name: x.double().requires_grad_() for name, x in read.items()}  # float32 tables are read in q's dtype
-        exact = compute(problem, refinement, doubles, "reference", dtype)
-        same = compute(problem, refinement, tensors, "reference", dtype)
-        found = compute(problem, refinement, tensors, backend, dtype)
-        assert wrong_results(found, exact, same, dtype) == []
+        assert disagreements(problem, refinement, dtype, backend) == []
 
     holds()
+
+
+@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
+def test_short_histories_beside_long_ones(refinement: str, choose: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything."""
+    backend, went = choose("mixed"), collections.Counter[str]()
+    import awrsr_kernels._triton as kernels
+
+    for name in ("short_forward", "tiled_forward", "short_backward", "tiled_backward"):
+        run = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, run=run, name=name: (went.update([name]), run(*args))[1])
+    for seed, (kv_heads, table, padded, causal, side) in enumerate(
+        [
+            (2, "shared", True, True, "left"),
+            (2, "head", False, True, "right"),
+            (2, "entry", False, False, "left"),
+            (2, "entry", True, False, "left"),
+            (1, "shared", True, True, "right"),
+        ]
+    ):
+        dtype, dropout_p = (torch.float16 if seed == 1 else torch.float32), 0.3 * (seed < 3)
+        problem = Problem(
+            2, kv_heads, lengths=[20, 3, 16, 0, 5, 17, 1], padded=padded, ragged=True, extra_rows=3, widths=(16, 8, 20),
+            table=table, gate="head", side=side, causal=causal, dropout_p=dropout_p, wide_tables=False, seed=seed,
+        )  # fmt: skip
+        went.clear()
+        assert disagreements(problem, refinement, dtype, backend) == []
+        assert len(went) == (4 if kv_heads == 2 else 2)  # grouped queries: tiled alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -187,11 +220,7 @@ def test_short_histories_share_windows(refinement: str, table: str, causal: bool
             heads=4, kv_heads=2, lengths=lengths, padded=padded, ragged=True, extra_rows=3, widths=(20, 16, 8), table=table,
             gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
         )  # fmt: skip
-        tensors = tensors_of(problem, refinement, torch.float32)
-        doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
-        exact = compute(problem, refinement, doubles, "reference", torch.float32)
-        same = compute(problem, refinement, tensors, "reference", torch.float32)
-        assert wrong_results(compute(problem, refinement, tensors, "torch", torch.float32), exact, same, torch.float32) == []
+        assert disagreements(problem, refinement, torch.float32, "torch") == []
     assert max(len(window) for window in made) > 5
 
 

@@ -120,6 +120,26 @@ def test_counts_are_what_the_kernels_do(
             assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("refinement", ["none", "additive"])
+def test_counts_where_both_regimes_share_a_call(
+    refinement: str, layout: str, meters: list[Meter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import awrsr_kernels._triton as kernels
+
+    monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: PROCESSORS)
+    users = (70, 5, 64, 80, 3)
+    task = Task(Shape(B=5, H=2, H_kv=2, L=80, D=8, D_v=12, R=20), refinement, "float16", 0.1, "cpu", users, len(users))
+    batch = build(task, layout)[0]
+    gradients(ours(batch, "triton"), batch)
+    counted = [x for x in task_launches(task, layout, processors=PROCESSORS) if x.tile is not None]
+    assert {x.kernel.split("_")[0] for x in counted} == {"short", "tiled"}
+    assert [(x.kernel, x.programs) for x in counted] == [(m.kernel, m.programs) for m in meters]
+    for launch, meter in zip(counted, meters, strict=True):
+        for name in ("loaded", "read", "written", "operations"):
+            assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("refinement", ["none", "additive"])
 @pytest.mark.parametrize("regime", ["short", "tiled"])

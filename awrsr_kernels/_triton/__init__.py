@@ -36,7 +36,12 @@ def _forward_op(
     """The output, (entries, H, rows, D_v), and what the backward needs besides the inputs: in the short regime, nothing."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
-    return short_forward(problem) if problem.is_short() else tiled_forward(problem)
+    if problem.is_short():
+        return short_forward(problem)
+    found = tiled_forward(problem)
+    if problem.short_reach():
+        short_forward(problem, found[0])
+    return found
 
 
 @_forward_op.register_fake
@@ -71,8 +76,11 @@ def _backward_op(
     """Gradients of q, k, v and, where given, of w_q, w_k, gate."""
     call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
     problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
-    backward = short_backward if problem.is_short() else tiled_backward
-    return backward(problem, with_rows(dout), saved)
+    dout = with_rows(dout)
+    if problem.is_short():
+        return short_backward(problem, dout, saved)
+    found = tiled_backward(problem, dout, saved)
+    return short_backward(problem, dout, [], found) if problem.short_reach() else found
 
 
 @_backward_op.register_fake

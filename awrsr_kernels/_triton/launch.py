@@ -13,14 +13,14 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import Config, choose, is_short, key_of, shared_memory
+from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory
 from ..layout import Call, Inputs
 from ..tuned import tuned_for
 
 View = tuple[Tensor, int, int, int]
 
 # Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
-RUNTIME = ["gate_stride", "rows_total", "max_len", "table_rows", "batch", "heads", "run", "splits", "drop_threshold"]
+RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "table_rows", "batch", "heads", "run", "splits", "drop_threshold"]
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,10 +62,23 @@ class Problem:
         self.shared = shared_memory(q.device)
 
     def is_short(self) -> bool:
-        return is_short(self.call.max_len, self.features, self.q.dtype.itemsize, self.shared)
+        return self.short_reach() == self.call.max_len
+
+    def short_reach(self) -> int:
+        """Up to how many items the short kernels take sequences: max_len if that is short, otherwise what fits where lengths vary.
+
+        0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
+        """
+        sizes = [self.call.max_len, *(reversed(LENGTHS) if self.bounds is not None and self.group == 1 else ())]
+        return next((n for n in sizes if is_short(n, self.features, self.q.dtype.itemsize, self.shared)), 0)
+
+    def least(self) -> int:
+        """Items of the shortest sequence that the tiled kernels take."""
+        return self.short_reach() + 1
 
     def config(self, kernel: str) -> Config:
-        key = key_of(kernel, self.call.max_len, self.features, self.q.dtype.itemsize)
+        length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
+        key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
         assert key is not None
         return choose(key, self.shared, tuned_for(self.q.device))
 
@@ -133,7 +146,9 @@ class Problem:
     def offset_type(self, block: int, *more: Tensor) -> Any:
         """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
         tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k, *more) if x is not None]
-        widest = max(block * (self.view(x)[1] + self.view(x)[3]) for x in tensors)
+        entries = block // 4  # that a tile looks at
+        rows = block + entries * self.call.max_len if self.call.varlen else block
+        widest = max(entries * self.view(x)[1] + rows * self.view(x)[3] for x in tensors)
         return tl.int64 if widest >= 2**31 else tl.int32
 
     def processors(self) -> int:

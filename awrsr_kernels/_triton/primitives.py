@@ -31,6 +31,16 @@ def locate(bounds_ptr, entry, rows, max_len, VARLEN: tl.constexpr, ALIGN_RIGHT: 
 
 
 @triton.jit
+def locate_long(bounds_ptr, entry, rows, max_len, least, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr):
+    """The same for the tiled kernels, to which a sequence of fewer than `least` items is empty: the short kernels take it."""
+    start, length = locate(bounds_ptr, entry, rows, max_len, VARLEN, ALIGN_RIGHT)
+    if bounds_ptr is None:
+        return start, length
+    else:
+        return start, tl.where(length < least, 0, length)
+
+
+@triton.jit
 def table_start(start, length, table_rows, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr):
     """Row of the tables that meets the sequence's first item."""
     if VARLEN and not PER_ENTRY:
@@ -66,12 +76,14 @@ def shared_seats(
 ):  # fmt: skip
     """Seats whole sequences from number `sequence` (below `last`) on in the rows of one tile, as many as fit: at least one.
 
+    One of more than BLOCK items counts as empty: the tiled kernels take it.
+
     Returns their number, then per row: its sequence's first row in the tile and its length (0 if the row stays empty), seats in the
     inputs, and seats in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that counts.
     """
     candidate = sequence + tl.arange(0, CANDIDATES)
     start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
-    length = tl.where(candidate < last, tl.minimum(length, BLOCK), 0)
+    length = tl.where((candidate < last) & (length <= BLOCK), length, 0)
     end = tl.cumsum(length, 0)
     fits = (end <= BLOCK) & (candidate < last)
     taken = tl.sum(fits.to(tl.int32), 0)
@@ -83,9 +95,9 @@ def shared_seats(
     mine = (owner[:, None] == tl.arange(0, CANDIDATES)[None, :]) & fits[None, :]
     length = tl.sum(tl.where(mine, length[None, :], 0), 1)
     local = rows - first
-    if VARLEN:  # one after another in memory, too
+    if VARLEN:
         origin = tl.minimum(tl.maximum(tl.load(bounds_ptr + sequence), 0), rows_total).to(tl.int32)
-        steps = rows
+        steps = tl.sum(tl.where(mine, start[None, :] - origin, 0), 1) + local
     else:
         origin = sequence * 0
         steps = local + (rows_total - length if ALIGN_RIGHT and bounds_ptr is not None else 0)

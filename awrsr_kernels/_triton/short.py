@@ -2,7 +2,8 @@
 
 L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
 many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
-sequences in one tile do not see each other. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout
+sequences in one tile do not see each other. Sequences that no tile holds are passed over: the tiled kernels take them, which pass
+over the short ones in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout
 mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
@@ -87,8 +88,8 @@ def _short_fwd_kernel(
             tile = dot(weights.to(DTYPE), v_tile, PRECISION)
             store_tile(out, head, seat, tile, DV, BLOCK_DV)
 
-    if bounds_ptr is not None and not VARLEN:
-        for number in range(begin, last):
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+        for number in range(begin, tl.where(rows_total <= BLOCK_L, last, begin)):
             padded = tl.full((), number, tl.int32)
             start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
             zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
@@ -196,8 +197,8 @@ def _short_bwd_kernel(
                     dw_q_sum = dot(at_rows, dq_a, PRECISION, dw_q_sum)
                     dw_k_sum = dot(at_rows, dk_a, PRECISION, dw_k_sum)
 
-    if bounds_ptr is not None and not VARLEN:
-        for number in range(begin, last):
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+        for number in range(begin, tl.where(rows_total <= BLOCK_L, last, begin)):
             padded = tl.full((), number, tl.int32)
             start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
             zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
@@ -221,10 +222,10 @@ def short_buffers(problem: Problem) -> dict[str, Tensor]:
     return {"out": allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen)}
 
 
-def short_forward(problem: Problem) -> list[Tensor]:
-    """The output (entries, H, rows, D_v), alone in its list."""
+def short_forward(problem: Problem, out: Tensor | None = None) -> list[Tensor]:
+    """The output (entries, H, rows, D_v), alone in its list; in `out`, if the tiled kernels have written longer sequences there."""
     p = problem
-    out = short_buffers(p)["out"]
+    out = short_buffers(p)["out"] if out is None else out
     config = p.config("short_fwd")
     run = p.run(config.programs)
     launch(
@@ -236,18 +237,18 @@ def short_forward(problem: Problem) -> list[Tensor]:
     return [out]
 
 
-def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate."""
+def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate; found: those that the tiled kernels have begun."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients()
+    dq, dk, dv = p.gradients() if found is None else found[:3]
     dk_heads, dv_heads = p.per_query_head(dk), p.per_query_head(dv)
     if p.w_q is None:
         dw_q = dw_k = dq
     elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients()
+        dw_q, dw_k = p.table_gradients() if found is None else found[3:5]
     else:
         partials = p.partial_tables(splits, block)
         dw_q, dw_k = partials
@@ -260,7 +261,10 @@ def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, dout),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
-    if p.w_q is not None and not p.call.per_entry:
+    shares = p.w_q is not None and not p.call.per_entry  # the tables
+    if shares:
         dw_q, dw_k = p.sum_tables(partials)
     dk, dv = p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)
-    return p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))
+    results = p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))
+    begin = 3 if shares else 5  # of the gradients that are sums over sequences
+    return results if found is None else results[:begin] + [a + b for a, b in zip(found[begin:], results[begin:], strict=True)]

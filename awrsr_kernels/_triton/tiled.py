@@ -9,6 +9,8 @@ L positions, D, DV, R features of q, v and the tables. One kernel, launched once
 What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per row and stage, in units of log 2. In half precision
 each of them comes with what rounding lost, [Q_A | K_A | Y or O_P] and O_R side by side: the backward subtracts sums over them from
 sums over exact weights, and where a row sees one column alone the difference must vanish.
+
+In a batch with lengths the short kernels run after these ones and write what belongs to short sequences; the padding is written here.
 """
 
 from typing import Any
@@ -24,7 +26,7 @@ from .primitives import (
     keep_tile,
     load_gate,
     load_tile,
-    locate,
+    locate_long,
     padded_seats,
     rounding_rest,
     row_index,
@@ -39,7 +41,7 @@ from .primitives import (
 def _tiled_fwd_kernel(
     q, k, v, w_q, w_k, added, q_a, k_a, weighted, rest, out, lse_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, heads,
+    rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, HALF: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
@@ -51,7 +53,7 @@ def _tiled_fwd_kernel(
     entry, head = pair // heads, pair % heads
     # The last rows of a causal sequence have the most to do, so they start first.
     first_row = ((tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)) * BLOCK_M
-    start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+    start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     rows = first_row + tl.arange(0, BLOCK_M)
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -142,7 +144,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
     p, refinement = problem, problem.call.refinement
     dropped = refinement in ("none", "additive") or higher
-    arguments = p.sequences() | p.widths() | p.dropout() | {"batch": p.batch, "heads": p.heads}
+    arguments = p.sequences() | p.widths() | p.dropout() | {"batch": p.batch, "heads": p.heads, "least": p.least()}
     if not dropped:
         arguments |= {"seed_ptr": None, "drop_scale": 1.0}
     arguments |= {"gate_ptr": p.gate if higher else None, "gate_stride": p.gate_stride()}

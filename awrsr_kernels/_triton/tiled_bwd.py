@@ -22,7 +22,7 @@ from .primitives import (
     load_gate,
     load_rows,
     load_tile,
-    locate,
+    locate_long,
     padded_seats,
     row_index,
     seats,
@@ -44,7 +44,7 @@ def _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL: tl
 def _tiled_bwd_rows_kernel(
     q, k, v, w_q, w_k, q_a, k_a, weighted, rest, dq_a, dk_a, dout, dq,
     lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, heads,
+    rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
@@ -56,7 +56,7 @@ def _tiled_bwd_rows_kernel(
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
     first_row = tile * BLOCK_M
-    start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+    start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     rows = first_row + tl.arange(0, BLOCK_M)
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -117,7 +117,7 @@ def _tiled_bwd_rows_kernel(
 def _tiled_bwd_columns_kernel(
     q, k, v, w_q, w_k, dq_a, dk_a, dout, dv_added, dk, dv,
     lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, heads,
+    rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
@@ -129,7 +129,7 @@ def _tiled_bwd_columns_kernel(
     pair = tl.program_id(0) % (batch * owners)
     entry, owner = pair // owners, pair % owners
     first_column = (tl.program_id(0) // (batch * owners)) * BLOCK_N
-    start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+    start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     columns = first_column + tl.arange(0, BLOCK_N)
     DTYPE: tl.constexpr = q[0].dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -186,7 +186,7 @@ def _tiled_bwd_columns_kernel(
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_tables_kernel(
     q, k, dq_a, dk_a, dw_q, dw_k, lse_ptr, bounds_ptr,
-    rows_total, max_len, batch, heads, splits, score_scale,
+    rows_total, max_len, least, batch, heads, splits, score_scale,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -203,7 +203,7 @@ def _tiled_bwd_tables_kernel(
 
     for step in range(split, batch, splits):
         entry = tl.full((), step, tl.int32)
-        start, length = locate(bounds_ptr, entry, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+        start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         offset = max_len - length if SHIFTED else length * 0
         columns = tl.where(window < offset, length, window - offset)  # before the first item: as good as after the last
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
@@ -222,7 +222,7 @@ def _tiled_bwd_tables_kernel(
             dw_k_sum += dot(at_columns, rows_tile, PRECISION)
 
     if PER_ENTRY:  # one sequence per program
-        start, length = locate(bounds_ptr, split, rows_total, max_len, VARLEN, ALIGN_RIGHT)
+        start, length = locate_long(bounds_ptr, split, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         store_tile(dw_q, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_q_sum, R, BLOCK_R)
         store_tile(dw_k, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_k_sum, R, BLOCK_R)
     else:
