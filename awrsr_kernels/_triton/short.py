@@ -3,8 +3,8 @@
 L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
 many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
 sequences in one tile do not see each other. Sequences that no tile holds are passed over: the tiled kernels take them, which pass
-over the short ones in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout
-mask and softmax'(g; p) = p * (g - rowsum(g * p)):
+over the short ones in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`; gradients, with
+Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V

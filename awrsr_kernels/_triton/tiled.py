@@ -10,7 +10,7 @@ What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per r
 each of them comes with what rounding lost, [Q_A | K_A | Y or O_P] and O_R side by side: the backward subtracts sums over them from
 sums over exact weights, and where a row sees one column alone the difference must vanish.
 
-In a batch with lengths the short kernels run after these ones and write what belongs to short sequences; the padding is written here.
+In a batch with lengths the short kernels run after these and write what belongs to short sequences; padding is written here.
 """
 
 from typing import Any
