@@ -7,6 +7,7 @@ already looks like that, nothing is copied: products read it and write into it i
 once for all chunks, on the way in and on the way out: a tensor is a matrix of rows, and a permutation of its rows an index.
 """
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from .dropout import WEIGHTS_PER_CALL, draw, scaled_mask
 from .layout import Call, Inputs, sequence_lengths, table_window
 
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator
-_FAR = 1e30  # subtracted from a score it hides it, and so does a million times as much, which is a number still
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     pair: Tensor  # (N,) number of the sequence times heads plus the head; sequences are counted as chunks have them
     local: Tensor  # (N,) position, counted from the sequence's first item
     valid: Tensor  # (N,) bool, whether it is an item
-    item: Tensor  # (N,) the nearest position of an item
+    item: Tensor  # (N,) the nearest position of an item; 0 if there is none
     length: Tensor  # (N,) of the sequence
 
 
@@ -55,9 +55,10 @@ class Plan:
         self.dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.entries, self.heads, self.num_rows, _ = q.shape
         self.places: list[Place] = []
-        self.total = 0  # rows of all chunks, for one head
+        self.total = sequences = 0  # rows of all chunks, for one head
         for selection in selections(given, call):
-            self.places.append(Place(self, selection))
+            self.places.append(Place(self, selection, sequences))
+            sequences += self.places[-1].sequence.shape[0]
             self.total += self.places[-1].count * selection.length
         self.drawn: Tensor | None = None  # Z of the columns that items see, if they are few; `first_drawn` says where a row's begin
         self._found: dict[tuple[str | int, ...], Any] = {}
@@ -72,26 +73,30 @@ class Plan:
         self.sequence = torch.cat([p.sequence for p in places])
         length = torch.cat([p.sequence.new_full(p.sequence.shape, p.length) for p in places])
         self.lengths = length if bounds is None else sequence_lengths(call, bounds).long()[self.sequence]
-        self.shared = any(p.window is not None for p in places)
-        if self.shared:
-            self._find_shares(length)
-        else:  # rows from its first to the next one's; of these before its first item; place of that in the window
-            self.span, self.lead = length, length - self.lengths if call.align_right else torch.zeros_like(length)
-            self.first = self.lead
         if bounds is not None and call.varlen:
             start = bounds.long()[self.sequence]
         else:
             start = self.num_rows - self.lengths if call.align_right else torch.zeros_like(self.lengths)
-        self.start = start.clamp(max=self.num_rows - 1)
+        self.start = start.clamp(0, self.num_rows - 1)
+        if not all(p.real for p in places):  # nobody has checked the bounds
+            self.lengths = self.lengths.minimum(self.num_rows - self.start)
+        self.shared = any(p.window is not None for p in places)
+        if self.shared:
+            self._find_shares(length)
+        else:
+            self.span = length  # rows from its first one to that of the next sequence
+            self.lead = length - self.lengths if call.align_right else torch.zeros_like(length)  # rows before its first item
+            self.first = self.lead  # the row of that in the window
 
     def _find_shares(self, length: Tensor) -> None:
         """The same where several sequences may share a window: there a sequence's rows end where the next one's begin."""
-        alone = torch.cat([torch.full(p.sequence.shape, p.window is None) for p in self.places])
+        alone = torch.cat([torch.full(p.sequence.shape, p.window is None, device=self.device) for p in self.places])
         counts = [torch.ones_like(p.sequence) if p.window is None else p.window.bincount() for p in self.places]
         self.count = torch.cat(counts)  # sequences of each window
         end = self.count.cumsum(0)
-        window = torch.arange(end.shape[0]).repeat_interleave(self.count, output_size=length.shape[0])
-        self.number = torch.arange(1, window.shape[0] + 1) - (end - self.count)[window]  # of the sequence in its window, from 1
+        numbers = torch.arange(1, length.shape[0] + 1, device=self.device)
+        window = (numbers[: end.shape[0]] - 1).repeat_interleave(self.count, output_size=length.shape[0])
+        self.number = numbers - (end - self.count)[window]  # of the sequence in its window, from 1
         used = self.lengths.cumsum(0) - self.lengths  # items before it
         offset = used - used[(end - self.count)[window]]
         self.first = torch.where(alone & self.call.align_right, length - self.lengths, offset)
@@ -105,10 +110,10 @@ class Plan:
         count = self.sequence.shape[0] * heads
         if not self.shared:
             return torch.arange(count, device=self.device)
-        before = (self.count.cumsum(0) - self.count) * heads
-        both = torch.stack((self.count, before)).repeat_interleave(self.count * heads, 1, output_size=count)
-        within = torch.arange(count) - both[1]
-        return both[1] + within % both[0] * heads + within // both[0]
+        begin = (self.count.cumsum(0) - self.count) * heads  # of each window
+        sizes, begins = torch.stack((self.count, begin)).repeat_interleave(self.count * heads, 1, output_size=count)
+        within = torch.arange(count, device=self.device) - begins
+        return begins + within % sizes * heads + within // sizes
 
     def rows(self, heads: int) -> Rows:
         if ("rows", heads) not in self._found:
@@ -134,7 +139,7 @@ class Plan:
     def owner(self) -> Tensor:
         """(N,), for one head: which sequence of its window a row belongs to, from 1; 0 at padding, unless causality hides that."""
         if ("owner",) not in self._found:
-            owner = self.number.to(self.dtype).repeat_interleave(self.span, output_size=self.total)
+            owner = self.number.int().repeat_interleave(self.span, output_size=self.total)
             self._found["owner",] = owner if self.call.causal else owner.mul_(self.rows(1).valid)
         return self._found["owner",]
 
@@ -228,11 +233,11 @@ class Plan:
         count, before, widest = int(end[-1]), end - groups, max(p.length for p in self.places)
         if count * WEIGHTS_PER_CALL > drawn_at_most(given):
             return
-        row = torch.arange(groups.shape[0]).repeat_interleave(groups, output_size=count)
-        group = torch.arange(count) - before[row]
+        row = torch.arange(groups.shape[0], device=self.device).repeat_interleave(groups, output_size=count)
+        group = torch.arange(count, device=self.device) - before[row]
         pair, local = pair[row], local[row]
         head, sequence = pair % self.heads, self.sequence[pair // self.heads]
-        self.drawn = torch.zeros(count * WEIGHTS_PER_CALL + 2 * widest, dtype=self.dtype)
+        self.drawn = torch.zeros(count * WEIGHTS_PER_CALL + 2 * widest, dtype=self.dtype, device=self.device)
         drawn = self.drawn[widest : -widest].view(count, WEIGHTS_PER_CALL)
         for lo in range(0, count, _DRAWN_AT_ONCE):
             part = slice(lo, lo + _DRAWN_AT_ONCE)
@@ -245,15 +250,15 @@ class Plan:
 class Place:
     """One chunk, and how it reads and writes tensors of the caller."""
 
-    def __init__(self, plan: Plan, selection: Selection) -> None:
-        self.plan, self.call, self.heads, self.dtype = plan, plan.call, plan.heads, plan.dtype
+    def __init__(self, plan: Plan, selection: Selection, sequences: int) -> None:
+        self.plan = plan if torch.compiler.is_compiling() else weakref.proxy(plan)  # no cycle, so that memory is freed at once
+        self.call, self.heads, self.dtype = plan.call, plan.heads, plan.dtype
         self.chosen, self.length, self.real, self.window = selection
         self.blocks = row_blocks(self.length, plan.call.causal)
         chosen = self.chosen
         self.sequence = torch.arange(chosen.start, chosen.stop, device=plan.device) if isinstance(chosen, slice) else chosen
         self.count = self.sequence.shape[0] if self.window is None else int(self.window[-1]) + 1  # of windows
-        self._start = plan.total  # rows of the chunks before it
-        self._sequences = sum(p.sequence.shape[0] for p in plan.places)  # theirs
+        self._start, self._sequences = plan.total, sequences  # rows and sequences of the chunks before it
 
     def empty(self, features: int, rows: int | None = None) -> Tensor:
         return self.sequence.new_empty(self.count * self.heads, self.length if rows is None else rows, features, dtype=self.dtype)
@@ -264,7 +269,7 @@ class Place:
         return found.view(self.count * heads, self.length, *rows.shape[1:])
 
     def load(self, x: Tensor) -> Tensor:
-        """The chunk's rows of what the plan loaded; at padding there is an item."""
+        """The chunk's rows of what the plan loaded; at padding there is an item, or zeros if there is none."""
         if self.plan.ragged:
             return self._part(x, self.heads).to(self.dtype)
         group = self.heads // x.shape[1]
@@ -276,17 +281,14 @@ class Place:
         return self.plan.future(max(hi - lo for lo, hi in self.blocks)) if self.call.causal else None
 
     def padding(self) -> Tensor | None:
-        """(n * H, 1, L): added to scores, hides columns without an item; None if causality or `strangers` does."""
+        """(n * H, 1, L): added to scores, hides columns without an item; None if causality or `owner` does."""
         if not self.plan.ragged or self.window is not None or (self.call.causal and not self.call.align_right):
             return None
         return self._part(self.plan.padding()[1], self.heads)[:, None]
 
-    def strangers(self) -> Tensor | None:
-        """(n, 1, L, L): added to scores, hides columns of another sequence in the same window; None if each has its own."""
-        if self.window is None:
-            return None
-        owner = self._part(self.plan.owner(), 1)
-        return (owner[:, :, None] - owner[:, None]).abs_().mul_(-_FAR)[:, None]
+    def owner(self) -> Tensor | None:
+        """(n, L): which sequence of its window a row belongs to; None if each has a window of its own."""
+        return None if self.window is None else self._part(self.plan.owner(), 1)
 
     def _share(self, buffer: Buffer) -> Tensor:
         """(n * heads, L, F): the chunk's part of a buffer."""
@@ -323,7 +325,7 @@ class Place:
         """(n * H * L,) row of a table by position, (N, R) or (H, N, R), whose rows are numbered through."""
         found = self._part(self.plan.table_rows(w.shape[-2]), self.heads)
         if w.dim() == 3:
-            found = found.unflatten(0, (-1, self.heads)) + torch.arange(self.heads)[:, None] * w.shape[-2]
+            found = found.unflatten(0, (-1, self.heads)) + torch.arange(self.heads, device=w.device)[:, None] * w.shape[-2]
         return found.flatten()
 
     def store_table(self, total: Tensor, value: Tensor) -> None:

@@ -20,6 +20,7 @@ LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 _BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # weights that exist at a time: a share of the cache, or enough to fill a GPU
 _CHUNK_WEIGHTS = 1 << 15  # as many weights take about the time that a chunk takes beyond its weights
+_SHARED_AT_MOST = 0.9  # windows per sequence from which sharing is worth what it costs: tables by row, and hiding the others
 
 
 def row_blocks(length: int, causal: bool) -> list[tuple[int, int]]:
@@ -126,11 +127,11 @@ def selections(given: Inputs, call: Call) -> Iterator[Selection]:
         part = order[begin : begin + members]
         windows = _pack(lengths[begin : begin + members], span) if shared else []
         begin += members
-        if not shared or len(windows) == members:
+        if not shared or len(windows) > _SHARED_AT_MOST * members:
             for chosen in steps(members, span):
                 yield Selection(part[chosen].sort().values, span, True)  # in the order of memory
             continue
         for chosen in steps(len(windows), span):
             found = windows[chosen]
-            window = torch.arange(len(found)).repeat_interleave(torch.tensor([len(x) for x in found]))
-            yield Selection(part[torch.tensor([i for x in found for i in x])], span, True, window)
+            window = torch.tensor([number for number, x in enumerate(found) for _ in x], device=q.device)
+            yield Selection(part[torch.tensor([i for x in found for i in x], device=q.device)], span, True, window)

@@ -28,7 +28,7 @@ Half precision is computed in float32 and rounded once, on the way out (torch's 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -56,10 +56,11 @@ class _Chunk:
     gate: Tensor | None  # (n * H, 1, 1)
     future: Tensor | None  # (block rows, block rows): added to the scores of a block's rows and the same columns
     padding: Tensor | None  # (n * H, 1, L): added to scores, hides columns without an item
-    strangers: Tensor | None  # (n, 1, L, L): added to scores, hides columns of other sequences
+    owner: Tensor | None  # (n, L): which sequence of its window a row belongs to, if several share one
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
     kept: _Named
+    _strangers: dict[int, Tensor] = field(default_factory=dict)  # of the block where they were asked for last
 
     @property
     def call(self) -> Call:
@@ -97,8 +98,8 @@ class _Chunk:
             scores[..., lo:].add_(self.future[: hi - lo, : hi - lo])
         if self.padding is not None:
             scores += self.padding[..., :columns]
-        if self.strangers is not None:
-            scores.unflatten(0, (-1, self.place.heads)).add_(self.strangers[:, :, lo:hi, :columns])
+        if self.owner is not None:
+            scores.unflatten(0, (-1, self.place.heads)).add_(self.strangers(lo, hi, columns))
         if columns >= LANES:
             scores = torch.softmax(scores, -1)  # in place it is slower
         else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
@@ -110,6 +111,15 @@ class _Chunk:
         if self.keep:
             self.kept[name, lo] = weights
         return weights
+
+    def strangers(self, lo: int, hi: int, columns: int) -> Tensor:
+        """(n, 1, m, c): added to scores, hides columns of other sequences; P and R of a block need it one after the other."""
+        if lo not in self._strangers:
+            assert self.owner is not None
+            differ = self.owner[:, lo:hi, None] != self.owner[:, None, :columns]
+            hidden = differ.to(self.q.dtype).mul_(torch.finfo(self.q.dtype).min / 2)
+            self._strangers = {lo: hidden[:, None]}
+        return self._strangers[lo]
 
     def first(self, lo: int, hi: int) -> Tensor:
         return self._weights("first", self.q[:, lo:hi], self.k, self.call.softmax_scale, lo, hi)
@@ -149,7 +159,7 @@ def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: _Named) -> _Chun
     tables = [place.load_table(w) for w in _tables(loaded, place.call)]
     if gate is not None:
         gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
-    hidden = (None, None, None) if kept else (place.future(), place.padding(), place.strangers())
+    hidden = (None, None, None) if kept else (place.future(), place.padding(), place.owner())
     return _Chunk(place, place.load(q), place.load(k), place.load(v), tables, gate, *hidden, seed, keep, kept)
 
 

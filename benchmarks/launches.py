@@ -109,7 +109,7 @@ def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS
     reach = max((n for n in LENGTHS if is_short(n, features, itemsize, shared)), default=0) if shares else 0
     found = tiled_launches(replace(call, lengths=tuple(n * (n > reach) for n in call.lengths)), tiles(call.window), processors)
     if reach:
-        few = replace(call, lengths=tuple(n * (n <= reach) for n in call.lengths), window=reach, packed=True)
+        few = replace(call, lengths=tuple(n * (n <= reach) for n in call.lengths), window=reach, packed=True)  # no padding written
         found += [*short_launches(few, tiles(reach), processors), *_additions(call)]
     return sorted(found, key=lambda launch: launch.pass_ != "fwd")
 
@@ -204,10 +204,12 @@ def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
 
 def _additions(call: Call) -> list[Launch]:
     """What both regimes found of the tables' gradients and of dgate, added; the short regime's reaches into some rows, of zeros."""
-    s, size, refinement = call.task.shape, call.task.itemsize, call.task.refinement
-    tables = [call.window * s.R * size] * (2 * (refinement != "none"))
-    summed = tables + [s.H * size] * (refinement == "additive")
-    return [_torch("fill", 0, x) for x in tables] + [_torch("add", 2 * x, x) for x in summed]
+    s, refinement = call.task.shape, call.task.refinement
+    tables = [call.window * s.R] * (2 * (refinement != "none"))
+    found = [_torch("fill", 0, ACCUMULATOR * x) for x in tables]
+    for numbers in tables + [s.H] * (refinement == "additive"):
+        found += [_torch("add", 2 * ACCUMULATOR * numbers, ACCUMULATOR * numbers), *_cast(call, numbers)]
+    return found
 
 
 def _group_sums(call: Call) -> list[Launch]:

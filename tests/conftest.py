@@ -60,7 +60,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
             monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
         if engine == "mixed":  # sequences of up to 16 items in the short regime, beside longer ones in the tiled one
             monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 16)
-            small = {True: launch_config.Config(16, 16, 1, 1, programs=1), False: launch_config.Config(32, 16, 4, 1)}
+            small = {True: launch_config.Config(32, 32, 1, 1, programs=1), False: launch_config.Config(32, 16, 4, 1)}
             monkeypatch.setattr(kernels.launch, "choose", lambda key, *_: small[key.kernel in launch_config.SHORT_KERNELS])
         return "triton"
 

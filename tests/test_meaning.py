@@ -109,6 +109,17 @@ def test_packed_equals_padded(engine: str, refinement: str, side: str, choose: C
     torch.testing.assert_close(packed, pack(padded))
 
 
+@every_own_engine
+def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose) -> None:
+    """Short histories share a window or a tile; one that saw another would show here."""
+    q, k, v = (scale * torch.randn(15, 1, 8, device=DEVICE) for scale in (1e15, 1e15, 1))
+    found, wanted = (
+        refined_attention_varlen(q, k, v, None, None, cumulative([4, 5, 6]), refinement="none", backend=backend)
+        for backend in (choose(engine), "reference")
+    )
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @every_engine
 def test_nothing_to_attend_to(engine: str, choose: Choose) -> None:
     backend = choose(engine)
@@ -215,17 +226,33 @@ def test_more_heads_than_a_grid_dimension_holds(engine: str, choose: Choose) -> 
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-2)
 
 
+def many_zeros(count: int) -> Tensor:
+    if DEVICE == "cpu":  # they take no memory until they are written
+        return torch.from_numpy(np.zeros(count, dtype=np.float16))
+    return torch.zeros(count, dtype=torch.float16, device=DEVICE)
+
+
 @every_own_engine
 def test_offsets_beyond_two_to_the_31(engine: str, choose: Choose) -> None:
     backend = choose(engine)
     far = 2**31 + 8
-    if DEVICE == "cpu":  # zeros that take no memory until they are written
-        flat = torch.from_numpy(np.zeros(far + 1024, dtype=np.float16))
-    else:
-        flat = torch.zeros(far + 1024, dtype=torch.float16, device=DEVICE)
+    flat = many_zeros(far + 1024)
     big = flat.as_strided((2, 1, 5, 8), (far, 40, 8, 1))
     big.copy_(torch.randn(2, 1, 5, 8))
     w = torch.randn(5, 3, device=DEVICE, dtype=torch.float16)
     small = big.clone(memory_format=torch.contiguous_format)
     found, expected = (refined_attention(x, x, x, w, w, backend=backend) for x in (big, small))
+    assert torch.equal(found, expected) and (found[1] != 0).any()
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "mixed"])
+def test_rows_beyond_two_to_the_31(engine: str, choose: Choose) -> None:
+    """Time-major memory, padded on the left: the items of a short history are rows whose offsets int32 cannot count."""
+    backend, length, far = choose(engine), 40, 1 << 26
+    big = many_zeros(length * far + 1024).as_strided((2, 1, length, 8), (8, 8, far, 1))
+    big.copy_(torch.randn(2, 1, length, 8))
+    lengths = torch.tensor([5, 3], device=DEVICE)
+    w = torch.randn(length, 3, device=DEVICE, dtype=torch.float16)
+    small = big.clone(memory_format=torch.contiguous_format)
+    found, expected = (refined_attention(x, x, x, w, w, lengths=lengths, backend=backend) for x in (big, small))
     assert torch.equal(found, expected) and (found[1] != 0).any()

@@ -20,7 +20,8 @@ from ..tuned import tuned_for
 View = tuple[Tensor, int, int, int]
 
 # Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
-RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "table_rows", "batch", "heads", "run", "splits", "drop_threshold"]
+RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
+RUNTIME += ["drop_threshold"]
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,6 +76,10 @@ class Problem:
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""
         return self.short_reach() + 1
+
+    def sum_dtype(self, like: Tensor) -> torch.dtype:
+        """Of gradients that are sums over sequences: that of `like`, but the accumulator's while one regime waits for the other."""
+        return self.accumulator if not self.is_short() and self.short_reach() else like.dtype
 
     def config(self, kernel: str) -> Config:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
@@ -146,9 +151,8 @@ class Problem:
     def offset_type(self, block: int, *more: Tensor) -> Any:
         """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
         tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k, *more) if x is not None]
-        entries = block // 4  # that a tile looks at
-        rows = block + entries * self.call.max_len if self.call.varlen else block
-        widest = max(entries * self.view(x)[1] + rows * self.view(x)[3] for x in tensors)
+        rows = block if self.bounds is None else max(block, self.rows)
+        widest = max(block * self.view(x)[1] + rows * self.view(x)[3] for x in tensors)
         return tl.int64 if widest >= 2**31 else tl.int32
 
     def processors(self) -> int:
@@ -191,7 +195,8 @@ class Problem:
         rows, window = w.shape[2], partials.shape[3]
         kept = min(rows, window)
         right = self.call.align_right and (self.call.varlen or self.bounds is not None)
-        found = [w.new_empty(w.shape) if kept == rows else w.new_zeros(w.shape) for _ in range(2)]
+        new = w.new_empty if kept == rows else w.new_zeros
+        found = [new(w.shape, dtype=self.sum_dtype(w)) for _ in range(2)]
         for gradient, part in zip(found, total, strict=True):
             place, source = (gradient[:, :, rows - kept :], part[:, :, window - kept :]) if right else (gradient, part)
             place[:, :, :kept].copy_(source[:, :, :kept])
@@ -203,8 +208,16 @@ class Problem:
         """Gradients in the order of the inputs that the call has; dgate comes per head."""
         found = [dq, dk, dv] + ([] if self.w_q is None else [dw_q, dw_k])
         if self.gate is not None and dgate is not None:
-            found.append((dgate if self.gate.numel() == self.heads else dgate.sum(0, keepdim=True)).to(self.gate.dtype))
+            dgate = dgate if self.gate.numel() == self.heads else dgate.sum(0, keepdim=True)
+            found.append(dgate.to(self.sum_dtype(self.gate)))
         return found
+
+    def add_sums(self, tiled: list[Tensor], short: list[Tensor]) -> list[Tensor]:
+        """The results of both regimes, which share all gradients but those that are sums over sequences."""
+        shared = 5 if self.w_q is not None and self.call.per_entry else 3
+        sums = ([] if shared == 5 or self.w_q is None else [self.w_q, self.w_k]) + ([] if self.gate is None else [self.gate])
+        added = [(a + b).to(x.dtype) for a, b, x in zip(tiled[shared:], short[shared:], sums, strict=True) if x is not None]
+        return short[:shared] + added
 
 
 def with_rows(x: Tensor) -> Tensor:

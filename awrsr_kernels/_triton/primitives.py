@@ -70,20 +70,20 @@ def padded_seats(entry, start, rows, length, total, PADDED: tl.constexpr):
 
 @triton.jit
 def shared_seats(
-    bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+    bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
     VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """Seats whole sequences from number `sequence` (below `last`) on in the rows of one tile, as many as fit: at least one.
 
-    One of more than BLOCK items counts as empty: the tiled kernels take it.
+    One of more than `reach` items, which is at most BLOCK, counts as empty: the tiled kernels take it.
 
     Returns their number, then per row: its sequence's first row in the tile and its length (0 if the row stays empty), seats in the
     inputs, and seats in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that counts.
     """
     candidate = sequence + tl.arange(0, CANDIDATES)
     start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
-    length = tl.where((candidate < last) & (length <= BLOCK), length, 0)
+    length = tl.where((candidate < last) & (length <= reach), length, 0)
     end = tl.cumsum(length, 0)
     fits = (end <= BLOCK) & (candidate < last)
     taken = tl.sum(fits.to(tl.int32), 0)

@@ -2,9 +2,9 @@
 
 L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
 many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
-sequences in one tile do not see each other. Sequences that no tile holds are passed over: the tiled kernels take them, which pass
-over the short ones in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`; gradients, with
-Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
+sequences in one tile do not see each other. Sequences of more than `reach` items are passed over: the tiled kernels take them,
+which pass over the others in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`;
+gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V
@@ -42,7 +42,7 @@ from .primitives import (
 def _short_fwd_kernel(
     q, k, v, w_q, w_k, out,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, heads, run,
+    rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
@@ -58,7 +58,7 @@ def _short_fwd_kernel(
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
             taken, first_row, length, seat, table_seat = shared_seats(
-                bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+                bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
             entry = sequence + seat[2].to(tl.int32)
@@ -89,7 +89,7 @@ def _short_fwd_kernel(
             store_tile(out, head, seat, tile, DV, BLOCK_DV)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
-        for number in range(begin, tl.where(rows_total <= BLOCK_L, last, begin)):
+        for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
             zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
@@ -99,7 +99,7 @@ def _short_fwd_kernel(
 def _short_bwd_kernel(
     q, k, v, w_q, w_k, dout, dq, dk, dv, dw_q, dw_k, dgate_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, table_rows, batch, heads, run,
+    rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
@@ -120,7 +120,7 @@ def _short_bwd_kernel(
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
             taken, first_row, length, seat, table_seat = shared_seats(
-                bounds_ptr, sequence, last, rows_total, max_len, table_rows,
+                bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
             entry = sequence + seat[2].to(tl.int32)
@@ -198,7 +198,7 @@ def _short_bwd_kernel(
                     dw_k_sum = dot(at_rows, dk_a, PRECISION, dw_k_sum)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
-        for number in range(begin, tl.where(rows_total <= BLOCK_L, last, begin)):
+        for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
             zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
@@ -230,7 +230,7 @@ def short_forward(problem: Problem, out: Tensor | None = None) -> list[Tensor]:
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(out), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+        out=p.view(out), reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, out),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
@@ -257,14 +257,12 @@ def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor], found: l
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
         dout=p.view(dout), dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads),
         dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
-        dgate_ptr=dgate, batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
+        dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, dout),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
-    shares = p.w_q is not None and not p.call.per_entry  # the tables
-    if shares:
+    if p.w_q is not None and not p.call.per_entry:
         dw_q, dw_k = p.sum_tables(partials)
     dk, dv = p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)
     results = p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))
-    begin = 3 if shares else 5  # of the gradients that are sums over sequences
-    return results if found is None else results[:begin] + [a + b for a, b in zip(found[begin:], results[begin:], strict=True)]
+    return results if found is None else p.add_sums(found, results)
