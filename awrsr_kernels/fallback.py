@@ -28,6 +28,7 @@ Half precision is computed in float32 and rounded once, on the way out (torch's 
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,11 +148,14 @@ def _tables(given: Inputs, call: Call) -> list[Tensor]:
     return [] if call.refinement == "none" else [w for w in (given.w_q, given.w_k) if w is not None]
 
 
-def _is_kept(place: Place, loaded: Inputs) -> bool:
-    """Whether all weights together weigh no more than q, k and v, so that keeping them does not change the order of memory."""
-    kinds = 1 + (place.call.refinement != "none")
-    weights = kinds * sum((hi - lo) * (hi if place.call.causal else place.length) for lo, hi in place.blocks)
-    return weights <= place.length * sum(x.shape[-1] for x in loaded[:3] if x is not None)
+def _kept(plan: Plan, loaded: Inputs) -> list[bool]:
+    """Whether each chunk keeps its weights: its own, or those of all, weigh no more than q, k and v. The order of memory stays."""
+    kinds, features = 1 + (plan.call.refinement != "none"), sum(x.shape[-1] for x in (loaded.q, loaded.k, loaded.v))
+    areas = [kinds * sum((hi - lo) * (hi if plan.call.causal else p.length) for lo, hi in p.blocks) for p in plan.places]
+    rooms = [p.length * features for p in plan.places]
+    counts = [p.count for p in plan.places]
+    fit = sum(map(operator.mul, counts, areas)) <= sum(map(operator.mul, counts, rooms))
+    return [fit or area <= room for area, room in zip(areas, rooms, strict=True)]
 
 
 def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: _Named) -> _Chunk:
@@ -302,8 +306,8 @@ class _ChunkGradients:
 def _forward(plan: Plan, loaded: Inputs, dtype: torch.dtype, saved: list[_Named] | None) -> Tensor:
     """The output in rows form and `dtype`; what the backward needs of each chunk is appended to `saved`."""
     out = plan.buffer(plan.heads, loaded.v.shape[-1], dtype)
-    for place in plan.places:
-        chunk = _load_chunk(place, loaded, saved is not None and _is_kept(place, loaded), {})
+    for place, keep in zip(plan.places, _kept(plan, loaded), strict=True):
+        chunk = _load_chunk(place, loaded, saved is not None and keep, {})
         value = place.result(out)
         products = _forward_chunk(chunk, value)
         if saved is not None:
