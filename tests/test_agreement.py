@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from awrsr_kernels import _fallback_selection, refined_attention, refined_attention_varlen
+from awrsr_kernels import _fallback_chunks, _fallback_selection, refined_attention, refined_attention_varlen
 from awrsr_kernels.tolerance import wrong_results
 
 from .conftest import DEVICE, ENGINES, cumulative
@@ -200,10 +200,11 @@ def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: t
 @pytest.mark.parametrize("table", ["shared", "head", "entry"])
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
 def test_short_histories_share_windows(refinement: str, table: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The torch backend on a CPU: each result agrees, and windows with several histories were made."""
+    """The torch backend on a CPU: each result agrees, and windows with several histories were used."""
     if DEVICE != "cpu":
         pytest.skip("a CPU's way")
     made: list[list[int]] = []
+    used: list[object] = []
     pack = _fallback_selection._pack
 
     def record(lengths: list[int], span: int) -> list[list[int]]:
@@ -213,7 +214,10 @@ def test_short_histories_share_windows(refinement: str, table: str, causal: bool
         made.extend(windows)
         return windows
 
+    shares = _fallback_chunks.Plan._find_shares
+    monkeypatch.setattr(_fallback_selection, "_SHARING_WEIGHTS", 0)
     monkeypatch.setattr(_fallback_selection, "_pack", record)
+    monkeypatch.setattr(_fallback_chunks.Plan, "_find_shares", lambda plan, length: (used.append(plan), shares(plan, length))[1])
     for seed, padded in enumerate([False, True]):
         lengths = torch.randint(0, 12, (60,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50, 100]
         problem = Problem(
@@ -221,7 +225,7 @@ def test_short_histories_share_windows(refinement: str, table: str, causal: bool
             gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
         )  # fmt: skip
         assert disagreements(problem, refinement, torch.float32, "torch") == []
-    assert max(len(window) for window in made) > 5
+    assert max(len(window) for window in made) > 5 and len(used) == 2
 
 
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])

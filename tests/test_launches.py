@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from awrsr_kernels.launch_config import Config
-from benchmarks.launches import Call, columns_walk, rows_walk, seat, short_launches, task_launches, tiled_launches
+from benchmarks.launches import Call, Launch, columns_walk, rows_walk, seat, short_launches, task_launches, tiled_launches
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.roofline import ideal_bytes
@@ -99,6 +99,15 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     return found
 
 
+def hold_to(meters: list[Meter], counted: list[Launch]) -> None:
+    """Our kernels among the counted launches are those that ran, and each did what was counted."""
+    kernels = [x for x in counted if x.tile is not None]
+    assert [(x.kernel, x.programs) for x in kernels] == [(m.kernel, m.programs) for m in meters]
+    for launch, meter in zip(kernels, meters, strict=True):
+        for name in ("loaded", "read", "written", "operations"):
+            assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("refinement", REFINEMENTS)
 @pytest.mark.parametrize("regime", ["short", "tiled"])
@@ -113,11 +122,7 @@ def test_counts_are_what_the_kernels_do(
         counted = tiled_launches(Call(task, *calls(task, layout)[0], layout == "packed"), lambda _: TILE, PROCESSORS)
     else:
         counted = task_launches(task, layout, processors=PROCESSORS)
-    kernels = [x for x in counted if x.tile is not None]
-    assert [(x.kernel, x.programs) for x in kernels] == [(m.kernel, m.programs) for m in meters]
-    for launch, meter in zip(kernels, meters, strict=True):
-        for name in ("loaded", "read", "written", "operations"):
-            assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
+    hold_to(meters, counted)
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -132,12 +137,8 @@ def test_counts_where_both_regimes_share_a_call(
     task = Task(Shape(B=5, H=2, H_kv=2, L=80, D=8, D_v=12, R=20), refinement, "float16", 0.1, "cpu", users, len(users))
     batch = build(task, layout)[0]
     gradients(ours(batch, "triton"), batch)
-    counted = [x for x in task_launches(task, layout, processors=PROCESSORS) if x.tile is not None]
-    assert {x.kernel.split("_")[0] for x in counted} == {"short", "tiled"}
-    assert [(x.kernel, x.programs) for x in counted] == [(m.kernel, m.programs) for m in meters]
-    for launch, meter in zip(counted, meters, strict=True):
-        for name in ("loaded", "read", "written", "operations"):
-            assert getattr(launch, name) == getattr(meter, name), (launch.kernel, launch.stage, name)
+    assert {meter.kernel.split("_")[0] for meter in meters} == {"short", "tiled"}
+    hold_to(meters, task_launches(task, layout, processors=PROCESSORS))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from awrsr_kernels import attention_weights, refined_attention, refined_attention_varlen
+from awrsr_kernels import _fallback_selection, attention_weights, refined_attention, refined_attention_varlen
 
 from .conftest import DEVICE, ENGINES, cumulative
 
@@ -110,8 +110,9 @@ def test_packed_equals_padded(engine: str, refinement: str, side: str, choose: C
 
 
 @every_own_engine
-def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose) -> None:
+def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short histories share a window or a tile; one that saw another would show here."""
+    monkeypatch.setattr(_fallback_selection, "_SHARING_WEIGHTS", 0)
     q, k, v = (scale * torch.randn(15, 1, 8, device=DEVICE) for scale in (1e15, 1e15, 1))
     found, wanted = (
         refined_attention_varlen(q, k, v, None, None, cumulative([4, 5, 6]), refinement="none", backend=backend)
