@@ -1,0 +1,191 @@
+"""Histories as flat arrays: what users did, in time order, and which part of it is for training, validation and test.
+
+U users, N items of the catalogue, T events of all users.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("leave-one-out", "last-n", "time")
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Events of all users, one user after another; never a padded matrix.
+
+    items: (T,) int64 in 0..N-1, each user's in time order. offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
+    item_ids: (N,) what the file called each item; user_ids: (U,) likewise. times: (T,) or None.
+    """
+
+    items: np.ndarray
+    offsets: np.ndarray
+    item_ids: np.ndarray
+    user_ids: np.ndarray
+    times: np.ndarray | None = None
+
+    @property
+    def num_users(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(U,) events of each user."""
+        return np.diff(self.offsets)
+
+    def of(self, user: int) -> np.ndarray:
+        """(n,) items of the user at that place, in time order."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    @classmethod
+    def from_events(cls, users: np.ndarray, items: np.ndarray, times: np.ndarray | None = None) -> "Histories":
+        """From parallel (T,) arrays of ids of any one type. Users and items are numbered as they first appear; events of a user
+        are put in order of `times`, equal times and no times in the order given."""
+        user_ids, user = number(users)
+        item_ids, item = number(items)
+        order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
+        return cls(item[order], offsets, item_ids, user_ids, None if times is None else times[order])
+
+    @classmethod
+    def from_lists(cls, histories: "Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]") -> "Histories":
+        """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...)."""
+        if isinstance(histories, Histories):
+            return histories
+        pairs = histories if isinstance(histories, Mapping) else dict(enumerate(histories))
+        lists = [np.asarray(list(items)) for items in pairs.values()]
+        lengths = np.array([len(items) for items in lists], dtype=np.int64)
+        filled = [items for items in lists if len(items)]
+        item_ids, item = number(np.concatenate(filled)) if filled else (np.array([]), np.array([], dtype=np.int64))
+        return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, np.array(list(pairs)))
+
+    def keep(self, events: np.ndarray) -> "Histories":
+        """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped, the rest renumbered."""
+        user = np.repeat(np.arange(self.num_users), self.lengths)[events]
+        users, user = np.unique(user, return_inverse=True)
+        items, item = np.unique(self.items[events], return_inverse=True)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(users)))])
+        times = None if self.times is None else self.times[events]
+        return Histories(item, offsets, self.item_ids[items], self.user_ids[users], times)
+
+    def core(self, min_user_events: int = 1, min_item_events: int = 1) -> "Histories":
+        """The k-core: drops users and items with fewer events, again and again until none is left that has."""
+        kept = self
+        while True:
+            item_events = np.bincount(kept.items, minlength=kept.num_items)
+            few = np.repeat(kept.lengths < max(min_user_events, 1), kept.lengths) | (item_events < min_item_events)[kept.items]
+            if not few.any() and not (kept.lengths == 0).any():
+                return kept
+            kept = kept.keep(~few)
+
+    def collapsed(self) -> "Histories":
+        """Every run of one item becomes its first event."""
+        first = np.ones(len(self.items), dtype=bool)
+        first[1:] = self.items[1:] != self.items[:-1]
+        first[self.offsets[:-1][self.lengths > 0]] = True
+        return self.keep(first)
+
+    def repeats(self) -> bool:
+        """Whether some user has some item more than once."""
+        user = np.repeat(np.arange(self.num_users), self.lengths)
+        return len(np.unique(user * max(self.num_items, 1) + self.items)) < len(self.items)
+
+    def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
+        """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their item.
+        All users stay, though some may be left with an empty history."""
+        place = {key: i for i, key in enumerate(_keys(item_ids))}
+        to = np.array([place.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
+        item = to[self.items] if len(to) else self.items
+        known = item >= 0
+        user = np.repeat(np.arange(self.num_users), self.lengths)[known]
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=self.num_users))])
+        times = None if self.times is None else self.times[known]
+        return replace(self, items=item[known], offsets=offsets, item_ids=item_ids, times=times), int((~known).sum())
+
+
+def number(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct ids in order of first appearance, and for each entry the place of its id among them."""
+    distinct, first, place = np.unique(ids, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[place]
+
+
+def _keys(ids: np.ndarray) -> list[str]:
+    """Ids as text, so that 7 read as a number meets "7" read as text."""
+    return [str(key) for key in ids.tolist()]
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is for training, validation and test: (U,) places within each history, train < validation < test.
+
+    A user's first `train_end` events train the model; each event from there to `validation_end` is a validation target, each from
+    there on a test target. A target is predicted from all events before it.
+    """
+
+    histories: Histories
+    train_end: np.ndarray
+    validation_end: np.ndarray
+
+    def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        """(M,) users and (M,) places in their histories, of the targets of "validation" or "test" that have an event before them."""
+        starts, ends = {
+            "validation": (self.train_end, self.validation_end),
+            "test": (self.validation_end, self.histories.lengths),
+        }[part]
+        counts = ends - starts
+        users = np.repeat(np.arange(len(counts)), counts)
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
+        return users[places > 0], places[places > 0]
+
+
+def split(
+    histories: Histories,
+    how: str = "leave-one-out",
+    *,
+    n: int = 1,
+    validation_from: float | None = None,
+    test_from: float | None = None,
+) -> Split:
+    """Divide histories.
+
+    "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
+    "last-n": the same with n events each. Users too short to leave one event for training train only.
+    "time": events from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to.
+
+    Raises:
+        ValueError: an unknown `how`; "time" without times or without two rising moments; n below 1; no target left.
+    """
+    if how not in SPLITS:
+        raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
+    lengths = histories.lengths
+    if how == "time":
+        if histories.times is None:
+            raise ValueError('split is "time", which needs a file with a time column; this one has none')
+        if validation_from is None or test_from is None or not validation_from < test_from:
+            raise ValueError(
+                f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"
+            )
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        train_end = np.bincount(owner[histories.times < validation_from], minlength=len(lengths))
+        validation_end = np.bincount(owner[histories.times < test_from], minlength=len(lengths))
+    else:
+        n = 1 if how == "leave-one-out" else n
+        if n < 1:
+            raise ValueError(f"n is {n}, must be 1 or more events per user")
+        enough = lengths > 2 * n
+        train_end = np.where(enough, lengths - 2 * n, lengths)
+        validation_end = np.where(enough, lengths - n, lengths)
+    parts = Split(histories, train_end.astype(np.int64), validation_end.astype(np.int64))
+    for part in ("validation", "test"):
+        if not len(parts.targets(part)[0]):
+            raise ValueError(f"split {how!r} leaves nothing for {part}: the longest history has {lengths.max(initial=0)} events")
+    return parts
