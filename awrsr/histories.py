@@ -66,7 +66,7 @@ class Histories:
         return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, np.array(list(pairs)))
 
     def keep(self, events: np.ndarray) -> "Histories":
-        """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped, the rest renumbered."""
+        """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped."""
         user = np.repeat(np.arange(self.num_users), self.lengths)[events]
         users, user = np.unique(user, return_inverse=True)
         items, item = np.unique(self.items[events], return_inverse=True)
@@ -97,8 +97,8 @@ class Histories:
         return len(np.unique(user * max(self.num_items, 1) + self.items)) < len(self.items)
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
-        """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their item.
-        All users stay, though some may be left with an empty history."""
+        """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their
+        item. All users stay, though some may be left with an empty history."""
         place = {key: i for i, key in enumerate(_keys(item_ids))}
         to = np.array([place.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
         item = to[self.items] if len(to) else self.items
@@ -136,7 +136,7 @@ class Split:
     validation_end: np.ndarray
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) users and (M,) places in their histories, of the targets of "validation" or "test" that have an event before them."""
+        """(M,) users and (M,) places in their histories of the targets of "validation" or "test" that have an event before."""
         starts, ends = {
             "validation": (self.train_end, self.validation_end),
             "test": (self.validation_end, self.histories.lengths),

@@ -1,0 +1,94 @@
+"""Refined self-attention as a layer: the package's only door to `awrsr_kernels`.
+
+T packed events of B histories, L window, E hidden size, H heads, D head dim, R refinement rank.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from awrsr_kernels import attention_weights, refined_attention, refined_attention_varlen
+
+
+class Packed(NamedTuple):
+    """Histories one after another, x is (T, E); history b holds rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1."""
+
+    cu_seqlens: Tensor  # (B + 1,)
+    max_seqlen: int
+
+
+class Padded(NamedTuple):
+    """Histories in a window each, x is (B, L, E), padding on the left."""
+
+    lengths: Tensor  # (B,)
+
+
+class RefinedAttention(nn.Module):
+    """Causal self-attention with refined weights (AWRSR), between two linear maps.
+
+    Tables "position" are parameters (H, max_len, R), or (max_len, R) shared by the heads; a history of n events uses the last n
+    rows, so that a row means "so many events before the prediction". Tables "content" are computed from each event by a linear map.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        heads: int,
+        *,
+        refinement: str,
+        max_len: int,
+        rank: int,
+        tables: str = "position",
+        per_head: bool = True,
+        table_std: float = 1.0,
+        learned_gate: bool = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.heads, self.refinement, self.dropout, self.backend = heads, refinement, dropout, backend
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+        self.w_q = self.w_k = self.to_tables = self.gate = None
+        if refinement == "none":
+            return
+        if tables == "content":
+            self.to_tables = nn.Parameter(torch.randn(hidden, 2 * heads * rank) * table_std / hidden**0.5)
+        else:
+            shape = (heads, max_len, rank) if per_head else (max_len, rank)
+            self.w_q, self.w_k = (nn.Parameter(torch.randn(shape) * table_std) for _ in range(2))
+        if learned_gate and refinement == "additive":
+            self.gate = nn.Parameter(torch.ones(heads))
+
+    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
+        """x (..., E) -> (..., E)."""
+        q, k, v = self.split(self.qkv(x))
+        w_q, w_k = self.tables(x, where)
+        options = {"refinement": self.refinement, "gate": self.gate, "backend": self.backend}
+        options["dropout_p"] = self.dropout if self.training else 0.0
+        if isinstance(where, Packed):
+            out = refined_attention_varlen(q, k, v, w_q, w_k, where.cu_seqlens, where.max_seqlen, **options)
+        else:
+            q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+            out = refined_attention(q, k, v, w_q, w_k, lengths=where.lengths, **options).transpose(1, 2)
+        return self.out(out.flatten(-2))
+
+    def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
+        """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
+        q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
+        return attention_weights(q, k, *self.tables(x, where), refinement=self.refinement, gate=self.gate, lengths=where.lengths)
+
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., 3 E) -> three of (..., H, D)."""
+        return x.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
+    def tables(self, x: Tensor, where: Packed | Padded) -> tuple[Tensor | None, Tensor | None]:
+        """W_q and W_k as the operator wants them."""
+        if self.to_tables is not None:  # (T, H, R), or (B, H, L, R)
+            w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+            return (w_q, w_k) if isinstance(where, Packed) else (w_q.transpose(1, 2), w_k.transpose(1, 2))
+        if self.w_q is None or self.w_k is None or isinstance(where, Packed):
+            return self.w_q, self.w_k
+        rows = x.shape[1]
+        return self.w_q[..., -rows:, :], self.w_k[..., -rows:, :]

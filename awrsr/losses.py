@@ -1,0 +1,107 @@
+"""Training losses: how much the item that followed should have been preferred to others.
+
+T events with a target, N items, E hidden size, K negatives. Scores are dot products of hidden states (T, E) and the item table
+(N, E). Each loss returns (T,), one value per event, for the caller to average.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CATALOGUE_BLOCK = 1 << 22  # scores held at a time by a loss over the whole catalogue
+
+
+def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
+    """Binary cross-entropy of the target against its own K negatives, (T, K), averaged over these (SASRec, K = 1)."""
+    positive, negative = pair_scores(hidden, targets, table, negatives)
+    return F.softplus(-positive) + F.softplus(negative).mean(1)
+
+
+def bpr(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
+    """Bayesian personalised ranking (Rendle et al. 2009): the target above each of its K negatives."""
+    positive, negative = pair_scores(hidden, targets, table, negatives)
+    return F.softplus(negative - positive[:, None]).mean(1)
+
+
+def gbce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, calibration: float = 0.75, **_: float) -> Tensor:
+    """Generalised binary cross-entropy (Petrov and Macdonald, gSASRec, 2023): undoes the overconfidence of sampling negatives.
+
+    calibration: their t, 0 (plain binary cross-entropy) to 1 (probabilities fully calibrated).
+    """
+    rate = negatives.shape[1] / max(len(table) - 1, 1)
+    power = rate * (calibration * (1 - 1 / rate) + 1 / rate)
+    positive, negative = pair_scores(hidden, targets, table, negatives)
+    return power * F.softplus(-positive) + F.softplus(negative).sum(1)
+
+
+def sampled_softmax(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
+    """Cross-entropy of the target against a pool of K items, (K,), shared by the batch, an event's own target left out of it."""
+    positive = (hidden * F.embedding(targets, table)).sum(1)
+    negative = hidden @ F.embedding(negatives, table).T
+    negative = negative.masked_fill(negatives == targets[:, None], -math.inf)
+    return torch.logsumexp(torch.cat([positive[:, None], negative], 1), 1) - positive
+
+
+def cross_entropy(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
+    """Cross-entropy over the whole catalogue, block by block: memory does not grow with T x N."""
+    positive = (hidden * F.embedding(targets, table)).sum(1)
+    normaliser: Tensor = _LogNormaliser.apply(hidden, table)
+    return normaliser - positive
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "sampled_softmax": sampled_softmax,
+    "cross_entropy": cross_entropy,
+    "bce": bce,
+    "bpr": bpr,
+    "gbce": gbce,
+}
+
+
+def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator: torch.Generator) -> Tensor:
+    """What a loss compares the targets with: a pool (K,) for "sampled_softmax", uniform with replacement; nothing, (T, 0), for
+    "cross_entropy"; otherwise (T, K), uniform over all items but the event's target."""
+    if loss == "sampled_softmax":
+        return torch.randint(num_items, (k,), generator=generator, device=targets.device)
+    if loss == "cross_entropy":
+        return targets.new_empty(len(targets), 0)
+    drawn = torch.randint(max(num_items - 1, 1), (len(targets), k), generator=generator, device=targets.device)
+    return drawn + (drawn >= targets[:, None])
+
+
+def pair_scores(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the targets (T,) and of their negatives (T, K)."""
+    rows = F.embedding(torch.cat([targets[:, None], negatives], 1), table)  # (T, 1 + K, E): one gradient for the table
+    scores = (rows * hidden[:, None]).sum(-1)
+    return scores[:, 0], scores[:, 1:]
+
+
+class _LogNormaliser(torch.autograd.Function):
+    """(T, E), (N, E) -> (T,) log of the sum over items of exp(score); scores are computed again in the backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, table: Tensor) -> Tensor:
+        total = hidden.new_full((len(hidden),), -math.inf, dtype=torch.float32)
+        for block in table.split(_block(hidden)):
+            total = torch.logaddexp(total, torch.logsumexp((hidden @ block.T).float(), 1))
+        ctx.save_for_backward(hidden, table, total)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, table, total = ctx.saved_tensors
+        d_hidden, d_table = torch.zeros_like(hidden), torch.empty_like(table)
+        size = _block(hidden)
+        for block, d_block in zip(table.split(size), d_table.split(size), strict=True):
+            weights = (hidden @ block.T).float().sub_(total[:, None]).exp_().mul_(grad[:, None]).to(hidden.dtype)
+            d_hidden += weights @ block
+            torch.mm(weights.T, hidden, out=d_block)
+        return d_hidden, d_table
+
+
+def _block(hidden: Tensor) -> int:
+    return max(256, CATALOGUE_BLOCK // max(len(hidden), 1))

@@ -1,0 +1,157 @@
+"""Full-ranking evaluation: the rank of each target among all items of the catalogue, and metrics of ranks.
+
+M targets, N items, E hidden size. One relevant item per target.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .batches import spans
+from .files import atomic
+from .histories import Split
+
+SCORE_BLOCK = 1 << 22  # scores held at a time
+CUTOFFS = (5, 10, 20)
+METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("MRR",)
+
+
+def metric(name: str, ranks: np.ndarray) -> np.ndarray:
+    """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR is over the whole list, not cut off."""
+    kind, _, cutoff = name.partition("@")
+    if kind == "MRR" and not cutoff:
+        return 1 / ranks
+    if kind not in ("HR", "NDCG") or not cutoff.isdigit() or not int(cutoff):
+        raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
+    return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
+
+
+def metrics(ranks: np.ndarray, names: tuple[str, ...] = METRICS) -> dict[str, float]:
+    """Means over the targets."""
+    return {name: float(metric(name, ranks).mean()) for name in names}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Ranks of targets: parallel (M,) arrays of the user's place, the target's place in the history, the item and its rank."""
+
+    users: np.ndarray
+    places: np.ndarray
+    items: np.ndarray
+    ranks: np.ndarray
+    users_per_cpu_second: float
+
+    def metrics(self) -> dict[str, float]:
+        return metrics(self.ranks)
+
+
+class Targets:
+    """Targets of one part of a split, in packed batches of the histories before them."""
+
+    def __init__(self, split: Split, part: str, max_len: int, filter_seen: bool) -> None:
+        self.split, self.filter_seen = split, filter_seen
+        self.users, self.places = split.targets(part)
+        self.end = split.histories.offsets[self.users] + self.places  # the target's place in the flat array
+        self.items = split.histories.items[self.end]
+        self.length = np.minimum(self.places, max_len)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> "TargetBatches":
+        """This process's share of the targets."""
+        return TargetBatches(self, batch_size, rank, world)
+
+
+class TargetBatches:
+    """Pairs (which targets, what `rank_batch` takes), for a validation loop to iterate over."""
+
+    def __init__(self, targets: Targets, batch_size: int, rank: int, world: int) -> None:
+        self.targets, self.batch_size = targets, batch_size
+        self.mine = np.arange(len(targets))[rank::world]
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Any]]:
+        for first in range(0, len(self.mine), self.batch_size):
+            chosen = self.mine[first : first + self.batch_size]
+            yield chosen, self.pack(chosen)
+
+    def pack(self, chosen: np.ndarray) -> Any:
+        t, items = self.targets, self.targets.split.histories.items
+        end, length, before = t.end[chosen], t.length[chosen], t.places[chosen]
+        place, cu_seqlens = spans(end - length, length)
+        seen = row = None
+        if t.filter_seen:
+            seen = torch.from_numpy(items[spans(end - before, before)[0]])
+            row = torch.from_numpy(np.repeat(np.arange(len(chosen)), before))
+        packed = torch.from_numpy(items[place]), torch.from_numpy(cu_seqlens), int(length.max())
+        return packed, torch.from_numpy(t.items[chosen]), row, seen
+
+
+def rank_batch(model: nn.Module, batch: Any) -> Tensor:
+    """(B,) ranks of the targets of a batch of `Targets.batches`."""
+    device = next(model.parameters()).device
+    (items, cu_seqlens, max_seqlen), targets, row, seen = batch
+    hidden = model(items.to(device), cu_seqlens.to(device), max_seqlen)
+    last = hidden[cu_seqlens[1:].to(device) - 1]
+    move = (None, None) if row is None else (row.to(device), seen.to(device))
+    return ranks(last, model.item_table(), targets.to(device), *move)
+
+
+def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """(M,) rank of each target among the N items by the scores hidden (M, E) @ table.T, 1 = best.
+
+    Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does whatever is
+    no number. seen: items that history row[i] holds, no candidates (the target itself always is one).
+    """
+    out = torch.empty_like(targets)
+    size = max(1, SCORE_BLOCK // len(table))
+    begins = None if row is None else torch.searchsorted(row, torch.arange(0, len(targets) + size, size, device=row.device))
+    for nth, first in enumerate(range(0, len(targets), size)):
+        scores = hidden[first : first + size] @ table.T
+        target = targets[first : first + size, None]
+        own = scores.gather(1, target)
+        if row is not None and seen is not None and begins is not None:
+            of_block = slice(int(begins[nth]), int(begins[nth + 1]))
+            scores[row[of_block] - first, seen[of_block]] = -torch.inf
+            scores.scatter_(1, target, own)
+        out[first : first + size] = len(table) - (scores < own).sum(1)
+    return out
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, split: Split, part: str = "test", *, filter_seen: bool = True, batch_size: int = 1024, progress: bool = False
+) -> Evaluation:
+    """Rank every target of a part of the split, "validation" or "test"."""
+    targets = Targets(split, part, model.config.max_len, filter_seen)
+    found = np.empty(len(targets), dtype=np.int64)
+    training, start = model.training, time.process_time()
+    model.eval()
+    bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
+    for chosen, batch in targets.batches(batch_size):
+        found[chosen] = rank_batch(model, batch).cpu().numpy()
+        bar.update(len(chosen))
+    bar.close()
+    model.train(training)
+    seconds = time.process_time() - start
+    return Evaluation(targets.users, targets.places, targets.items, found, len(targets) / max(seconds, 1e-9))
+
+
+def write_ranks(found: Evaluation, split: Split, path: Path) -> None:
+    """A Parquet file with a row per target: user, item (ids of the data), position in the history, rank."""
+    import polars as pl
+
+    h = split.histories
+    columns = {"user": h.user_ids[found.users], "item": h.item_ids[found.items], "position": found.places, "rank": found.ranks}
+    with atomic(path) as temporary:
+        pl.DataFrame(columns).write_parquet(temporary)

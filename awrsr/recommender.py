@@ -1,0 +1,218 @@
+"""What a trained model is for: fitting, recommending, looking inside, saving and loading. `AWRSR` inherits it.
+
+B users of a batch, N items, E hidden size, H heads.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .batches import spans
+from .files import atomic, read_json, write_json
+from .histories import Histories, Split
+
+if TYPE_CHECKING:
+
+    import polars as pl
+
+    from .train import TrainingOptions
+
+WEIGHTS, CONFIG, ITEMS = "model.safetensors", "config.json", "items.parquet"
+SCORE_BLOCK = 1 << 24  # scores held at a time
+Model = TypeVar("Model", bound="Recommender")
+Given = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]
+
+
+class TopItems(NamedTuple):
+    """Parallel (M,) arrays, a row per recommendation: place of the user, place of the item, rank from 1, score."""
+
+    user: np.ndarray
+    item: np.ndarray
+    rank: np.ndarray
+    score: np.ndarray
+
+
+class Recommender(nn.Module):
+    """A network of events with item embeddings `items`, and `config` that makes it. It knows its items by the ids of the data."""
+
+    config: Any
+    items: nn.Embedding
+    item_ids: np.ndarray | None = None
+
+    def item_table(self) -> Tensor:
+        """(N, E): what hidden states are multiplied with for scores."""
+        return self.items.weight
+
+    def fit(
+        self: Model, histories: Given | Split, options: "TrainingOptions | None" = None, *, out: str | Path | None = None, **changes: Any
+    ) -> Model:
+        """Train, keep the weights of the epoch with the best validation NDCG@10, and return self, in evaluation mode.
+
+        histories: `Histories`, a mapping user -> items or a list of lists of item ids of any one type, in time order; the last
+            event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise.
+        options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
+        out: folder for the run (`awrsr.train`); without it nothing is left on disk.
+        """
+        from .histories import split
+        from .train import TrainingOptions, train
+
+        parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
+        settings = replace(options or TrainingOptions(), **changes)
+        if not self.config.num_items:
+            with torch.random.fork_rng():
+                torch.manual_seed(settings.seed)
+                self.__init__(replace(self.config, num_items=parts.histories.num_items))  # type: ignore[misc]
+        train(self, parts, settings, out)
+        return self.eval()
+
+    def recommend(self, histories: Given, k: int = 10, *, filter_seen: bool = True, batch_size: int = 1024) -> "pl.DataFrame":
+        """The k best next items for each history, which need not be of users seen in training.
+
+        histories: as for `fit`. Items that the model does not know are passed over; a user it knows no item of gets no row.
+        k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer).
+
+        Returns:
+            A row per recommendation, users in the order given: user, item, rank (1 = best), score.
+
+        Raises:
+            ValueError: k out of range; the model was not fitted.
+        """
+        import polars as pl
+
+        known, _ = Histories.from_lists(histories).numbered_as(self.ids())
+        parts = list(self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size))
+        user, item, rank, score = (np.concatenate([getattr(part, name) for part in parts]) for name in TopItems._fields)
+        return pl.DataFrame({"user": known.user_ids[user], "item": self.ids()[item], "rank": rank, "score": score})
+
+    @torch.inference_mode()
+    def top_items(self, histories: Histories, k: int, *, filter_seen: bool = True, batch_size: int = 1024) -> Iterator[TopItems]:
+        """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
+        count = self.config.num_items
+        if not 1 <= k <= count:
+            raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
+        training = self.training
+        self.eval()
+        step = max(1, min(batch_size, SCORE_BLOCK // count))
+        users = np.flatnonzero(histories.lengths)
+        yield TopItems(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int64, np.float32)))
+        for first in range(0, len(users), step):
+            chosen = users[first : first + step]
+            scores = self.scores(histories, chosen)
+            if filter_seen:
+                place, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
+                row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
+                scores[torch.from_numpy(row), torch.from_numpy(histories.items[place])] = -torch.inf
+            score, item = (x.cpu().numpy() for x in scores.topk(k))
+            row, nth = np.nonzero(score > -np.inf)
+            yield TopItems(chosen[row], item[row, nth], nth + 1, score[row, nth])
+        self.train(training)
+
+    def scores(self, histories: Histories, users: np.ndarray) -> Tensor:
+        """(B, N) scores of every item as the next one of these users, whose histories must not be empty."""
+        length = np.minimum(histories.lengths[users], self.config.max_len)
+        place, cu_seqlens = spans(histories.offsets[users + 1] - length, length)
+        device = self.items.weight.device
+        ends = torch.from_numpy(cu_seqlens).to(device)
+        hidden = self(torch.from_numpy(histories.items[place]).to(device), ends, int(length.max(initial=0)))
+        return hidden[ends[1:] - 1] @ self.item_table().T
+
+    @torch.inference_mode()
+    def similar_items(self, items: Sequence[Any], k: int = 10) -> "pl.DataFrame":
+        """The k items whose embeddings have the largest cosine with that of each given item: item, similar, rank, score.
+
+        Raises:
+            ValueError: an id that the model does not know; k out of 1..N-1.
+        """
+        import polars as pl
+
+        count = self.config.num_items
+        if not 1 <= k < count:
+            raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
+        places = self.places(items)
+        table = nn.functional.normalize(self.item_table(), dim=1)
+        cosine = table[places] @ table.T
+        cosine[torch.arange(len(places)), places] = -torch.inf
+        score, similar = (x.flatten().cpu().numpy() for x in cosine.topk(k))
+        ids = self.ids()
+        columns = {"item": np.repeat(ids[places], k), "similar": ids[similar], "rank": np.tile(np.arange(1, k + 1), len(places))}
+        return pl.DataFrame(columns | {"score": score})
+
+    @torch.inference_mode()
+    def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+        """For each block (P, M): first-order weights and the refined weights that meet the values, (H, n, n) each.
+
+        history: n item ids in time order; of more than max_len the last are looked at.
+        """
+        training = self.training
+        self.eval()
+        items = torch.as_tensor(self.places(history)[-self.config.max_len :], device=self.items.weight.device)[None]
+        maps = self.weights_padded(items, torch.tensor([items.shape[1]], device=items.device))
+        self.train(training)
+        return [(p[0], m[0]) for p, m in maps]
+
+    def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+        raise NotImplementedError
+
+    def ids(self) -> np.ndarray:
+        """(N,) ids of the data by place; the places themselves where no data gave any."""
+        return np.arange(self.config.num_items) if self.item_ids is None else self.item_ids
+
+    def places(self, items: Sequence[Any]) -> np.ndarray:
+        """Places of item ids in the table. Raises ValueError naming one that is not there."""
+        known = {str(key): place for place, key in enumerate(self.ids().tolist())}
+        unknown = [item for item in items if str(item) not in known]
+        if unknown or not len(items):
+            raise ValueError(f"items hold {unknown[0]!r}, which this model does not know" if unknown else "items is empty")
+        return np.array([known[str(item)] for item in items])
+
+    def save(self, folder: str | Path, **more: Any) -> None:
+        """Write config.json, items.parquet and model.safetensors, each whole or not at all. more: sections of config.json."""
+        import polars as pl
+        from safetensors.torch import save
+
+        folder = Path(folder)
+        with atomic(folder / ITEMS) as path:
+            pl.DataFrame({"item": self.ids()}).write_parquet(path)
+        write_json(folder / CONFIG, {"model": asdict(self.config)} | more)
+        with atomic(folder / WEIGHTS) as path:
+            path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
+
+    @classmethod
+    def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
+        """The model that `save` wrote, in evaluation mode. Nothing is unpickled. changes: of the configuration, such as backend.
+
+        Raises:
+            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights are of another configuration.
+        """
+        import polars as pl
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        for name in (CONFIG, WEIGHTS, ITEMS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
+        try:
+            model = cls(type(cls().config)(**read_json(folder / CONFIG)["model"] | changes))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
+        try:
+            model.item_ids = pl.read_parquet(folder / ITEMS)["item"].to_numpy()
+            weights = load_file(folder / WEIGHTS)
+        except (SafetensorError, pl.exceptions.PolarsError) as error:
+            raise ValueError(f"{folder} is damaged: {error}") from error
+        want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if want != found:
+            differs = sorted(name for name in want.keys() | found.keys() if want.get(name) != found.get(name))[0]
+            raise ValueError(
+                f"{folder / WEIGHTS} is of another configuration than {CONFIG}: {differs} is {found.get(differs, 'absent')}, "
+                f"must be {want.get(differs, 'absent')}"
+            )
+        model.load_state_dict(weights)
+        return model.eval()

@@ -1,0 +1,372 @@
+"""Training with Lightning: early stopping on full-ranking validation, exact resume, results in a run folder.
+
+A run is decided by its options, its data and its seed alone: the order of sequences by (seed, epoch), negatives and dropout by
+(seed, step). So a run that goes on after a kill ends with the numbers of one that was never stopped, and several processes draw
+together what one would draw alone (dropout apart).
+"""
+
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from tqdm import tqdm
+
+from .batches import Batch, Windows
+from .files import atomic, read_json, write_json
+from .histories import Split
+from .losses import LOSSES, draw_negatives
+from .options import check, option
+from .ranking import Targets, evaluate, metrics, rank_batch, write_ranks
+from .recommender import CONFIG, Recommender
+
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+WATCHED = "NDCG@10"
+STATE = "last.ckpt"
+NEGATIVES = {"sampled_softmax": 256, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
+
+
+def usual_negatives() -> str:
+    return ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained; each option says what it is for."""
+
+    loss: str = option(
+        "sampled_softmax",
+        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce",
+        choices=tuple(LOSSES),
+    )
+    negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)
+    calibration: float = option(0.75, "gbce's t: 0 is plain bce, 1 calibrated probabilities", least=0, below=1 + 1e-9)
+    windows: str = option(
+        "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
+    )
+    batch_size: int = option(256, "sequences per step, over all processes", least=1)
+    learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+    clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
+    epochs: int = option(100, "passes over the data, at most", least=1)
+    patience: int = option(10, f"stop after so many epochs without a better validation {WATCHED}; 0 never stops early", least=0)
+    filter_seen: str = option(
+        "auto",
+        "leave items of the history out of the ranking; auto: unless the data hold an item twice in a history",
+        choices=("auto", "yes", "no"),
+    )
+    seed: int = option(0, "of weights, order, negatives and dropout", least=0)
+    precision: str = option("32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
+    accelerator: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "gpu", "mps"))
+    devices: int = option(1, "processes on each machine", least=1)
+    nodes: int = option(1, "machines", least=1)
+    threads: int = option(0, "of torch on the CPU; 0 leaves it to torch", least=0)
+    logger: str = option("csv", "where loss and metrics of each epoch go, under logs/", choices=("csv", "tensorboard", "none"))
+    progress: bool = option(True, "show a bar on a terminal, otherwise a line per epoch")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.accelerator == "gpu" and not torch.cuda.is_available():
+            raise ValueError(
+                f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds no GPU here; take cpu or auto"
+            )
+
+    def num_negatives(self) -> int:
+        return self.negatives or NEGATIVES[self.loss]
+
+    def filters_seen(self, split: Split) -> bool:
+        """Whether items of the history are left out of the ranking."""
+        return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
+
+
+class Training(L.LightningModule):
+    """One training run of a `Recommender` as Lightning sees it."""
+
+    def __init__(self, model: Recommender, split: Split, options: TrainingOptions, folder: Path, sections: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.options, self.folder, self.sections = model, options, folder, sections
+        self.windows = Windows(split, model.config.max_len, options.windows)
+        self.validation = Targets(split, "validation", model.config.max_len, options.filters_seen(split))
+        self.found = torch.zeros(len(self.validation), dtype=torch.int64)
+        self.record: dict[str, Any] = {
+            "best": -1.0,
+            "best_epoch": 0,
+            "epochs": 0,
+            "sequences": 0,
+            "seconds": 0.0,
+            "cpu_seconds": 0.0,
+        }
+        self.curve: list[dict[str, float]] = []
+        self.losses: list[Tensor] = []
+        self.began = (0.0, 0.0)
+
+    # ---- an epoch of training
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        o, t = self.options, self.trainer
+        return self.windows.batches(o.batch_size, o.seed, t.current_epoch, t.global_rank, t.world_size)
+
+    def on_train_epoch_start(self) -> None:
+        self.losses, self.began = [], (time.perf_counter(), time.process_time())
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        """The mean over all events of the step; a process's share is scaled so that the average over processes comes to it."""
+        o, world = self.options, self.trainer.world_size
+        step = o.seed * 1_000_003 + self.trainer.global_step
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(step * world + self.trainer.global_rank)
+            hidden = self.model(batch.items, batch.cu_seqlens, batch.max_seqlen)
+        generator = torch.Generator(self.device).manual_seed(step)
+        table = self.model.item_table()
+        negatives = self.negatives(batch, generator)
+        values = LOSSES[o.loss](hidden, batch.targets, table, negatives, calibration=o.calibration)
+        loss: Tensor = values.sum() * (world / batch.events)
+        self.losses.append(loss.detach())
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.events)
+        return loss
+
+    def negatives(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """What all processes draw for the whole step, this one's share of it."""
+        k, count = self.options.num_negatives(), self.model.config.num_items
+        if self.trainer.world_size == 1 or self.options.loss in ("sampled_softmax", "cross_entropy"):
+            return draw_negatives(self.options.loss, batch.targets, count, k, generator)
+        targets = batch.targets.new_full((batch.events,), count)
+        mine = slice(batch.first, batch.first + len(batch.targets))
+        targets[mine] = batch.targets
+        return draw_negatives(self.options.loss, targets, count, k, generator)[mine]
+
+    def configure_optimizers(self) -> "OptimizerLRScheduler":
+        o = self.options
+        fused = o.precision != "16-mixed"
+        return torch.optim.AdamW(self.parameters(), o.learning_rate, weight_decay=o.weight_decay, fused=fused)
+
+    # ---- validation after it
+
+    def val_dataloader(self) -> Iterable[Any]:
+        return self.validation.batches(1024, self.trainer.global_rank, self.trainer.world_size)
+
+    def on_validation_start(self) -> None:
+        self.record["seconds"] += time.perf_counter() - self.began[0]
+        self.record["cpu_seconds"] += time.process_time() - self.began[1]
+        self.record["sequences"] += len(self.windows)
+        self.found.zero_()
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        chosen, inputs = batch
+        self.found[torch.from_numpy(chosen)] = rank_batch(self.model, inputs).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        found = self.trainer.strategy.reduce(self.found.to(self.device), reduce_op="sum")
+        values = metrics(found.cpu().numpy())
+        loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; lower learning_rate or set clip"
+            )
+        for name, value in values.items():
+            self.log(name, value, prog_bar=name == WATCHED)
+        self.record["epochs"] = self.current_epoch + 1
+        self.curve.append({"epoch": self.current_epoch + 1, "loss": loss.item(), WATCHED: values[WATCHED]})
+        if values[WATCHED] > self.record["best"]:
+            self.record |= {"best": values[WATCHED], "best_epoch": self.current_epoch + 1}
+            if self.trainer.is_global_zero:
+                self.model.save(self.folder, **self.sections)
+
+    # ---- what a checkpoint holds beside weights and optimizer
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["awrsr"] = {"record": self.record, "curve": self.curve}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.record, self.curve = checkpoint["awrsr"]["record"], checkpoint["awrsr"]["curve"]
+
+
+class Progress(L.Callback):
+    """One bar over all epochs, with loss, NDCG@10 and the best so far; where there is no terminal, a line per epoch."""
+
+    def on_train_start(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        steps = trainer.num_training_batches
+        total, done = int(steps * (trainer.max_epochs or 1)), int(steps * trainer.current_epoch)
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", disable=None if trainer.is_global_zero else True, dynamic_ncols=True
+        )
+        self.silent = self.bar.disable and trainer.is_global_zero
+
+    def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.bar.update()
+        if not self.bar.disable and batch_idx % 10 == 0:
+            self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+            record = training.record
+            best = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{record['best']:.4f}"} if training.curve else {}
+            self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | best, refresh=False)
+
+    def on_validation_end(self, trainer: L.Trainer, training: Any) -> None:
+        if self.silent:
+            last = training.curve[-1]
+            best = f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
+            print(
+                f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}  {WATCHED} {last[WATCHED]:.4f}  {best}",
+                flush=True,
+            )
+
+    def teardown(self, trainer: L.Trainer, training: L.LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, and that never unpickle code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic(path) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error
+
+
+def train(
+    model: Recommender, split: Split, options: TrainingOptions, out: str | Path | None = None, **sections: Any
+) -> dict[str, Any]:
+    """Train a model in place; afterwards it has the weights of its best epoch.
+
+    out: the run folder, for weights, configuration and the state to go on from. A folder that holds a state of the same run goes
+        on with it. sections: further sections for its config.json.
+
+    Returns:
+        epochs, best_epoch, best (validation NDCG@10), seconds, cpu_seconds (training alone, first process) and curve: epoch, loss
+        and NDCG@10 of each epoch. Empty in every process but the first.
+
+    Raises:
+        ValueError: the model is for another number of items; `out` holds another run. FloatingPointError: the loss is no number.
+    """
+    if model.config.num_items != split.histories.num_items:
+        raise ValueError(
+            f"num_items is {model.config.num_items}, must be {split.histories.num_items}, the number of items in the histories"
+        )
+    if out is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return train(model, split, options, temporary, **sections)
+    folder, sections = Path(out), {"training": asdict(options)} | sections
+    model.item_ids = split.histories.item_ids
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    resume = settle(folder, {"model": asdict(model.config)} | sections)
+    training = Training(model, split, options, folder, sections)
+    if resume:
+        training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
+    if not finished(training.record, options):
+        trainer = make_trainer(options, folder)
+        trainer.fit(training, ckpt_path=folder / STATE if resume else None, weights_only=True)
+        if not trainer.is_global_zero:
+            return {}
+    model.load_state_dict(type(model).load(folder).state_dict())
+    return training.record | {"curve": training.curve}
+
+
+def finished(record: dict[str, Any], options: TrainingOptions) -> bool:
+    """Whether nothing is left to train."""
+    waited = record["epochs"] - record["best_epoch"]
+    return bool(record["epochs"] >= options.epochs or options.patience and record["epochs"] and waited >= options.patience)
+
+
+MAY_CHANGE = ("epochs", "patience", "progress", "logger", "threads")  # in a run that goes on
+
+
+def settle(folder: Path, config: dict[str, Any]) -> bool:
+    """Make the folder this run's, and say whether it holds a state of the same run to go on from."""
+    if (folder / STATE).exists() and (folder / CONFIG).exists():
+        old, new = (flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
+        differs = sorted(
+            name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
+        )
+        if differs:
+            of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
+            raise ValueError(f"{folder} holds another run: {of}. Give another folder, or remove this one")
+        return True
+    write_json(folder / CONFIG, config)
+    return False
+
+
+def flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}
+
+
+def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
+    """Lightning, set up for a run."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*ModelCheckpoint.*",
+        ".*Checkpoint directory.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+    callbacks: list[L.Callback] = [
+        ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)
+    ]
+    if o.patience:
+        callbacks.append(EarlyStopping(WATCHED, mode="max", patience=o.patience))
+    if o.progress:
+        callbacks.append(Progress())
+    several = o.devices * o.nodes > 1
+    return L.Trainer(
+        accelerator=o.accelerator,
+        devices=o.devices,
+        num_nodes=o.nodes,
+        strategy="ddp" if several else "auto",
+        precision=o.precision,  # type: ignore[arg-type]
+        gradient_clip_val=o.clip or None,
+        max_epochs=o.epochs,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        logger=loggers[o.logger](folder, "logs") if o.logger in loggers else False,
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=folder,
+    )
+
+
+def report(model: Recommender, split: Split, options: TrainingOptions, record: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Evaluate a trained model on validation and test targets; write their ranks and metrics.json."""
+    filter_seen = options.filters_seen(split)
+    parts = {
+        part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
+    }
+    for part, found in parts.items():
+        write_ranks(found, split, out / f"ranks_{part}.parquet")
+    results = {part: found.metrics() for part, found in parts.items()} | {
+        "epochs": record["epochs"],
+        "best_epoch": record["best_epoch"],
+        "train_seconds": record["seconds"],
+        "train_cpu_seconds": record["cpu_seconds"],
+        "train_sequences_per_cpu_second": record["sequences"] / max(record["cpu_seconds"], 1e-9),
+        "eval_users_per_cpu_second": parts["test"].users_per_cpu_second,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "filter_seen": filter_seen,
+        "curve": record["curve"],
+    }
+    return results
