@@ -3,6 +3,7 @@
 U users, N items of the catalogue, T events of all users.
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,6 +135,14 @@ class Split:
     histories: Histories
     train_end: np.ndarray
     validation_end: np.ndarray
+
+    def fingerprint(self) -> str:
+        """Says whether two divisions are the same."""
+        h = self.histories
+        digest = hashlib.sha256()
+        for part in (h.items, h.offsets, self.train_end, self.validation_end):
+            digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        return digest.hexdigest()[:16]
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """(M,) users and (M,) places in their histories of the targets of "validation" or "test" that have an event before."""

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .batches import spans
 from .files import atomic
 from .histories import Split
+from .synthetic import recall_answer
 
 SCORE_BLOCK = 1 << 22  # scores held at a time
 CUTOFFS = (5, 10, 20)
@@ -50,6 +51,17 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         return metrics(self.ranks)
+
+
+def recall(found: Evaluation, split: Split) -> dict[str, float]:
+    """Of the targets where the current item had occurred before: how many, how often what followed it then follows again ("rule
+    HR@1": what a model that knows this rule alone would reach) and HR@1 of the ranks."""
+    answer = recall_answer(split.histories, found.users, found.places)
+    may = answer >= 0
+    count = int(may.sum())
+    if not count:
+        return {}
+    return {"targets": count, "rule HR@1": float((answer == found.items)[may].mean()), "HR@1": float((found.ranks == 1)[may].mean())}
 
 
 class Targets:

@@ -30,7 +30,7 @@ from .files import atomic, read_json, write_json
 from .histories import Split
 from .losses import LOSSES, draw_negatives
 from .options import check, option
-from .ranking import Targets, evaluate, metrics, rank_batch, write_ranks
+from .ranking import Targets, evaluate, metrics, rank_batch, recall, write_ranks
 from .recommender import CONFIG, Recommender
 
 if TYPE_CHECKING:
@@ -357,6 +357,7 @@ def report(model: Recommender, split: Split, options: TrainingOptions, record: d
     }
     for part, found in parts.items():
         write_ranks(found, split, out / f"ranks_{part}.parquet")
+    recalled = recall(parts["test"], split)
     results = {part: found.metrics() for part, found in parts.items()} | {
         "epochs": record["epochs"],
         "best_epoch": record["best_epoch"],
@@ -368,5 +369,5 @@ def report(model: Recommender, split: Split, options: TrainingOptions, record: d
         "parameters": sum(p.numel() for p in model.parameters()),
         "filter_seen": filter_seen,
         "curve": record["curve"],
-    }
+    } | ({"recall": recalled} if recalled else {})
     return results

@@ -1,0 +1,222 @@
+"""What each command of the command line does with its options."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .files import read_json, write_json
+from .histories import Histories, Split
+from .model import AWRSR, AWRSRConfig
+from .prepare import DataOptions, divide, histories
+from .ranking import METRICS, evaluate
+from .recommender import CONFIG
+from .train import TrainingOptions, report, train
+
+
+def run_train(options: Any) -> None:
+    data, config, training = (pick(kind, options) for kind in (DataOptions, AWRSRConfig, TrainingOptions))
+    split = load(data)
+    name = "-".join((data.name, config.backbone, config.refinement, training.loss, str(training.seed)))
+    out = Path(options.out or Path("runs") / name)
+    config = replace(config, num_items=split.histories.num_items)
+    beside = options.baseline if options.baseline is not None else not data.data
+    results = {}
+    if beside and config.refinement != "none":
+        results["plain"] = train_one(replace(config, refinement="none"), data, training, split, out / "plain")
+    results["plain" if config.refinement == "none" else config.refinement] = train_one(config, data, training, split, out)
+    if not all(results.values()):
+        return  # a process beside the first
+    show(results)
+    print(f"\nIn {out}: the model, its metrics and the rank of every held-out event. Next:\n")
+    if not data.data:
+        print(f"  awrsr explain --run {out}          # what the model pays attention to")
+    print(f"  awrsr recommend --run {out} -k 5   # the best next items for every user")
+
+
+def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
+    """Train, evaluate and report one model; what it wrote to metrics.json."""
+    print(f"{config.backbone}, refinement {config.refinement}, {training.loss}: {out}", flush=True)
+    torch.manual_seed(training.seed)
+    model = AWRSR(config)
+    sections = {"data": asdict(data) | {"seen": not training.filters_seen(split), "print": split.fingerprint()}}
+    try:
+        record = train(model, split, training, out, **sections)
+    except (KeyboardInterrupt, SystemExit):
+        print(f"\nStopped. {out} keeps the last whole epoch; the same command goes on from there.", file=sys.stderr)
+        raise KeyboardInterrupt from None
+    if not record:
+        return {}
+    results = report(model, split, training, record, out)
+    options = asdict(config) | asdict(training) | asdict(data) | {"out": str(out)}
+    results["config"] = options
+    write_json(out / "metrics.json", results)
+    return results
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """A table of test metrics, a row per model."""
+    columns = [*METRICS, *(["HR@1 recall"] if all("recall" in r for r in results.values()) else [])]
+    print("\ntest".ljust(12) + "".join(name.rjust(13 if " " in name else 9) for name in columns))
+    for name, found in results.items():
+        values = [f"{found['test'][metric]:.4f}".rjust(9) for metric in METRICS]
+        if len(columns) > len(METRICS):
+            values.append(f"{found['recall']['HR@1']:.4f}".rjust(13))
+        print(name.ljust(11) + "".join(values))
+    if len(columns) > len(METRICS):
+        found = next(iter(results.values()))["recall"]
+        print(
+            f"\nHR@1 recall: of the {found['targets']:,} held-out events where the current item had occurred before. "
+            f"Naming what followed it then would give {found['rule HR@1']:.4f}."
+        )
+
+
+def run_evaluate(options: Any) -> None:
+    model, data, config = open_run(options)
+    found = histories(replace(data, data=options.data or data.data))
+    known, unknown = found.numbered_as(model.ids())
+    if unknown:
+        print(f"{unknown:,} events left out: the model does not know their items", file=sys.stderr)
+    split = divide(known, data)
+    seen = filters(options, config)
+    ranked = evaluate(model, split, options.part, filter_seen=seen, progress=True)
+    results = {options.part: ranked.metrics(), "users": len(ranked.ranks), "filter_seen": seen}
+    results["eval_users_per_cpu_second"] = ranked.users_per_cpu_second
+    for name, value in results[options.part].items():
+        print(f"{name:8} {value:.4f}")
+    if options.json:
+        write_json(options.json, results)
+
+
+def run_recommend(options: Any) -> None:
+    from .readers import read
+    from .tables import writer
+
+    model, data, config = open_run(options)
+    found = read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format) if options.data else histories(data)
+    known, unknown = found.numbered_as(model.ids())
+    empty = int((known.lengths == 0).sum())
+    if unknown:
+        users = f", and {empty:,} users with nothing else" if empty else ""
+        print(f"{unknown:,} events passed over{users}: the model does not know their items", file=sys.stderr)
+    if empty == known.num_users:
+        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
+    with writer(options.output, model.ids(), known.user_ids) as write:
+        for part in model.top_items(known, options.k, filter_seen=filters(options, config)):
+            write(part)
+
+
+def run_compare(options: Any) -> None:
+    from .compare import compare
+
+    found = compare([Path(run) for run in options.runs], part=options.part, metrics=options.metrics, resamples=options.resamples)
+    print(found)
+    if options.json:
+        write_json(options.json, found.to_json())
+
+
+def run_explain(options: Any) -> None:
+    from .explain import picture, save, summary
+
+    model, data, _ = open_run(options)
+    layers = model.config.layers
+    if not 1 <= options.layer <= layers:
+        raise ValueError(f"layer is {options.layer}, must be in 1..{layers}")
+    items = options.history or of_user(histories(replace(data, data=options.data or data.data)), options.user)
+    items = items[-model.config.max_len :]
+    p, m = model.attention_maps(items)[options.layer - 1]
+    labels = [str(item) for item in items]
+    title = f"block {options.layer} of {layers}, refinement {model.config.refinement}"
+    save(picture(p, m, labels, refinement=model.config.refinement, title=title), options.output)
+    print(summary(p, m, labels))
+    print(f"\nPicture: {options.output}")
+
+
+def of_user(found: Histories, user: str) -> list[Any]:
+    """Item ids of a user, or of the first whose history is of middling length."""
+    if user:
+        places = np.flatnonzero(found.user_ids.astype(str) == user)
+        if not len(places):
+            raise ValueError(f"user is {user!r}, which the data do not hold")
+    else:
+        places = np.flatnonzero(found.lengths >= min(12, found.lengths.max()))
+    return found.item_ids[found.of(int(places[0]))].tolist()
+
+
+def run_export(options: Any) -> None:
+    from .export import export
+
+    model = AWRSR.load(options.run)
+    output = options.output or Path(options.run) / ("model.pt2" if options.format == "torch" else "model.onnx")
+    print(f"Checked against the model and written: {export(model, output, format=options.format)}")
+
+
+def run_fetch(options: Any) -> None:
+    from .fetch import fetch
+
+    path = fetch(options.name, cache=options.cache or None)
+    print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
+
+
+def run_make(options: Any) -> None:
+    from .synthetic import make, write
+
+    names = ("users", "items", "length", "noise", "popularity", "gap", "seed")
+    write(make(**{name: options[name] for name in names}), options.output)
+    print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}\n  awrsr train --data {options.output} --baseline")
+
+
+def run_stats(options: Any) -> None:
+    from .readers import read
+    from .stats import stats, table
+
+    values = stats(read(options.file, format=options.format))
+    print(table(values))
+    if options.json:
+        write_json(options.json, values)
+
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "train": run_train,
+    "evaluate": run_evaluate,
+    "recommend": run_recommend,
+    "compare": run_compare,
+    "explain": run_explain,
+    "export": run_export,
+    "data fetch": run_fetch,
+    "data make": run_make,
+    "data stats": run_stats,
+}
+
+
+def pick(kind: type, options: Any) -> Any:
+    """A dataclass of options from the flags that are its fields."""
+    return kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options})
+
+
+def load(options: DataOptions) -> Split:
+    found = histories(options)
+    print(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events", flush=True)
+    return divide(found, options)
+
+
+def open_run(options: Any) -> tuple[AWRSR, DataOptions, dict[str, Any]]:
+    """The model of a run, on a GPU where there is one; how its data were read; its configuration."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = AWRSR.load(options.run)
+    config = read_json(Path(options.run) / CONFIG)
+    data = config.get("data", {})
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, DataOptions(**{name: value for name, value in data.items() if name in DataOptions.__dataclass_fields__}), config
+
+
+def filters(options: Any, config: dict[str, Any]) -> bool:
+    """Whether items of the history are left out: as the flag says, or as in the run."""
+    if options.filter_seen != "auto":
+        return bool(options.filter_seen == "yes")
+    return not config.get("data", {}).get("seen", False)

@@ -1,0 +1,80 @@
+"""From a file to histories divided for training, validation and test."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .histories import SPLITS, Histories, Split, split
+from .options import check, option
+from .readers import FORMATS, read
+from .synthetic import make
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which histories, and how they are divided; each option says what it is for."""
+
+    data: str = option("", "file of histories; without one, a made-up data set that refinement is good for")
+    format: str = option("auto", "of the file; auto looks at its name and content", choices=FORMATS)
+    user_column: str = option("", "name of the column of users; without one, the usual names are tried")
+    item_column: str = option("", "name of the column of items; likewise")
+    time_column: str = option("", "name of the column of times; likewise")
+    min_user_events: int = option(1, "leave out users with fewer events, and so on until none is left (k-core)", least=1)
+    min_item_events: int = option(1, "leave out items with fewer events, likewise", least=1)
+    collapse: bool = option(False, "count a run of one item as one event")
+    split: str = option(
+        "leave-one-out",
+        "what is held out: each user's last event for test and the one before for validation; the last holdout events each; "
+        "or all events from a moment on",
+        choices=SPLITS,
+    )
+    holdout: int = option(1, "events per user in validation and in test, for the split last-n", least=1)
+    validation_from: str = option("", "first moment of validation, for the split time: a number, or a date such as 2014-05-31")
+    test_from: str = option("", "first moment of test, likewise")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def name(self) -> str:
+        """What to call the data: the file's name, or synthetic."""
+        return Path(self.data).name.split(".")[0] if self.data else "synthetic"
+
+
+def histories(options: DataOptions) -> Histories:
+    """The histories that the options describe, filtered."""
+    if options.data:
+        columns = {"user": options.user_column, "item": options.item_column, "time": options.time_column}
+        found = read(options.data, format=options.format, **{role: name or None for role, name in columns.items()})
+    else:
+        found = make()
+    if options.collapse:
+        found = found.collapsed()
+    kept = found.core(options.min_user_events, options.min_item_events)
+    if not kept.num_users:
+        raise ValueError(
+            f"min_user_events {options.min_user_events} and min_item_events {options.min_item_events} leave nothing of {options.name}"
+        )
+    return kept
+
+
+def divide(found: Histories, options: DataOptions) -> Split:
+    """Divide them as the options say."""
+    moments: dict[str, Any] = {"validation_from": moment(options.validation_from), "test_from": moment(options.test_from)}
+    return split(found, options.split, n=options.holdout, **moments)
+
+
+def moment(text: str) -> float | None:
+    """Seconds since 1970, or whatever number the data count in."""
+    import polars as pl
+
+    if not text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    try:
+        return float(pl.Series([text]).str.to_datetime(time_unit="us").dt.timestamp("us")[0] / 1e6)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{text!r} is no moment, must be a number or a date such as 2014-05-31 or 2014-05-31T12:00:00") from error
