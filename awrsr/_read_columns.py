@@ -47,8 +47,7 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
             matches = exact or [i for i, there in enumerate(names) if there.casefold() == name.casefold()]
             problem = f"has no column {name!r}" if not matches else f"has more than one column {name!r} but for capitals"
         else:
-            usual = USUAL[role].split()
-            matches = [i for i, there in enumerate(names) if re.sub(r"[\W_]", "", there.casefold()) in usual]
+            matches = guesses(role, names)
             problem = "has more than one column that" if matches else "has no column whose name says that it"
             problem = f"{problem} may be the {role}; say which with {role}=NAME"
         if len(matches) > 1 or (not matches and (name is not None or role != "time")):
@@ -61,6 +60,12 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
             raise DataError(f"{source}: column {names[column]!r} is both {roles[column]} and {role}; columns: {listed}")
         roles[column] = role
     return found
+
+
+def guesses(role: str, names: Sequence[str]) -> list[int]:
+    """Columns that by their names may be the user, item or time."""
+    usual = USUAL[role].split()
+    return [i for i, name in enumerate(names) if re.sub(r"[\W_]", "", name.casefold()) in usual]
 
 
 def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:

@@ -93,11 +93,13 @@ def words_of(source: str, data: bytes) -> Words:
 
 
 def read_lines(words: Words, hint: str = "") -> Histories:
-    """User id, then item ids in time order, one user per line. `hint` ends the complaint about a user on two lines."""
+    """User id, then item ids in time order, one user per line. `hint` ends a complaint about what looks like one event per line."""
     lonely = words.counts < 2
     if lonely.any():
         line = int(lonely.argmax())
-        raise DataError(f"{words.place(line)}: user {_quoted(words.of_line(line)[0])} has no items; {LINES_RULE}")
+        word = words.of_line(line)[0]
+        delimited = re.search(r"[,;|]|::", word) is not None
+        raise DataError(f"{words.place(line)}: user {_quoted(word)} has no items; {LINES_RULE}{hint if delimited else ''}")
     firsts = np.cumsum(words.counts) - words.counts
     lengths = words.counts - 1
     is_item = np.ones(len(words.words), dtype=bool)
@@ -124,7 +126,7 @@ def read_pairs(words: Words) -> Histories:
     wrong = words.counts != 2
     if wrong.any():
         line = int(wrong.argmax())
-        raise DataError(f"{words.place(line)}: has {words.counts[line]} field{'s' * (words.counts[line] != 1)}; {PAIRS_RULE}")
+        raise DataError(f"{words.place(line)}: has {_fields(words.counts[line])}; {PAIRS_RULE}")
     return to_histories({"user": words.words.gather_every(2), "item": words.words.gather_every(2, 1)}, words.place)
 
 
@@ -177,13 +179,19 @@ def read_delimited(source: str, data: bytes, header: Header, wanted: dict[str, s
     wrong = fields != len(header.names)
     if wrong.any():
         row = int(wrong.argmax())
-        count = f"{fields[row]} field{'s' * (fields[row] != 1)}"
-        raise DataError(f"{place(row)}: has {count}, the header has {len(header.names)}: {', '.join(header.names)}")
-    names = {role: f"column_{column + 1}" for role, column in columns.items()}
-    kept = list(names.values())
-    table = pl.read_csv(rows, has_header=False, separator=header.separator, infer_schema=False, columns=kept)
-    assert len(table) == len(starts), (len(table), len(starts))
-    return to_histories({role: table[name] for role, name in names.items()}, place)
+        problem = f"has {_fields(fields[row])}, the header has {len(header.names)}: {', '.join(header.names)}"
+        raise DataError(f"{place(row)}: {problem}")
+    schema = {f"column_{i}": pl.String for i in range(len(header.names))}
+    kept = {role: f"column_{column}" for role, column in columns.items()}
+    try:
+        table = pl.read_csv(rows, has_header=False, separator=header.separator, schema=schema, columns=list(kept.values()))
+    except pl.exceptions.PolarsError:
+        table = pl.DataFrame()
+    if len(table) != len(starts):
+        odd = _first_misquoted(body, starts, header.separator)
+        problem = 'has a quote (") inside a field; quotes must stand around the whole field, and be doubled inside it'
+        raise DataError(f"{source if odd is None else place(odd)}: {problem}")
+    return to_histories({role: table[name] for role, name in kept.items()}, place)
 
 
 def _rows(source: str, data: bytes, header: Header, body: bytes) -> tuple[np.ndarray, np.ndarray, bytes]:
@@ -211,6 +219,18 @@ def _rows(source: str, data: bytes, header: Header, body: bytes) -> tuple[np.nda
             keep[starts[row] : stops[row] + 1] = False
         body = codes[keep].tobytes()
     return starts[~blank], fields[~blank], body
+
+
+def _first_misquoted(body: bytes, starts: np.ndarray, separator: str) -> int | None:
+    """The first row with a quote that is neither around a field nor doubled in one."""
+    field = rf'("([^"]|"")*"|[^"{re.escape(separator)}\n]*)'
+    row = re.compile(rf"{field}({re.escape(separator)}{field})*\s*".encode())
+    stops = [*starts[1:].tolist(), len(body)]
+    return next((i for i, (start, stop) in enumerate(zip(starts, stops, strict=True)) if not row.fullmatch(body[start:stop])), None)
+
+
+def _fields(count: int) -> str:
+    return "1 field" if count == 1 else f"{count} fields"
 
 
 def _quoted(word: str) -> str:

@@ -66,7 +66,7 @@ class Histories:
         return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, np.array(list(pairs)))
 
     def keep(self, events: np.ndarray) -> "Histories":
-        """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped, others renumbered."""
+        """Only events marked in the (T,) boolean `events`; users and items that have none left are dropped, the rest renumbered."""
         user = np.repeat(np.arange(self.num_users), self.lengths)[events]
         users, user = np.unique(user, return_inverse=True)
         items, item = np.unique(self.items[events], return_inverse=True)

@@ -26,7 +26,7 @@ from typing import IO
 
 import polars as pl
 
-from ._read_columns import DataError, find_columns, to_histories
+from ._read_columns import DataError, find_columns, guesses, to_histories
 from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, tidy, words_of
 from .histories import Histories
 
@@ -34,6 +34,7 @@ __all__ = ["FORMATS", "DataError", "read"]
 
 FORMATS = ("auto", "lines", "pairs", "inter", "csv", "parquet")
 SUFFIXES = {".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+HINT = '; if each line is one event, name the format: "pairs", or "csv" and give it a header'
 STANDARD_INPUT = "standard input"
 
 
@@ -72,14 +73,14 @@ def read(
         typed = inter_names(header) is not None
         if chosen == "inter" and not typed:
             raise DataError(f"{source}: has no header like user_id:token<tab>item_id:token; its first line is {header.names}")
-        if chosen is not None or typed or named or _speaks_of_events(header.names):
+        if chosen is not None or typed or named or (guesses("user", header.names) and guesses("item", header.names)):
             return read_delimited(source, data, header, wanted)
     if named:
         raise DataError(f'{source}: format "{chosen}" has no columns, so {named} cannot be found')
     words = words_of(source, data)
     if chosen == "pairs" or (chosen is None and (words.counts == 2).all()):
         return read_pairs(words)
-    return read_lines(words, "" if chosen else '; if each line is one event, name the format ("pairs", or "csv" with a header)')
+    return read_lines(words, hint="" if chosen else HINT)
 
 
 def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, bytes]:
@@ -107,15 +108,6 @@ def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, by
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{source}: is a gzip archive that is cut off or damaged: {error}") from None
     return source, data
-
-
-def _speaks_of_events(names: list[str]) -> bool:
-    """Whether these look like names of columns, with a user and an item among them."""
-    try:
-        find_columns("", names, {"user": None, "item": None})
-    except DataError as error:
-        return "more than one" in str(error)
-    return True
 
 
 def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Histories:
