@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .fetch import DATASETS, FetchError
+from .fetch import REGISTRY
 from .model import AWRSRConfig
 from .prepare import DataOptions
 from .readers import FORMATS
@@ -61,7 +61,7 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
     data = add("data")
     actions = data.add_subcommands(dest="action", metavar="ACTION")
     fetch = add("fetch", to=actions, help="download a public data set, check it and keep it")
-    fetch.add_argument("name", choices=tuple(DATASETS), help="which")
+    fetch.add_argument("name", choices=tuple(REGISTRY), help="which")
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
     make = add("make", to=actions, help="draw synthetic histories in which what followed before follows again")
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, options = f"data {options.action}", options[options.action]
     try:
         commands.COMMANDS[name](options)
-    except (ValueError, TypeError, OSError, FetchError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"awrsr {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,0 +1,95 @@
+"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pooch
+import requests
+
+BASE_URL = "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/master/data/"
+CACHE_VARIABLE = "AWRSR_CACHE"
+
+
+class FetchError(OSError):
+    """A data set could not be downloaded; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file below the base address, and the SHA-256 it must have."""
+
+    file: str
+    sha256: str
+
+
+REGISTRY: Mapping[str, Remote] = {
+    "beauty": Remote("Beauty.txt", "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8"),
+    "toys": Remote("Toys_and_Games.txt", "176c680c688d497598c4a89a03b402c0fe78d795e5db335c2e78dd5f2d778a3f"),
+    "sports": Remote("Sports_and_Outdoors.txt", "2a095e0648872beb9982408958290f5d655db5be2911c3756b5446de9f0b8de2"),
+    "yelp": Remote("Yelp.txt", "724b219106b81dd2349027da997334ddb6da9fe2f152ad6e0d97a93170f7caed"),
+    "lastfm": Remote("LastFM.txt", "9ded486adb5b0fe9dc761950afa0a9a05e93ff018992e0c52bf11afec529f802"),
+}
+
+
+def fetch(
+    name: str,
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    base_url: str = BASE_URL,
+    progress: bool = True,
+    registry: Mapping[str, Remote] = REGISTRY,
+    timeout: float = 30.0,
+) -> Path:
+    """The file of a public data set, downloaded unless it is in the cache with the right checksum; read it with `readers.read`.
+
+    Args:
+        name: one of REGISTRY.
+        cache: the folder that keeps the files; otherwise the one named by the environment variable AWRSR_CACHE, otherwise the
+            system's usual place for caches.
+        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests.
+        progress: show a bar on standard error, if that is a terminal.
+        registry: what there is to fetch.
+        timeout: seconds without an answer after which to give up.
+
+    Raises:
+        ValueError: an unknown name.
+        FetchError: no connection, no such file there, another checksum (nothing is kept then), or a cache that cannot be written.
+    """
+    if name not in registry:
+        raise ValueError(f"data set is {name!r}, must be one of {', '.join(registry)}")
+    remote = registry[name]
+    folder = Path(cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("awrsr"))
+    target = folder / f"{name}.txt"
+    if target.is_file() and pooch.file_hash(str(target)) == remote.sha256:
+        return target
+    url = base_url.rstrip("/") + "/" + remote.file
+    by_hand = f"or fetch {url} by other means and put it at {target}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as partial:
+            arrived = Path(partial) / target.name
+            _download(url, arrived, progress and sys.stderr.isatty(), timeout)
+            found = pooch.file_hash(str(arrived))
+            if found != remote.sha256:
+                problem = f"{url} has SHA-256 {found}, must have {remote.sha256}; it was not kept"
+                raise FetchError(f"{problem}. A cut or altered download: try again, {by_hand}")
+            os.replace(arrived, target)
+    except requests.HTTPError as error:
+        raise FetchError(f"no download: {error}. Give another base_url, {by_hand}") from None
+    except requests.RequestException as error:
+        problem = f"cannot reach {url} ({type(error).__name__})"
+        raise FetchError(f"{problem}. Check the connection or the proxy and try again, {by_hand}") from None
+    except FetchError:
+        raise
+    except OSError as error:
+        problem = f"cannot write to the cache {folder} ({error.strerror or error})"
+        raise FetchError(f"{problem}. Name another with cache or the environment variable {CACHE_VARIABLE}") from None
+    return target
+
+
+def _download(url: str, target: Path, bar: bool, timeout: float) -> None:
+    pooch.HTTPDownloader(progressbar=bar, timeout=timeout)(url, str(target), None)

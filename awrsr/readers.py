@@ -1,0 +1,124 @@
+"""Files of histories, in the formats that sequential recommenders share.
+
+"lines"    one user per line: user id, then item ids in time order (S3-Rec, STOSA).
+"pairs"    one event per line: user id and item id, each user's in time order (SASRec).
+"inter"    RecBole: columns divided by tabs under a header such as user_id:token, item_id:token, timestamp:float.
+"csv"      columns under a header, divided by commas, tabs, semicolons, bars or spaces, whichever the header has most of.
+"parquet"  columns.
+
+"auto" looks at Parquet's first bytes, then at the suffix (.inter, .csv, .tsv, .parquet), then at the first line, which may be a
+header of the third or fourth kind. What is left is "pairs" where every line has exactly two fields, and "lines" otherwise. A file
+whose lines all have two fields and no user twice means the same either way.
+
+Ids are labels of any kind. The ids of all users (of all items) are int64 where every one is a whole number written the way int64
+prints it, so 007, +7 and 10**30 keep them text. Blank lines are skipped, blanks around a field do not count. Without a time column
+the events of a user are in time order in the file; with one they are sorted by it, equal times in the order of the file. Numbers in
+a time column stay as they are; dates become seconds since 1970, UTC unless they name a zone. A text file may be gzipped.
+"""
+
+import gzip
+import io
+import os
+import sys
+import zlib
+from pathlib import Path
+from typing import IO
+
+import polars as pl
+
+from ._read_columns import DataError, find_columns, guesses, to_histories
+from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, tidy, words_of
+from .histories import Histories
+
+__all__ = ["FORMATS", "DataError", "read"]
+
+FORMATS = ("auto", "lines", "pairs", "inter", "csv", "parquet")
+SUFFIXES = {".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+HINT = '; if each line is one event, name the format: "pairs", or "csv" and give it a header'
+STANDARD_INPUT = "standard input"
+
+
+def read(
+    path: "str | os.PathLike[str] | IO[str] | IO[bytes]",
+    *,
+    format: str = "auto",
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+) -> Histories:
+    """Read a file of histories.
+
+    Args:
+        path: a file, "-" for standard input, or an open text or binary stream.
+        format: one of FORMATS; this module's docstring says what they are and how "auto" decides.
+        user: name of the column of users; guessed from the usual names if left out.
+        item: likewise of items.
+        time: likewise of times, which a file need not have.
+
+    Raises:
+        DataError: the file is missing, empty, not of that format, or wrong on a line, which the message names.
+        ValueError: an unknown format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format is {format!r}, must be one of {', '.join(FORMATS)}")
+    source, data = _load(path)
+    wanted = {"user": user, "item": item, "time": time}
+    named = ", ".join(f"{role}={name!r}" for role, name in wanted.items() if name is not None)
+    chosen = SUFFIXES.get(Path(source.removesuffix(".gz")).suffix.lower()) if format == "auto" else format
+    if chosen == "parquet" or (format == "auto" and data.startswith(b"PAR1")):
+        return _read_parquet(source, data, wanted)
+    data = tidy(source, data)
+    header = header_of(data) if chosen in (None, "inter", "csv") else None
+    if header is not None:
+        typed = inter_names(header) is not None
+        if chosen == "inter" and not typed:
+            raise DataError(f"{source}: has no header like user_id:token<tab>item_id:token; its first line is {header.names}")
+        if chosen is not None or typed or named or (guesses("user", header.names) and guesses("item", header.names)):
+            return read_delimited(source, data, header, wanted)
+    if named:
+        raise DataError(f'{source}: format "{chosen}" has no columns, so {named} cannot be found')
+    words = words_of(source, data)
+    if chosen == "pairs" or (chosen is None and (words.counts == 2).all()):
+        return read_pairs(words)
+    return read_lines(words, hint="" if chosen else HINT)
+
+
+def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, bytes]:
+    """A name for messages, and all bytes, unzipped."""
+    if not isinstance(path, str | os.PathLike):
+        content = path.read()
+        name = getattr(path, "name", None)
+        source = name if isinstance(name, str) and name != "<stdin>" else STANDARD_INPUT
+        data = content.encode() if isinstance(content, str) else content
+    elif path == "-":
+        source, data = STANDARD_INPUT, sys.stdin.buffer.read()
+    else:
+        source = os.fspath(path)
+        try:
+            data = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise DataError(f"{source}: there is no such file") from None
+        except IsADirectoryError:
+            raise DataError(f"{source}: is a folder; must be a file of histories") from None
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read: {error.strerror or error}") from None
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            data = gzip.decompress(data)
+        except (EOFError, OSError, zlib.error) as error:
+            raise DataError(f"{source}: is a gzip archive that is cut off or damaged: {error}") from None
+    return source, data
+
+
+def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Histories:
+    if not data:
+        raise DataError(f"{source}: is empty")
+    try:
+        names = list(pl.read_parquet_schema(io.BytesIO(data)))
+        columns = find_columns(source, names, wanted)
+        table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in columns.values()])
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{source}: is no Parquet file that can be read: {error}") from None
+    if not len(table):
+        raise DataError(f"{source}: has no rows")
+    return to_histories({role: table[names[column]] for role, column in columns.items()}, lambda row: f"{source}: row {row + 1}")

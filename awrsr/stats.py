@@ -1,0 +1,100 @@
+"""What a file of histories is like, before anything is trained on it."""
+
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+
+from .histories import Histories
+from .synthetic import recall_answer
+
+WINDOW = 50  # the usual longest input of a model
+
+
+def stats(histories: Histories) -> dict[str, Any]:
+    """Counts and shares of histories, as plain numbers; None where there is nothing to divide by.
+
+    users, items, events, density (events over users times items), length_mean, length_median, length_p90, length_p99, length_longest.
+    repeat_share: events whose item the user had before. run_share: events whose item is that of the event before.
+    recall_share: events whose predecessor occurred earlier still; recall_holds: how often such an event is what followed then.
+    top_item_share, gini: how uneven items are, 0 for all alike. padding_share: empty slots if every user filled a row of 50.
+    time_first, time_last: only with times.
+    """
+    lengths, events = histories.lengths, len(histories.items)
+    owner = np.repeat(np.arange(histories.num_users), lengths)
+    place = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
+    answer = recall_answer(histories, owner, place)
+    counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
+    distinct = len(np.unique(owner * max(histories.num_items, 1) + histories.items))
+    runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
+    quantile = {name: float(np.quantile(lengths, q)) if len(lengths) else None for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    result: dict[str, Any] = {
+        "users": histories.num_users,
+        "items": histories.num_items,
+        "events": events,
+        "density": _share(events, histories.num_users * histories.num_items),
+        "length_mean": _share(events, histories.num_users),
+        **{f"length_{name}": value for name, value in quantile.items()},
+        "length_longest": int(lengths.max(initial=0)),
+        "repeat_share": _share(events - distinct, events),
+        "run_share": _share(runs, events),
+        "recall_share": _share(np.count_nonzero(answer >= 0), events),
+        "recall_holds": _share(np.count_nonzero(answer == histories.items), np.count_nonzero(answer >= 0)),
+        "top_item_share": _share(counts[-1] if len(counts) else 0, events),
+        "gini": _gini(counts),
+        "padding_share": _share(np.maximum(WINDOW - lengths, 0).sum(), WINDOW * histories.num_users),
+    }
+    if histories.times is not None and events:
+        result |= {"time_first": histories.times.min().item(), "time_last": histories.times.max().item()}
+    return result
+
+
+def table(values: dict[str, Any]) -> str:
+    """The result of `stats` for people to read."""
+    rows = [
+        ("users", _count(values["users"])),
+        ("items", _count(values["items"])),
+        ("events", _count(values["events"])),
+        ("density", _percent(values["density"])),
+        ("events per user: mean", _number(values["length_mean"])),
+        ("  median, 90 %, 99 %", ", ".join(_number(values[f"length_{name}"]) for name in ("median", "p90", "p99"))),
+        ("  longest", _count(values["length_longest"])),
+        ("events that repeat an item", _percent(values["repeat_share"])),
+        ("  at once (a run)", _percent(values["run_share"])),
+        ("events after an item seen before", _percent(values["recall_share"])),
+        ("  where what followed then follows again", _percent(values["recall_holds"])),
+        ("events of the most popular item", _percent(values["top_item_share"])),
+        ("Gini coefficient of items", "-" if values["gini"] is None else f"{values['gini']:.3f}"),
+        (f"padding in rows of {WINDOW}", _percent(values["padding_share"])),
+    ]
+    if "time_first" in values:
+        rows += [("first event", _moment(values["time_first"])), ("last event", _moment(values["time_last"]))]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {value:>20}" for label, value in rows)
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _gini(counts: np.ndarray) -> float | None:
+    """From 0, every item as often as any other, to almost 1, one item alone; counts rise."""
+    size, total = len(counts), counts.sum()
+    return float(((2 * np.arange(1, size + 1) - size - 1) * counts).sum() / (size * total)) if total else None
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}".removesuffix(".0")
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %" if value < 0.1 else f"{100 * value:.1f} %"
+
+
+def _moment(value: float) -> str:
+    """As a date where it can be one in seconds from 1980 to 2100."""
+    return f"{datetime.fromtimestamp(value, tz=timezone.utc):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"  # noqa: UP017

@@ -1,0 +1,142 @@
+"""The recall task: histories with planted dependencies of higher order, and the answers.
+
+What followed the last earlier occurrence of the current item follows again, unless noise breaks the rule. To see it a model must
+compose two steps: from the current item to where it occurred before, and from there to its successor.
+
+U users, T events, M targets; L length of a history, N items of the catalogue.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from .histories import Histories
+
+BLOCK = 1 << 15  # users drawn at a time; part of what a seed means
+
+
+def make(
+    *,
+    users: int = 4000,
+    items: int = 64,
+    length: int = 32,
+    noise: float = 0.2,
+    popularity: float = 0.5,
+    gap: int = 4,
+    seed: int = 0,
+) -> Histories:
+    """Draw histories of the recall task; the same arguments give the same histories, bit for bit.
+
+    Args:
+        users: U.
+        items: N, called 1..N; those that no history has are not in the catalogue of the result.
+        length: L, events of each user.
+        noise: how often the rule is broken where it could hold; 1 - noise is the best HR@1 there is on planted answers.
+        popularity: exponent of Zipf's law by which fresh items are drawn, where nothing is recalled; 0 draws all alike.
+        gap: a fresh item is none of the last `gap` events. Small gaps let histories fall into short cycles, which "the item k
+            steps back" predicts without any recall.
+        seed: of the generator.
+
+    Raises:
+        ValueError: a number out of range, with the range.
+    """
+    _check(users, items, length, noise, popularity, gap, seed)
+    rng = np.random.default_rng(seed)
+    chances = np.cumsum(np.arange(1, items + 1, dtype=np.float64) ** -popularity)
+    blocks = [_block(rng, min(BLOCK, users - start), length, chances / chances[-1], noise, gap) for start in range(0, users, BLOCK)]
+    events = np.concatenate(blocks).ravel()
+    return Histories.from_events(np.repeat(np.arange(1, users + 1), length), events + 1)
+
+
+def _block(rng: np.random.Generator, users: int, length: int, chances: np.ndarray, noise: float, gap: int) -> np.ndarray:
+    """(users, L) items of some users, one place after another for all of them."""
+    drawn = np.empty((users, length), dtype=np.int64)
+    for place in range(length):
+        answer = _followers(drawn, place)
+        recalled = (answer >= 0) & (rng.random(users) >= noise)
+        drawn[:, place] = np.where(recalled, answer, _fresh(rng, users, chances))
+        while True:
+            recent = (drawn[:, max(place - gap, 0) : place] == drawn[:, place, None]).any(axis=1)
+            again = np.flatnonzero(~recalled & (recent | (drawn[:, place] == answer)))
+            if not len(again):
+                break
+            drawn[again, place] = _fresh(rng, len(again), chances)
+    return drawn
+
+
+def _fresh(rng: np.random.Generator, count: int, chances: np.ndarray) -> np.ndarray:
+    return np.searchsorted(chances, rng.random(count), side="right").clip(max=len(chances) - 1)
+
+
+def _followers(rows: np.ndarray, place: int) -> np.ndarray:
+    """(U,) what followed the last earlier occurrence of rows[:, place - 1], -1 where it had none. rows: (U, L), known up to `place`."""
+    if place < 2:
+        return np.full(len(rows), -1, dtype=np.int64)
+    earlier = rows[:, : place - 1] == rows[:, place - 1, None]
+    last = place - 2 - earlier[:, ::-1].argmax(axis=1)
+    return np.where(earlier.any(axis=1), rows[np.arange(len(rows)), last + 1], -1)
+
+
+def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(M,) the item that the rule puts at `places` in the histories of `users`: what followed the last earlier occurrence of the item
+    before. -1 where there is none. These are the planted answers of `make`, and a predictor for any histories with repeats.
+
+    Raises:
+        ValueError: a place beyond the history; the place after its last event is allowed, and is the next event to come.
+    """
+    users, places = np.asarray(users, dtype=np.int64), np.asarray(places, dtype=np.int64)
+    beyond = (places < 0) | (places > histories.lengths[users])
+    if beyond.any():
+        m = int(beyond.argmax())
+        raise ValueError(f"places[{m}] is {places[m]}, must be from 0 to {histories.lengths[users[m]]}, the length of that history")
+    owner = np.repeat(np.arange(histories.num_users), histories.lengths)
+    key = owner * max(histories.num_items, 1) + histories.items
+    order = np.argsort(key, kind="stable")
+    same = key[order[1:]] == key[order[:-1]]
+    earlier = np.full(len(key), -1, dtype=np.int64)  # (T,) the event before with the same user and item
+    earlier[order[1:][same]] = order[:-1][same]
+    answer = np.full(len(users), -1, dtype=np.int64)
+    inside = np.flatnonzero(places > 0)
+    before = earlier[histories.offsets[users[inside]] + places[inside] - 1]
+    answer[inside[before >= 0]] = histories.items[before[before >= 0] + 1]
+    return answer
+
+
+def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
+    """Write a file in the format "lines", whole or not at all.
+
+    Raises:
+        ValueError: an id that is empty or holds blanks; a user without events.
+    """
+    path = Path(path)
+    for role, ids in (("user", histories.user_ids), ("item", histories.item_ids)):
+        bad = next((key for key in ids.tolist() if not re.fullmatch(r"[^\s\x00-\x1f\x7f]+", str(key))), None)
+        if bad is not None:
+            raise ValueError(f"{role} id is {bad!r}; a file of lines cannot hold an id that is empty or has blanks")
+    if (histories.lengths == 0).any():
+        user = histories.user_ids[int((histories.lengths == 0).argmax())]
+        raise ValueError(f"user {user} has no events; a file of lines cannot hold such a user")
+    words = histories.item_ids.astype(np.str_)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="\n") as file:
+            for user, key in enumerate(histories.user_ids.tolist()):
+                file.write(f"{key} {' '.join(words[histories.of(user)].tolist())}\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _check(users: int, items: int, length: int, noise: float, popularity: float, gap: int, seed: int) -> None:
+    for name, value, least in (("users", users, 1), ("length", length, 1), ("gap", gap, 1), ("seed", seed, 0)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, must be {least} or more")
+    if items < gap + 2:
+        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} keeps that many recent items and the answer out")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise is {noise}, must be from 0 to 1")
+    if not 0 <= popularity <= 10:
+        raise ValueError(f"popularity is {popularity}, must be from 0 to 10")
