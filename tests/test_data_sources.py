@@ -180,35 +180,35 @@ def test_fresh_items_follow_zipf_and_keep_the_gap() -> None:
     first = np.sort(histories.item_ids[histories.items[histories.offsets[:-1]]])
     share = np.bincount(first, minlength=51)[1:] / len(first)
     np.testing.assert_allclose(share, 1 / np.arange(1, 51) / (1 / np.arange(1, 51)).sum(), atol=0.01)
-    rows = make(users=500, noise=1.0, gap=6).items.reshape(500, 32)
+    rows = make(users=500, length=30, noise=1.0, gap=6).items.reshape(500, 30)
     assert all((rows[:, step:] != rows[:, :-step]).all() for step in range(1, 7))
 
 
 def test_the_same_seed_makes_the_same_histories(monkeypatch: pytest.MonkeyPatch) -> None:
-    first, again, other = make(users=300), make(users=300), make(users=300, seed=1)
+    first, again, other = (make(users=300, items=64, length=32, seed=seed) for seed in (0, 0, 1))
     assert all(np.array_equal(getattr(first, f), getattr(again, f)) for f in ("items", "offsets", "item_ids", "user_ids"))
     assert not np.array_equal(first.items, other.items)
     assert (first.num_users, first.num_items, set(first.lengths)) == (300, 64, {32})
     monkeypatch.setattr("awrsr.synthetic.BLOCK", 100)
-    assert np.array_equal(make(users=300).items[:3200], make(users=100).items)
+    assert np.array_equal(make(users=300, length=20).items[:2000], make(users=100, length=20).items)
 
 
 def test_shortcuts_stay_far_below_recall() -> None:
     """On the planted answers of the last place, as a test set has them: what needs no composition of two steps."""
     histories = make()
-    count, length = histories.num_users, 32
+    count, size, length = histories.num_users, histories.num_items, int(histories.lengths[0])
     rows, target = histories.items.reshape(count, length)[:, :-1], histories.items.reshape(count, length)[:, -1]
     answer = recall_answer(histories, np.arange(count), np.full(count, length - 1))
     planted = answer >= 0
-    pairs = np.zeros((64, 64), dtype=np.int64)
+    pairs = np.zeros((size, size), dtype=np.int64)
     np.add.at(pairs, (rows[:, :-1], rows[:, 1:]), 1)
-    own = np.stack([np.bincount(row, minlength=64) + np.eye(64)[row[-8]] / 2 for row in rows])
-    shortcuts = {f"{back} steps back": rows[:, -back] for back in range(1, 32)}
+    own = np.stack([np.bincount(row, minlength=size) + np.eye(size)[row[-8]] / 2 for row in rows])
+    shortcuts = {f"{back} steps back": rows[:, -back] for back in range(1, length)}
     popular = np.full(count, np.bincount(rows.ravel()).argmax())
     shortcuts |= {"popular": popular, "Markov": pairs.argmax(1)[rows[:, -1]], "own": own.argmax(1)}
     hits = {name: float((guess == target)[planted].mean()) for name, guess in shortcuts.items()}
     assert planted.mean() > 0.6 and (answer == target)[planted].mean() > 0.75
-    assert max(hits.values()) < 0.15, hits
+    assert max(hits.values()) < 0.25, hits
 
 
 @pytest.mark.parametrize(
