@@ -81,7 +81,7 @@ class Histories:
         while True:
             item_events = np.bincount(kept.items, minlength=kept.num_items)
             few = np.repeat(kept.lengths < max(min_user_events, 1), kept.lengths) | (item_events < min_item_events)[kept.items]
-            if not few.any() and not (kept.lengths == 0).any():
+            if not few.any() and kept.lengths.all() and item_events.all():
                 return kept
             kept = kept.keep(~few)
 

@@ -1,6 +1,6 @@
 """What a file of histories is like, before anything is trained on it."""
 
-from datetime import datetime, timezone
+from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,14 @@ import numpy as np
 from .histories import Histories
 from .synthetic import recall_answer
 
+EPOCH = datetime(1970, 1, 1)
 WINDOW = 50  # the usual longest input of a model
 
 
 def stats(histories: Histories) -> dict[str, Any]:
     """Counts and shares of histories, as plain numbers; None where there is nothing to divide by.
 
-    users, items, events, density (events over users times items), length_mean, length_median, length_p90, length_p99, length_longest.
+    users, items, events, density (events over users times items); length_mean, _median, _p90, _p99, _longest.
     repeat_share: events whose item the user had before. run_share: events whose item is that of the event before.
     recall_share: events whose predecessor occurred earlier still; recall_holds: how often such an event is what followed then.
     top_item_share, gini: how uneven items are, 0 for all alike. padding_share: empty slots if every user filled a row of 50.
@@ -27,14 +28,14 @@ def stats(histories: Histories) -> dict[str, Any]:
     counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
     distinct = len(np.unique(owner * max(histories.num_items, 1) + histories.items))
     runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
-    quantile = {name: float(np.quantile(lengths, q)) if len(lengths) else None for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
+    quantiles = {"length_median": 0.5, "length_p90": 0.9, "length_p99": 0.99}
     result: dict[str, Any] = {
         "users": histories.num_users,
         "items": histories.num_items,
         "events": events,
         "density": _share(events, histories.num_users * histories.num_items),
         "length_mean": _share(events, histories.num_users),
-        **{f"length_{name}": value for name, value in quantile.items()},
+        **{name: float(np.quantile(lengths, q)) if len(lengths) else None for name, q in quantiles.items()},
         "length_longest": int(lengths.max(initial=0)),
         "repeat_share": _share(events - distinct, events),
         "run_share": _share(runs, events),
@@ -73,8 +74,8 @@ def table(values: dict[str, Any]) -> str:
     return "\n".join(f"{label:<{width}}  {value:>20}" for label, value in rows)
 
 
-def _share(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole else None
+def _share(part: Any, whole: Any) -> float | None:
+    return float(part) / float(whole) if whole else None
 
 
 def _gini(counts: np.ndarray) -> float | None:
@@ -97,4 +98,4 @@ def _percent(value: float | None) -> str:
 
 def _moment(value: float) -> str:
     """As a date where it can be one in seconds from 1980 to 2100."""
-    return f"{datetime.fromtimestamp(value, tz=timezone.utc):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"  # noqa: UP017
+    return f"{EPOCH + timedelta(seconds=value):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"

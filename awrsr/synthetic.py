@@ -71,7 +71,7 @@ def _fresh(rng: np.random.Generator, count: int, chances: np.ndarray) -> np.ndar
 
 
 def _followers(rows: np.ndarray, place: int) -> np.ndarray:
-    """(U,) what followed the last earlier occurrence of rows[:, place - 1], -1 where it had none. rows: (U, L), known up to `place`."""
+    """(U,) what followed the last earlier occurrence of rows[:, place - 1], -1 where there is none. rows: (U, L)."""
     if place < 2:
         return np.full(len(rows), -1, dtype=np.int64)
     earlier = rows[:, : place - 1] == rows[:, place - 1, None]
@@ -80,8 +80,8 @@ def _followers(rows: np.ndarray, place: int) -> np.ndarray:
 
 
 def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(M,) the item that the rule puts at `places` in the histories of `users`: what followed the last earlier occurrence of the item
-    before. -1 where there is none. These are the planted answers of `make`, and a predictor for any histories with repeats.
+    """(M,) the item that the rule puts at `places` in the histories of `users`: what followed the last earlier occurrence of the
+    item before; -1 where there is none. These are the planted answers of `make`, and a predictor for any histories with repeats.
 
     Raises:
         ValueError: a place beyond the history; the place after its last event is allowed, and is the next event to come.
