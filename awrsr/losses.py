@@ -62,8 +62,10 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator: torch.Generator) -> Tensor:
-    """What a loss compares the targets with: a pool (K,) for "sampled_softmax", uniform with replacement; nothing, (T, 0), for
-    "cross_entropy"; otherwise (T, K), uniform over all items but the event's target."""
+    """What a loss compares the targets with: for "sampled_softmax" a pool (K,), uniform with replacement, or the whole catalogue
+    where that is no larger; nothing, (T, 0), for "cross_entropy"; otherwise (T, K), uniform over all items but the target."""
+    if loss == "sampled_softmax" and k >= num_items:
+        return torch.arange(num_items, device=targets.device)
     if loss == "sampled_softmax":
         return torch.randint(num_items, (k,), generator=generator, device=targets.device)
     if loss == "cross_entropy":
