@@ -273,17 +273,20 @@ def file(tmp_path: Path, format: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("format", "options"),
     [
-        {"refinement": "none", "norm": "post", "activation": "gelu"},
-        {"refinement": "simple", "per_head": False},
-        {"refinement": "value", "tables": "content"},
-        {"refinement": "additive", "learned_gate": True, "layers": 2},
-        {"refinement": "additive", "max_len": 1},
+        ("torch", {"refinement": "none", "norm": "post", "activation": "gelu"}),
+        ("torch", {"refinement": "simple", "per_head": False}),
+        ("torch", {"refinement": "value", "tables": "content"}),
+        ("torch", {"refinement": "additive", "learned_gate": True, "layers": 2}),
+        ("torch", {"refinement": "additive", "max_len": 1}),
+        ("onnx", {"refinement": "value", "tables": "content"}),
+        ("onnx", {"refinement": "additive", "learned_gate": True, "layers": 2}),
     ],
-    ids=lambda options: "-".join(map(str, options.values())),
+    indirect=["format"],
+    ids=str,
 )
-def test_the_file_gives_the_models_scores_for_any_batch_and_window(options: dict[str, Any], format: str, tmp_path: Path) -> None:
+def test_the_file_gives_the_models_scores_for_any_batch_and_window(format: str, options: dict[str, Any], tmp_path: Path) -> None:
     model = small_model(**options)
     path = export(model, file(tmp_path, format), format=format)
     for size, window in ((1, 1), (1, WINDOW), (7, WINDOW), (3, 4)):
