@@ -90,5 +90,6 @@ class RefinedAttention(nn.Module):
             return (w_q, w_k) if isinstance(where, Packed) else (w_q.transpose(1, 2), w_k.transpose(1, 2))
         if self.w_q is None or self.w_k is None or isinstance(where, Packed):
             return self.w_q, self.w_k
-        rows = x.shape[1]
-        return self.w_q[..., -rows:, :], self.w_k[..., -rows:, :]
+        size, rows = self.w_q.shape[-2], x.shape[1]
+        last = torch.arange(size - rows, size, device=x.device)  # a slice would tie an exported program to one window
+        return self.w_q.index_select(-2, last), self.w_k.index_select(-2, last)

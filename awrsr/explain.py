@@ -52,9 +52,8 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
         _draw_head(figure, axes, P[head], M[head])
         axes[0].set_ylabel(f"head {head + 1}" if heads > 1 else "", color=_INK, fontsize=11)
         _label_events(axes, names, last=head == heads - 1)
-    for axis, heading in zip(
-        grid[0], ("P: first-order weights", f"M: refined weights ({refinement})", "M − P: what refinement changes"), strict=False
-    ):
+    headings = ("P: first-order weights", f"M: refined weights ({refinement})", "M − P: what refinement changes")
+    for axis, heading in zip(grid[0], headings, strict=False):
         axis.set_title(heading, color=_INK, fontsize=11)
     remark = "rows attend to columns; outlined: the last event, which predicts what comes next"
     if refinement == "none":
@@ -75,18 +74,19 @@ def save(figure: "Figure", path: Path | str) -> Path:
     return path
 
 
-def summary(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, top: int = 5) -> str:
+def summary(P: Any, M: Any, labels: Sequence[Any], *, top: int = 5) -> str:
     """What the last event, which predicts next, attends to most in each head, by P and by M."""
     P, M, names = _checked(P, M, labels)
     n = len(names)
-    kinds = [("P", P)] if refinement == "none" else [("P", P), ("M", M)]
+    same = np.array_equal(P, M)
+    kinds = [("P", P)] if same else [("P", P), ("M", M)]
     width = max(map(len, names))
 
     def entry(weights: np.ndarray, event: int) -> str:
         back = n - 1 - event
         return f"{weights[event]:.3f}  {names[event]:{width}}  {f'{back} back' if back else 'itself':>8}"
 
-    lines = [f"The last event, {names[-1]}, attends most to" + (" (no refinement: M is P)" if refinement == "none" else "")]
+    lines = [f"The last event, {names[-1]}, attends most to" + (" (M is P)" if same else "")]
     for head in range(len(P)):
         last = [weights[head, -1] for _, weights in kinds]
         order = [np.argsort(-x, kind="stable")[:top] for x in last]
@@ -110,7 +110,8 @@ def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndar
     if arrays[0].shape != arrays[1].shape:
         raise ValueError(f"P has shape {arrays[0].shape} and M {arrays[1].shape}, must be the same")
     names = [" ".join(str(label).split()) for label in labels]
-    return *arrays, [name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 1] + "…" for name in names]
+    names = [name if len(name) <= _LABEL_CHARACTERS else name[: _LABEL_CHARACTERS - 1] + "…" for name in names]
+    return arrays[0], arrays[1], names
 
 
 def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.ndarray) -> None:
