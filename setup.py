@@ -9,7 +9,8 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["awrsr_kernels", "awrsr_kernels._triton"],
+    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr", "awrsr.data"],
+    entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",  # custom ops, autograd, the CPU path
@@ -17,6 +18,19 @@ setup(
         'triton>=3.6; platform_system == "Linux"',  # the kernels
     ],
     extras_require={
+        "model": [  # the recommender `awrsr`; the operator does without
+            "lightning>=2.5",  # the training loop: checkpoints, several devices, precision, loggers
+            "jsonargparse>=4.40",  # the command line with YAML configuration
+            "polars>=1.32",  # CSV and Parquet
+            "safetensors",  # weights that hold no code
+            "pooch",  # public data: download, checksum, cache
+            "requests",  # pooch's downloads
+            "tqdm",  # progress
+            "scipy",  # significance tests
+            "matplotlib",  # pictures of the attention
+        ],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
+        "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
         "dev": [
             "pytest",  # the tests
             "pytest-xdist",  # on every core

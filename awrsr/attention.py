@@ -3,7 +3,7 @@
 T packed events of B histories, L window, E hidden size, H heads, D head dim, R refinement rank.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +65,13 @@ class RefinedAttention(nn.Module):
         """x (..., E) -> (..., E)."""
         q, k, v = self.split(self.qkv(x))
         w_q, w_k = self.tables(x, where)
-        options = {"refinement": self.refinement, "gate": self.gate, "backend": self.backend}
-        options["dropout_p"] = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0
+        options: dict[str, Any] = {
+            "gate": self.gate,
+            "dropout_p": dropout_p,
+            "refinement": self.refinement,
+            "backend": self.backend,
+        }
         if isinstance(where, Packed):
             out = refined_attention_varlen(q, k, v, w_q, w_k, where.cu_seqlens, where.max_seqlen, **options)
         else:

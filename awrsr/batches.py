@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .histories import Split
+from .data.histories import Split
 
 
 class Batch(NamedTuple):

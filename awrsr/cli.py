@@ -7,10 +7,10 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
-from .fetch import REGISTRY
+from .data.fetch import REGISTRY
+from .data.prepare import DataOptions
+from .data.readers import FORMATS
 from .model import AWRSRConfig
-from .prepare import DataOptions
-from .readers import FORMATS
 from .train import TrainingOptions
 
 DESCRIPTION = "Sequential recommendation with refined attention: from a file of histories to recommendations."
@@ -49,9 +49,15 @@ def parser() -> ArgumentParser:
     add_data(add)
     train = add("train", TRAIN)
     train.add_argument("--config", action=ActionConfigFile, help="YAML file with options, as --print-config prints it")
-    train.add_argument("--out", type=str, default="", help="run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)")
+    train.add_argument(
+        "--out", type=str, default="", help="run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)"
+    )
     add_switch(train, "baseline", None, "train plain attention beside it, in <out>/plain (default: where no --data is given)")
-    for title, options, but in (("data", DataOptions, ()), ("model", AWRSRConfig, ("num_items",)), ("training", TrainingOptions, ())):
+    for title, options, but in (
+        ("data", DataOptions, ()),
+        ("model", AWRSRConfig, ("num_items",)),
+        ("training", TrainingOptions, ()),
+    ):
         add_options(train.add_argument_group(title), options, but)
     add_use(add)
     return top
@@ -96,7 +102,9 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     add_seen(recommend)
 
     compare = add("compare")
-    compare.add_argument("runs", nargs="+", type=str, help="run folders; those that differ in nothing but the seed count as one variant")
+    compare.add_argument(
+        "runs", nargs="+", type=str, help="run folders; those that differ in nothing but the seed count as one variant"
+    )
     compare.add_argument("--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="HR@k, NDCG@k or MRR")
     compare.add_argument("--part", choices=("validation", "test"), default="test", help="which held-out events")
     compare.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")

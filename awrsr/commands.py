@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .data.histories import Histories, Split
+from .data.prepare import DataOptions, divide, histories
 from .files import read_json, write_json
-from .histories import Histories, Split
 from .model import AWRSR, AWRSRConfig
-from .prepare import DataOptions, divide, histories
 from .ranking import METRICS, evaluate
 from .recommender import CONFIG
 from .train import TrainingOptions, report, train
@@ -84,20 +84,23 @@ def run_evaluate(options: Any) -> None:
     split = divide(known, data)
     seen = filters(options, config)
     ranked = evaluate(model, split, options.part, filter_seen=seen, progress=True)
-    results = {options.part: ranked.metrics(), "users": len(ranked.ranks), "filter_seen": seen}
-    results["eval_users_per_cpu_second"] = ranked.users_per_cpu_second
-    for name, value in results[options.part].items():
+    values = ranked.metrics()
+    for name, value in values.items():
         print(f"{name:8} {value:.4f}")
+    results = {options.part: values, "targets": len(ranked.ranks), "filter_seen": seen}
+    results["eval_users_per_cpu_second"] = ranked.users_per_cpu_second
     if options.json:
         write_json(options.json, results)
 
 
 def run_recommend(options: Any) -> None:
-    from .readers import read
+    from .data.readers import read
     from .tables import writer
 
     model, data, config = open_run(options)
-    found = read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format) if options.data else histories(data)
+    found = (
+        read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format) if options.data else histories(data)
+    )
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
     if unknown:
@@ -156,14 +159,14 @@ def run_export(options: Any) -> None:
 
 
 def run_fetch(options: Any) -> None:
-    from .fetch import fetch
+    from .data.fetch import fetch
 
     path = fetch(options.name, cache=options.cache or None)
     print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
 
 
 def run_make(options: Any) -> None:
-    from .synthetic import make, write
+    from .data.synthetic import make, write
 
     names = ("users", "items", "length", "noise", "popularity", "gap", "seed")
     write(make(**{name: options[name] for name in names}), options.output)
@@ -171,8 +174,8 @@ def run_make(options: Any) -> None:
 
 
 def run_stats(options: Any) -> None:
-    from .readers import read
-    from .stats import stats, table
+    from .data.readers import read
+    from .data.stats import stats, table
 
     values = stats(read(options.file, format=options.format))
     print(table(values))

@@ -6,6 +6,7 @@ T events with a target, N items, E hidden size, K negatives. Scores are dot prod
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,7 @@ class _LogNormaliser(torch.autograd.Function):
     """(T, E), (N, E) -> (T,) log of the sum over items of exp(score); scores are computed again in the backward."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, table: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, table: Tensor) -> Tensor:
         total = hidden.new_full((len(hidden),), -math.inf, dtype=torch.float32)
         for block in table.split(_block(hidden)):
             total = torch.logaddexp(total, torch.logsumexp((hidden @ block.T).float(), 1))
@@ -94,7 +95,7 @@ class _LogNormaliser(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         hidden, table, total = ctx.saved_tensors
         d_hidden, d_table = torch.zeros_like(hidden), torch.empty_like(table)
         size = _block(hidden)

@@ -3,6 +3,7 @@
 T packed events of B histories, L window (max_len), N items, E hidden size.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ class AWRSR(Recommender):
         c = self.config
         self.items = nn.Embedding(c.num_items, c.hidden)  # read by events and, tied, by scores
         self.positions = nn.Embedding(c.max_len, c.hidden)  # the last row is the event before the prediction
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.blocks: Iterable[Block] = nn.ModuleList(Block(c) for _ in range(c.layers))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)

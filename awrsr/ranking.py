@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from .batches import spans
+from .data.histories import Split
+from .data.synthetic import recall_answer
 from .files import atomic
-from .histories import Split
-from .synthetic import recall_answer
+from .recommender import Recommender
 
 SCORE_BLOCK = 1 << 22  # scores held at a time
 CUTOFFS = (5, 10, 20)
@@ -61,7 +62,11 @@ def recall(found: Evaluation, split: Split) -> dict[str, float]:
     count = int(may.sum())
     if not count:
         return {}
-    return {"targets": count, "rule HR@1": float((answer == found.items)[may].mean()), "HR@1": float((found.ranks == 1)[may].mean())}
+    return {
+        "targets": count,
+        "rule HR@1": float((answer == found.items)[may].mean()),
+        "HR@1": float((found.ranks == 1)[may].mean()),
+    }
 
 
 class Targets:
@@ -109,7 +114,7 @@ class TargetBatches:
         return packed, torch.from_numpy(t.items[chosen]), row, seen
 
 
-def rank_batch(model: nn.Module, batch: Any) -> Tensor:
+def rank_batch(model: Recommender, batch: Any) -> Tensor:
     """(B,) ranks of the targets of a batch of `Targets.batches`."""
     device = next(model.parameters()).device
     (items, cu_seqlens, max_seqlen), targets, row, seen = batch
@@ -142,7 +147,13 @@ def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = N
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, split: Split, part: str = "test", *, filter_seen: bool = True, batch_size: int = 1024, progress: bool = False
+    model: Recommender,
+    split: Split,
+    part: str = "test",
+    *,
+    filter_seen: bool = True,
+    batch_size: int = 1024,
+    progress: bool = False,
 ) -> Evaluation:
     """Rank every target of a part of the split, "validation" or "test"."""
     targets = Targets(split, part, model.config.max_len, filter_seen)

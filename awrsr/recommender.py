@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .batches import spans
+from .data.histories import Histories, Split
 from .files import atomic, read_json, write_json
-from .histories import Histories, Split
 
 if TYPE_CHECKING:
-
     import polars as pl
 
     from .train import TrainingOptions
@@ -49,7 +48,12 @@ class Recommender(nn.Module):
         return self.items.weight
 
     def fit(
-        self: Model, histories: Given | Split, options: "TrainingOptions | None" = None, *, out: str | Path | None = None, **changes: Any
+        self: Model,
+        histories: Given | Split,
+        options: "TrainingOptions | None" = None,
+        *,
+        out: str | Path | None = None,
+        **changes: Any,
     ) -> Model:
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self, in evaluation mode.
 
@@ -58,7 +62,7 @@ class Recommender(nn.Module):
         options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
         out: folder for the run (`awrsr.train`); without it nothing is left on disk.
         """
-        from .histories import split
+        from .data.histories import split
         from .train import TrainingOptions, train
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))

@@ -1,11 +1,13 @@
-"""Recommendations as CSV, JSON lines or Parquet, part by part."""
+"""Recommendations as CSV, JSON lines or Parquet, written part by part."""
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
+import polars as pl
 
 from .files import atomic
 from .recommender import TopItems
@@ -21,8 +23,6 @@ def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[
     Raises:
         ValueError: a suffix other than .csv, .jsonl or .parquet.
     """
-    import polars as pl
-
     suffix = ".csv" if output == "-" else Path(output).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"output is {output!r}, must be - or end in one of {', '.join(SUFFIXES)}")
@@ -30,19 +30,22 @@ def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[
     def frame(part: TopItems) -> pl.DataFrame:
         return pl.DataFrame({"user": user_ids[part.user], "item": item_ids[part.item], "rank": part.rank, "score": part.score})
 
-    if output == "-":
-        header = iter((True,))
-        yield lambda part: sys.stdout.write(frame(part).write_csv(include_header=next(header, False))) and None
-        return
-    with atomic(output) as temporary:
+    with nullcontext() if output == "-" else atomic(output) as path:
         if suffix == ".parquet":
             parts: list[pl.DataFrame] = []
             yield lambda part: parts.append(frame(part))
-            pl.concat(parts).write_parquet(temporary)
+            pl.concat(parts).write_parquet(str(path))
             return
-        with temporary.open("w", encoding="utf-8") as file:
-            first = iter((True,))
-            if suffix == ".csv":
-                yield lambda part: file.write(frame(part).write_csv(include_header=next(first, False))) and None
-            else:
-                yield lambda part: file.write(frame(part).write_ndjson()) and None
+        with nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8") as file:
+            yield lines(file, frame, suffix == ".csv")
+
+
+def lines(file: TextIO, frame: Callable[[TopItems], pl.DataFrame], as_csv: bool) -> Callable[[TopItems], None]:
+    begun = False
+
+    def write(part: TopItems) -> None:
+        nonlocal begun
+        file.write(frame(part).write_csv(include_header=not begun) if as_csv else frame(part).write_ndjson())
+        begun = True
+
+    return write

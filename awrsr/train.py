@@ -26,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Batch, Windows
+from .data.histories import Split
 from .files import atomic, read_json, write_json
-from .histories import Split
 from .losses import LOSSES, draw_negatives
 from .options import check, option
 from .ranking import Targets, evaluate, metrics, rank_batch, recall, write_ranks
@@ -358,16 +358,20 @@ def report(model: Recommender, split: Split, options: TrainingOptions, record: d
     for part, found in parts.items():
         write_ranks(found, split, out / f"ranks_{part}.parquet")
     recalled = recall(parts["test"], split)
-    results = {part: found.metrics() for part, found in parts.items()} | {
-        "epochs": record["epochs"],
-        "best_epoch": record["best_epoch"],
-        "train_seconds": record["seconds"],
-        "train_cpu_seconds": record["cpu_seconds"],
-        "train_sequences_per_cpu_second": record["sequences"] / max(record["cpu_seconds"], 1e-9),
-        "eval_users_per_cpu_second": parts["test"].users_per_cpu_second,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "filter_seen": filter_seen,
-        "curve": record["curve"],
-    } | ({"recall": recalled} if recalled else {})
+    results = (
+        {part: found.metrics() for part, found in parts.items()}
+        | {
+            "epochs": record["epochs"],
+            "best_epoch": record["best_epoch"],
+            "train_seconds": record["seconds"],
+            "train_cpu_seconds": record["cpu_seconds"],
+            "train_sequences_per_cpu_second": record["sequences"] / max(record["cpu_seconds"], 1e-9),
+            "eval_users_per_cpu_second": parts["test"].users_per_cpu_second,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "filter_seen": filter_seen,
+            "curve": record["curve"],
+        }
+        | ({"recall": recalled} if recalled else {})
+    )
     return results

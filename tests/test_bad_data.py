@@ -8,9 +8,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from awrsr.histories import Histories
-from awrsr.readers import DataError, read
-from awrsr.synthetic import write
+from awrsr.data.histories import Histories
+from awrsr.data.readers import DataError, read
+from awrsr.data.synthetic import write
 
 WRONG = [  # file name, content, what follows the path in the message
     ("a.txt", "", ": is empty"),

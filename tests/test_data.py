@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awrsr.histories import Histories, Split, number, split
-from awrsr.readers import read
-from awrsr.synthetic import write
+from awrsr.data.histories import Histories, Split, number, split
+from awrsr.data.readers import read
+from awrsr.data.synthetic import write
 
 EVENTS = [("3", "10"), ("3", "20"), ("1", "10"), ("1", "30"), ("1", "10"), ("2", "40")]  # users one after another, in time order
 AS_LISTS = {3: [10, 20], 1: [10, 30, 10], 2: [40]}

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awrsr.fetch import REGISTRY, FetchError, Remote, fetch
-from awrsr.histories import Histories
-from awrsr.readers import read
-from awrsr.stats import stats, table
-from awrsr.synthetic import make, recall_answer, write
+from awrsr.data.fetch import REGISTRY, FetchError, Remote, fetch
+from awrsr.data.histories import Histories
+from awrsr.data.readers import read
+from awrsr.data.stats import stats, table
+from awrsr.data.synthetic import make, recall_answer, write
 
 CONTENT = b"1 2 3\n2 3 4\n"
 SMALL = {"small": Remote("Small.txt", hashlib.sha256(CONTENT).hexdigest()), "gone": Remote("Gone.txt", "0" * 64)}
@@ -189,7 +189,7 @@ def test_the_same_seed_makes_the_same_histories(monkeypatch: pytest.MonkeyPatch)
     assert all(np.array_equal(getattr(first, f), getattr(again, f)) for f in ("items", "offsets", "item_ids", "user_ids"))
     assert not np.array_equal(first.items, other.items)
     assert (first.num_users, first.num_items, set(first.lengths)) == (300, 64, {32})
-    monkeypatch.setattr("awrsr.synthetic.BLOCK", 100)
+    monkeypatch.setattr("awrsr.data.synthetic.BLOCK", 100)
     assert np.array_equal(make(users=300, length=20).items[:2000], make(users=100, length=20).items)
 
 

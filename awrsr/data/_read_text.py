@@ -235,4 +235,3 @@ def _fields(count: int) -> str:
 
 def _quoted(word: str) -> str:
     return f'"{word if len(word) <= 40 else word[:40] + "..."}"'
-

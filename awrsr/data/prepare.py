@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..options import check, option
 from .histories import SPLITS, Histories, Split, split
-from .options import check, option
 from .readers import FORMATS, read
 from .synthetic import make
 
@@ -53,7 +53,7 @@ def histories(options: DataOptions) -> Histories:
     kept = found.core(options.min_user_events, options.min_item_events)
     if not kept.num_users:
         raise ValueError(
-            f"min_user_events {options.min_user_events} and min_item_events {options.min_item_events} leave nothing of {options.name}"
+            f"min_user_events={options.min_user_events}, min_item_events={options.min_item_events} leave nothing of {options.name}"
         )
     return kept
 

@@ -1,0 +1,6 @@
+"""Histories: read, fetched or made up, filtered and divided."""
+
+from .histories import Histories, Split, split
+from .readers import DataError, read
+
+__all__ = ["DataError", "Histories", "Split", "read", "split"]
