@@ -97,7 +97,7 @@ class AWRSR(Recommender):
         return self.norm(x) if self.config.norm == "pre" else x
 
     def embed(self, items: Tensor, position: Tensor) -> Tensor:
-        x = self.items(items) * self.config.hidden**0.5 + self.positions(position)
+        x = (self.items(items) + self.positions(position)) * self.config.hidden**0.5
         return self.dropout(x if self.config.norm == "pre" else self.norm(x))
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
