@@ -89,6 +89,12 @@ class TrainingOptions:
     def num_negatives(self) -> int:
         return self.negatives or NEGATIVES[self.loss]
 
+    def device(self) -> str:
+        """Where a single process computes."""
+        if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+            return "cuda"
+        return "mps" if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available() else "cpu"
+
     def filters_seen(self, split: Split) -> bool:
         """Whether items of the history are left out of the ranking."""
         return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
@@ -352,6 +358,7 @@ def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
 def report(model: Recommender, split: Split, options: TrainingOptions, record: dict[str, Any], out: Path) -> dict[str, Any]:
     """Evaluate a trained model on validation and test targets; write their ranks and metrics.json."""
     filter_seen = options.filters_seen(split)
+    model.to(options.device())
     parts = {
         part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
     }
