@@ -87,8 +87,14 @@ class AWRSR(Recommender):
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, E). lengths: (B,) in 0..L."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        return self.encode(items, position, Padded(lengths))
+        return self.encode(items, self.window(items), Padded(lengths))
+
+    def window(self, items: Tensor) -> Tensor:
+        """(L,) positions of the columns of a padded batch."""
+        size, most = items.shape[1], self.config.max_len
+        if size > most:
+            raise ValueError(f"items are {size} events wide, must be at most max_len={most}: cut histories to their ends")
+        return torch.arange(size, device=items.device) + most - size
 
     def encode(self, items: Tensor, position: Tensor, where: Packed | Padded) -> Tensor:
         x = self.embed(items, position)
@@ -106,8 +112,7 @@ class AWRSR(Recommender):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        x, where, weights = self.embed(items, position), Padded(lengths), []
+        x, where, weights = self.embed(items, self.window(items)), Padded(lengths), []
         for block in self.blocks:
             weights.append(block.attention.weights(block.before_attention(x), where))
             x = block(x, where)
