@@ -30,7 +30,7 @@ def metric(name: str, ranks: np.ndarray) -> np.ndarray:
     kind, _, cutoff = name.partition("@")
     if kind == "MRR" and not cutoff:
         return 1 / ranks
-    if kind not in ("HR", "NDCG") or not cutoff.isdigit() or not int(cutoff):
+    if kind not in ("HR", "NDCG") or not cutoff.isdecimal() or not int(cutoff):
         raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
     return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
 
