@@ -97,6 +97,8 @@ class Recommender(nn.Module):
     def top_items(self, histories: Histories, k: int, *, filter_seen: bool = True, batch_size: int = 1024) -> Iterator[TopItems]:
         """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
         count = self.config.num_items
+        if not count:
+            raise ValueError("this model knows no items yet: fit or load it first")
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
         training = self.training
@@ -175,16 +177,18 @@ class Recommender(nn.Module):
         return np.array([known[str(item)] for item in items])
 
     def save(self, folder: str | Path, **more: Any) -> None:
-        """Write config.json, items.parquet and model.safetensors, each whole or not at all. more: sections of config.json."""
+        """Write config.json, items.parquet and model.safetensors, which take their places when all are written.
+
+        more: sections of config.json.
+        """
         import polars as pl
         from safetensors.torch import save
 
         folder = Path(folder)
-        with atomic(folder / ITEMS) as path:
-            pl.DataFrame({"item": self.ids()}).write_parquet(path)
-        write_json(folder / CONFIG, {"model": asdict(self.config)} | more)
-        with atomic(folder / WEIGHTS) as path:
-            path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
+        with atomic(folder / ITEMS) as items, atomic(folder / CONFIG) as config, atomic(folder / WEIGHTS) as weights:
+            pl.DataFrame({"item": self.ids()}).write_parquet(items)
+            write_json(config, {"model": asdict(self.config)} | more)
+            weights.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
@@ -210,6 +214,9 @@ class Recommender(nn.Module):
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, pl.exceptions.PolarsError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
+        if len(model.item_ids) != model.config.num_items:
+            count = f"{len(model.item_ids)} items, must hold {model.config.num_items}"
+            raise ValueError(f"{folder / ITEMS} is of another model than {CONFIG}: it holds {count}")
         want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if want != found:
@@ -218,5 +225,5 @@ class Recommender(nn.Module):
                 f"{folder / WEIGHTS} is of another configuration than {CONFIG}: {differs} is {found.get(differs, 'absent')}, "
                 f"must be {want.get(differs, 'absent')}"
             )
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)  # as they were saved, float64 too
         return model.eval()
