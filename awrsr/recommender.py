@@ -96,9 +96,7 @@ class Recommender(nn.Module):
     @torch.inference_mode()
     def top_items(self, histories: Histories, k: int, *, filter_seen: bool = True, batch_size: int = 1024) -> Iterator[TopItems]:
         """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
-        count = self.config.num_items
-        if not count:
-            raise ValueError("this model knows no items yet: fit or load it first")
+        count = self.known_items()
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
         training = self.training
@@ -136,7 +134,7 @@ class Recommender(nn.Module):
         """
         import polars as pl
 
-        count = self.config.num_items
+        count = self.known_items()
         if not 1 <= k < count:
             raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
         places = self.places(items)
@@ -163,6 +161,13 @@ class Recommender(nn.Module):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         raise NotImplementedError
+
+    def known_items(self) -> int:
+        """N. Raises ValueError where there are none yet."""
+        if not self.config.num_items:
+            raise ValueError("this model knows no items yet: fit or load it first")
+        count: int = self.config.num_items
+        return count
 
     def ids(self) -> np.ndarray:
         """(N,) ids of the data by place; the places themselves where no data gave any."""
@@ -205,10 +210,13 @@ class Recommender(nn.Module):
         for name in (CONFIG, WEIGHTS, ITEMS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
-        try:
-            model = cls(type(cls().config)(**read_json(folder / CONFIG)["model"] | changes))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
+        stored = read_json(folder / CONFIG)
+        with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+            try:
+                config = type(cls().config)(**stored["model"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
+            model = cls(replace(config, **changes))
         try:
             model.item_ids = pl.read_parquet(folder / ITEMS)["item"].to_numpy()
             weights = load_file(folder / WEIGHTS)
