@@ -139,9 +139,11 @@ class Recommender(nn.Module):
             raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
         places = self.places(items)
         table = nn.functional.normalize(self.item_table(), dim=1)
-        cosine = table[places] @ table.T
-        cosine[torch.arange(len(places)), places] = -torch.inf
-        score, similar = (x.flatten().cpu().numpy() for x in cosine.topk(k))
+        found = []
+        for some in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
+            cosine = table[some] @ table.T
+            found.append(cosine.scatter_(1, some[:, None], -torch.inf).topk(k))
+        score, similar = (torch.cat(parts).flatten().cpu().numpy() for parts in zip(*found, strict=True))
         ids = self.ids()
         columns = {"item": np.repeat(ids[places], k), "similar": ids[similar], "rank": np.tile(np.arange(1, k + 1), len(places))}
         return pl.DataFrame(columns | {"score": score})

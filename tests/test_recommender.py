@@ -299,6 +299,13 @@ def test_similar_items_have_the_largest_cosines() -> None:
         assert part["score"].to_list() == pytest.approx([cosine[other] for other in best], abs=1e-5)
 
 
+def test_similar_items_of_many_items_are_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make_model().double(), list(range(ITEMS))
+    whole = model.similar_items(asked, 3)
+    monkeypatch.setattr(recommender, "SCORE_BLOCK", 4 * ITEMS)
+    assert_alike(model.similar_items(asked, 3), whole)
+
+
 def test_similar_items_may_be_all_others(fitted: AWRSR) -> None:
     first = fitted.ids()[0]
     table = fitted.similar_items([first], 11)
