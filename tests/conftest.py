@@ -11,7 +11,11 @@ import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("shared cores", deadline=None)  # how long an example takes says nothing there
+hypothesis.settings.load_profile("shared cores")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
