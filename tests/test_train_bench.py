@@ -67,8 +67,12 @@ def test_fixed_interface(data: Path, tmp_path: Path) -> None:
     with (tmp_path / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert (tmp_path / "results.md").read_text() == train_report.markdown(results)
-    same = compare.load(tmp_path / "results.json")
-    assert compare.compare(same, same, 1.1).compared == len(rows)
+    other = [row | {"loss": "bpr", "median_ms": 2 * row["median_ms"]} for row in rows if row["pass"] == "train"]
+    (tmp_path / "both.json").write_text(json.dumps(results | {"rows": rows + other}))
+    one, both = (compare.load(tmp_path / f"{name}.json") for name in ("results", "both"))
+    found = compare.compare(one, both, 1.1)
+    assert (found.compared, found.regressions, len(found.only_after)) == (len(rows), [], len(other))
+    assert "train B 16 H 2 L 6 D 4 R 4 float32 none dropout 0.5 bpr users.txt" in compare.text(found, 1.1)
 
 
 def test_ratios_are_computed_from_the_rows() -> None:
