@@ -7,11 +7,11 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from . import commands
+from .config import AWRSRConfig, TrainingOptions
 from .data.fetch import REGISTRY
 from .data.prepare import DataOptions
 from .data.readers import FORMATS
-from .model import AWRSRConfig
-from .train import TrainingOptions
 
 DESCRIPTION = "Sequential recommendation with refined attention: from a file of histories to recommendations."
 HELP = {
@@ -154,8 +154,6 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted."""
-    from . import commands
-
     given = parser().parse_args(arguments)
     name = given.command
     options = given[name]

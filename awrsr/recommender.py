@@ -19,7 +19,7 @@ from .files import atomic, read_json, write_json
 if TYPE_CHECKING:
     import polars as pl
 
-    from .train import TrainingOptions
+    from .config import TrainingOptions
 
 WEIGHTS, CONFIG, ITEMS = "model.safetensors", "config.json", "items.parquet"
 SCORE_BLOCK = 1 << 24  # scores held at a time
@@ -68,7 +68,7 @@ class Recommender(nn.Module):
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
         if not self.config.num_items:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.__init__(replace(self.config, num_items=parts.histories.num_items))  # type: ignore[misc]
         train(self, parts, settings, out)
@@ -202,7 +202,8 @@ class Recommender(nn.Module):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
         try:
-            model = cls(type(cls().config)(**read_json(folder / CONFIG)["model"] | changes))
+            with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+                model = cls(type(cls().config)(**read_json(folder / CONFIG)["model"] | changes))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
         try:
