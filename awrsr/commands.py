@@ -52,6 +52,7 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
         record = train(model, split, training, out, data=asdict(data))
         if not record:
             return {}
+        say(f"{record['epochs']} epochs, the best on validation was {record['best_epoch']} (NDCG@10 {record['best']:.4f})")
         results = report(model, split, training, record, out)
     except KeyboardInterrupt:
         say(f"\n{out} keeps every whole epoch; the same command goes on from there.", file=sys.stderr)

@@ -140,10 +140,14 @@ class Training(L.LightningModule):
         checkpoint["awrsr"] = {"record": self.record, "curve": self.curve}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found, own = ({name: x.shape for name, x in state.items()} for state in (checkpoint["state_dict"], self.state_dict()))
-        if "awrsr" not in checkpoint or found != own:
+        whole = isinstance(checkpoint, dict) and {"awrsr", "state_dict"} <= checkpoint.keys()
+        if not whole or shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
             raise ValueError(f"{self.folder / STATE} is no state of this run; remove it to begin anew")
         self.record, self.curve = checkpoint["awrsr"]["record"], checkpoint["awrsr"]["curve"]
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 class Progress(L.Callback):
@@ -188,7 +192,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error
 
@@ -282,6 +288,7 @@ def quiet() -> Iterator[None]:
                 "It is recommended to use `self.log",  # what is logged are sums over all processes already
                 ".*ModelCheckpoint",
                 ".*Checkpoint directory",
+                "The dirpath has changed",  # a run folder may be copied and go on
                 r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
             ):
                 warnings.filterwarnings("ignore", message)
