@@ -89,13 +89,18 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.accelerator in ("gpu", "mps"):
-            import torch
+        self.check_device()
 
-            if not (torch.cuda if self.accelerator == "gpu" else torch.backends.mps).is_available():
-                raise ValueError(
-                    f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds none here; take cpu or auto"
-                )
+    def check_device(self) -> None:
+        if self.accelerator not in ("gpu", "mps") and self.precision != "16-mixed":
+            return
+        import torch
+
+        there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if self.accelerator in there and not there[self.accelerator]:
+            raise ValueError(f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds none here; take cpu or auto")
+        if self.precision == "16-mixed" and (self.accelerator == "cpu" or not any(there.values())):
+            raise ValueError("precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true")
 
     def num_negatives(self) -> int:
         return self.negatives or NEGATIVES[self.loss]

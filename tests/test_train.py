@@ -175,7 +175,9 @@ def test_other_data_in_the_same_folder_are_refused(run: Path, tmp_path: Path, ca
 
 
 def test_data_that_differ_in_ids_alone_are_other_data(tmp_path: Path) -> None:
-    parts = [split(Histories.from_lists({user: [prefix + i for i in items] for user, items in histories().items()})) for prefix in "ab"]
+    parts = [
+        split(Histories.from_lists({user: [prefix + i for i in items] for user, items in histories().items()})) for prefix in "ab"
+    ]
     options = TrainingOptions(epochs=1, **QUICK)
     training.train(AWRSR(config(num_items=24)), parts[0], options, tmp_path)
     with pytest.raises(ValueError, match="holds another run: data.fingerprint was"):
