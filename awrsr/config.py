@@ -98,7 +98,9 @@ class TrainingOptions:
 
         there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if self.accelerator in there and not there[self.accelerator]:
-            raise ValueError(f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds none here; take cpu or auto")
+            raise ValueError(
+                f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds none here; take cpu or auto"
+            )
         if self.precision == "16-mixed" and (self.accelerator == "cpu" or not any(there.values())):
             raise ValueError("precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true")
 
