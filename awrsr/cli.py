@@ -1,5 +1,6 @@
 """The command line: `awrsr`, or `python -m awrsr`. What each command does is in `commands`."""
 
+import os
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
@@ -234,7 +235,7 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted."""
+    """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted, 141 when nobody reads its output any longer."""
     given = parser().parse_args(arguments)
     name = given.command
     options = given[name]
@@ -242,6 +243,10 @@ def main(arguments: list[str] | None = None) -> int:
         name, options = f"data {options.action}", options[options.action]
     try:
         commands.COMMANDS[name](options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 141
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"awrsr {name}: {error}", file=sys.stderr)
         return 1

@@ -111,11 +111,11 @@ def run_recommend(options: Any) -> None:
     )
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
+    if empty == known.num_users:
+        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
     if unknown:
         users = f", and {empty:,} users with nothing else" if empty else ""
         print(f"{unknown:,} events passed over{users}: the model does not know their items", file=sys.stderr)
-    if empty == known.num_users:
-        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
     with writer(options.output, model.ids(), known.user_ids) as write:
         for part in model.top_items(known, options.k, filter_seen=filters(options, config)):
             write(part)

@@ -207,7 +207,7 @@ class Recommender(nn.Module):
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
         try:
-            model.item_ids = pl.read_parquet(folder / ITEMS)["item"].to_numpy()
+            model.item_ids = np.array(pl.read_parquet(folder / ITEMS)["item"].to_list())  # text of one width, never objects
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, pl.exceptions.PolarsError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
