@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from awrsr import AWRSRConfig
 from awrsr.cli import main
@@ -62,3 +63,32 @@ def weights(out: Path) -> bytes:
 
 def config(**options: Any) -> AWRSRConfig:
     return AWRSRConfig(**(SMALL | options))
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """What a command that succeeds leaves on standard output."""
+    capsys.readouterr()
+    assert main([str(each) for each in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """The one line that a command which fails leaves on standard error."""
+    capsys.readouterr()
+    assert main([str(each) for each in arguments]) == 1
+    error = capsys.readouterr().err
+    name = " ".join(arguments[: 2 if arguments[0] == "data" else 1])
+    assert error.startswith(f"awrsr {name}: ") and error.endswith("\n") and error.count("\n") == 1, error
+    return error
+
+
+def stopped(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    """Exit status and output of a command that the parser ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as status:
+        main([str(each) for each in arguments])
+    return int(status.value.code or 0), "".join(capsys.readouterr())

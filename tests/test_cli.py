@@ -1,13 +1,13 @@
-"""The command line: its fixed interface, configuration files, every command through `main`, errors in one line, quick help."""
+"""The command line: its fixed interface, configuration files, every command through `main`."""
 
 import io
 import json
-import os
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from polars.testing import assert_frame_equal
 from awrsr import AWRSR, read
 from awrsr.cli import main, parser
 
-from .runs import ITEMS, QUICK, SMALL, command, flags, histories, results, timeless, train, weights, write
+from . import runs
+from .runs import ITEMS, QUICK, SMALL, command, everything, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"}
-COMMANDS = ("train", "evaluate", "recommend", "compare", "explain", "export", "data fetch", "data make", "data stats")
 
 
 @pytest.fixture(scope="module")
@@ -41,48 +41,21 @@ def run(home: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def of(*arguments: Any) -> str:
-        capsys.readouterr()
-        assert main([str(each) for each in arguments]) == 0
-        return capsys.readouterr().out
-
-    return of
+    return partial(runs.printed, capsys)
 
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line that a command which fails leaves on standard error."""
-
-    def of(*arguments: Any) -> str:
-        capsys.readouterr()
-        assert main([str(each) for each in arguments]) == 1
-        error = capsys.readouterr().err
-        name = " ".join(arguments[: 2 if arguments[0] == "data" else 1])
-        assert error.startswith(f"awrsr {name}: ") and error.endswith("\n") and error.count("\n") == 1, error
-        return error
-
-    return of
+    return partial(runs.refused, capsys)
 
 
 @pytest.fixture
 def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Exit status and output of a command that the parser ends."""
-
-    def of(*arguments: Any) -> tuple[int, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as status:
-            main([str(each) for each in arguments])
-        return int(status.value.code or 0), "".join(capsys.readouterr())
-
-    return of
+    return partial(runs.stopped, capsys)
 
 
 def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
-
-
-def everything(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
 # Train.
@@ -133,14 +106,10 @@ def test_the_table_has_a_row_per_model_and_the_next_command_works(home: Path, tm
 
 
 def test_flags_take_hyphens_or_underscores(home: Path, tmp_path: Path) -> None:
-    arguments = command(home / "data.txt", tmp_path / "run", epochs=2)
-    assert (
-        main(
-            ["--".join(each.replace("-", "_") for each in part.split("--")) for part in arguments[:1]]
-            + [part if not part.startswith("--") else "--" + part[2:].replace("-", "_") for part in arguments[1:]]
-        )
-        == 0
-    )
+    options = {"data": home / "data.txt", "out": tmp_path / "run", "epochs": 2}
+    underscored = [part for name, value in (SMALL | QUICK | options).items() for part in (f"--{name}", str(value))]
+    assert "--max_len" in underscored
+    assert main(["train", *underscored]) == 0
     assert weights(tmp_path / "run") == weights(home / "run")
 
 
@@ -313,163 +282,3 @@ def test_data_make_and_stats_through_the_command_line(tmp_path: Path, printed: C
     out = printed("data", "stats", made, "--json", tmp_path / "out.json")
     assert "50" in out
     assert "50" in (tmp_path / "out.json").read_text() and read(made).num_users == 50
-
-
-# Errors.
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        (None, "there is no such file"),
-        ("", "is empty"),
-        ("user,item\nu1,i1\nu2\n", "data.csv:3: has 1 field, the header has 2"),
-        ("u1 i1\nu2 i2\nu3 i3\n", "leaves nothing for validation: the longest history has 1 events"),
-    ],
-)
-@pytest.mark.parametrize("name", ["train", "data stats"])
-def test_data_that_are_no_good_are_an_error(
-    name: str, text: str | None, message: str, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    data = tmp_path / "data.csv" if text and "," in text else tmp_path / "data.txt"
-    if text is not None:
-        data.write_text(text)
-    before = everything(tmp_path)
-    if name == "train":
-        assert message in refused(*command(data, tmp_path / "out"))
-    elif "validation" not in message:
-        assert message in refused("data", "stats", data)
-    assert everything(tmp_path) == before
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(home: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    (tmp_path / "file").touch()
-    assert "file" in refused(*command(home / "data.txt", tmp_path / "file" / "run"))
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("model.safetensors", b"", "is damaged"),
-        ("model.safetensors", b"\x80\x04not safe", "is damaged"),
-        ("items.parquet", b"PAR1", "is damaged"),
-        ("config.json", b"{", "is not JSON"),
-        ("config.json", b'{"model": {"colour": "red"}}', "is no configuration of this model"),
-        ("config.json", b"[]", "is no configuration of this model"),
-        ("config.json", json.dumps({"model": SMALL | {"num_items": ITEMS, "hidden": 32}}).encode(), "another configuration"),
-        ("model.safetensors", None, "model.safetensors is missing"),
-    ],
-)
-@pytest.mark.parametrize("name_of_command", ["evaluate", "recommend"])
-def test_a_damaged_run_is_an_error(
-    name_of_command: str, name: str, content: bytes | None, message: str, run: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
-    if content is None:
-        (run / name).unlink()
-    else:
-        (run / name).write_bytes(content)
-    before = everything(tmp_path)
-    target = {"evaluate": ["--json", tmp_path / "out.json"], "recommend": ["--output", tmp_path / "out.csv"]}[name_of_command]
-    error = refused(name_of_command, "--run", run, *target)
-    assert message in error and str(run) in error
-    assert everything(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (("evaluate", "--run", "nowhere"), "nowhere holds no trained model: config.json is missing"),
-        (("compare", "nowhere", "RUN"), "nowhere"),
-        (("recommend", "--run", "RUN", "--output", "out.xlsx"), "output is 'out.xlsx', must be - or end in one of .csv"),
-        (("explain", "--run", "RUN", "--user", "nobody"), "user is 'nobody', which the data do not hold"),
-        (("explain", "--run", "RUN", "--history", "i1", "zz"), "'zz', which this model does not know"),
-        (("explain", "--run", "RUN", "--layer", "2"), "layer is 2, must be in 1..1"),
-        (("export", "--run", "RUN", "--output", "model.bin"), "must end in .pt2"),
-        (("train", "--data", "DATA", "--hidden", "15", "--heads", "2"), "hidden is 15, must be a multiple of heads (2)"),
-        (("train", "--data", "DATA", "--epochs", "0"), "epochs is 0, must be at least 1"),
-        (("train", "--data", "DATA", "--learning-rate", "-1"), "learning_rate is -1.0, must be at least"),
-        (("train", "--data", "DATA", "--format", "inter"), "has no header"),
-    ],
-)
-def test_a_wrong_option_is_an_error(
-    arguments: tuple[str, ...],
-    message: str,
-    home: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    refused: Callable[..., str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    names = {"RUN": home / "run", "DATA": home / "data.txt"}
-    assert message in refused(*(names.get(each, each) for each in arguments))
-    assert everything(tmp_path) == {}
-
-
-def test_ctrl_c_ends_any_command_with_130(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("awrsr.ranking.evaluate", interrupted)
-    assert main(["evaluate", "--run", str(home / "run")]) == 130
-    assert capsys.readouterr().err == "awrsr evaluate: interrupted\n"
-
-
-# Help.
-
-
-@pytest.mark.parametrize("name", ["", "data", *COMMANDS])
-def test_every_help_teaches_with_an_example(name: str, stopped: Callable[..., tuple[int, str]]) -> None:
-    status, text = stopped(*name.split(), "--help")
-    assert status == 0
-    about, options = text.split("\n\n", 1)[1].split("\noptions:\n") if name != "train" else text.split("\noptions:\n")
-    examples = [line.strip() for line in about.splitlines() if line.startswith("  awrsr " + name) or " | awrsr " + name in line]
-    assert examples, about
-    assert "default: )" not in text and "_" not in "".join(word for word in text.split() if word.startswith("--"))
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_examples_of_help_are_commands_that_parse(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: Callable[..., tuple[int, str]]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.yaml").write_text("seed: 0\n")
-    for line in stopped(*name.split(), "--help")[1].splitlines():
-        if line.startswith("  ") and "awrsr " + name in line and "--print-config" not in line:
-            words = shlex.split(line)
-            given = parser().parse_args(words[words.index("awrsr") + 1 :])
-            assert name.startswith(given.command)
-
-
-QUICK_HELP = """
-import sys
-from awrsr.cli import main
-
-try:
-    main(sys.argv[1:])
-except SystemExit:
-    pass
-print(*sorted({"torch", "lightning", "scipy", "matplotlib"} & sys.modules.keys()), file=sys.stderr)
-"""
-
-
-@pytest.mark.parametrize("arguments", [("train", "--help"), ("train", "--widht"), ("data", "stats", "DATA")])
-def test_help_errors_and_reading_data_load_no_torch(arguments: tuple[str, ...], home: Path) -> None:
-    words = [str(home / "data.txt") if word == "DATA" else word for word in arguments]
-    done = subprocess.run([sys.executable, "-c", QUICK_HELP, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr.splitlines()[-1] == ""
-
-
-def test_python_dash_m_awrsr_is_the_command_line(tmp_path: Path) -> None:
-    missing = tmp_path / "missing.txt"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "awrsr", "data", "stats", missing], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"awrsr data stats: {missing}: there is no such file\n"
-
-
-def test_all_options_have_defaults() -> None:
-    given = parser().parse_args(["train"]).train
-    assert {name: given[name] for name in ("data", "epochs", "max_len")} == {"data": "", "epochs": 100, "max_len": 50}
-    assert set(flags(**(SMALL | QUICK))) & {"--hidden", "--threads"}
