@@ -251,6 +251,6 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"awrsr {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"awrsr {name}: interrupted", file=sys.stderr)
+        commands.say(f"awrsr {name}: interrupted", file=sys.stderr)
         return 130
     return 0

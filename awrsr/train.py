@@ -164,12 +164,17 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.bar.update()
         if not self.bar.disable and batch_idx % 10 == 0:
-            self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
-            record = training.record
-            best = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{record['best']:.4f}"} if training.curve else {}
-            self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | best, refresh=False)
+            self.tell(trainer, training)
+
+    def tell(self, trainer: L.Trainer, training: Any) -> None:
+        self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+        best = training.record["best"]
+        known = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{best:.4f}"} if training.curve else {}
+        self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | known, refresh=False)
 
     def on_validation_end(self, trainer: L.Trainer, training: Any) -> None:
+        if not self.bar.disable:
+            self.tell(trainer, training)
         if self.silent:
             last = training.curve[-1]
             best = f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
@@ -178,9 +183,12 @@ class Progress(L.Callback):
                 flush=True,
             )
 
-    def teardown(self, trainer: L.Trainer, training: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, training: L.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
-            self.bar.close()
+            self.bar.close()  # or it is drawn again below the message
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -1,5 +1,6 @@
 """What the options of training do: losses, clipping, windows, precision, logs, devices; several processes train as one would."""
 
+import io
 import os
 import subprocess
 import sys
@@ -173,6 +174,23 @@ def test_a_line_per_epoch_where_there_is_no_terminal(data: Path, tmp_path: Path,
 
 def test_no_progress_prints_no_epochs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command(data, tmp_path / "run", epochs=2), "--no-progress"]) == 0
+    assert "epoch 1/2" not in capsys.readouterr().out
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_with_loss_and_ndcg_on_a_terminal(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    found = train(data, tmp_path / "run", epochs=2)
+    last = found["curve"][-1]["NDCG@10"], max(each["NDCG@10"] for each in found["curve"])
+    drawn = next(line for line in reversed(terminal.getvalue().split("\r")) if "epoch" in line)
+    assert "epoch 2/2: 100%" in drawn and "8/8" in drawn and "loss=" in drawn
+    assert f"NDCG@10={last[0]:.4f}, best={last[1]:.4f}" in drawn
     assert "epoch 1/2" not in capsys.readouterr().out
 
 
