@@ -67,6 +67,14 @@ def test_negatives_are_as_many_as_asked_for(parts: Split, monkeypatch: pytest.Mo
     assert set(shapes) == {(3,)}
 
 
+@pytest.mark.parametrize("loss, dropout, anew", [("cross_entropy", 0.5, True), ("bce", 0.0, True), ("cross_entropy", 0.0, False)])
+def test_dropout_and_negatives_are_drawn_anew_at_each_step(loss: str, dropout: float, anew: bool) -> None:
+    one_user = split(Histories.from_lists([[f"i{n}" for n in range(24)]]))
+    options = {"loss": loss, "epochs": 3, "learning_rate": 1e-12, "progress": False}  # nothing is learned
+    losses = {each["loss"] for each in fit(one_user, {"hidden_dropout": dropout}, **options)[1]["curve"]}
+    assert len(losses) == (3 if anew else 1)
+
+
 def test_the_gradient_is_clipped(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     step, norms = torch.optim.AdamW.step, []
 
