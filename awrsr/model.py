@@ -4,56 +4,16 @@ T packed events of B histories, L window (max_len), N items, E hidden size.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Packed, Padded, RefinedAttention
-from .options import check, option
+from .config import AWRSRConfig
 from .recommender import Recommender
 
-
-@dataclass(frozen=True)
-class AWRSRConfig:
-    """What the network is made of; each option says what it is for."""
-
-    num_items: int = option(0, "items N of the catalogue; 0 leaves it to fit", least=0)
-    backbone: str = option("sasrec", "sasrec: dot-product attention", choices=("sasrec",))
-    refinement: str = option(
-        "additive",
-        "how attention weights are refined; none is plain attention (SASRec)",
-        choices=("none", "simple", "value", "additive"),
-    )
-    max_len: int = option(50, "events of a history that the model looks at, the last ones", least=1)
-    hidden: int = option(64, "width of the network", least=1)
-    layers: int = option(2, "blocks of attention and feed-forward", least=1)
-    heads: int = option(2, "attention heads of a block", least=1)
-    rank: int = option(32, "columns of the tables that span the correlation space, at most 256", least=1, below=257)
-    tables: str = option(
-        "position",
-        "tables that span the correlation space: a learned row per position from the end, or a linear map of each event",
-        choices=("position", "content"),
-    )
-    per_head: bool = option(True, "position tables for each head rather than one for all")
-    table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
-    learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
-    feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
-    activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
-    norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
-    hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
-    attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
-    backend: str = option(
-        "auto",
-        "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
-        choices=("auto", "triton", "torch", "reference"),
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.hidden % self.heads or self.hidden // self.heads > 256:
-            raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+__all__ = ["AWRSR", "AWRSRConfig"]
 
 
 class AWRSR(Recommender):

@@ -19,7 +19,7 @@ from .files import atomic, read_json, write_json
 if TYPE_CHECKING:
     import polars as pl
 
-    from .train import TrainingOptions
+    from .config import TrainingOptions
 
 WEIGHTS, CONFIG, ITEMS = "model.safetensors", "config.json", "items.parquet"
 SCORE_BLOCK = 1 << 24  # scores held at a time
@@ -68,7 +68,7 @@ class Recommender(nn.Module):
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
         if not self.config.num_items:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.__init__(replace(self.config, num_items=parts.histories.num_items))  # type: ignore[misc]
         train(self, parts, settings, out)
@@ -220,7 +220,7 @@ class Recommender(nn.Module):
                 raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
             model = cls(replace(config, **changes))
         try:
-            model.item_ids = pl.read_parquet(folder / ITEMS)["item"].to_numpy()
+            model.item_ids = np.array(pl.read_parquet(folder / ITEMS)["item"].to_list())  # text of one width, never objects
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, pl.exceptions.PolarsError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error

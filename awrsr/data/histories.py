@@ -190,6 +190,8 @@ class Split:
         digest = hashlib.sha256()
         for part in (h.items, h.offsets, self.train_end, self.validation_end):
             digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        for ids in (h.item_ids, h.user_ids):
+            digest.update("\n".join(map(str, ids.tolist())).encode())
         return digest.hexdigest()[:16]
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
