@@ -7,8 +7,9 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 
+from .data import synthetic
 from .data.fetch import REGISTRY
-from .data.prepare import DataOptions
+from .data.prepare import DEMO, DataOptions
 from .data.readers import FORMATS
 from .model import AWRSRConfig
 from .train import TrainingOptions
@@ -25,18 +26,22 @@ HELP = {
 }
 TRAIN = """Train a model on a file of histories, stop when validation no longer improves, and evaluate the best epoch on
 held-out events, ranking the whole catalogue. Without --data it trains on synthetic histories, and a plain model beside
-the refined one to show what refinement is for.
+the refined one to show what refinement is for, with options that suit such histories where
+none is given (see below).
 
   awrsr train
   awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
   awrsr train --config beauty.yaml --seed 1         --print-config prints such a file
 
 The run folder then holds model.safetensors, config.json, items.parquet, metrics.json and the rank of every held-out
-event. Ctrl-C or a kill loses the current epoch alone: the same command goes on, and ends with the same numbers."""
+event. Ctrl-C or a kill loses the current epoch alone: the same command goes on, and ends with the same numbers.
+
+Without --data these are the defaults, and what is given wins over them:
+"""
 
 
-def parser() -> ArgumentParser:
-    """All commands and their options."""
+def parser(demo: bool = False) -> ArgumentParser:
+    """All commands and their options. demo: defaults of train that suit the made-up histories."""
     top = ArgumentParser(prog="awrsr", description=DESCRIPTION)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
 
@@ -47,7 +52,7 @@ def parser() -> ArgumentParser:
         return sub
 
     add_data(add)
-    train = add("train", TRAIN)
+    train = add("train", f"{TRAIN}  {flags(DEMO)}")
     train.add_argument("--config", action=ActionConfigFile, help="YAML file with options, as --print-config prints it")
     train.add_argument(
         "--out", type=str, default="", help="run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)"
@@ -59,6 +64,8 @@ def parser() -> ArgumentParser:
         ("training", TrainingOptions, ()),
     ):
         add_options(train.add_argument_group(title), options, but)
+    if demo:
+        train.set_defaults(DEMO)
     add_use(add)
     return top
 
@@ -71,16 +78,17 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
     make = add("make", to=actions, help="draw synthetic histories in which what followed before follows again")
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")
-    for name, kind, default, help in (
-        ("users", int, 4000, "users"),
-        ("items", int, 64, "items of the catalogue"),
-        ("length", int, 32, "events of a user"),
-        ("noise", float, 0.2, "how often the rule is broken"),
-        ("popularity", float, 0.5, "exponent of the popularity law"),
-        ("gap", int, 4, "least distance of a repeat that no rule made"),
-        ("seed", int, 0, "of the draw"),
+    for name, help in (
+        ("users", "users"),
+        ("items", "items of the catalogue"),
+        ("length", "events of a user"),
+        ("noise", "how often the rule is broken"),
+        ("popularity", "exponent of the popularity law"),
+        ("gap", "least distance of a repeat that no rule made"),
+        ("seed", "of the draw"),
     ):
-        make.add_argument(f"--{name}", type=kind, default=default, help=help)
+        default = (synthetic.make.__kwdefaults__ or {})[name]
+        make.add_argument(f"--{name}", type=type(default), default=default, help=help)
     stats = add("stats", to=actions, help="a table of what is in a file")
     stats.add_argument("file", type=str, help="file of histories")
     stats.add_argument("--format", choices=FORMATS, default="auto", help="of the file")
@@ -152,12 +160,21 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
     group.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
 
 
+def flags(options: dict[str, Any]) -> str:
+    """Options as one would give them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted."""
     from . import commands
 
     given = parser().parse_args(arguments)
     name = given.command
+    if name == "train" and not given.train.data:
+        given = parser(demo=True).parse_args(arguments)
+        suited = {name: value for name, value in DEMO.items() if given.train[name] == value}
+        print(f"No --data: made-up histories, and options that suit them: {flags(suited)}")
     options = given[name]
     if name == "data":
         name, options = f"data {options.action}", options[options.action]

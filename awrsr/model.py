@@ -38,10 +38,16 @@ class AWRSRConfig:
     )
     per_head: bool = option(True, "position tables for each head rather than one for all")
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
+    refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
     feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
     activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
+    init: str = option(
+        "normal",
+        "weights at the start: normal, all small; match, Xavier's, and keys equal to queries: attention begins at equal items",
+        choices=("normal", "match"),
+    )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
     attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
     backend: str = option(
@@ -71,6 +77,8 @@ class AWRSR(Recommender):
         self.norm = nn.LayerNorm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
+        if c.init == "match":
+            self.apply(match)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, E): row t, times the items' embeddings, scores what follows event t.
@@ -129,6 +137,7 @@ class Block(nn.Module):
             tables=c.tables,
             per_head=c.per_head,
             table_std=c.table_std,
+            refine_scale=c.refine_scale,
             learned_gate=c.learned_gate,
             dropout=c.attention_dropout,
             backend=c.backend,
@@ -160,3 +169,11 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def match(module: nn.Module) -> None:
+    """Xavier's weights, and attention whose keys start equal to its queries."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    if isinstance(module, RefinedAttention):  # visited after the linear maps in it
+        module.match_keys()
