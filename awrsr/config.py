@@ -35,10 +35,16 @@ class AWRSRConfig:
     )
     per_head: bool = option(True, "position tables for each head rather than one for all")
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
+    refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
     feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
     activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
+    init: str = option(
+        "normal",
+        "weights at the start: normal, all small; match, Xavier's, and keys equal to queries: attention begins at equal items",
+        choices=("normal", "match"),
+    )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
     attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
     backend: str = option(
