@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .data.histories import Split
 from .options import check, option
 
-NEGATIVES = {"sampled_softmax": 256, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
+NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 
 
 def usual_negatives() -> str:
@@ -46,7 +46,7 @@ class AWRSRConfig:
         choices=("normal", "match"),
     )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
-    attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
+    attention_dropout: float = option(0.3, "of attention weights", least=0, below=1)
     backend: str = option(
         "auto",
         "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
@@ -73,7 +73,7 @@ class TrainingOptions:
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )
-    batch_size: int = option(256, "sequences per step, over all processes", least=1)
+    batch_size: int = option(128, "sequences per step, over all processes", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)

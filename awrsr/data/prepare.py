@@ -17,8 +17,8 @@ DEMO: dict[str, Any] = {
     "table_std": 0.5,
     "refine_scale": 2.8,
     "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
     "learning_rate": 3e-3,
-    "batch_size": 128,
     "epochs": 24,
     "patience": 0,
 }
