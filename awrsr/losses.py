@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CATALOGUE_BLOCK = 1 << 22  # scores held at a time by a loss over the whole catalogue
+PAIR_BLOCK = 1 << 22  # numbers of item embeddings held at a time by a loss of pairs
 
 
 def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
@@ -82,10 +84,20 @@ def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator
 
 
 def pair_scores(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the targets (T,) and of their negatives (T, K)."""
-    rows = F.embedding(torch.cat([targets[:, None], negatives], 1), table)  # (T, 1 + K, E): one gradient for the table
-    scores = (rows * hidden[:, None]).sum(-1)
+    """Scores of the targets (T,) and of their negatives (T, K). Many negatives: some events at a time, again in the backward."""
+    items = torch.cat([targets[:, None], negatives], 1)
+    size = max(1, PAIR_BLOCK // (items.shape[1] * hidden.shape[1]))
+    if len(items) <= size:
+        scores = score_items(hidden, items, table)
+    else:
+        parts = zip(hidden.split(size), items.split(size), strict=True)
+        scores = torch.cat([checkpoint(score_items, *part, table, use_reentrant=False) for part in parts])
     return scores[:, 0], scores[:, 1:]
+
+
+def score_items(hidden: Tensor, items: Tensor, table: Tensor) -> Tensor:
+    """(T, E), (T, K), (N, E) -> (T, K) scores of each event's items."""
+    return (F.embedding(items, table) * hidden[:, None]).sum(-1)
 
 
 class _LogNormaliser(torch.autograd.Function):

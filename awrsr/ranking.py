@@ -165,7 +165,16 @@ def evaluate(
     batch_size: int = 1024,
     progress: bool = False,
 ) -> Evaluation:
-    """Rank every target of a part of the split, "validation" or "test"."""
+    """Rank every target of a part of the split, "validation" or "test", whose items are numbered as the model's.
+
+    Raises:
+        ValueError: the split has another number of items than the model.
+    """
+    if split.histories.num_items != model.config.num_items:
+        raise ValueError(
+            f"split has {split.histories.num_items} items, must have the model's {model.config.num_items}; "
+            "Histories.numbered_as(model.ids()) numbers other data like the model's"
+        )
     targets = Targets(split, part, model.config.max_len, filter_seen)
     found = np.empty(len(targets), dtype=np.int64)
     training, start = model.training, time.process_time()

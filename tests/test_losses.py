@@ -72,6 +72,21 @@ def test_gradients_are_those_of_the_value(loss: str, monkeypatch: pytest.MonkeyP
     assert torch.autograd.gradcheck(lambda h, w: LOSSES[loss](h, targets, w, negatives), (hidden, table))
 
 
+@pytest.mark.parametrize("loss", ["bce", "bpr", "gbce"])
+def test_many_negatives_are_embedded_some_events_at_a_time(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, targets, table, negatives = problem(loss)
+    whole = LOSSES[loss](hidden, targets, table, negatives)
+    want = torch.autograd.grad(whole.sum(), (hidden, table))
+    held: list[int] = []
+    embed = F.embedding
+    monkeypatch.setattr(losses.F, "embedding", lambda items, rows: held.append(items.numel() * E) or embed(items, rows))
+    monkeypatch.setattr(losses, "PAIR_BLOCK", 2 * (1 + K) * E)
+    parts = LOSSES[loss](hidden, targets, table, negatives)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts.sum(), (hidden, table)), want)
+    assert len(held) > 4 and max(held) <= losses.PAIR_BLOCK
+
+
 def test_gbce_without_calibration_is_bce_summed_over_negatives() -> None:
     hidden, targets, table, negatives = problem("gbce")
     each = torch.stack([losses.bce(hidden, targets, table, negatives[:, k : k + 1]) for k in range(K)])
