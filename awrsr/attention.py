@@ -6,6 +6,7 @@ T packed events of B histories, L window, E hidden size, H heads, D head dim, R 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awrsr_kernels import attention_weights, refined_attention, refined_attention_varlen
@@ -93,8 +94,12 @@ class RefinedAttention(nn.Module):
         if self.to_tables is not None:  # (T, H, R), or (B, H, L, R)
             w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, self.heads, -1)).unbind(-3)
             return (w_q, w_k) if isinstance(where, Packed) else (w_q.transpose(1, 2), w_k.transpose(1, 2))
-        if self.w_q is None or self.w_k is None or isinstance(where, Packed):
-            return self.w_q, self.w_k
+        if self.w_q is None or self.w_k is None:
+            return None, None
+        if isinstance(where, Packed):
+            if tuple(self.w_q.shape[:-1]) != (len(x), self.heads):
+                return self.w_q, self.w_k
+            return F.pad(self.w_q, (0, 0, 1, 0)), F.pad(self.w_k, (0, 0, 1, 0))  # a row nobody uses, or it would pass for content
         size, rows = self.w_q.shape[-2], x.shape[1]
         last = torch.arange(size - rows, size, device=x.device)  # a slice would tie an exported program to one window
         return self.w_q.index_select(-2, last), self.w_k.index_select(-2, last)

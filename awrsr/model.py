@@ -47,8 +47,14 @@ class AWRSR(Recommender):
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, E). lengths: (B,) in 0..L."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        return self.encode(items, position, Padded(lengths))
+        return self.encode(items, self.window(items), Padded(lengths))
+
+    def window(self, items: Tensor) -> Tensor:
+        """(L,) positions of the columns of a padded batch."""
+        size, most = items.shape[1], self.config.max_len
+        if size > most:
+            raise ValueError(f"items are {size} events wide, must be at most max_len={most}: cut histories to their ends")
+        return torch.arange(size, device=items.device) + most - size
 
     def encode(self, items: Tensor, position: Tensor, where: Packed | Padded) -> Tensor:
         x = self.embed(items, position)
@@ -57,7 +63,7 @@ class AWRSR(Recommender):
         return self.norm(x) if self.config.norm == "pre" else x
 
     def embed(self, items: Tensor, position: Tensor) -> Tensor:
-        x = self.items(items) * self.config.hidden**0.5 + self.positions(position)
+        x = (self.items(items) + self.positions(position)) * self.config.hidden**0.5
         return self.dropout(x if self.config.norm == "pre" else self.norm(x))
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
@@ -66,8 +72,7 @@ class AWRSR(Recommender):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        x, where, weights = self.embed(items, position), Padded(lengths), []
+        x, where, weights = self.embed(items, self.window(items)), Padded(lengths), []
         for block in self.blocks:
             weights.append(block.attention.weights(block.before_attention(x), where))
             x = block(x, where)

@@ -28,9 +28,9 @@ METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("M
 def metric(name: str, ranks: np.ndarray) -> np.ndarray:
     """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR is over the whole list, not cut off."""
     kind, _, cutoff = name.partition("@")
-    if kind == "MRR" and not cutoff:
+    if name == "MRR":
         return 1 / ranks
-    if kind not in ("HR", "NDCG") or not cutoff.isdigit() or not int(cutoff):
+    if kind not in ("HR", "NDCG") or not cutoff.isdecimal() or not int(cutoff):
         raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
     return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
 

@@ -338,6 +338,7 @@ def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
 def report(model: Recommender, split: Split, options: TrainingOptions, record: dict[str, Any], out: Path) -> dict[str, Any]:
     """Evaluate a trained model on validation and test targets; write their ranks and metrics.json."""
     filter_seen = options.filters_seen(split)
+    model.to(options.device())
     parts = {
         part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
     }

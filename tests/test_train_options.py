@@ -211,7 +211,7 @@ def test_no_gpu_where_one_is_asked_for_is_an_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(data, tmp_path / "run", accelerator="gpu")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("awrsr train: accelerator is 'gpu', but torch ") and "take cpu or auto" in error
+    assert error.startswith("awrsr train: accelerator is 'gpu', but torch finds none here") and "take cpu or auto" in error
     assert not (tmp_path / "run").exists()
 
 
