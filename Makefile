@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy bench track compile-report gpu
+.PHONY: test lint train accuracy bench bench-train track compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -22,6 +22,10 @@ accuracy: .venv/ready
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
+
+# Training and evaluation of the recommender, layouts and refinements side by side. DATA: a file of histories, otherwise synthetic ones.
+bench-train: .venv/ready
+	$(BIN)/python benchmarks/train_bench.py $(if $(DATA),--data $(DATA)) --threads 1 --out bench-out/train
 
 # What every kernel compiles to on every target, without a GPU: registers, spills, shared memory. An hour the first time.
 compile-report: .venv/ready

@@ -43,12 +43,14 @@ class RefinedAttention(nn.Module):
         tables: str = "position",
         per_head: bool = True,
         table_std: float = 1.0,
+        refine_scale: float = 0.0,
         learned_gate: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.heads, self.refinement, self.dropout, self.backend = heads, refinement, dropout, backend
+        self.refine_scale = refine_scale or None  # None is the operator's 1 / sqrt(rank)
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.out = nn.Linear(hidden, hidden)
         self.w_q = self.w_k = self.to_tables = self.gate = None
@@ -69,6 +71,7 @@ class RefinedAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
             "gate": self.gate,
+            "refine_scale": self.refine_scale,
             "dropout_p": dropout_p,
             "refinement": self.refinement,
             "backend": self.backend,
@@ -83,7 +86,15 @@ class RefinedAttention(nn.Module):
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
         """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
         q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
-        return attention_weights(q, k, *self.tables(x, where), refinement=self.refinement, gate=self.gate, lengths=where.lengths)
+        options: dict[str, Any] = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
+        return attention_weights(q, k, *self.tables(x, where), lengths=where.lengths, **options)
+
+    @torch.no_grad()
+    def match_keys(self) -> None:
+        """Draw queries of unit scale and make the keys equal to them, so that an event attends to events like it."""
+        hidden = self.out.in_features
+        nn.init.normal_(self.qkv.weight[:hidden], std=hidden**-0.5)
+        self.qkv.weight[hidden : 2 * hidden] = self.qkv.weight[:hidden]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., 3 E) -> three of (..., H, D)."""

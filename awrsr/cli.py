@@ -12,8 +12,9 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultH
 
 from . import commands
 from .config import AWRSRConfig, TrainingOptions
+from .data import synthetic
 from .data.fetch import REGISTRY
-from .data.prepare import DataOptions
+from .data.prepare import DEMO, DataOptions
 from .data.readers import FORMATS
 
 HELP = {
@@ -59,7 +60,8 @@ how popular items. Says of a malformed file which line is wrong.
     "train": """Train a model on a file of histories, stop when validation no longer improves,
 and evaluate the best epoch on held-out events, ranking the whole catalogue.
 Without --data it trains on synthetic histories, and a plain model beside the
-refined one to show what refinement is for.
+refined one to show what refinement is for, with options that suit such histories
+where none is given: see the end of this text.
 
   awrsr train
   awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
@@ -69,7 +71,10 @@ refined one to show what refinement is for.
 The run folder then holds model.safetensors, config.json, items.parquet,
 metrics.json and the rank of every held-out event. Ctrl-C or a kill loses the
 current epoch alone: the same command goes on, and ends with the same numbers;
-with more --epochs it goes on further.""",
+with more --epochs it goes on further.
+
+Defaults without --data; what is given wins over them:
+""",
     "evaluate": """Rank the whole catalogue for every held-out event, as training did at its end,
 and print HR, NDCG and MRR. Ties count against the model.
 
@@ -117,8 +122,8 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return super()._format_action_invocation(shown)
 
 
-def parser() -> ArgumentParser:
-    """All commands and their options."""
+def parser(demo: bool = False) -> ArgumentParser:
+    """All commands and their options. demo: defaults of train that suit the made-up histories."""
     top = ArgumentParser(prog="awrsr", description=MORE[""], formatter_class=Help)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
 
@@ -141,6 +146,9 @@ def parser() -> ArgumentParser:
         ("training", TrainingOptions, ()),
     ):
         add_options(train.add_argument_group(title), options, but)
+    train.description = f"{train.description}  {flags(DEMO)}"
+    if demo:
+        train.set_defaults(DEMO)
     add_use(add)
     return top
 
@@ -153,16 +161,17 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
     make = add("data make", to=actions)
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")
-    for name, kind, default, help in (
-        ("users", int, 4000, "users"),
-        ("items", int, 64, "items of the catalogue"),
-        ("length", int, 32, "events of a user"),
-        ("noise", float, 0.2, "how often the rule is broken"),
-        ("popularity", float, 0.5, "exponent of the popularity law"),
-        ("gap", int, 4, "least distance of a repeat that no rule made"),
-        ("seed", int, 0, "of the draw"),
+    for name, help in (
+        ("users", "users"),
+        ("items", "items of the catalogue"),
+        ("length", "events of a user"),
+        ("noise", "how often the rule is broken"),
+        ("popularity", "exponent of the popularity law"),
+        ("gap", "least distance of a repeat that no rule made"),
+        ("seed", "of the draw"),
     ):
-        make.add_argument(f"--{name}", type=kind, default=default, help=help)
+        default = (synthetic.make.__kwdefaults__ or {})[name]
+        make.add_argument(f"--{name}", type=type(default), default=default, help=help)
     stats = add("data stats", to=actions)
     stats.add_argument("file", type=str, help="file of histories")
     stats.add_argument("--format", choices=FORMATS, default="auto", help="of the file")
@@ -234,10 +243,19 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
     group.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
 
 
+def flags(options: dict[str, Any]) -> str:
+    """Options as one would give them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted, 141 when nobody reads its output any longer."""
     given = parser().parse_args(arguments)
     name = given.command
+    if name == "train" and not given.train.data:
+        given = parser(demo=True).parse_args(arguments)
+        suited = {option: value for option, value in DEMO.items() if given.train[option] == value}
+        commands.say(f"No --data: made-up histories, and options that suit them: {flags(suited)}")
     options = given[name]
     if name == "data":
         name, options = f"data {options.action}", options[options.action]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from .data.histories import Split
 from .options import check, option
 
-NEGATIVES = {"sampled_softmax": 256, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
+NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 
 
 def usual_negatives() -> str:
@@ -35,12 +35,18 @@ class AWRSRConfig:
     )
     per_head: bool = option(True, "position tables for each head rather than one for all")
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
+    refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
     feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
     activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
+    init: str = option(
+        "normal",
+        "weights at the start: normal, all small; match, Xavier's, and keys equal to queries: attention begins at equal items",
+        choices=("normal", "match"),
+    )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
-    attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
+    attention_dropout: float = option(0.3, "of attention weights", least=0, below=1)
     backend: str = option(
         "auto",
         "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
@@ -67,7 +73,7 @@ class TrainingOptions:
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )
-    batch_size: int = option(256, "sequences per step, over all processes", least=1)
+    batch_size: int = option(128, "sequences per step, over all processes", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)

@@ -31,6 +31,8 @@ class AWRSR(Recommender):
         self.norm = nn.LayerNorm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
+        if c.init == "match":
+            self.apply(match)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, E): row t, times the items' embeddings, scores what follows event t.
@@ -94,6 +96,7 @@ class Block(nn.Module):
             tables=c.tables,
             per_head=c.per_head,
             table_std=c.table_std,
+            refine_scale=c.refine_scale,
             learned_gate=c.learned_gate,
             dropout=c.attention_dropout,
             backend=c.backend,
@@ -125,3 +128,11 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def match(module: nn.Module) -> None:
+    """Xavier's weights, and attention whose keys start equal to its queries."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    if isinstance(module, RefinedAttention):  # visited after the linear maps in it
+        module.match_keys()

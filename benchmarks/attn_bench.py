@@ -17,6 +17,7 @@ import torch
 
 from awrsr_kernels.layout import REFINEMENTS
 from benchmarks import compare, report
+from benchmarks.arguments import number, whole
 from benchmarks.graphs import time_graphs
 from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
 from benchmarks.precompile import precompile
@@ -51,33 +52,6 @@ bytes are ideal (inputs once, outputs once, W once), the operations those of the
 small problems stay in the cache and may beat a floor that is made of memory. What each of our kernels moves and multiplies by
 design stands in results.json under "launches".
 """
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A parser of whole numbers within bounds."""
-
-    def parse(text: str) -> int:
-        allowed = f"a whole number of at least {low}" if high is None else f"a whole number in {low}..{high}"
-        if not text.isascii() or not text.isdigit() or int(text) < low or (high is not None and int(text) > high):
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be {allowed}")
-        return int(text)
-
-    return parse
-
-
-def number(low: float, high: float, what: str) -> Callable[[str], float]:
-    """A parser of numbers in [low, high)."""
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"was {text!r}, must be {what}")
-        return value
-
-    return parse
 
 
 def sizes(text: str) -> tuple[int, ...]:
@@ -332,8 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tasks = make_tasks(parser, options)
     begin = time.perf_counter()
     command = shlex.join(["python", "benchmarks/attn_bench.py", *(sys.argv[1:] if argv is None else argv)])
-    about: dict[str, Any] = {"device": report.device_name(options.device), "versions": report.versions(), "commit": report.commit()}
-    print(f"{about['device']}; {' '.join(f'{k} {v}' for k, v in about['versions'].items())}; commit {about['commit'][:18]}")
+    about = report.about(options.device)
+    print(report.about_line(about))
     if options.device == "cpu":
         print("No GPU in this run: the Triton rows need one and are left out; the rest compares the CPU paths.")
     results = about | {"command": command} | run(options, tasks)

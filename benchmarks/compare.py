@@ -1,4 +1,4 @@
-"""Two result files of attn_bench.py, row by row: what became slower, what faster, what is missing in one of them."""
+"""Two result files of attn_bench.py or train_bench.py, row by row: what became slower or faster, what only one of them has."""
 
 import json
 import math
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 Key = tuple[Any, ...]
 
 REQUIRED = ("provider", "backbone", "refinement", "layout", "B", "H", "L", "D", "R", "dtype", "pass")
-OPTIONAL = ("H_kv", "D_v", "dropout_p", "source", "batch_size")
+OPTIONAL = ("H_kv", "D_v", "dropout_p", "source", "batch_size", "loss", "layers")
 MEASURES = ("median_ms", "graph_ms", "peak_mib")  # the first must be there, the others are compared where both files have them
 
 
@@ -46,7 +46,7 @@ def load(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(results, dict) or not isinstance(results.get("rows"), list) or not isinstance(results.get("device"), str):
-        raise ValueError(f'{path}: must hold an object with "device" and "rows", as attn_bench.py --out writes it')
+        raise ValueError(f'{path}: must hold an object with "device" and "rows", as a benchmark writes it with --out')
     seen: dict[Key, int] = {}
     for number, row in enumerate(results["rows"]):
         missing = [k for k in (*REQUIRED, MEASURES[0]) if not isinstance(row, dict) or k not in row]
@@ -95,7 +95,7 @@ def describe(key: Key) -> str:
     words = [str(named[k]) for k in ("provider", "layout", "pass")] + [sizes]
     words += [str(named["dtype"]), str(named["refinement"])]
     words += [f"dropout {named['dropout_p']:g}"] if named["dropout_p"] else []
-    return " ".join([*words, named["source"] or ""]).strip()
+    return " ".join([*words, named["loss"] or "", named["source"] or ""]).strip()
 
 
 def text(found: Comparison, threshold: float) -> str:

@@ -4,7 +4,7 @@ import functools
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -117,23 +117,27 @@ def one_round(entrant: Entrant, clock: Clock, backward: bool) -> dict[str, tuple
 def race(entrants: list[Entrant], clock: Clock, backward: bool, reps: int | None, budget_s: float) -> None:
     """Fill in samples round-robin, so that all entrants share whatever else the machine does.
 
-    Each round starts with another entrant. Rounds: `reps`, or as many as fit in `budget_s` (MIN_ROUNDS at least).
+    Rounds: `reps`, or as many as fit in `budget_s` (MIN_ROUNDS at least).
     """
     repeats = []
     for entrant in entrants:
         once = one_round(entrant, clock, backward)["fwd"][0]
         repeats.append(1 if clock.cuda else max(1, round(SAMPLE_MS / max(once, 1e-3))))
+    for i in turns(len(entrants), reps, budget_s):
+        rounds = [one_round(entrants[i], clock, backward) for _ in range(repeats[i])]
+        for p in PASSES:
+            entrants[i].samples[p].append(sum(r[p][0] for r in rounds) / repeats[i])
+            entrants[i].host_samples[p].append(sum(r[p][1] for r in rounds) / repeats[i])
+
+
+def turns(count: int, reps: int | None, budget_s: float) -> Iterator[int]:
+    """Whose turn it is, 0 to count - 1 in each round, each round starting with another; garbage is not collected meanwhile."""
     gc.collect()
     gc.disable()
     try:
         begin, done = time.perf_counter(), 0
         while done < (reps or MIN_ROUNDS) or (reps is None and time.perf_counter() - begin < budget_s):
-            for i in range(len(entrants)):
-                i = (i + done) % len(entrants)
-                rounds = [one_round(entrants[i], clock, backward) for _ in range(repeats[i])]
-                for p in PASSES:
-                    entrants[i].samples[p].append(sum(r[p][0] for r in rounds) / repeats[i])
-                    entrants[i].host_samples[p].append(sum(r[p][1] for r in rounds) / repeats[i])
+            yield from ((i + done) % count for i in range(count))
             done += 1
     finally:
         gc.enable()

@@ -109,7 +109,9 @@ def percent(row: Row, name: str) -> str:
     return f"{row[name]:.1%}" if name in row else "-"
 
 
-COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
+Column = tuple[str, int, Callable[[Row], str]]  # title, width (negative: to the left), what a row shows there
+
+COLUMNS: list[Column] = [
     ("provider", -17, lambda r: r["provider"]),
     ("layout", -8, lambda r: r["layout"]),
     ("pass", -7, lambda r: r["pass"]),
@@ -128,6 +130,15 @@ COLUMNS: list[tuple[str, int, Callable[[Row], str]]] = [
 ]
 
 
+def grid(columns: list[Column], rows: list[Row]) -> list[str]:
+    """A line of titles, then one per row."""
+
+    def line(cells: list[str]) -> str:
+        return "  ".join(f"{x:<{-w}}" if w < 0 else f"{x:>{w}}" for x, (_, w, _) in zip(cells, columns, strict=True)).rstrip()
+
+    return [line([name for name, _, _ in columns]), *(line([show(row) for _, _, show in columns]) for row in rows)]
+
+
 def table(rows: list[Row], wrong: list[Row]) -> str:
     """One task: a block per pass, the fastest first."""
     empty = set() if any(r["layout"] != "padded" for r in rows) else {"layout"}
@@ -135,13 +146,8 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
         empty |= set() if any(name.replace(" ", "_") in r for r in rows) else {name}
     columns = [c for c in COLUMNS if c[0] not in empty]
 
-    def line(cells: list[str]) -> str:
-        return "  ".join(f"{x:<{-w}}" if w < 0 else f"{x:>{w}}" for x, (_, w, _) in zip(cells, columns, strict=True)).rstrip()
-
-    lines = [rows[0]["task"] if rows else wrong[0]["task"], line([name for name, _, _ in columns])] if rows or wrong else []
-    for p in PASSES:
-        for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"]):
-            lines.append(line([show(row) for _, _, show in columns]))
+    ordered = [row for p in PASSES for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"])]
+    lines = [rows[0]["task"] if rows else wrong[0]["task"], *grid(columns, ordered)] if rows or wrong else []
     lines += [f"{w['provider']:<17}  WRONG, not timed ({w['layout']}): {w['reason']}" for w in wrong]
     return "\n".join(lines) + "\n"
 
@@ -172,6 +178,15 @@ def markdown(results: dict[str, Any]) -> str:
 # Machine
 
 
+def about(device: str, *packages: str) -> Row:
+    """What a result file says of where it was measured; packages: whose versions matter beside torch's."""
+    return {"device": device_name(device), "versions": versions(*packages), "commit": commit()}
+
+
+def about_line(about: Row) -> str:
+    return f"{about['device']}; {' '.join(f'{k} {v}' for k, v in about['versions'].items())}; commit {about['commit'][:18]}"
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -182,9 +197,9 @@ def device_name(device: str) -> str:
     return f"CPU: {name}, {torch.get_num_threads()} thread(s)"
 
 
-def versions() -> dict[str, str]:
+def versions(*packages: str) -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or "none"}
-    for package in ("triton", "awrsr-kernels"):
+    for package in ("triton", "awrsr-kernels", *packages):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
@@ -218,8 +233,8 @@ def atomic(path: Path, mode: str = "w") -> Iterator[Any]:
         temporary.unlink(missing_ok=True)
 
 
-def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
-    """Write everything that can be written; returns lines to print."""
+def write_data(directory: Path, results: dict[str, Any], page: str) -> list[str]:
+    """results.json, results.csv with its rows, and a table for a page as results.md; returns the paths."""
     directory.mkdir(parents=True, exist_ok=True)
     with atomic(directory / "results.json") as file:
         json.dump(results, file, indent=1)
@@ -229,8 +244,13 @@ def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
         writer.writeheader()
         writer.writerows(results["rows"])
     with atomic(directory / "results.md") as file:
-        file.write(markdown(results))
-    notes = [f"wrote {', '.join(str(directory / f'results.{kind}') for kind in ('json', 'csv', 'md'))}"]
+        file.write(page)
+    return [str(directory / f"results.{kind}") for kind in ("json", "csv", "md")]
+
+
+def write_files(directory: Path, results: dict[str, Any]) -> list[str]:
+    """Write everything that can be written; returns lines to print."""
+    notes = [f"wrote {', '.join(write_data(directory, results, markdown(results)))}"]
     if not results["rows"]:
         return notes
     try:

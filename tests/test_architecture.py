@@ -8,9 +8,9 @@ import awrsr
 ROOT = Path(awrsr.__file__).parent
 ARROWS = {  # module: those of the package that it may import, at its head or inside a function
     "options": set(),
+    "config": {"data", "options"},
     "files": set(),
     "data": {"files", "options"},
-    "config": {"data", "options"},
     "attention": set(),
     "batches": {"data"},
     "losses": set(),

@@ -103,10 +103,15 @@ class Histories:
         first[self.offsets[:-1][self.lengths > 0]] = True
         return self.keep(first)
 
+    def pairs(self) -> int:
+        """How many different pairs of user and item there are."""
+        key = np.repeat(np.arange(self.num_users), self.lengths) * max(self.num_items, 1) + self.items
+        key.sort()  # np.unique would hash, which takes a hundred times as long for twenty million events
+        return int(np.count_nonzero(key[1:] != key[:-1])) + min(len(key), 1)
+
     def repeats(self) -> bool:
         """Whether some user has some item more than once."""
-        user = np.repeat(np.arange(self.num_users), self.lengths)
-        return len(np.unique(user * max(self.num_items, 1) + self.items)) < len(self.items)
+        return self.pairs() < len(self.items)
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
         """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their

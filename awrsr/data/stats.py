@@ -26,7 +26,7 @@ def stats(histories: Histories) -> dict[str, Any]:
     place = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
     answer = recall_answer(histories, owner, place)
     counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
-    distinct = len(np.unique(owner * max(histories.num_items, 1) + histories.items))
+    distinct = histories.pairs()
     runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
     quantiles = {"length_median": 0.5, "length_p90": 0.9, "length_p99": 0.99}
     result: dict[str, Any] = {
