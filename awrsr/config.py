@@ -95,19 +95,9 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        self.check_device()
-
-    def check_device(self) -> None:
-        if self.accelerator not in ("gpu", "mps") and self.precision != "16-mixed":
-            return
-        import torch
-
-        there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if self.accelerator in there and not there[self.accelerator]:
-            raise ValueError(
-                f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds none here; take cpu or auto"
-            )
-        if self.precision == "16-mixed" and (self.accelerator == "cpu" or not any(there.values())):
+        if self.accelerator in ("gpu", "mps") and self.device() == "cpu":
+            raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds none here; take cpu or auto")
+        if self.precision == "16-mixed" and self.device() == "cpu":
             raise ValueError("precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true")
 
     def num_negatives(self) -> int:

@@ -17,7 +17,7 @@ ARROWS = {  # module: those of the package that it may import, at its head or in
     "recommender": {"batches", "config", "data", "files", "train"},
     "model": {"attention", "config", "recommender"},
     "ranking": {"batches", "data", "files", "recommender"},
-    "train": {"batches", "config", "data", "files", "losses", "options", "ranking", "recommender"},
+    "train": {"batches", "config", "data", "files", "losses", "ranking", "recommender"},
     "tables": {"files", "recommender"},
     "significance": set(),
     "compare": {"files", "ranking", "significance"},
