@@ -24,6 +24,7 @@ if __package__ is None:  # run as a script
 
 from benchmarks.report import atomic, commit, device_name, versions  # noqa: E402
 
+KIND = "accuracy"
 METRICS = ("HR@10", "NDCG@10", "MRR")
 
 
@@ -132,7 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row(cell, runs))
     shown = shlex.join(["python", "benchmarks/accuracy.py", *(arguments if arguments is not None else sys.argv[1:])])
     results: dict[str, Any] = {
-        "kind": "accuracy",
+        "kind": KIND,
         "device": device_name("cpu"),
         "versions": versions(),
         "commit": commit(),
