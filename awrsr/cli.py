@@ -188,6 +188,8 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     recommend = add("recommend")
     add_run(recommend, "file of histories, - for standard input (default: the run's own)")
     recommend.add_argument("--format", choices=FORMATS, default="auto", help="of the histories")
+    for role in ("user", "item", "time"):
+        recommend.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s in --data")
     recommend.add_argument("-k", type=int, default=10, help="items for each user")
     recommend.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet; - writes CSV to standard output")
     add_seen(recommend)

@@ -85,7 +85,7 @@ def run_evaluate(options: Any) -> None:
     from .ranking import evaluate
 
     model, data, config = open_run(options)
-    found = histories(replace(data, data=options.data or data.data))
+    found = histories_of(options, data, config)
     known, unknown = found.numbered_as(model.ids())
     if unknown:
         print(f"{unknown:,} events left out: the model does not know their items", file=sys.stderr)
@@ -106,9 +106,11 @@ def run_recommend(options: Any) -> None:
     from .tables import writer
 
     model, data, config = open_run(options)
-    found = (
-        read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format) if options.data else histories(data)
-    )
+    if options.data:
+        columns = {role: options[f"{role}_column"] or None for role in ("user", "item", "time")}
+        found = read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format, **columns)
+    else:
+        found = histories_of(options, data, config)
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
     if empty == known.num_users:
@@ -133,11 +135,11 @@ def run_compare(options: Any) -> None:
 def run_explain(options: Any) -> None:
     from .explain import picture, save, summary
 
-    model, data, _ = open_run(options)
+    model, data, config = open_run(options)
     layers = model.config.layers
     if not 1 <= options.layer <= layers:
         raise ValueError(f"layer is {options.layer}, must be in 1..{layers}")
-    items = options.history or of_user(histories(replace(data, data=options.data or data.data)), options.user)
+    items = options.history or of_user(histories_of(options, data, config), options.user)
     items = items[-model.config.max_len :]
     p, m = model.attention_maps(items)[options.layer - 1]
     labels = [str(item) for item in items]
@@ -236,6 +238,13 @@ def open_run(options: Any) -> tuple["AWRSR", DataOptions, dict[str, Any]]:
     data = config.get("data", {})
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, DataOptions(**{name: value for name, value in data.items() if name in DataOptions.__dataclass_fields__}), config
+
+
+def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> Histories:
+    """Those of --data, or the run's own, filtered as in the run."""
+    if not options.data and "data" not in config.get("data", {}):
+        raise ValueError(f"data: {options.run} was fitted in Python and does not say where its histories lie; give --data FILE")
+    return histories(replace(data, data=options.data or data.data))
 
 
 def filters(options: Any, config: dict[str, Any]) -> bool:

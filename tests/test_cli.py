@@ -206,6 +206,14 @@ def test_recommend_reads_standard_input_and_writes_standard_output(
     assert_frame_equal(pl.read_csv(io.StringIO(out)), recommended(home, 3), check_dtypes=False)
 
 
+def test_recommend_takes_the_names_of_columns(home: Path, tmp_path: Path, printed: Callable[..., str]) -> None:
+    events = [(user, item) for user, items in histories().items() for item in items]
+    pl.DataFrame(events, schema=["who", "what"], orient="row").write_csv(tmp_path / "data.csv")
+    names = ("--user-column", "who", "--item-column", "what")
+    out = printed("recommend", "--run", home / "run", "--data", tmp_path / "data.csv", *names, "-k", 3)
+    assert_frame_equal(pl.read_csv(io.StringIO(out)), recommended(home, 3), check_dtypes=False)
+
+
 def test_recommend_uses_the_data_of_the_run_where_none_are_given(home: Path, printed: Callable[..., str]) -> None:
     out = printed("recommend", "--run", home / "run")
     assert_frame_equal(pl.read_csv(io.StringIO(out)), recommended(home), check_dtypes=False)

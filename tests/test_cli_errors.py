@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from awrsr import AWRSR, AWRSRConfig
 from awrsr.cli import main, parser
 
 from . import runs
@@ -195,3 +196,12 @@ def test_python_dash_m_awrsr_is_the_command_line(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"awrsr data stats: {missing}: there is no such file\n"
+
+
+@pytest.mark.parametrize("action", ["evaluate", "recommend", "explain"])
+def test_a_run_fitted_in_python_wants_to_be_told_where_its_data_lie(
+    action: str, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    AWRSR(AWRSRConfig(**SMALL)).fit(runs.histories(), epochs=1, out="run", progress=False, **runs.QUICK)
+    assert "was fitted in Python and does not say where its histories lie; give --data FILE" in refused(action, "--run", "run")
