@@ -85,7 +85,7 @@ class RefinedAttention(nn.Module):
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
         """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
         q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
-        options = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
+        options: dict[str, Any] = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
         return attention_weights(q, k, *self.tables(x, where), lengths=where.lengths, **options)
 
     @torch.no_grad()
