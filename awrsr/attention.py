@@ -91,7 +91,7 @@ class RefinedAttention(nn.Module):
 
     @torch.no_grad()
     def match_keys(self) -> None:
-        """Draw queries of unit scale and make the keys equal to them, so that an event attends to events like it."""
+        """Draw queries of unit scale and make the keys equal to them: events attend to events like them."""
         hidden = self.out.in_features
         nn.init.normal_(self.qkv.weight[:hidden], std=hidden**-0.5)
         self.qkv.weight[hidden : 2 * hidden] = self.qkv.weight[:hidden]

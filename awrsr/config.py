@@ -42,7 +42,8 @@ class AWRSRConfig:
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
     init: str = option(
         "normal",
-        "weights at the start: normal, all small; match, Xavier's, and keys equal to queries: attention begins at equal items",
+        "weights at the start: normal, all small; match, Xavier's, and in the last block keys equal to queries, so that events "
+        "attend to events like them",
         choices=("normal", "match"),
     )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)

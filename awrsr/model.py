@@ -3,7 +3,7 @@
 T packed events of B histories, L window (max_len), N items, E hidden size.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,13 @@ class AWRSR(Recommender):
         c = self.config
         self.items = nn.Embedding(c.num_items, c.hidden)  # read by events and, tied, by scores
         self.positions = nn.Embedding(c.max_len, c.hidden)  # the last row is the event before the prediction
-        self.blocks: Iterable[Block] = nn.ModuleList(Block(c) for _ in range(c.layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(c) for _ in range(c.layers))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
         if c.init == "match":
-            self.apply(match)
+            self.apply(xavier)
+            self.blocks[-1].attention.match_keys()
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, E): row t, times the items' embeddings, scores what follows event t.
@@ -130,9 +131,7 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def match(module: nn.Module) -> None:
-    """Xavier's weights, and attention whose keys start equal to its queries."""
+def xavier(module: nn.Module) -> None:
+    """Weights of linear maps by Glorot and Bengio (2010)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-    if isinstance(module, RefinedAttention):  # visited after the linear maps in it
-        module.match_keys()

@@ -19,7 +19,7 @@ DEMO: dict[str, Any] = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "learning_rate": 3e-3,
-    "epochs": 24,
+    "epochs": 30,
     "patience": 0,
 }
 
