@@ -42,9 +42,9 @@ class Cell(NamedTuple):
 
 def plan() -> list[Cell]:
     cells = [
-        Cell("synthetic", "plain, 1 layer", "--refinement none --layers 1 --no-baseline"),
-        Cell("synthetic", "additive, 1 layer", "--refinement additive --layers 1 --no-baseline"),
-        Cell("synthetic", "plain, 2 layers", "--refinement none --layers 2 --no-baseline"),
+        Cell("synthetic", "plain, 1 layer", "--refinement none --layers 1"),
+        Cell("synthetic", "plain, 2 layers", "--refinement none --layers 2"),
+        *(Cell("synthetic", f"{name}, 1 layer", f"--refinement {name} --no-baseline") for name in ("simple", "value", "additive")),
     ]
     for refinement in ("none", "additive"):
         name = "plain" if refinement == "none" else refinement
@@ -74,12 +74,13 @@ def run(cell: Cell, seed: int, threads: int, folder: Path | None, out: Path) -> 
     if not metrics.exists():
         arguments = command(cell, seed, threads, folder, out)
         out.mkdir(parents=True, exist_ok=True)
+        (out / "commit").write_text(f"{commit()}\n", encoding="utf-8")
         with (out / "output.txt").open("w", encoding="utf-8") as log:
             done = subprocess.run([sys.executable, "-m", "awrsr", *arguments], stdout=log, stderr=subprocess.STDOUT, env=os.environ)
         if done.returncode:
             raise SystemExit(f"awrsr {shlex.join(arguments)} ended with status {done.returncode}; see {out / 'output.txt'}")
     found: dict[str, Any] = json.loads(metrics.read_text(encoding="utf-8"))
-    return found
+    return found | {"commit": (out / "commit").read_text(encoding="utf-8").strip()}
 
 
 def row(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def row(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
         values[name] = [r[name] for r in runs]
     means = {name: statistics.fmean(v) for name, v in values.items()}
     spread = {f"{name}_std": statistics.stdev(v) for name, v in values.items() if len(v) > 1}
-    return {"dataset": cell.dataset, "model": cell.model, "options": cell.options, "seeds": len(runs)} | means | spread
+    return {"dataset": cell.dataset, "model": cell.model, "options": cell.options, "seeds": len(runs), "commits": sorted({r["commit"] for r in runs})} | means | spread
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -102,7 +103,8 @@ def markdown(results: dict[str, Any]) -> str:
             return "-"
         return f"{row[name]:.4f}" + (f" ± {row[name + '_std']:.4f}" if f"{name}_std" in row else "")
 
-    lines = [f"Test, full ranking, mean and deviation over seeds; {results['device']}, commit {results['commit'][:12]}.", ""]
+    commits = ", ".join(sorted({each[:12] for r in results["rows"] for each in r["commits"]}))
+    lines = [f"Test, full ranking, mean and deviation over seeds; {results['device']}, commit {commits}.", ""]
     lines += ["| data | model | seeds | HR@10 | NDCG@10 | MRR | recall | best epoch |", "|--|--|--|--|--|--|--|--|"]
     for r in results["rows"]:
         cells = [r["dataset"], r["model"], str(r["seeds"]), *(shown(r, name) for name in (*METRICS, "recall"))]
