@@ -252,10 +252,13 @@ def flags(options: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted, 141 when nobody reads its output any longer."""
-    given = parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = parser().parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = given.command
-    if name == "train" and not given.train.data:
-        given = parser(demo=True).parse_args(arguments)
+    demo = name == "train" and not given.train.data
+    if demo or "--print-config" in " ".join(arguments):
+        given = parser(demo).parse_args(arguments)
+    if demo:
         suited = {option: value for option, value in DEMO.items() if given.train[option] == value}
         commands.say(f"No --data: made-up histories, and options that suit them: {flags(suited)}")
     options = given[name]

@@ -92,7 +92,12 @@ def row(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
         values[name] = [r[name] for r in runs]
     means = {name: statistics.fmean(v) for name, v in values.items()}
     spread = {f"{name}_std": statistics.stdev(v) for name, v in values.items() if len(v) > 1}
-    return {"dataset": cell.dataset, "model": cell.model, "options": cell.options, "seeds": len(runs), "commits": sorted({r["commit"] for r in runs})} | means | spread
+    return (
+        {"dataset": cell.dataset, "model": cell.model, "options": cell.options, "seeds": len(runs)}
+        | {"commits": sorted({r["commit"] for r in runs})}
+        | means
+        | spread
+    )
 
 
 def markdown(results: dict[str, Any]) -> str:

@@ -15,8 +15,10 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from awrsr import AWRSR, read
+from awrsr import AWRSR, AWRSRConfig, TrainingOptions, read
 from awrsr.cli import main, parser
+from awrsr.commands import COMMANDS
+from awrsr.data.prepare import DEMO
 
 from . import runs
 from .runs import ITEMS, QUICK, SMALL, command, everything, histories, results, timeless, train, weights, write
@@ -103,6 +105,25 @@ def test_the_table_has_a_row_per_model_and_the_next_command_works(home: Path, tm
     for line in out.splitlines():
         if line.startswith("  awrsr "):
             assert main(shlex.split(line, comments=True)[1:]) == 0
+
+
+def test_without_data_options_suit_the_synthetic_ones_and_what_is_given_wins(
+    monkeypatch: pytest.MonkeyPatch, printed: Callable[..., str]
+) -> None:
+    taken: list[Any] = []
+    monkeypatch.setitem(COMMANDS, "train", taken.append)
+    out = printed("train", "--layers", 3, "--baseline")
+    assert {name: taken[0][name] for name in DEMO} == DEMO | {"layers": 3}
+    assert "--refine-scale 2.8" in out and "--layers" not in out
+    assert printed("train", "--data", "any.txt") == ""
+    assert taken[1].layers == AWRSRConfig().layers and taken[1].learning_rate == TrainingOptions().learning_rate
+
+
+def test_print_config_knows_whether_there_are_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, epochs in (([], DEMO["epochs"]), (["--data", "any.txt"], TrainingOptions().epochs)):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *flags, "--print-config"])
+        assert ended.value.code == 0 and f"\nepochs: {epochs}\n" in capsys.readouterr().out
 
 
 def test_flags_take_hyphens_or_underscores(home: Path, tmp_path: Path) -> None:

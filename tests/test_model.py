@@ -234,6 +234,24 @@ def test_a_gate_of_zero_is_plain_attention() -> None:
     torch.testing.assert_close(refined(*packed(mixed([4, 9]))), plain(*packed(mixed([4, 9]))), rtol=1e-5, atol=1e-5)
 
 
+def test_matched_keys_begin_at_equal_items() -> None:
+    torch.manual_seed(0)
+    model = AWRSR(AWRSRConfig(num_items=ITEMS, init="match", layers=2, heads=1, hidden=64, refinement="none")).eval()
+    maps = model.attention_maps([3, 1, 4, 1, 5, 9, 2, 6, 5])
+    last = maps[-1][0][0, -1]  # the second 5 attends to itself and to the first
+    assert last[[4, 8]].sum() > 0.5
+    assert maps[0][0][0, -1, [4, 8]].sum() < 0.5  # the first block does not
+
+
+def test_the_scale_of_refinement_reaches_the_operator_and_the_maps() -> None:
+    usual, sharp = (make_model(refine_scale=scale, refinement="simple") for scale in (0.0, 40.0))
+    lists = make_lists(3, least=5, most=WINDOW)
+    inputs = packed(lists)
+    assert not torch.allclose(usual(*inputs), sharp(*inputs))
+    assert sharp.attention_maps(lists[0])[0][1].max(-1).values.mean() > usual.attention_maps(lists[0])[0][1].max(-1).values.mean()
+    torch.testing.assert_close(make_model(refine_scale=3**-0.5, refinement="simple")(*inputs), usual(*inputs))
+
+
 def test_only_training_drops() -> None:
     model, inputs = make_model(hidden_dropout=0.5, attention_dropout=0.5), packed(mixed([4, WINDOW]))
     assert torch.equal(model(*inputs), model(*inputs))
