@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 WATCHED = "NDCG@10"
 STATE = "last.ckpt"
+NEGATIVES_SEED = 1 << 48  # apart from the seeds of dropout
 
 
 class Training(L.LightningModule):
@@ -79,7 +80,7 @@ class Training(L.LightningModule):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(step * world + self.trainer.global_rank)
             hidden = self.model(batch.items, batch.cu_seqlens, batch.max_seqlen)
-        generator = torch.Generator(self.device).manual_seed(step)
+        generator = torch.Generator(self.device).manual_seed(step + NEGATIVES_SEED)
         table = self.model.item_table()
         negatives = self.negatives(batch, generator)
         values = LOSSES[o.loss](hidden, batch.targets, table, negatives, calibration=o.calibration)
