@@ -76,13 +76,16 @@ def test_fixed_interface(data: Path, tmp_path: Path) -> None:
 
 
 def test_ratios_are_computed_from_the_rows() -> None:
-    def row(refinement: str, layout: str, ms: float) -> report.Row:
-        return {"task": "t", "pass": "train", "provider": "torch", "refinement": refinement, "layout": layout, "median_ms": ms}
+    def row(refinement: str, layout: str, ms: float, cpu: float) -> report.Row:
+        named = {"task": "t", "pass": "train", "provider": "torch", "refinement": refinement, "layout": layout}
+        return named | {"median_ms": ms, "cpu_ms": cpu}
 
-    rows = [row("none", "packed", 4.0), row("additive", "packed", 5.0), row("additive", "padded", 20.0)]
+    rows = [row("none", "packed", 4.0, 2.0), row("additive", "packed", 5.0, 3.0), row("additive", "padded", 20.0, 9.0)]
     train_report.add_ratios(rows)
     assert [r.get("ratio_to_plain") for r in rows] == [1.0, 1.25, None]
+    assert [r.get("cpu_ratio_to_plain") for r in rows] == [1.0, 1.5, None]
     assert [r["ratio_to_packed"] for r in rows] == [1.0, 1.0, 4.0]
+    assert [r["cpu_ratio_to_packed"] for r in rows] == [1.0, 1.0, 3.0]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,14 @@ def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit) as stop:
         train_bench.main(options.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_histories_too_short_to_train_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("1 5 6 7\n2 5 7 6\n")
+    with pytest.raises(SystemExit):
+        train_bench.main(["--data", str(path), *SMALL])
+    assert "argument --data: no history has two events for training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loss", ["sampled_softmax", "cross_entropy"])
