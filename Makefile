@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint bench bench-train track compile-report gpu
+.PHONY: test lint train accuracy bench bench-train track compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -10,6 +10,14 @@ test: .venv/ready
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/mypy
+
+# A plain and a refined recommender on made-up histories, and what each reaches.
+train: .venv/ready
+	$(BIN)/awrsr train
+
+# What models reach on real data, over seeds; half a day on one core. DATA: folder with beauty.txt and lastfm.txt.
+accuracy: .venv/ready
+	$(BIN)/python benchmarks/accuracy.py --out bench-out/accuracy $(if $(DATA),--folder $(DATA))
 
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready

@@ -1,15 +1,20 @@
 """AWRSR: sequential recommendation with refined attention (Liu, Liu and Liu, RecSys 2024)."""
 
+from typing import TYPE_CHECKING
+
+from .config import AWRSRConfig, TrainingOptions
 from .data import DataError, Histories, Split, read, split
-from .model import AWRSR, AWRSRConfig
+
+if TYPE_CHECKING:
+    from .model import AWRSR
 
 __all__ = ["AWRSR", "AWRSRConfig", "DataError", "Histories", "Split", "TrainingOptions", "read", "split"]
 
 
 def __getattr__(name: str) -> object:
-    """Training loads Lightning, which using a model does without."""
-    if name == "TrainingOptions":
-        from .train import TrainingOptions
+    """The model loads torch, which reading data does without."""
+    if name == "AWRSR":
+        from .model import AWRSR
 
-        return TrainingOptions
+        return AWRSR
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ T packed events of B histories, L window, E hidden size, H heads, D head dim, R 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awrsr_kernels import attention_weights, refined_attention, refined_attention_varlen
@@ -42,12 +43,14 @@ class RefinedAttention(nn.Module):
         tables: str = "position",
         per_head: bool = True,
         table_std: float = 1.0,
+        refine_scale: float = 0.0,
         learned_gate: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         self.heads, self.refinement, self.dropout, self.backend = heads, refinement, dropout, backend
+        self.refine_scale = refine_scale or None  # None is the operator's 1 / sqrt(rank)
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.out = nn.Linear(hidden, hidden)
         self.w_q = self.w_k = self.to_tables = self.gate = None
@@ -68,6 +71,7 @@ class RefinedAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         options: dict[str, Any] = {
             "gate": self.gate,
+            "refine_scale": self.refine_scale,
             "dropout_p": dropout_p,
             "refinement": self.refinement,
             "backend": self.backend,
@@ -82,7 +86,15 @@ class RefinedAttention(nn.Module):
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
         """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
         q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
-        return attention_weights(q, k, *self.tables(x, where), refinement=self.refinement, gate=self.gate, lengths=where.lengths)
+        options: dict[str, Any] = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
+        return attention_weights(q, k, *self.tables(x, where), lengths=where.lengths, **options)
+
+    @torch.no_grad()
+    def match_keys(self) -> None:
+        """Draw queries of unit scale and make the keys equal to them: events attend to events like them."""
+        hidden = self.out.in_features
+        nn.init.normal_(self.qkv.weight[:hidden], std=hidden**-0.5)
+        self.qkv.weight[hidden : 2 * hidden] = self.qkv.weight[:hidden]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., 3 E) -> three of (..., H, D)."""
@@ -93,8 +105,12 @@ class RefinedAttention(nn.Module):
         if self.to_tables is not None:  # (T, H, R), or (B, H, L, R)
             w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, self.heads, -1)).unbind(-3)
             return (w_q, w_k) if isinstance(where, Packed) else (w_q.transpose(1, 2), w_k.transpose(1, 2))
-        if self.w_q is None or self.w_k is None or isinstance(where, Packed):
-            return self.w_q, self.w_k
+        if self.w_q is None or self.w_k is None:
+            return None, None
+        if isinstance(where, Packed):
+            if tuple(self.w_q.shape[:-1]) != (len(x), self.heads):
+                return self.w_q, self.w_k
+            return F.pad(self.w_q, (0, 0, 1, 0)), F.pad(self.w_k, (0, 0, 1, 0))  # a row nobody uses, or it would pass for content
         size, rows = self.w_q.shape[-2], x.shape[1]
         last = torch.arange(size - rows, size, device=x.device)  # a slice would tie an exported program to one window
         return self.w_q.index_select(-2, last), self.w_k.index_select(-2, last)

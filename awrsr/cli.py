@@ -1,21 +1,27 @@
 """The command line: `awrsr`, or `python -m awrsr`. What each command does is in `commands`."""
 
+import os
 import sys
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from copy import copy
 from dataclasses import fields
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser, DefaultHelpFormatter
 
+from . import commands
+from .config import AWRSRConfig, TrainingOptions
+from .data import synthetic
 from .data.fetch import REGISTRY
-from .data.prepare import DataOptions
+from .data.prepare import DEMO, DataOptions
 from .data.readers import FORMATS
-from .model import AWRSRConfig
-from .train import TrainingOptions
 
-DESCRIPTION = "Sequential recommendation with refined attention: from a file of histories to recommendations."
 HELP = {
     "data": "fetch public data, make synthetic data, look at a file",
+    "data fetch": "download a public data set, check it and keep it",
+    "data make": "draw synthetic histories in which what followed before follows again",
+    "data stats": "a table of what is in a file",
     "train": "train a model and evaluate it",
     "evaluate": "rank the whole catalogue for every held-out event",
     "recommend": "the best next items for histories",
@@ -23,31 +29,112 @@ HELP = {
     "explain": "a picture of what a model pays attention to in one history",
     "export": "the scoring path for other runtimes: torch.export or ONNX",
 }
-TRAIN = """Train a model on a file of histories, stop when validation no longer improves, and evaluate the best epoch on
-held-out events, ranking the whole catalogue. Without --data it trains on synthetic histories, and a plain model beside
-the refined one to show what refinement is for.
+MORE = {  # what --help of a command begins with
+    "": """Sequential recommendation with refined attention: from a file of histories to
+recommendations.
+
+  awrsr train                                  what refinement is for
+  awrsr data fetch beauty                      public data
+  awrsr train --data beauty.txt --out runs/b   a model, its metrics and ranks
+  awrsr recommend --run runs/b -k 5            the best next items""",
+    "data": """Fetch public data, make synthetic data, look at a file.
+
+  awrsr data fetch beauty
+  awrsr data make --output recall.txt
+  awrsr data stats recall.txt""",
+    "data fetch": """Download a public data set with a progress bar, check its SHA-256 and keep it in
+a cache.
+
+  awrsr data fetch beauty""",
+    "data make": """Draw synthetic histories in which what followed the last occurrence of the
+current item follows again, mixed with noise and popularity. One refined layer
+learns this rule, one plain layer cannot.
+
+  awrsr data make --users 1000 --output recall.txt
+  awrsr train --data recall.txt --baseline""",
+    "data stats": """Print how many users, items and events a file holds, how long histories are and
+how popular items. Says of a malformed file which line is wrong.
+
+  awrsr data stats beauty.txt
+  awrsr data stats ratings.csv --json stats.json""",
+    "train": """Train a model on a file of histories, stop when validation no longer improves,
+and evaluate the best epoch on held-out events, ranking the whole catalogue.
+Without --data it trains on synthetic histories, and a plain model beside the
+refined one to show what refinement is for, with options that suit such histories
+where none is given: see the end of this text.
 
   awrsr train
   awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
-  awrsr train --config beauty.yaml --seed 1         --print-config prints such a file
+  awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
+  awrsr train --config plain.yaml --seed 1
 
-The run folder then holds model.safetensors, config.json, items.parquet, metrics.json and the rank of every held-out
-event. Ctrl-C or a kill loses the current epoch alone: the same command goes on, and ends with the same numbers."""
+The run folder then holds model.safetensors, config.json, items.parquet,
+metrics.json and the rank of every held-out event. Ctrl-C or a kill loses the
+current epoch alone: the same command goes on, and ends with the same numbers;
+with more --epochs it goes on further.
+
+Defaults without --data; what is given wins over them:
+""",
+    "evaluate": """Rank the whole catalogue for every held-out event, as training did at its end,
+and print HR, NDCG and MRR. Ties count against the model.
+
+  awrsr evaluate --run runs/beauty
+  awrsr evaluate --run runs/beauty --data later.txt --json later.json""",
+    "recommend": """Write the best next items for every history, with the ids of the data: columns
+user, item, rank, score. Users need not be known from training; items that the
+model does not know are passed over.
+
+  awrsr recommend --run runs/beauty -k 5
+  awrsr recommend --run runs/beauty --data new.txt --output top.parquet
+  echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines""",
+    "compare": """Tell whether runs differ by more than chance: paired tests and confidence
+intervals over users, and over seeds where there are several. Runs that differ
+in nothing but the seed count as one variant.
+
+  awrsr compare runs/plain runs/refined
+  awrsr compare runs/plain-* runs/refined-* --metrics NDCG@10 --json comparison.json""",
+    "explain": """Draw what a model pays attention to in one history: first-order weights P,
+refined weights M and their difference, with items on the axes; and print what
+the last event attends to most.
+
+  awrsr explain --run runs/beauty --user 17 --output attention.svg
+  awrsr explain --run runs/beauty --history 4 8 15 16 23""",
+    "export": """Write the scoring path as a file that runs without this package, and compare its
+scores with the model's first.
+
+  awrsr export --run runs/beauty
+  awrsr export --run runs/beauty --format onnx --output beauty.onnx""",
+}
 
 
-def parser() -> ArgumentParser:
-    """All commands and their options."""
-    top = ArgumentParser(prog="awrsr", description=DESCRIPTION)
+class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Descriptions as they are written, each flag in one spelling, and a default where there is one to tell."""
+
+    def _get_help_string(self, action: Action) -> str:
+        text = action.help or ""
+        if action.required and action.option_strings:
+            return f"{text} (required)"
+        return text if action.default in (None, "", SUPPRESS, []) or "default" in text else f"{text} (default: %(default)s)"
+
+    def _format_action_invocation(self, action: Action) -> str:
+        shown = copy(action)
+        shown.option_strings = [name for name in action.option_strings if "_" not in name]
+        return super()._format_action_invocation(shown)
+
+
+def parser(demo: bool = False) -> ArgumentParser:
+    """All commands and their options. demo: defaults of train that suit the made-up histories."""
+    top = ArgumentParser(prog="awrsr", description=MORE[""], formatter_class=Help)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
 
-    def add(name: str, description: str = "", to: Any = commands, help: str = "") -> ArgumentParser:
-        help = help or HELP[name]
-        sub = ArgumentParser(description=description or help[0].upper() + help[1:] + ".", print_config="--print-config")
-        to.add_subcommand(name, sub, help=help)
+    def add(name: str, to: Any = commands, usage: str | None = None) -> ArgumentParser:
+        sub = ArgumentParser(description=MORE[name], formatter_class=Help, usage=usage, print_config="--print-config")
+        to.add_subcommand(name.split()[-1], sub, help=HELP[name])
+        sub.prog = f"awrsr {name}"
         return sub
 
     add_data(add)
-    train = add("train", TRAIN)
+    train = add("train", usage="awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]")
     train.add_argument("--config", action=ActionConfigFile, help="YAML file with options, as --print-config prints it")
     train.add_argument(
         "--out", type=str, default="", help="run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)"
@@ -59,6 +146,9 @@ def parser() -> ArgumentParser:
         ("training", TrainingOptions, ()),
     ):
         add_options(train.add_argument_group(title), options, but)
+    train.description = f"{train.description}  {flags(DEMO)}"
+    if demo:
+        train.set_defaults(DEMO)
     add_use(add)
     return top
 
@@ -66,22 +156,23 @@ def parser() -> ArgumentParser:
 def add_data(add: Callable[..., ArgumentParser]) -> None:
     data = add("data")
     actions = data.add_subcommands(dest="action", metavar="ACTION")
-    fetch = add("fetch", to=actions, help="download a public data set, check it and keep it")
+    fetch = add("data fetch", to=actions)
     fetch.add_argument("name", choices=tuple(REGISTRY), help="which")
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
-    make = add("make", to=actions, help="draw synthetic histories in which what followed before follows again")
+    make = add("data make", to=actions)
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")
-    for name, kind, default, help in (
-        ("users", int, 4000, "users"),
-        ("items", int, 64, "items of the catalogue"),
-        ("length", int, 32, "events of a user"),
-        ("noise", float, 0.2, "how often the rule is broken"),
-        ("popularity", float, 0.5, "exponent of the popularity law"),
-        ("gap", int, 4, "least distance of a repeat that no rule made"),
-        ("seed", int, 0, "of the draw"),
+    for name, help in (
+        ("users", "users"),
+        ("items", "items of the catalogue"),
+        ("length", "events of a user"),
+        ("noise", "how often the rule is broken"),
+        ("popularity", "exponent of the popularity law"),
+        ("gap", "least distance of a repeat that no rule made"),
+        ("seed", "of the draw"),
     ):
-        make.add_argument(f"--{name}", type=kind, default=default, help=help)
-    stats = add("stats", to=actions, help="a table of what is in a file")
+        default = (synthetic.make.__kwdefaults__ or {})[name]
+        make.add_argument(f"--{name}", type=type(default), default=default, help=help)
+    stats = add("data stats", to=actions)
     stats.add_argument("file", type=str, help="file of histories")
     stats.add_argument("--format", choices=FORMATS, default="auto", help="of the file")
     stats.add_argument("--json", type=str, default="", help="file to write the figures to, too")
@@ -97,6 +188,8 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     recommend = add("recommend")
     add_run(recommend, "file of histories, - for standard input (default: the run's own)")
     recommend.add_argument("--format", choices=FORMATS, default="auto", help="of the histories")
+    for role in ("user", "item", "time"):
+        recommend.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s in --data")
     recommend.add_argument("-k", type=int, default=10, help="items for each user")
     recommend.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet; - writes CSV to standard output")
     add_seen(recommend)
@@ -152,21 +245,32 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
     group.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted."""
-    from . import commands
+def flags(options: dict[str, Any]) -> str:
+    """Options as one would give them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted, 141 when nobody reads its output any longer."""
     given = parser().parse_args(arguments)
     name = given.command
+    if name == "train" and not given.train.data:
+        given = parser(demo=True).parse_args(arguments)
+        suited = {option: value for option, value in DEMO.items() if given.train[option] == value}
+        commands.say(f"No --data: made-up histories, and options that suit them: {flags(suited)}")
     options = given[name]
     if name == "data":
         name, options = f"data {options.action}", options[options.action]
     try:
         commands.COMMANDS[name](options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return 141
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         print(f"awrsr {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"awrsr {name}: interrupted", file=sys.stderr)
+        commands.say(f"awrsr {name}: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -1,21 +1,21 @@
-"""What each command of the command line does with its options."""
+"""What each command of the command line does with its options. Each loads what it needs: torch and Lightning take seconds."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
-import torch
 
+from .config import AWRSRConfig, TrainingOptions
 from .data.histories import Histories, Split
 from .data.prepare import DataOptions, divide, histories
 from .files import read_json, write_json
-from .model import AWRSR, AWRSRConfig
-from .ranking import METRICS, evaluate
-from .recommender import CONFIG
-from .train import TrainingOptions, report, train
+
+if TYPE_CHECKING:
+    from .model import AWRSR
 
 
 def run_train(options: Any) -> None:
@@ -39,19 +39,24 @@ def run_train(options: Any) -> None:
 
 
 def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
-    """Train, evaluate and report one model; what it wrote to metrics.json."""
-    print(f"{config.backbone}, refinement {config.refinement}, {training.loss}: {out}", flush=True)
+    """Train, evaluate and report one model; what it wrote to metrics.json, or nothing in a process beside the first."""
+    import torch
+
+    from .model import AWRSR
+    from .train import report, train
+
+    say(f"{config.backbone}, refinement {config.refinement}, {training.loss}: {out}")
     torch.manual_seed(training.seed)
     model = AWRSR(config)
-    sections = {"data": asdict(data) | {"seen": not training.filters_seen(split), "print": split.fingerprint()}}
     try:
-        record = train(model, split, training, out, **sections)
-    except (KeyboardInterrupt, SystemExit):
-        print(f"\nStopped. {out} keeps the last whole epoch; the same command goes on from there.", file=sys.stderr)
-        raise KeyboardInterrupt from None
-    if not record:
-        return {}
-    results = report(model, split, training, record, out)
+        record = train(model, split, training, out, data=asdict(data))
+        if not record:
+            return {}
+        say(f"{record['epochs']} epochs, the best on validation was {record['best_epoch']} (NDCG@10 {record['best']:.4f})")
+        results = report(model, split, training, record, out)
+    except KeyboardInterrupt:
+        say(f"\n{out} keeps every whole epoch; the same command goes on from there.", file=sys.stderr)
+        raise
     options = asdict(config) | asdict(training) | asdict(data) | {"out": str(out)}
     results["config"] = options
     write_json(out / "metrics.json", results)
@@ -60,14 +65,15 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """A table of test metrics, a row per model."""
-    columns = [*METRICS, *(["HR@1 recall"] if all("recall" in r for r in results.values()) else [])]
+    metrics = list(next(iter(results.values()))["test"])
+    columns = [*metrics, *(["HR@1 recall"] if all("recall" in r for r in results.values()) else [])]
     print("\ntest".ljust(12) + "".join(name.rjust(13 if " " in name else 9) for name in columns))
     for name, found in results.items():
-        values = [f"{found['test'][metric]:.4f}".rjust(9) for metric in METRICS]
-        if len(columns) > len(METRICS):
+        values = [f"{found['test'][metric]:.4f}".rjust(9) for metric in metrics]
+        if len(columns) > len(metrics):
             values.append(f"{found['recall']['HR@1']:.4f}".rjust(13))
         print(name.ljust(11) + "".join(values))
-    if len(columns) > len(METRICS):
+    if len(columns) > len(metrics):
         found = next(iter(results.values()))["recall"]
         print(
             f"\nHR@1 recall: of the {found['targets']:,} held-out events where the current item had occurred before. "
@@ -76,8 +82,10 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def run_evaluate(options: Any) -> None:
+    from .ranking import evaluate
+
     model, data, config = open_run(options)
-    found = histories(replace(data, data=options.data or data.data))
+    found = histories_of(options, data, config)
     known, unknown = found.numbered_as(model.ids())
     if unknown:
         print(f"{unknown:,} events left out: the model does not know their items", file=sys.stderr)
@@ -98,16 +106,18 @@ def run_recommend(options: Any) -> None:
     from .tables import writer
 
     model, data, config = open_run(options)
-    found = (
-        read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format) if options.data else histories(data)
-    )
+    if options.data:
+        columns = {role: options[f"{role}_column"] or None for role in ("user", "item", "time")}
+        found = read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format, **columns)
+    else:
+        found = histories_of(options, data, config)
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
+    if empty == known.num_users:
+        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
     if unknown:
         users = f", and {empty:,} users with nothing else" if empty else ""
         print(f"{unknown:,} events passed over{users}: the model does not know their items", file=sys.stderr)
-    if empty == known.num_users:
-        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
     with writer(options.output, model.ids(), known.user_ids) as write:
         for part in model.top_items(known, options.k, filter_seen=filters(options, config)):
             write(part)
@@ -125,11 +135,11 @@ def run_compare(options: Any) -> None:
 def run_explain(options: Any) -> None:
     from .explain import picture, save, summary
 
-    model, data, _ = open_run(options)
+    model, data, config = open_run(options)
     layers = model.config.layers
     if not 1 <= options.layer <= layers:
         raise ValueError(f"layer is {options.layer}, must be in 1..{layers}")
-    items = options.history or of_user(histories(replace(data, data=options.data or data.data)), options.user)
+    items = options.history or of_user(histories_of(options, data, config), options.user)
     items = items[-model.config.max_len :]
     p, m = model.attention_maps(items)[options.layer - 1]
     labels = [str(item) for item in items]
@@ -152,6 +162,7 @@ def of_user(found: Histories, user: str) -> list[Any]:
 
 def run_export(options: Any) -> None:
     from .export import export
+    from .model import AWRSR
 
     model = AWRSR.load(options.run)
     output = options.output or Path(options.run) / ("model.pt2" if options.format == "torch" else "model.onnx")
@@ -201,14 +212,25 @@ def pick(kind: type, options: Any) -> Any:
     return kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options})
 
 
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print in the first of several processes; the others are told their number by whatever started them."""
+    if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+        print(text, file=file, flush=True)
+
+
 def load(options: DataOptions) -> Split:
     found = histories(options)
-    print(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events", flush=True)
+    say(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events")
     return divide(found, options)
 
 
-def open_run(options: Any) -> tuple[AWRSR, DataOptions, dict[str, Any]]:
+def open_run(options: Any) -> tuple["AWRSR", DataOptions, dict[str, Any]]:
     """The model of a run, on a GPU where there is one; how its data were read; its configuration."""
+    import torch
+
+    from .model import AWRSR
+    from .recommender import CONFIG
+
     if options.threads:
         torch.set_num_threads(options.threads)
     model = AWRSR.load(options.run)
@@ -216,6 +238,13 @@ def open_run(options: Any) -> tuple[AWRSR, DataOptions, dict[str, Any]]:
     data = config.get("data", {})
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model, DataOptions(**{name: value for name, value in data.items() if name in DataOptions.__dataclass_fields__}), config
+
+
+def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> Histories:
+    """Those of --data, or the run's own, filtered as in the run."""
+    if not options.data and "data" not in config.get("data", {}):
+        raise ValueError(f"data: {options.run} was fitted in Python and does not say where its histories lie; give --data FILE")
+    return histories(replace(data, data=options.data or data.data))
 
 
 def filters(options: Any, config: dict[str, Any]) -> bool:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 CATALOGUE_BLOCK = 1 << 22  # scores held at a time by a loss over the whole catalogue
+PAIR_BLOCK = 1 << 22  # numbers of item embeddings held at a time by a loss of pairs
 
 
 def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
@@ -64,22 +66,38 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator: torch.Generator) -> Tensor:
     """What a loss compares the targets with: for "sampled_softmax" a pool (K,), uniform with replacement, or the whole catalogue
-    where that is no larger; nothing, (T, 0), for "cross_entropy"; otherwise (T, K), uniform over all items but the target."""
+    where that is no larger; nothing, (T, 0), for "cross_entropy"; otherwise (T, K), uniform over all items but the target.
+
+    Raises:
+        ValueError: a catalogue of one item, which has no negatives to draw.
+    """
     if loss == "sampled_softmax" and k >= num_items:
         return torch.arange(num_items, device=targets.device)
     if loss == "sampled_softmax":
         return torch.randint(num_items, (k,), generator=generator, device=targets.device)
     if loss == "cross_entropy":
         return targets.new_empty(len(targets), 0)
-    drawn = torch.randint(max(num_items - 1, 1), (len(targets), k), generator=generator, device=targets.device)
+    if num_items < 2:
+        raise ValueError(f"num_items is {num_items}; loss {loss!r} compares a target with other items, so must be 2 or more")
+    drawn = torch.randint(num_items - 1, (len(targets), k), generator=generator, device=targets.device)
     return drawn + (drawn >= targets[:, None])
 
 
 def pair_scores(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the targets (T,) and of their negatives (T, K)."""
-    rows = F.embedding(torch.cat([targets[:, None], negatives], 1), table)  # (T, 1 + K, E): one gradient for the table
-    scores = (rows * hidden[:, None]).sum(-1)
+    """Scores of the targets (T,) and of their negatives (T, K). Many negatives: some events at a time, again in the backward."""
+    items = torch.cat([targets[:, None], negatives], 1)
+    size = max(1, PAIR_BLOCK // (items.shape[1] * hidden.shape[1]))
+    if len(items) <= size:
+        scores = score_items(hidden, items, table)
+    else:
+        parts = zip(hidden.split(size), items.split(size), strict=True)
+        scores = torch.cat([checkpoint(score_items, *part, table, use_reentrant=False) for part in parts])
     return scores[:, 0], scores[:, 1:]
+
+
+def score_items(hidden: Tensor, items: Tensor, table: Tensor) -> Tensor:
+    """(T, E), (T, K), (N, E) -> (T, K) scores of each event's items."""
+    return (F.embedding(items, table) * hidden[:, None]).sum(-1)
 
 
 class _LogNormaliser(torch.autograd.Function):
@@ -87,9 +105,12 @@ class _LogNormaliser(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor) -> Tensor:
-        total = hidden.new_full((len(hidden),), -math.inf, dtype=torch.float32)
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype  # of products, both ways
+        rows = hidden.to(ctx.dtype)
+        total = hidden.new_full((len(hidden),), -math.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for block in table.split(_block(hidden)):
-            total = torch.logaddexp(total, torch.logsumexp((hidden @ block.T).float(), 1))
+            total = torch.logaddexp(total, torch.logsumexp((rows @ block.to(ctx.dtype).T).to(total.dtype), 1))
         ctx.save_for_backward(hidden, table, total)
         return total
 
@@ -98,11 +119,12 @@ class _LogNormaliser(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         hidden, table, total = ctx.saved_tensors
         d_hidden, d_table = torch.zeros_like(hidden), torch.empty_like(table)
-        size = _block(hidden)
-        for block, d_block in zip(table.split(size), d_table.split(size), strict=True):
-            weights = (hidden @ block.T).float().sub_(total[:, None]).exp_().mul_(grad[:, None]).to(hidden.dtype)
+        rows, size = hidden.to(ctx.dtype), _block(hidden)
+        for whole, d_block in zip(table.split(size), d_table.split(size), strict=True):
+            block = whole.to(ctx.dtype)
+            weights = (rows @ block.T).to(total.dtype).sub_(total[:, None]).exp_().mul_(grad[:, None]).to(ctx.dtype)
             d_hidden += weights @ block
-            torch.mm(weights.T, hidden, out=d_block)
+            d_block.copy_(weights.T @ rows)
         return d_hidden, d_table
 
 

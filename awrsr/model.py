@@ -3,57 +3,17 @@
 T packed events of B histories, L window (max_len), N items, E hidden size.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import Packed, Padded, RefinedAttention
-from .options import check, option
+from .config import AWRSRConfig
 from .recommender import Recommender
 
-
-@dataclass(frozen=True)
-class AWRSRConfig:
-    """What the network is made of; each option says what it is for."""
-
-    num_items: int = option(0, "items N of the catalogue; 0 leaves it to fit", least=0)
-    backbone: str = option("sasrec", "sasrec: dot-product attention", choices=("sasrec",))
-    refinement: str = option(
-        "additive",
-        "how attention weights are refined; none is plain attention (SASRec)",
-        choices=("none", "simple", "value", "additive"),
-    )
-    max_len: int = option(50, "events of a history that the model looks at, the last ones", least=1)
-    hidden: int = option(64, "width of the network", least=1)
-    layers: int = option(2, "blocks of attention and feed-forward", least=1)
-    heads: int = option(2, "attention heads of a block", least=1)
-    rank: int = option(32, "columns of the tables that span the correlation space, at most 256", least=1, below=257)
-    tables: str = option(
-        "position",
-        "tables that span the correlation space: a learned row per position from the end, or a linear map of each event",
-        choices=("position", "content"),
-    )
-    per_head: bool = option(True, "position tables for each head rather than one for all")
-    table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
-    learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
-    feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
-    activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
-    norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
-    hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
-    attention_dropout: float = option(0.0, "of attention weights", least=0, below=1)
-    backend: str = option(
-        "auto",
-        "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
-        choices=("auto", "triton", "torch", "reference"),
-    )
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.hidden % self.heads or self.hidden // self.heads > 256:
-            raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+__all__ = ["AWRSR", "AWRSRConfig"]
 
 
 class AWRSR(Recommender):
@@ -67,10 +27,13 @@ class AWRSR(Recommender):
         c = self.config
         self.items = nn.Embedding(c.num_items, c.hidden)  # read by events and, tied, by scores
         self.positions = nn.Embedding(c.max_len, c.hidden)  # the last row is the event before the prediction
-        self.blocks: Iterable[Block] = nn.ModuleList(Block(c) for _ in range(c.layers))  # type: ignore[assignment]
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(c) for _ in range(c.layers))  # type: ignore[assignment]
         self.norm = nn.LayerNorm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
+        if c.init == "match":
+            self.apply(xavier)
+            self.blocks[-1].attention.match_keys()
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, E): row t, times the items' embeddings, scores what follows event t.
@@ -87,8 +50,14 @@ class AWRSR(Recommender):
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, E). lengths: (B,) in 0..L."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        return self.encode(items, position, Padded(lengths))
+        return self.encode(items, self.window(items), Padded(lengths))
+
+    def window(self, items: Tensor) -> Tensor:
+        """(L,) positions of the columns of a padded batch."""
+        size, most = items.shape[1], self.config.max_len
+        if size > most:
+            raise ValueError(f"items are {size} events wide, must be at most max_len={most}: cut histories to their ends")
+        return torch.arange(size, device=items.device) + most - size
 
     def encode(self, items: Tensor, position: Tensor, where: Packed | Padded) -> Tensor:
         x = self.embed(items, position)
@@ -97,7 +66,7 @@ class AWRSR(Recommender):
         return self.norm(x) if self.config.norm == "pre" else x
 
     def embed(self, items: Tensor, position: Tensor) -> Tensor:
-        x = self.items(items) * self.config.hidden**0.5 + self.positions(position)
+        x = (self.items(items) + self.positions(position)) * self.config.hidden**0.5
         return self.dropout(x if self.config.norm == "pre" else self.norm(x))
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
@@ -106,8 +75,7 @@ class AWRSR(Recommender):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
-        position = torch.arange(items.shape[1], device=items.device) + self.config.max_len - items.shape[1]
-        x, where, weights = self.embed(items, position), Padded(lengths), []
+        x, where, weights = self.embed(items, self.window(items)), Padded(lengths), []
         for block in self.blocks:
             weights.append(block.attention.weights(block.before_attention(x), where))
             x = block(x, where)
@@ -129,6 +97,7 @@ class Block(nn.Module):
             tables=c.tables,
             per_head=c.per_head,
             table_std=c.table_std,
+            refine_scale=c.refine_scale,
             learned_gate=c.learned_gate,
             dropout=c.attention_dropout,
             backend=c.backend,
@@ -160,3 +129,9 @@ def initialise(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+
+
+def xavier(module: nn.Module) -> None:
+    """Weights of linear maps by Glorot and Bengio (2010)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)

@@ -1,5 +1,6 @@
 """Options: what a dataclass field means and may be, said once, for `--help`, for checks and for readers of the code."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any
@@ -22,6 +23,8 @@ def check(options: Any) -> None:
         )
         if default is not None and (not fits or number and isinstance(value, bool)):
             raise TypeError(f"{each.name} is {value!r}, must be of type {type(default).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{each.name} is {value!r}, must be a finite number")
         if may["choices"] and value not in may["choices"]:
             raise ValueError(f"{each.name} is {value!r}, must be one of {', '.join(may['choices'])}")
         least, below = may["least"], may["below"]

@@ -29,9 +29,9 @@ METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("M
 def metric(name: str, ranks: np.ndarray) -> np.ndarray:
     """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR is over the whole list, not cut off."""
     kind, _, cutoff = name.partition("@")
-    if kind == "MRR" and not cutoff:
+    if name == "MRR":
         return 1 / ranks
-    if kind not in ("HR", "NDCG") or not cutoff.isdigit() or not int(cutoff):
+    if kind not in ("HR", "NDCG") or not cutoff.isdecimal() or not int(cutoff):
         raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
     return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
 
@@ -165,7 +165,16 @@ def evaluate(
     batch_size: int = 1024,
     progress: bool = False,
 ) -> Evaluation:
-    """Rank every target of a part of the split, "validation" or "test"."""
+    """Rank every target of a part of the split, "validation" or "test", whose items are numbered as the model's.
+
+    Raises:
+        ValueError: the split has another number of items than the model.
+    """
+    if split.histories.num_items != model.config.num_items:
+        raise ValueError(
+            f"split has {split.histories.num_items} items, must have the model's {model.config.num_items}; "
+            "Histories.numbered_as(model.ids()) numbers other data like the model's"
+        )
     targets = Targets(split, part, model.config.max_len, filter_seen)
     found = np.empty(len(targets), dtype=np.int64)
     training, start = model.training, time.process_time()

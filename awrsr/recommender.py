@@ -19,7 +19,7 @@ from .files import atomic, read_json, write_json
 if TYPE_CHECKING:
     import polars as pl
 
-    from .train import TrainingOptions
+    from .config import TrainingOptions
 
 WEIGHTS, CONFIG, ITEMS = "model.safetensors", "config.json", "items.parquet"
 SCORE_BLOCK = 1 << 24  # scores held at a time
@@ -68,7 +68,7 @@ class Recommender(nn.Module):
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
         if not self.config.num_items:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.__init__(replace(self.config, num_items=parts.histories.num_items))  # type: ignore[misc]
         train(self, parts, settings, out)
@@ -96,7 +96,7 @@ class Recommender(nn.Module):
     @torch.inference_mode()
     def top_items(self, histories: Histories, k: int, *, filter_seen: bool = True, batch_size: int = 1024) -> Iterator[TopItems]:
         """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
-        count = self.config.num_items
+        count = self.known_items()
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
         training = self.training
@@ -134,14 +134,16 @@ class Recommender(nn.Module):
         """
         import polars as pl
 
-        count = self.config.num_items
+        count = self.known_items()
         if not 1 <= k < count:
             raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
         places = self.places(items)
         table = nn.functional.normalize(self.item_table(), dim=1)
-        cosine = table[places] @ table.T
-        cosine[torch.arange(len(places)), places] = -torch.inf
-        score, similar = (x.flatten().cpu().numpy() for x in cosine.topk(k))
+        found = []
+        for some in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
+            cosine = table[some] @ table.T
+            found.append(cosine.scatter_(1, some[:, None], -torch.inf).topk(k))
+        score, similar = (torch.cat(parts).flatten().cpu().numpy() for parts in zip(*found, strict=True))
         ids = self.ids()
         columns = {"item": np.repeat(ids[places], k), "similar": ids[similar], "rank": np.tile(np.arange(1, k + 1), len(places))}
         return pl.DataFrame(columns | {"score": score})
@@ -162,6 +164,13 @@ class Recommender(nn.Module):
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         raise NotImplementedError
 
+    def known_items(self) -> int:
+        """N. Raises ValueError where there are none yet."""
+        if not self.config.num_items:
+            raise ValueError("this model knows no items yet: fit or load it first")
+        count: int = self.config.num_items
+        return count
+
     def ids(self) -> np.ndarray:
         """(N,) ids of the data by place; the places themselves where no data gave any."""
         return np.arange(self.config.num_items) if self.item_ids is None else self.item_ids
@@ -175,16 +184,18 @@ class Recommender(nn.Module):
         return np.array([known[str(item)] for item in items])
 
     def save(self, folder: str | Path, **more: Any) -> None:
-        """Write config.json, items.parquet and model.safetensors, each whole or not at all. more: sections of config.json."""
+        """Write config.json, items.parquet and model.safetensors, which take their places when all are written.
+
+        more: sections of config.json.
+        """
         import polars as pl
         from safetensors.torch import save
 
         folder = Path(folder)
-        with atomic(folder / ITEMS) as path:
-            pl.DataFrame({"item": self.ids()}).write_parquet(path)
-        write_json(folder / CONFIG, {"model": asdict(self.config)} | more)
-        with atomic(folder / WEIGHTS) as path:
-            path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
+        with atomic(folder / ITEMS) as items, atomic(folder / CONFIG) as config, atomic(folder / WEIGHTS) as weights:
+            pl.DataFrame({"item": self.ids()}).write_parquet(items)
+            write_json(config, {"model": asdict(self.config)} | more)
+            weights.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
@@ -201,15 +212,21 @@ class Recommender(nn.Module):
         for name in (CONFIG, WEIGHTS, ITEMS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
+        stored = read_json(folder / CONFIG)
+        with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+            try:
+                config = type(cls().config)(**stored["model"])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
+            model = cls(replace(config, **changes))
         try:
-            model = cls(type(cls().config)(**read_json(folder / CONFIG)["model"] | changes))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
-        try:
-            model.item_ids = pl.read_parquet(folder / ITEMS)["item"].to_numpy()
+            model.item_ids = np.array(pl.read_parquet(folder / ITEMS)["item"].to_list())  # text of one width, never objects
             weights = load_file(folder / WEIGHTS)
         except (SafetensorError, pl.exceptions.PolarsError) as error:
             raise ValueError(f"{folder} is damaged: {error}") from error
+        if len(model.item_ids) != model.config.num_items:
+            count = f"{len(model.item_ids)} items, must hold {model.config.num_items}"
+            raise ValueError(f"{folder / ITEMS} is of another model than {CONFIG}: it holds {count}")
         want = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if want != found:
@@ -218,5 +235,5 @@ class Recommender(nn.Module):
                 f"{folder / WEIGHTS} is of another configuration than {CONFIG}: {differs} is {found.get(differs, 'absent')}, "
                 f"must be {want.get(differs, 'absent')}"
             )
-        model.load_state_dict(weights)
+        model.load_state_dict(weights, assign=True)  # as they were saved, float64 too
         return model.eval()

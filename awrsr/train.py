@@ -8,28 +8,30 @@ together what one would draw alone (dropout apart).
 import json
 import logging
 import resource
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Batch, Windows
+from .config import TrainingOptions
 from .data.histories import Split
 from .files import atomic, read_json, write_json
 from .losses import LOSSES, draw_negatives
-from .options import check, option
 from .ranking import Targets, evaluate, metrics, rank_batch, recall, write_ranks
 from .recommender import CONFIG, Recommender
 
@@ -38,60 +40,6 @@ if TYPE_CHECKING:
 
 WATCHED = "NDCG@10"
 STATE = "last.ckpt"
-NEGATIVES = {"sampled_softmax": 256, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
-
-
-def usual_negatives() -> str:
-    return ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How a model is trained; each option says what it is for."""
-
-    loss: str = option(
-        "sampled_softmax",
-        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce",
-        choices=tuple(LOSSES),
-    )
-    negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)
-    calibration: float = option(0.75, "gbce's t: 0 is plain bce, 1 calibrated probabilities", least=0, below=1 + 1e-9)
-    windows: str = option(
-        "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
-    )
-    batch_size: int = option(256, "sequences per step, over all processes", least=1)
-    learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
-    weight_decay: float = option(0.0, "of AdamW", least=0)
-    clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
-    epochs: int = option(100, "passes over the data, at most", least=1)
-    patience: int = option(10, f"stop after so many epochs without a better validation {WATCHED}; 0 never stops early", least=0)
-    filter_seen: str = option(
-        "auto",
-        "leave items of the history out of the ranking; auto: unless the data hold an item twice in a history",
-        choices=("auto", "yes", "no"),
-    )
-    seed: int = option(0, "of weights, order, negatives and dropout", least=0)
-    precision: str = option("32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
-    accelerator: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "gpu", "mps"))
-    devices: int = option(1, "processes on each machine", least=1)
-    nodes: int = option(1, "machines", least=1)
-    threads: int = option(0, "of torch on the CPU; 0 leaves it to torch", least=0)
-    logger: str = option("csv", "where loss and metrics of each epoch go, under logs/", choices=("csv", "tensorboard", "none"))
-    progress: bool = option(True, "show a bar on a terminal, otherwise a line per epoch")
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.accelerator == "gpu" and not torch.cuda.is_available():
-            raise ValueError(
-                f"accelerator is {self.accelerator!r}, but torch {torch.__version__} finds no GPU here; take cpu or auto"
-            )
-
-    def num_negatives(self) -> int:
-        return self.negatives or NEGATIVES[self.loss]
-
-    def filters_seen(self, split: Split) -> bool:
-        """Whether items of the history are left out of the ranking."""
-        return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
 
 
 class Training(L.LightningModule):
@@ -137,7 +85,6 @@ class Training(L.LightningModule):
         values = LOSSES[o.loss](hidden, batch.targets, table, negatives, calibration=o.calibration)
         loss: Tensor = values.sum() * (world / batch.events)
         self.losses.append(loss.detach())
-        self.log("loss", loss.detach(), prog_bar=True, batch_size=batch.events)
         return loss
 
     def negatives(self, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -178,14 +125,14 @@ class Training(L.LightningModule):
             raise FloatingPointError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; lower learning_rate or set clip"
             )
-        for name, value in values.items():
-            self.log(name, value, prog_bar=name == WATCHED)
+        self.log_dict({"loss": loss} | values)
         self.record["epochs"] = self.current_epoch + 1
         self.curve.append({"epoch": self.current_epoch + 1, "loss": loss.item(), WATCHED: values[WATCHED]})
         if values[WATCHED] > self.record["best"]:
             self.record |= {"best": values[WATCHED], "best_epoch": self.current_epoch + 1}
             if self.trainer.is_global_zero:
                 self.model.save(self.folder, **self.sections)
+        self.trainer.should_stop = finished(self.record, self.options)
 
     # ---- what a checkpoint holds beside weights and optimizer
 
@@ -193,7 +140,14 @@ class Training(L.LightningModule):
         checkpoint["awrsr"] = {"record": self.record, "curve": self.curve}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        whole = isinstance(checkpoint, dict) and {"awrsr", "state_dict"} <= checkpoint.keys()
+        if not whole or shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
+            raise ValueError(f"{self.folder / STATE} is no state of this run; remove it to begin anew")
         self.record, self.curve = checkpoint["awrsr"]["record"], checkpoint["awrsr"]["curve"]
+
+
+def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 class Progress(L.Callback):
@@ -210,12 +164,17 @@ class Progress(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.bar.update()
         if not self.bar.disable and batch_idx % 10 == 0:
-            self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
-            record = training.record
-            best = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{record['best']:.4f}"} if training.curve else {}
-            self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | best, refresh=False)
+            self.tell(trainer, training)
+
+    def tell(self, trainer: L.Trainer, training: Any) -> None:
+        self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+        best = training.record["best"]
+        known = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{best:.4f}"} if training.curve else {}
+        self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | known, refresh=False)
 
     def on_validation_end(self, trainer: L.Trainer, training: Any) -> None:
+        if not self.bar.disable:
+            self.tell(trainer, training)
         if self.silent:
             last = training.curve[-1]
             best = f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
@@ -224,9 +183,12 @@ class Progress(L.Callback):
                 flush=True,
             )
 
-    def teardown(self, trainer: L.Trainer, training: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, training: L.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
-            self.bar.close()
+            self.bar.close()  # or it is drawn again below the message
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -238,7 +200,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error
 
@@ -266,6 +230,8 @@ def train(
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, split, options, temporary, **sections)
     folder, sections = Path(out), {"training": asdict(options)} | sections
+    data = {"seen": not options.filters_seen(split), "fingerprint": split.fingerprint()}
+    sections["data"] = sections.get("data", {}) | data
     model.item_ids = split.histories.item_ids
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -274,8 +240,14 @@ def train(
     if resume:
         training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
     if not finished(training.record, options):
-        trainer = make_trainer(options, folder)
-        trainer.fit(training, ckpt_path=folder / STATE if resume else None, weights_only=True)
+        with quiet():
+            trainer = make_trainer(options, folder)
+            before = signal.getsignal(signal.SIGINT)
+            try:
+                trainer.fit(training, ckpt_path=folder / STATE if resume else None, weights_only=True)
+            except SystemExit:  # Lightning's answer to Ctrl-C; it also leaves further ones ignored
+                signal.signal(signal.SIGINT, before)
+                raise KeyboardInterrupt from None
         if not trainer.is_global_zero:
             return {}
     model.load_state_dict(type(model).load(folder).state_dict())
@@ -288,12 +260,13 @@ def finished(record: dict[str, Any], options: TrainingOptions) -> bool:
     return bool(record["epochs"] >= options.epochs or options.patience and record["epochs"] and waited >= options.patience)
 
 
-MAY_CHANGE = ("epochs", "patience", "progress", "logger", "threads")  # in a run that goes on
+MAY_CHANGE = ("epochs", "patience", "progress", "logger", "threads", "data")  # in a run that goes on; data: where they lie
 
 
 def settle(folder: Path, config: dict[str, Any]) -> bool:
     """Make the folder this run's, and say whether it holds a state of the same run to go on from."""
-    if (folder / STATE).exists() and (folder / CONFIG).exists():
+    resume = (folder / STATE).exists() and (folder / CONFIG).exists()
+    if resume:
         old, new = (flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
         differs = sorted(
             name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
@@ -301,31 +274,44 @@ def settle(folder: Path, config: dict[str, Any]) -> bool:
         if differs:
             of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
             raise ValueError(f"{folder} holds another run: {of}. Give another folder, or remove this one")
-        return True
     write_json(folder / CONFIG, config)
-    return False
+    return resume
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its remarks on what is meant so."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers",
+                ".*is smaller than the logging interval",  # each epoch is logged, no step
+                "It is recommended to use `self.log",  # what is logged are sums over all processes already
+                ".*ModelCheckpoint",
+                ".*Checkpoint directory",
+                "The dirpath has changed",  # a run folder may be copied and go on
+                r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
 def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
     """Lightning, set up for a run."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers.*",
-        ".*is smaller than the logging interval.*",
-        ".*ModelCheckpoint.*",
-        ".*Checkpoint directory.*",
-    ):
-        warnings.filterwarnings("ignore", message)
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     callbacks: list[L.Callback] = [
         ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)
     ]
-    if o.patience:
-        callbacks.append(EarlyStopping(WATCHED, mode="max", patience=o.patience))
     if o.progress:
         callbacks.append(Progress())
     several = o.devices * o.nodes > 1
@@ -352,6 +338,7 @@ def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
 def report(model: Recommender, split: Split, options: TrainingOptions, record: dict[str, Any], out: Path) -> dict[str, Any]:
     """Evaluate a trained model on validation and test targets; write their ranks and metrics.json."""
     filter_seen = options.filters_seen(split)
+    model.to(options.device())
     parts = {
         part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
     }

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from awrsr.batches import Batch, Batches, Windows
+from awrsr.config import NEGATIVES
 from awrsr.data.histories import Split
 from awrsr.losses import LOSSES, draw_negatives
 from awrsr.model import AWRSR, AWRSRConfig
 from awrsr.ranking import Targets, rank_batch, ranks
-from awrsr.train import NEGATIVES
 
 from .measure import WrongResult, traced, turns
 

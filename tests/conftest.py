@@ -11,7 +11,11 @@ import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+
+hypothesis.settings.register_profile("shared cores", deadline=None)  # how long an example takes says nothing there
+hypothesis.settings.load_profile("shared cores")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
@@ -24,6 +28,15 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from more threads, and lose much where several processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def refuse(*_: object) -> None:

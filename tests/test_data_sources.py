@@ -264,5 +264,5 @@ def test_stats_of_nothing() -> None:
 
 
 def test_the_table_is_in_columns() -> None:
-    lines = table(stats(make(users=1500))).splitlines()
+    lines = table(stats(make(users=1500, length=32))).splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[0].split() == ["users", "1,500"] and lines[2].split()[1] == "48,000"

@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, train_report
+from benchmarks import accuracy, report, train_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert snippets
     for snippet in snippets:
         exec(snippet, {})
-    assert "torch.Size([8, 4, 50, 32]) torch.Size([50, 32])" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "torch.Size([8, 4, 50, 32]) torch.Size([50, 32])" in printed
+    assert "dan" in printed and (tmp_path / "runs/tea/model.safetensors").exists()
 
 
 def test_measured_tables_are_the_benchmarks() -> None:
@@ -25,9 +28,10 @@ def test_measured_tables_are_the_benchmarks() -> None:
     measured = {path: results for path, results in files.items() if results.get("kind") != "prediction"}
     assert measured
     for path, results in measured.items():
-        assert results["rows"] and all("median_ms" in row for row in results["rows"]), path.name
-        markdown = train_report.markdown if results.get("kind") == train_report.KIND else report.markdown
-        assert markdown(results) in README, path.name
+        page = {train_report.KIND: train_report, accuracy.KIND: accuracy}.get(results.get("kind"), report)
+        column = "NDCG@10" if page is accuracy else "median_ms"
+        assert results["rows"] and all(column in row for row in results["rows"]), path.name
+        assert page.markdown(results) in README, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
 

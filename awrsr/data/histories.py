@@ -4,8 +4,10 @@ U users, N items of the catalogue, T events of all users.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -56,15 +58,24 @@ class Histories:
 
     @classmethod
     def from_lists(cls, histories: "Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]") -> "Histories":
-        """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...)."""
+        """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...).
+
+        Ids are of any type: whole numbers that int64 holds stay numbers, floats too; all others, and several types together,
+        become text.
+
+        Raises:
+            TypeError: an entry that is no sequence of ids. ValueError: an id that is missing (None or NaN).
+        """
         if isinstance(histories, Histories):
             return histories
         pairs = histories if isinstance(histories, Mapping) else dict(enumerate(histories))
-        lists = [np.asarray(list(items)) for items in pairs.values()]
+        for user, items in pairs.items():
+            if isinstance(items, str | bytes) or not isinstance(items, Iterable):
+                raise TypeError(f"history of user {user!r} is {items!r}, must be a sequence of item ids")
+        lists = [items.tolist() if isinstance(items, np.ndarray) else list(items) for items in pairs.values()]
         lengths = np.array([len(items) for items in lists], dtype=np.int64)
-        filled = [items for items in lists if len(items)]
-        item_ids, item = number(np.concatenate(filled)) if filled else (np.array([]), np.array([], dtype=np.int64))
-        return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, np.array(list(pairs)))
+        item_ids, item = number(_one_type("item", list(chain.from_iterable(lists))))
+        return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, _one_type("user", list(pairs)))
 
     def keep(self, events: np.ndarray) -> "Histories":
         """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped."""
@@ -137,6 +148,25 @@ def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
     return distinct + low, rank[ids]
 
 
+def _one_type(role: str, ids: list[Any]) -> np.ndarray:
+    """Ids as an array of int64, float64 or text."""
+    kinds = set(map(type, ids))
+    for kind in kinds:
+        if kind is not str and issubclass(kind, Collection) and not issubclass(kind, str | bytes):
+            raise TypeError(f"{role} id is {next(x for x in ids if type(x) is kind)!r}, must be a number or text")
+    missing = [x for x in ids if x is None or x != x] if any(not issubclass(kind, str | int) for kind in kinds) else []
+    if missing:
+        raise ValueError(f"{role} id is {missing[0]!r}, must be a number or text")
+    if all(issubclass(kind, Integral) for kind in kinds):
+        try:
+            return np.array(ids if kinds <= {int} else [int(x) for x in ids], dtype=np.int64)
+        except OverflowError:  # no int64; numpy would take to floats, in which neighbours are one
+            pass
+    elif all(issubclass(kind, Real) for kind in kinds):
+        return np.array(ids, dtype=np.float64)
+    return np.array([str(x) for x in ids], dtype=np.str_)
+
+
 def _keys(ids: np.ndarray) -> list[str]:
     """Ids as text, so that 7 read as a number meets "7" read as text."""
     return [str(key) for key in ids.tolist()]
@@ -160,14 +190,16 @@ class Split:
         digest = hashlib.sha256()
         for part in (h.items, h.offsets, self.train_end, self.validation_end):
             digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
+        for ids in (h.item_ids, h.user_ids):
+            digest.update("\n".join(map(str, ids.tolist())).encode())
         return digest.hexdigest()[:16]
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """(M,) users and (M,) places in their histories of the targets of "validation" or "test" that have an event before."""
-        starts, ends = {
-            "validation": (self.train_end, self.validation_end),
-            "test": (self.validation_end, self.histories.lengths),
-        }[part]
+        parts = {"validation": (self.train_end, self.validation_end), "test": (self.validation_end, self.histories.lengths)}
+        if part not in parts:
+            raise ValueError(f"part is {part!r}, must be validation or test")
+        starts, ends = parts[part]
         counts = ends - starts
         users = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)

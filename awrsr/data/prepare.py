@@ -9,6 +9,20 @@ from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
 
+# Options of model and training that suit the made-up histories: one layer, with which only refinement can recall, drawn so that
+# equal items find each other and with tables that learn fast; enough epochs for two plain layers to learn it, too.
+DEMO: dict[str, Any] = {
+    "layers": 1,
+    "init": "match",
+    "table_std": 0.5,
+    "refine_scale": 2.8,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "learning_rate": 3e-3,
+    "epochs": 30,
+    "patience": 0,
+}
+
 
 @dataclass(frozen=True)
 class DataOptions:

@@ -20,14 +20,17 @@ BLOCK = 1 << 15  # users drawn at a time; part of what a seed means
 def make(
     *,
     users: int = 4000,
-    items: int = 64,
-    length: int = 32,
-    noise: float = 0.2,
-    popularity: float = 0.5,
+    items: int = 24,
+    length: int = 40,
+    noise: float = 0.1,
+    popularity: float = 0.0,
     gap: int = 4,
     seed: int = 0,
 ) -> Histories:
     """Draw histories of the recall task; the same arguments give the same histories, bit for bit.
+
+    By default few items, all equally likely, come back often and little noise breaks the rule, so that a model of one refined layer
+    learns it in a minute on a CPU, while nothing but the rule tells what comes next.
 
     Args:
         users: U.

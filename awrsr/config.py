@@ -1,0 +1,117 @@
+"""What a model is made of and how it is trained. Loads no torch, so that `--help` is quick."""
+
+from dataclasses import dataclass
+
+from .data.histories import Split
+from .options import check, option
+
+NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
+
+
+def usual_negatives() -> str:
+    return ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
+
+
+@dataclass(frozen=True)
+class AWRSRConfig:
+    """What the network is made of; each option says what it is for."""
+
+    num_items: int = option(0, "items N of the catalogue; 0 leaves it to fit", least=0)
+    backbone: str = option("sasrec", "sasrec: dot-product attention", choices=("sasrec",))
+    refinement: str = option(
+        "additive",
+        "how attention weights are refined; none is plain attention (SASRec)",
+        choices=("none", "simple", "value", "additive"),
+    )
+    max_len: int = option(50, "events of a history that the model looks at, the last ones", least=1)
+    hidden: int = option(64, "width of the network", least=1)
+    layers: int = option(2, "blocks of attention and feed-forward", least=1)
+    heads: int = option(2, "attention heads of a block", least=1)
+    rank: int = option(32, "columns of the tables that span the correlation space, at most 256", least=1, below=257)
+    tables: str = option(
+        "position",
+        "tables that span the correlation space: a learned row per position from the end, or a linear map of each event",
+        choices=("position", "content"),
+    )
+    per_head: bool = option(True, "position tables for each head rather than one for all")
+    table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
+    refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
+    learned_gate: bool = option(False, "whether additive learns a factor per head for the higher-order weights, 1 at the start")
+    feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
+    activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
+    norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
+    init: str = option(
+        "normal",
+        "weights at the start: normal, all small; match, Xavier's, and in the last block keys equal to queries, so that events "
+        "attend to events like them",
+        choices=("normal", "match"),
+    )
+    hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
+    attention_dropout: float = option(0.3, "of attention weights", least=0, below=1)
+    backend: str = option(
+        "auto",
+        "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
+        choices=("auto", "triton", "torch", "reference"),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.hidden % self.heads or self.hidden // self.heads > 256:
+            raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How a model is trained; each option says what it is for."""
+
+    loss: str = option(
+        "sampled_softmax",
+        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce",
+        choices=tuple(NEGATIVES),
+    )
+    negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)
+    calibration: float = option(0.75, "gbce's t: 0 is plain bce, 1 calibrated probabilities", least=0, below=1 + 1e-9)
+    windows: str = option(
+        "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
+    )
+    batch_size: int = option(128, "sequences per step, over all processes", least=1)
+    learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+    clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
+    epochs: int = option(100, "passes over the data, at most", least=1)
+    patience: int = option(10, "stop after so many epochs without a better validation NDCG@10; 0 never stops early", least=0)
+    filter_seen: str = option(
+        "auto",
+        "leave items of the history out of the ranking; auto: unless the data hold an item twice in a history",
+        choices=("auto", "yes", "no"),
+    )
+    seed: int = option(0, "of weights, order, negatives and dropout", least=0)
+    precision: str = option("32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
+    accelerator: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "gpu", "mps"))
+    devices: int = option(1, "processes on each machine", least=1)
+    nodes: int = option(1, "machines", least=1)
+    threads: int = option(0, "of torch on the CPU; 0 leaves it to torch", least=0)
+    logger: str = option("csv", "where loss and metrics of each epoch go, under logs/", choices=("csv", "tensorboard", "none"))
+    progress: bool = option(True, "show a bar on a terminal, otherwise a line per epoch")
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.accelerator in ("gpu", "mps") and self.device() == "cpu":
+            raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds none here; take cpu or auto")
+        if self.precision == "16-mixed" and self.device() == "cpu":
+            raise ValueError("precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true")
+
+    def num_negatives(self) -> int:
+        return self.negatives or NEGATIVES[self.loss]
+
+    def device(self) -> str:
+        """Where a single process computes."""
+        import torch
+
+        if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
+            return "cuda"
+        return "mps" if self.accelerator in ("auto", "mps") and torch.backends.mps.is_available() else "cpu"
+
+    def filters_seen(self, split: Split) -> bool:
+        """Whether items of the history are left out of the ranking."""
+        return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
