@@ -96,7 +96,15 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
     add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
-    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.5, metavar="P", help="hidden dropout while timing (default 0.5)")
+    share = number(0, 1, "in [0, 1)")
+    add(
+        "--dropout",
+        type=share,
+        default=AWRSRConfig.attention_dropout,
+        metavar="P",
+        help="of attention weights (default: the model's)",
+    )
+    add("--hidden-dropout", type=share, default=AWRSRConfig.hidden_dropout, metavar="P", help="of the rest (default: the model's)")
     add = parser.add_argument_group("contestants").add_argument
     add("--refinements", nargs="+", choices=REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
@@ -225,7 +233,8 @@ def is_beauty(h: Histories) -> bool:
 def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
     """Gate everything, then measure everything."""
     c = {name: getattr(options, name) for name in ("max_len", "hidden", "layers", "heads", "rank")}
-    config = AWRSRConfig(num_items=parts.histories.num_items, hidden_dropout=options.dropout, **c)
+    c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
+    config = AWRSRConfig(num_items=parts.histories.num_items, **c)
     source = options.data.name if options.data else "synthetic"
     device = torch.device(options.device)
     problems = [

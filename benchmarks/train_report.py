@@ -22,7 +22,13 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: s
             {"provider": it.backend, "role": "ours", "backbone": c.backbone, "refinement": it.refinement, "layout": it.layout}
             | {"B": p.batch_size if pass_ == "train" else work.eval_batch, "H": c.heads, "H_kv": c.heads, "L": c.max_len}
             | {"D": c.hidden // c.heads, "D_v": c.hidden // c.heads, "R": c.rank, "layers": c.layers}
-            | {"dtype": "float32", "dropout_p": c.hidden_dropout, "loss": p.loss if pass_ == "train" else "", "pass": pass_}
+            | {
+                "dtype": "float32",
+                "dropout_p": c.attention_dropout,
+                "hidden_dropout": c.hidden_dropout,
+                "loss": p.loss if pass_ == "train" else "",
+                "pass": pass_,
+            }
             | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "cpu_ms": cpu, "samples": len(laps), "steps": steps}
             | {"peak_mib": it.peak_mib[pass_], "first_call_ms": it.first_ms[pass_]}
             | {"seq_per_s": sequences / steps / median * 1e3, "seq_per_cpu_s": sequences / steps / max(cpu, 1e-9) * 1e3}

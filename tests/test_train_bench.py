@@ -72,7 +72,7 @@ def test_fixed_interface(data: Path, tmp_path: Path) -> None:
     one, both = (compare.load(tmp_path / f"{name}.json") for name in ("results", "both"))
     found = compare.compare(one, both, 1.1)
     assert (found.compared, found.regressions, len(found.only_after)) == (len(rows), [], len(other))
-    assert "train B 16 H 2 L 6 D 4 R 4 float32 none dropout 0.5 bpr users.txt" in compare.text(found, 1.1)
+    assert "train B 16 H 2 L 6 D 4 R 4 float32 none dropout 0.3 bpr users.txt" in compare.text(found, 1.1)
 
 
 def test_ratios_are_computed_from_the_rows() -> None:
@@ -102,23 +102,23 @@ def test_the_gate_passes_what_is_right(loss: str, refinement: str, problem: Prob
 
 FLAWS: dict[str, Callable[..., Tensor]] = {
     "output": lambda call, *a, **k: call(*a, **k) * 1.001,
+    "doubled": lambda call, *a, **k: call(*a, **k) * 2,
     "nan": lambda call, *a, **k: call(*a, **k) * torch.nan,
     "gradient": lambda call, q, k, v, w_q, w_k, *a, **o: call(q, k, v, w_q.detach(), w_k, *a, **o),
     "positions": lambda call, q, k, v, w_q, w_k, *a, **o: call(q, k, v, w_q.roll(1, -2), w_k, *a, **o),
 }
 
 
-@pytest.mark.parametrize("flaw", FLAWS)
-@pytest.mark.parametrize("dtype", training.TOLERANCE)
+@pytest.mark.parametrize(
+    "flaw,dtype", [*((flaw, torch.float64) for flaw in FLAWS), ("nan", torch.float32), ("doubled", torch.float32)]
+)
 def test_a_sabotaged_backend_stops_the_benchmark(
     flaw: str, dtype: torch.dtype, problem: Problem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64 whatever the flaw; in float32 what a step or two of training would not hide."""
+    """In float64 whatever the flaw; in float32 what is more than rounding."""
     wanted = yardstick(problem, "additive", batch_size=8)
     right = awrsr.attention.refined_attention_varlen
     monkeypatch.setattr(awrsr.attention, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
-    if dtype == torch.float32 and flaw != "nan":
-        monkeypatch.setitem(training.TOLERANCE, torch.float32, 1e-6)
     with pytest.raises(WrongResult, match=r"torch packed additive, torch.float\d\d: the loss of step \d+ is"):
         check(contestant(problem, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
 
