@@ -18,6 +18,7 @@ if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not inst
 import numpy as np
 import torch
 
+from awrsr.batches import Windows
 from awrsr.data.histories import Histories, Split, split
 from awrsr.data.readers import read
 from awrsr.data.synthetic import make
@@ -56,15 +57,17 @@ A training step makes its batch, goes forward, takes the loss on real events alo
 (AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
 repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
 pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps, or --epochs passes over
-the data; contestants take turns, and a row is the median of its samples, with peak memory above parameters and optimizer state.
+the data, which shows bucketed batches at their best; contestants take turns, and a row is the median of its samples, with peak
+memory above parameters and optimizer state.
 
 Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
 30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
 equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
 
-"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed
-layout. If the data are Amazon Beauty, `awrsr train` also runs for two epochs from start to end, and figures of other
-implementations on the same file stand beside it, marked as quoted: they were not measured here.
+"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed layout;
+beside each the same of the processor's time, which is the one to trust where a machine is busy. If the data are Amazon Beauty,
+`awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
+marked as quoted: they were not measured here.
 """
 BEAUTY = (22_363, 12_101, 198_502)  # users, items, events
 QUOTED = (  # SASRec on Beauty, one CPU thread
@@ -93,16 +96,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
     add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
-    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.5, metavar="P", help="hidden dropout while timing (default 0.5)")
+    share = number(0, 1, "in [0, 1)")
+    add(
+        "--dropout",
+        type=share,
+        default=AWRSRConfig.attention_dropout,
+        metavar="P",
+        help="of attention weights (default: the model's)",
+    )
+    add("--hidden-dropout", type=share, default=AWRSRConfig.hidden_dropout, metavar="P", help="of the rest (default: the model's)")
     add = parser.add_argument_group("contestants").add_argument
     add("--refinements", nargs="+", choices=REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
     add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton")
     add = parser.add_argument_group("measurement").add_argument
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 8)")
+    length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
     length("--epochs", type=whole(1), metavar="N", help="passes over the data per sample, instead of steps")
-    add("--eval-users", type=whole(1), default=2048, metavar="N", help="users ranked per sample (default 2048)")
+    add("--eval-users", type=whole(1), default=4096, metavar="N", help="users ranked per sample (default 4096)")
     add("--reps", type=whole(1), metavar="N", help="samples per contestant instead of a time budget")
     add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds per pass and loss (default 60)")
     add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples; no whole runs")
@@ -129,7 +140,7 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     if options.quick:
         options.batch_size, options.eval_users = min(options.batch_size, 64), min(options.eval_users, 128)
         options.steps, options.reps = options.steps or 2, options.reps or 3
-    options.steps = options.steps or 8
+    options.steps = options.steps or 16
     options.budget = 60.0 if options.budget is None else options.budget
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -222,7 +233,8 @@ def is_beauty(h: Histories) -> bool:
 def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
     """Gate everything, then measure everything."""
     c = {name: getattr(options, name) for name in ("max_len", "hidden", "layers", "heads", "rank")}
-    config = AWRSRConfig(num_items=parts.histories.num_items, hidden_dropout=options.dropout, **c)
+    c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
+    config = AWRSRConfig(num_items=parts.histories.num_items, **c)
     source = options.data.name if options.data else "synthetic"
     device = torch.device(options.device)
     problems = [
@@ -242,6 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     random.seed(options.seed)
     try:
         parts = split(load(parser, options.data))
+        Windows(parts, options.max_len)  # which there must be
     except ValueError as error:
         parser.error(f"argument --data: {error}")
     command = shlex.join(["python", "benchmarks/train_bench.py", *(sys.argv[1:] if argv is None else argv)])

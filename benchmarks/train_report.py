@@ -22,7 +22,13 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: s
             {"provider": it.backend, "role": "ours", "backbone": c.backbone, "refinement": it.refinement, "layout": it.layout}
             | {"B": p.batch_size if pass_ == "train" else work.eval_batch, "H": c.heads, "H_kv": c.heads, "L": c.max_len}
             | {"D": c.hidden // c.heads, "D_v": c.hidden // c.heads, "R": c.rank, "layers": c.layers}
-            | {"dtype": "float32", "dropout_p": c.hidden_dropout, "loss": p.loss if pass_ == "train" else "", "pass": pass_}
+            | {
+                "dtype": "float32",
+                "dropout_p": c.attention_dropout,
+                "hidden_dropout": c.hidden_dropout,
+                "loss": p.loss if pass_ == "train" else "",
+                "pass": pass_,
+            }
             | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "cpu_ms": cpu, "samples": len(laps), "steps": steps}
             | {"peak_mib": it.peak_mib[pass_], "first_call_ms": it.first_ms[pass_]}
             | {"seq_per_s": sequences / steps / median * 1e3, "seq_per_cpu_s": sequences / steps / max(cpu, 1e-9) * 1e3}
@@ -33,17 +39,18 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: s
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Adds `ratio_to_plain`, a row's time over that of refinement "none" beside it, and `ratio_to_packed`, over that of the packed
-    layout; absent where that was not measured. Within one task and pass."""
-    by = {tuple(row[k] for k in ("task", "pass", "provider", "refinement", "layout")): row["median_ms"] for row in rows}
+    """Adds `ratio_to_plain`, a row's time over that of refinement "none" beside it, `ratio_to_packed`, over that of the packed
+    layout, and the same of the processor's time, `cpu_ratio_...`, which others on the machine disturb less. Absent where that was
+    not measured. Within one task and pass."""
+    by = {tuple(row[k] for k in ("task", "pass", "provider", "refinement", "layout")): row for row in rows}
     for row in rows:
         task, pass_, provider = row["task"], row["pass"], row["provider"]
         plain = by.get((task, pass_, provider, "none", row["layout"]))
         packed = by.get((task, pass_, provider, row["refinement"], "packed"))
-        if plain is not None:
-            row["ratio_to_plain"] = row["median_ms"] / plain
-        if packed is not None:
-            row["ratio_to_packed"] = row["median_ms"] / packed
+        for name, base in (("plain", plain), ("packed", packed)):
+            if base is not None:
+                row[f"ratio_to_{name}"] = row["median_ms"] / base["median_ms"]
+                row[f"cpu_ratio_to_{name}"] = row["cpu_ms"] / max(base["cpu_ms"], 1e-9)
 
 
 def ratio(row: Row, name: str) -> str:
@@ -62,7 +69,9 @@ COLUMNS: list[Column] = [
     ("seq/CPU-s", 9, lambda r: f"{r['seq_per_cpu_s']:.0f}"),
     ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
     ("to plain", 8, lambda r: ratio(r, "ratio_to_plain")),
+    ("CPU", 6, lambda r: ratio(r, "cpu_ratio_to_plain")),
     ("to packed", 9, lambda r: ratio(r, "ratio_to_packed")),
+    ("CPU", 6, lambda r: ratio(r, "cpu_ratio_to_packed")),
 ]
 
 
@@ -75,13 +84,13 @@ def table(rows: list[Row]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """Speed, memory and ratios as tables for a page."""
     gpu = not results["device"].startswith("CPU")
-    speed, unit = ("seq_per_s", "second") if gpu else ("seq_per_cpu_s", "CPU-second")
+    speed, unit, share = ("seq_per_s", "second", "ratio_to_plain") if gpu else ("seq_per_cpu_s", "CPU-second", "cpu_ratio_to_plain")
     layouts = [name for name in LAYOUTS if any(r["layout"] == name for r in results["rows"])]
     lines = [
         f"Training steps and full-ranking evaluation, {results['device']}, torch {results['versions']['torch']}, "
         f"commit {results['commit'][:12]}.",
         f"Sequences per {unit}, and peak MiB above parameters and optimizer.",
-        f"Last column: time of a step over that of plain attention, {layouts[0]}.",
+        f"Last column: {'time' if gpu else 'CPU time'} of a step over that of refinement none, {layouts[0]}.",
     ]
     cells: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in results["rows"]:
@@ -93,7 +102,7 @@ def markdown(results: dict[str, Any]) -> str:
             lines += ["", f"{task}:", "", f"| pass | refinement | backend | {' | '.join(layouts)} | to plain |"]
             lines += ["|--|--|--|" + "--|" * (len(layouts) + 1)]
         shown = [f"{found[n][speed]:,.0f}, {found[n]['peak_mib']:.3g}" if n in found else "-" for n in layouts]
-        to_plain = ratio(found.get(layouts[0], {}), "ratio_to_plain")
+        to_plain = ratio(found.get(layouts[0], {}), share)
         lines.append(f"| {pass_} | {refinement} | `{provider}` | {' | '.join(shown)} | {to_plain} |")
     if results["end_to_end"]:
         lines += ["", "Whole runs, per CPU-second:", ""]

@@ -157,7 +157,7 @@ class Work:
 
     sequences: np.ndarray
     targets: np.ndarray
-    eval_batch: int = 1024
+    eval_batch: int = 512
 
     def batches(self, it: Contestant, pass_: str) -> list[np.ndarray]:
         """The batches of a pass in the contestant's layout."""
