@@ -125,9 +125,9 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def parser(demo: bool = False) -> ArgumentParser:
     """All commands and their options. demo: defaults of train that suit the made-up histories."""
     top = ArgumentParser(prog="awrsr", description=MORE[""], formatter_class=Help)
-    commands = top.add_subcommands(dest="command", metavar="COMMAND")
+    subcommands = top.add_subcommands(dest="command", metavar="COMMAND")
 
-    def add(name: str, to: Any = commands, usage: str | None = None) -> ArgumentParser:
+    def add(name: str, to: Any = subcommands, usage: str | None = None) -> ArgumentParser:
         sub = ArgumentParser(description=MORE[name], formatter_class=Help, usage=usage, print_config="--print-config")
         to.add_subcommand(name.split()[-1], sub, help=HELP[name])
         sub.prog = f"awrsr {name}"
@@ -146,7 +146,7 @@ def parser(demo: bool = False) -> ArgumentParser:
         ("training", TrainingOptions, ()),
     ):
         add_options(train.add_argument_group(title), options, but)
-    train.description = f"{train.description}  {flags(DEMO)}"
+    train.description = f"{train.description}  {commands.flags(DEMO)}"
     if demo:
         train.set_defaults(DEMO)
     add_use(add)
@@ -158,6 +158,7 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
     actions = data.add_subcommands(dest="action", metavar="ACTION")
     fetch = add("data fetch", to=actions)
     fetch.add_argument("name", choices=tuple(REGISTRY), help="which")
+    fetch.add_argument("--base-url", type=str, default="", help="where the files lie (default: the repository of S3-Rec)")
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
     make = add("data make", to=actions)
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")
@@ -174,7 +175,7 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
         make.add_argument(f"--{name}", type=type(default), default=default, help=help)
     stats = add("data stats", to=actions)
     stats.add_argument("file", type=str, help="file of histories")
-    stats.add_argument("--format", choices=FORMATS, default="auto", help="of the file")
+    add_format(stats)
     stats.add_argument("--json", type=str, default="", help="file to write the figures to, too")
 
 
@@ -182,14 +183,12 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     evaluate = add("evaluate")
     add_run(evaluate, "file of histories, divided as in the run (default: the run's own)")
     evaluate.add_argument("--json", type=str, default="", help="file for the metrics")
+    evaluate.add_argument("--ranks", type=str, default="", help="Parquet file for the rank of every held-out event")
     evaluate.add_argument("--part", choices=("validation", "test"), default="test", help="which held-out events")
     add_seen(evaluate)
 
     recommend = add("recommend")
     add_run(recommend, "file of histories, - for standard input (default: the run's own)")
-    recommend.add_argument("--format", choices=FORMATS, default="auto", help="of the histories")
-    for role in ("user", "item", "time"):
-        recommend.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s in --data")
     recommend.add_argument("-k", type=int, default=10, help="items for each user")
     recommend.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet; - writes CSV to standard output")
     add_seen(recommend)
@@ -199,6 +198,7 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
         "runs", nargs="+", type=str, help="run folders; those that differ in nothing but the seed count as one variant"
     )
     compare.add_argument("--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="HR@k, NDCG@k or MRR")
+    compare.add_argument("--baseline", type=str, default="", help="run or variant that others are held to (default: the first)")
     compare.add_argument("--part", choices=("validation", "test"), default="test", help="which held-out events")
     compare.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
     compare.add_argument("--json", type=str, default="", help="file for the results")
@@ -219,7 +219,14 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
 def add_run(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--run", type=str, required=True, help="run folder that awrsr train wrote")
     to.add_argument("--data", type=str, default="", help=data_help)
+    add_format(to)
     to.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0 leaves it to torch")
+
+
+def add_format(to: ArgumentParser) -> None:
+    to.add_argument("--format", choices=FORMATS, default="auto", help="of the file of histories")
+    for role in ("user", "item", "time"):
+        to.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s")
 
 
 def add_seen(to: ArgumentParser) -> None:
@@ -245,11 +252,6 @@ def add_switch(group: Any, name: str, default: bool | None, help: str) -> None:
     group.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
 
 
-def flags(options: dict[str, Any]) -> str:
-    """Options as one would give them."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, 1 for bad input, 130 when interrupted, 141 when nobody reads its output any longer."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -260,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         given = parser(demo).parse_args(arguments)
     if demo:
         suited = {option: value for option, value in DEMO.items() if given.train[option] == value}
-        commands.say(f"No --data: made-up histories, and options that suit them: {flags(suited)}")
+        commands.say(f"No --data: made-up histories, and options that suit them: {commands.flags(suited)}")
     options = given[name]
     if name == "data":
         name, options = f"data {options.action}", options[options.action]
@@ -270,7 +272,9 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
         return 141
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+        if os.environ.get("AWRSR_DEBUG"):
+            raise
         print(f"awrsr {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

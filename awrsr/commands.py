@@ -11,11 +11,14 @@ import numpy as np
 
 from .config import AWRSRConfig, TrainingOptions
 from .data.histories import Histories, Split
-from .data.prepare import DataOptions, divide, histories
+from .data.prepare import DEMO, DataOptions, divide, histories
 from .files import read_json, write_json
 
 if TYPE_CHECKING:
     from .model import AWRSR
+
+
+COLUMNS = ("user_column", "item_column", "time_column")
 
 
 def run_train(options: Any) -> None:
@@ -45,7 +48,8 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     from .model import AWRSR
     from .train import report, train
 
-    say(f"{config.backbone}, refinement {config.refinement}, {training.loss}: {out}")
+    seen = "left out of the ranking" if training.filters_seen(split) else "ranked too"
+    say(f"{config.backbone}, refinement {config.refinement}, {training.loss}, seen items {seen}: {out}")
     torch.manual_seed(training.seed)
     model = AWRSR(config)
     try:
@@ -53,14 +57,10 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
         if not record:
             return {}
         say(f"{record['epochs']} epochs, the best on validation was {record['best_epoch']} (NDCG@10 {record['best']:.4f})")
-        results = report(model, split, training, record, out)
+        return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
         say(f"\n{out} keeps every whole epoch; the same command goes on from there.", file=sys.stderr)
         raise
-    options = asdict(config) | asdict(training) | asdict(data) | {"out": str(out)}
-    results["config"] = options
-    write_json(out / "metrics.json", results)
-    return results
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
@@ -82,14 +82,19 @@ def show(results: dict[str, dict[str, Any]]) -> None:
 
 
 def run_evaluate(options: Any) -> None:
-    from .ranking import evaluate
+    from .ranking import evaluate, write_ranks
 
     model, data, config = open_run(options)
-    found = histories_of(options, data, config)
-    known, unknown = found.numbered_as(model.ids())
+    split = divide(histories_of(options, data, config), data)
+    if options.data and config.get("data", {}).get("fingerprint") != split.fingerprint():
+        print("Other data than the run's: what is held out here may have been trained on", file=sys.stderr)
+    held_out = len(split.targets(options.part)[0])
+    split, unknown = split.numbered_as(model.ids())
     if unknown:
-        print(f"{unknown:,} events left out: the model does not know their items", file=sys.stderr)
-    split = divide(known, data)
+        gone = held_out - len(split.targets(options.part)[0])
+        print(f"{unknown:,} events left out, {gone:,} of them held out: the model does not know their items", file=sys.stderr)
+    if held_out and not len(split.targets(options.part)[0]):
+        raise ValueError(f"data: the model knows none of the {held_out:,} held-out items")
     seen = filters(options, config)
     ranked = evaluate(model, split, options.part, filter_seen=seen, progress=True)
     values = ranked.metrics()
@@ -99,18 +104,17 @@ def run_evaluate(options: Any) -> None:
     results["eval_users_per_cpu_second"] = ranked.users_per_cpu_second
     if options.json:
         write_json(options.json, results)
+    if options.ranks:
+        write_ranks(ranked, split, Path(options.ranks))
 
 
 def run_recommend(options: Any) -> None:
-    from .data.readers import read
     from .tables import writer
 
     model, data, config = open_run(options)
-    if options.data:
-        columns = {role: options[f"{role}_column"] or None for role in ("user", "item", "time")}
-        found = read(sys.stdin.buffer if options.data == "-" else options.data, format=options.format, **columns)
-    else:
-        found = histories_of(options, data, config)
+    if options.data:  # all its users, whatever the run left out
+        data = replace(data, min_user_events=1, min_item_events=1)
+    found = histories_of(options, data, config)
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
     if empty == known.num_users:
@@ -126,7 +130,8 @@ def run_recommend(options: Any) -> None:
 def run_compare(options: Any) -> None:
     from .compare import compare
 
-    found = compare([Path(run) for run in options.runs], part=options.part, metrics=options.metrics, resamples=options.resamples)
+    settings = {name: options[name] for name in ("part", "metrics", "resamples")}
+    found = compare([Path(run) for run in options.runs], baseline=options.baseline or None, **settings)
     print(found)
     if options.json:
         write_json(options.json, found.to_json())
@@ -172,7 +177,7 @@ def run_export(options: Any) -> None:
 def run_fetch(options: Any) -> None:
     from .data.fetch import fetch
 
-    path = fetch(options.name, cache=options.cache or None)
+    path = fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
     print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
 
 
@@ -181,14 +186,16 @@ def run_make(options: Any) -> None:
 
     names = ("users", "items", "length", "noise", "popularity", "gap", "seed")
     write(make(**{name: options[name] for name in names}), options.output)
-    print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}\n  awrsr train --data {options.output} --baseline")
+    print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}")
+    print(f"  awrsr train --data {options.output} --baseline {flags(DEMO)}")
 
 
 def run_stats(options: Any) -> None:
     from .data.readers import read
     from .data.stats import stats, table
 
-    values = stats(read(options.file, format=options.format))
+    columns = {role: options[f"{role}_column"] or None for role in ("user", "item", "time")}
+    values = stats(read(options.file, format=options.format, **columns))
     print(table(values))
     if options.json:
         write_json(options.json, values)
@@ -212,6 +219,11 @@ def pick(kind: type, options: Any) -> Any:
     return kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options})
 
 
+def flags(options: dict[str, Any]) -> str:
+    """Options as one would give them."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+
+
 def say(text: str, file: TextIO | None = None) -> None:
     """Print in the first of several processes; the others are told their number by whatever started them."""
     if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
@@ -220,7 +232,8 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 def load(options: DataOptions) -> Split:
     found = histories(options)
-    say(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events")
+    again = f"{found.repeat_share():.1%} of the events repeat an item of their history"
+    say(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events; {again}")
     return divide(found, options)
 
 
@@ -244,7 +257,12 @@ def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> His
     """Those of --data, or the run's own, filtered as in the run."""
     if not options.data and "data" not in config.get("data", {}):
         raise ValueError(f"data: {options.run} was fitted in Python and does not say where its histories lie; give --data FILE")
-    return histories(replace(data, data=options.data or data.data))
+    if options.data:
+        like = Path(options.data).suffix == Path(data.data).suffix  # then the run's format and columns serve
+        named: dict[str, Any] = {name: options[name] or (getattr(data, name) if like else "") for name in COLUMNS}
+        format = data.format if options.format == "auto" and like else options.format
+        data = replace(data, data=options.data, format=format, **named)
+    return histories(data)
 
 
 def filters(options: Any, config: dict[str, Any]) -> bool:

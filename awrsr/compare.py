@@ -21,7 +21,7 @@ FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
 LEVEL = 1 - significance.CONFIDENCE
 
 # Options that do not make a run another variant: which seed, where it ran and what it wrote.
-NOT_A_VARIANT = frozenset("seed out threads devices nodes accelerator backend progress logger".split())
+NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,11 @@ class TrainingOptions:
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)
-    calibration: float = option(0.75, "gbce's t: 0 is plain bce, 1 calibrated probabilities", least=0, below=1 + 1e-9)
+    calibration: float = option(0.75, "gbce's t: 0 is bce, negatives summed, 1 calibrated", least=0, below=1 + 1e-9)
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )
-    batch_size: int = option(128, "sequences per step, over all processes", least=1)
+    batch_size: int = option(128, "sequences per step, over all processes; steps are made alike, so a few more or less", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
@@ -82,10 +82,10 @@ class TrainingOptions:
     patience: int = option(10, "stop after so many epochs without a better validation NDCG@10; 0 never stops early", least=0)
     filter_seen: str = option(
         "auto",
-        "leave items of the history out of the ranking; auto: unless the data hold an item twice in a history",
+        "leave items of the history out of the ranking; auto: unless over 1 % of the events repeat an item of their history",
         choices=("auto", "yes", "no"),
     )
-    seed: int = option(0, "of weights, order, negatives and dropout", least=0)
+    seed: int = option(0, "of weights, order, negatives and dropout", least=0, below=1 << 31)
     precision: str = option("32-true", "of the arithmetic", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
     accelerator: str = option("auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "gpu", "mps"))
     devices: int = option(1, "processes on each machine", least=1)

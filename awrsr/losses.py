@@ -32,7 +32,7 @@ def bpr(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: 
 def gbce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, calibration: float = 0.75, **_: float) -> Tensor:
     """Generalised binary cross-entropy (Petrov and Macdonald, gSASRec, 2023): undoes the overconfidence of sampling negatives.
 
-    calibration: their t, 0 (plain binary cross-entropy) to 1 (probabilities fully calibrated).
+    calibration: their t, 0 (binary cross-entropy, negatives summed) to 1 (probabilities fully calibrated).
     """
     rate = negatives.shape[1] / max(len(table) - 1, 1)
     power = rate * (calibration * (1 - 1 / rate) + 1 / rate)

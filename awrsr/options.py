@@ -15,6 +15,9 @@ def check(options: Any) -> None:
     """Raise ValueError, naming the option, for a value out of its range, and TypeError for one of another type."""
     for each in fields(options):
         value, default, may = getattr(options, each.name), each.default, each.metadata
+        if hasattr(value, "item"):  # a number of numpy's
+            value = value.item()
+            object.__setattr__(options, each.name, value)
         number = isinstance(default, int | float) and not isinstance(default, bool)
         fits = (
             isinstance(value, int | float) and not isinstance(value, bool)

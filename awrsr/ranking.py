@@ -170,23 +170,24 @@ def evaluate(
     Raises:
         ValueError: the split has another number of items than the model.
     """
-    if split.histories.num_items != model.config.num_items:
+    ids, found = model.item_ids, split.histories.item_ids
+    if len(found) != model.config.num_items or ids is not None and not np.array_equal(found, ids):
         raise ValueError(
-            f"split has {split.histories.num_items} items, must have the model's {model.config.num_items}; "
-            "Histories.numbered_as(model.ids()) numbers other data like the model's"
+            f"split has {len(found)} items, must have the model's {model.config.num_items} in the model's order; "
+            "Split.numbered_as(model.ids()) numbers other data like the model's"
         )
     targets = Targets(split, part, model.config.max_len, filter_seen)
-    found = np.empty(len(targets), dtype=np.int64)
+    ranked = np.empty(len(targets), dtype=np.int64)
     training, start = model.training, time.process_time()
     model.eval()
     bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
     for chosen, batch in targets.batches(batch_size):
-        found[chosen] = rank_batch(model, batch).cpu().numpy()
+        ranked[chosen] = rank_batch(model, batch).cpu().numpy()
         bar.update(len(chosen))
     bar.close()
     model.train(training)
     seconds = time.process_time() - start
-    return Evaluation(targets.users, targets.places, targets.items, found, len(targets) / max(seconds, 1e-9))
+    return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
 
 
 def write_ranks(found: Evaluation, split: Split, path: Path) -> None:

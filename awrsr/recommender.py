@@ -63,7 +63,7 @@ class Recommender(nn.Module):
         out: folder for the run (`awrsr.train`); without it nothing is left on disk.
         """
         from .data.histories import split
-        from .train import TrainingOptions, train
+        from .train import TrainingOptions, report, train
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
@@ -71,7 +71,9 @@ class Recommender(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.__init__(replace(self.config, num_items=parts.histories.num_items))  # type: ignore[misc]
-        train(self, parts, settings, out)
+        record = train(self, parts, settings, out)
+        if out is not None and record:
+            report(self, parts, settings, record, Path(out))
         return self.eval()
 
     def recommend(self, histories: Given, k: int = 10, *, filter_seen: bool = True, batch_size: int = 1024) -> "pl.DataFrame":

@@ -1,13 +1,12 @@
 """Training with Lightning: early stopping on full-ranking validation, exact resume, results in a run folder.
 
-A run is decided by its options, its data and its seed alone: the order of sequences by (seed, epoch), negatives and dropout by
-(seed, step). So a run that goes on after a kill ends with the numbers of one that was never stopped, and several processes draw
-together what one would draw alone (dropout apart).
+A run is decided by its options, its data, its seed and the weights it begins with: the order of sequences by (seed, epoch),
+negatives and dropout by (seed, step). So a run that goes on after a kill ends with the numbers of one that was never stopped, and
+several processes draw together what one would draw alone (dropout apart).
 """
 
 import json
 import logging
-import resource
 import signal
 import sys
 import tempfile
@@ -51,6 +50,11 @@ class Training(L.LightningModule):
         self.model, self.options, self.folder, self.sections = model, options, folder, sections
         self.windows = Windows(split, model.config.max_len, options.windows)
         self.validation = Targets(split, "validation", model.config.max_len, options.filters_seen(split))
+        world = options.devices * options.nodes
+        self.windows.batches(options.batch_size, options.seed, 0, 0, world)  # raises where there are too few sequences
+        if len(self.validation) < world:
+            raise ValueError(f"{len(self.validation)} validation targets are too few for {world} processes, must be one for each")
+        draw_negatives(options.loss, torch.empty(0, dtype=torch.int64), model.config.num_items, 1, torch.Generator())  # likewise
         self.found = torch.zeros(len(self.validation), dtype=torch.int64)
         self.record: dict[str, Any] = {
             "best": -1.0,
@@ -221,12 +225,9 @@ def train(
         and NDCG@10 of each epoch. Empty in every process but the first.
 
     Raises:
-        ValueError: the model is for another number of items; `out` holds another run. FloatingPointError: the loss is no number.
+        ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is no number.
     """
-    if model.config.num_items != split.histories.num_items:
-        raise ValueError(
-            f"num_items is {model.config.num_items}, must be {split.histories.num_items}, the number of items in the histories"
-        )
+    split = numbered_for(model, split)
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
             return train(model, split, options, temporary, **sections)
@@ -236,10 +237,14 @@ def train(
     model.item_ids = split.histories.item_ids
     if options.threads:
         torch.set_num_threads(options.threads)
-    resume = settle(folder, {"model": asdict(model.config)} | sections)
-    training = Training(model, split, options, folder, sections)
+    training = Training(model.train(), split, options, folder, sections)
+    config = {"model": asdict(model.config)} | sections
+    resume = holds(folder, config)
     if resume:
         training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
+        if training.record["epochs"] > options.epochs:
+            raise ValueError(f"epochs is {options.epochs}, must be at least the {training.record['epochs']} of the run in {folder}")
+    write_json(folder / CONFIG, config)
     if not finished(training.record, options):
         with quiet():
             trainer = make_trainer(options, folder)
@@ -264,8 +269,20 @@ def finished(record: dict[str, Any], options: TrainingOptions) -> bool:
 MAY_CHANGE = ("epochs", "patience", "progress", "logger", "threads", "data")  # in a run that goes on; data: where they lie
 
 
-def settle(folder: Path, config: dict[str, Any]) -> bool:
-    """Make the folder this run's, and say whether it holds a state of the same run to go on from."""
+def numbered_for(model: Recommender, split: Split) -> Split:
+    """The split with items numbered as the model has them: those it was fitted to before, or any of the right number."""
+    own, items = model.item_ids, split.histories.item_ids
+    if own is not None:
+        split, unknown = split.numbered_as(own)
+        if unknown:
+            raise ValueError(f"histories hold {unknown} events with items this model was not fitted to; make another for them")
+    elif model.config.num_items != len(items):
+        raise ValueError(f"num_items is {model.config.num_items}, must be {len(items)}, the number of items in the histories")
+    return split
+
+
+def holds(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether the folder holds a state of the same run to go on from. Raises ValueError where it is another run's."""
     resume = (folder / STATE).exists() and (folder / CONFIG).exists()
     if resume:
         old, new = (flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
@@ -275,7 +292,6 @@ def settle(folder: Path, config: dict[str, Any]) -> bool:
         if differs:
             of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
             raise ValueError(f"{folder} holds another run: {of}. Give another folder, or remove this one")
-    write_json(folder / CONFIG, config)
     return resume
 
 
@@ -336,16 +352,26 @@ def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
     )
 
 
-def report(model: Recommender, split: Split, options: TrainingOptions, record: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Evaluate a trained model on validation and test targets; write their ranks and metrics.json."""
-    filter_seen = options.filters_seen(split)
+def report(
+    model: Recommender,
+    split: Split,
+    options: TrainingOptions,
+    record: dict[str, Any],
+    out: Path,
+    more: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained model on validation and test targets; write their ranks and metrics.json, which is returned.
+
+    more: further options for "config" in it.
+    """
+    split, filter_seen = numbered_for(model, split), options.filters_seen(split)
     model.to(options.device())
     parts = {
         part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
     }
     for part, found in parts.items():
         write_ranks(found, split, out / f"ranks_{part}.parquet")
-    recalled = recall(parts["test"], split)
+    recalled = {} if filter_seen else recall(parts["test"], split)
     results = (
         {part: found.metrics() for part, found in parts.items()}
         | {
@@ -355,11 +381,22 @@ def report(model: Recommender, split: Split, options: TrainingOptions, record: d
             "train_cpu_seconds": record["cpu_seconds"],
             "train_sequences_per_cpu_second": record["sequences"] / max(record["cpu_seconds"], 1e-9),
             "eval_users_per_cpu_second": parts["test"].users_per_cpu_second,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2),
+            "peak_mib": peak_mib(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "filter_seen": filter_seen,
             "curve": record["curve"],
         }
         | ({"recall": recalled} if recalled else {})
+        | {"config": asdict(model.config) | asdict(options) | (more or {}) | {"out": str(out)}}
     )
+    write_json(out / "metrics.json", results)
     return results
+
+
+def peak_mib() -> float | None:
+    """Most memory this process had, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024**2 if sys.platform == "darwin" else 1024)

@@ -196,7 +196,21 @@ def test_evaluate_says_what_it_leaves_out(home: Path, tmp_path: Path, capsys: py
     other = tmp_path / "other.txt"
     other.write_text((home / "data.txt").read_text() + "late i1 new i2 i3 i4 newer\n")
     assert main(["evaluate", "--run", str(home / "run"), "--data", str(other)]) == 0
-    assert capsys.readouterr().err == "2 events left out: the model does not know their items\n"
+    assert capsys.readouterr().err.splitlines() == [
+        "Other data than the run's: what is held out here may have been trained on",
+        "2 events left out, 1 of them held out: the model does not know their items",
+    ]
+
+
+def test_an_unknown_item_held_out_is_no_target_and_none_takes_its_place(home: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    lines = (home / "data.txt").read_text().splitlines()
+    other.write_text("".join(f"{line}{' what' if n % 2 else ''}\n" for n, line in enumerate(lines)))
+    flags = ["--data", str(other), "--ranks", str(tmp_path / "ranks.parquet")]
+    assert main(["evaluate", "--run", str(home / "run"), *flags]) == 0
+    ranks = pl.read_parquet(tmp_path / "ranks.parquet")
+    assert ranks["user"].to_list() == [line.split()[0] for line in lines[::2]]
+    assert ranks["item"].to_list() == [line.split()[-1] for line in lines[::2]]
 
 
 # Recommend.

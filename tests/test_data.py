@@ -96,8 +96,32 @@ def test_collapsed_keeps_the_first_of_each_run(pairs: list[tuple[int, int]]) -> 
 
 
 @given(event_lists)
-def test_repeats_means_an_item_twice_for_one_user(pairs: list[tuple[int, int]]) -> None:
-    assert events_of(pairs).repeats() == (len(set(pairs)) < len(pairs))
+def test_repeats_are_events_whose_item_the_user_had_before(pairs: list[tuple[int, int]]) -> None:
+    share = 1 - len(set(pairs)) / max(len(pairs), 1)
+    assert events_of(pairs).repeat_share() == pytest.approx(share)
+    assert events_of(pairs).repeats() == (share > 0.01)
+
+
+@given(event_lists, st.integers(1, 3))
+def test_a_split_numbered_otherwise_keeps_the_targets_that_are_known(pairs: list[tuple[int, int]], n: int) -> None:
+    histories = events_of(pairs)
+    try:
+        parts = split(histories, "last-n", n=n)
+    except ValueError:
+        return
+    known = histories.item_ids[::2][::-1]
+    numbered, unknown = parts.numbered_as(known)
+    assert unknown == np.isin(histories.item_ids[histories.items], known, invert=True).sum()
+    for part in ("validation", "test"):
+        users, places = parts.targets(part)
+        held_out = [(u, histories.item_ids[histories.of(u)[p]]) for u, p in zip(users, places, strict=True)]
+        users, places = numbered.targets(part)
+        kept = [(u, known[numbered.histories.of(u)[p]]) for u, p in zip(users, places, strict=True)]
+        alone = {u for u in users if not len(numbered.histories.of(u))}  # nothing is left before their targets
+        assert set(kept) <= {(u, item) for u, item in held_out if item in known} and not alone
+        for u, item in held_out:
+            before = numbered.histories.of(u)[: {"validation": numbered.train_end, "test": numbered.validation_end}[part][u]]
+            assert item not in known or (u, item) in kept or not len(before)
 
 
 def test_from_lists_takes_mappings_lists_and_users_without_events() -> None:

@@ -1,9 +1,11 @@
 """Fitting, recommending and similar items, with ids of any type, against brute force."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,45 @@ def test_fit_learns() -> None:
     model = AWRSR(replace(SMALL, hidden=32, hidden_dropout=0.1)).fit(lists, options)
     table = model.recommend([[3, 4, 5], [9, 10, 11]], 1, filter_seen=False)
     assert table["item"].to_list() == [6, 0]
+
+
+def test_a_second_fit_goes_on_and_drops_again() -> None:
+    model = AWRSR(SMALL).fit(LISTS, BRIEF)
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda block, _: seen.append(block.training))
+    before = model.items.weight.clone()
+    model.fit(LISTS[::-1], BRIEF)
+    assert any(seen) and not model.training and not torch.equal(before, model.items.weight)
+
+
+def test_a_second_fit_keeps_the_names_of_items() -> None:
+    model = AWRSR(SMALL).fit(LISTS, BRIEF)
+    ids = model.ids().copy()
+    model.fit(LISTS[::-1], BRIEF, learning_rate=1e-12)  # users and so first appearances in another order
+    assert np.array_equal(model.ids(), ids)
+    with pytest.raises(ValueError, match="histories hold 3 events with items this model was not fitted to"):
+        model.fit([*LISTS, [97, 98, 99, *LISTS[0]]], BRIEF)
+
+
+def test_a_run_goes_on_from_a_loaded_model(tmp_path: Path) -> None:
+    runs = []
+    for folder, stops in (("whole", [3]), ("parts", [1, 3])):
+        for epochs in stops:
+            model = AWRSR(SMALL)
+            if (tmp_path / folder).exists():
+                model = AWRSR.load(tmp_path / folder)
+            model.fit(LISTS, BRIEF, epochs=epochs, patience=0, out=tmp_path / folder)
+        runs.append(json.loads((tmp_path / folder / "metrics.json").read_text())["curve"])
+    assert runs[0] == runs[1]
+    with pytest.raises(ValueError, match="epochs is 2, must be at least the 3 of the run in"):
+        model.fit(LISTS, BRIEF, epochs=2, patience=0, out=tmp_path / "whole")
+
+
+def test_whole_floats_are_whole_numbers_and_tables_are_refused() -> None:
+    assert Histories.from_lists([[7.0, 8], [8.0]]).item_ids.tolist() == [7, 8]
+    assert len(Histories.from_lists([[2**53, 2**53 + 1, 0.5]]).item_ids) == 3
+    with pytest.raises(TypeError, match=r"histories is of type DataFrame, must be a mapping or lists .*from_events"):
+        Histories.from_lists(pl.DataFrame({"user": [1], "item": [2]}))
 
 
 def test_more_options_are_named() -> None:

@@ -49,7 +49,7 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
         else:
             matches = guesses(role, names)
             problem = "has more than one column that" if matches else "has no column whose name says that it"
-            problem = f"{problem} may be the {role}; say which with {role}=NAME"
+            problem = f"{problem} may be the {role}; say which with --{role}-column NAME (in Python {role}=NAME)"
         if len(matches) > 1 or (not matches and (name is not None or role != "time")):
             raise DataError(f"{source}: {problem}; columns: {listed}")
         if matches:
@@ -89,6 +89,10 @@ def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.S
         raise DataError(f"{place(0)}: {role} is of type {values.dtype}; must be one number or text per row")
     if values.dtype.is_float():
         values = values.fill_nan(None)
+        exact = values.cast(pl.Int64, strict=False)
+        if exact.null_count() == values.null_count() and (exact.cast(values.dtype) == values).all():
+            _refuse_missing(values, role, place)
+            return exact.to_numpy(), None  # 7.0, as tables with gaps write it, is 7
     text = values.cast(pl.String).str.strip_chars(" \t")
     _refuse_missing(text, role, place)
     whole = text.str.contains(r"^(0|-?[1-9][0-9]*)$")

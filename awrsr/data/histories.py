@@ -60,14 +60,19 @@ class Histories:
     def from_lists(cls, histories: "Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]") -> "Histories":
         """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...).
 
-        Ids are of any type: whole numbers that int64 holds stay numbers, floats too; all others, and several types together,
-        become text.
+        Ids are of any type: whole numbers that int64 holds stay numbers (7.0 is 7), floats too; all others, and several types
+        together, become text.
 
         Raises:
             TypeError: an entry that is no sequence of ids. ValueError: an id that is missing (None or NaN).
         """
         if isinstance(histories, Histories):
             return histories
+        if isinstance(histories, str) or hasattr(histories, "columns"):
+            raise TypeError(
+                f"histories is of type {type(histories).__name__}, must be a mapping or lists of item ids; "
+                "awrsr.read(path) reads a file, Histories.from_events(users, items, times) takes columns"
+            )
         pairs = histories if isinstance(histories, Mapping) else dict(enumerate(histories))
         for user, items in pairs.items():
             if isinstance(items, str | bytes) or not isinstance(items, Iterable):
@@ -109,9 +114,13 @@ class Histories:
         key.sort()  # np.unique would hash, which takes a hundred times as long for twenty million events
         return int(np.count_nonzero(key[1:] != key[:-1])) + min(len(key), 1)
 
+    def repeat_share(self) -> float:
+        """Share of the events whose item the user had before."""
+        return 1 - self.pairs() / max(len(self.items), 1)
+
     def repeats(self) -> bool:
-        """Whether some user has some item more than once."""
-        return self.pairs() < len(self.items)
+        """Whether users take items again: in more than 1 % of the events, as a few doubled lines are no habit."""
+        return self.repeat_share() > 0.01
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
         """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their
@@ -120,8 +129,7 @@ class Histories:
         to = np.array([place.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
         item = to[self.items] if len(to) else self.items
         known = item >= 0
-        user = np.repeat(np.arange(self.num_users), self.lengths)[known]
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=self.num_users))])
+        offsets = np.concatenate([[0], np.cumsum(known)])[self.offsets]
         times = None if self.times is None else self.times[known]
         return replace(self, items=item[known], offsets=offsets, item_ids=item_ids, times=times), int((~known).sum())
 
@@ -163,7 +171,10 @@ def _one_type(role: str, ids: list[Any]) -> np.ndarray:
         except OverflowError:  # no int64; numpy would take to floats, in which neighbours are one
             pass
     elif all(issubclass(kind, Real) for kind in kinds):
-        return np.array(ids, dtype=np.float64)
+        if all(isinstance(x, Integral) or float(x).is_integer() for x in ids):
+            return _one_type(role, [int(x) for x in ids])  # 7.0, as tables with gaps write it, is 7
+        if all(issubclass(kind, float) for kind in kinds):
+            return np.array(ids, dtype=np.float64)
     return np.array([str(x) for x in ids], dtype=np.str_)
 
 
@@ -193,6 +204,16 @@ class Split:
         for ids in (h.item_ids, h.user_ids):
             digest.update("\n".join(map(str, ids.tolist())).encode())
         return digest.hexdigest()[:16]
+
+    def numbered_as(self, item_ids: np.ndarray) -> tuple["Split", int]:
+        """As `Histories.numbered_as`; an event that is left out is no target either, and no other one takes its place."""
+        h = self.histories
+        numbered, unknown = h.numbered_as(item_ids)
+        if not unknown:
+            return replace(self, histories=numbered), 0
+        known = np.concatenate([[0], np.cumsum(np.isin(_keys(h.item_ids), _keys(item_ids))[h.items])])  # events before each place
+        ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
+        return Split(numbered, *ends), unknown
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """(M,) users and (M,) places in their histories of the targets of "validation" or "test" that have an event before."""

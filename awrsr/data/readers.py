@@ -117,7 +117,7 @@ def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Hi
         names = list(pl.read_parquet_schema(io.BytesIO(data)))
         columns = find_columns(source, names, wanted)
         table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in columns.values()])
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"{source}: is no Parquet file that can be read: {error}") from None
     if not len(table):
         raise DataError(f"{source}: has no rows")

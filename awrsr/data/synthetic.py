@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import atomic
 from .histories import Histories
 
 BLOCK = 1 << 15  # users drawn at a time; part of what a seed means
@@ -122,14 +123,9 @@ def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
         user = histories.user_ids[int((histories.lengths == 0).argmax())]
         raise ValueError(f"user {user} has no events; a file of lines cannot hold such a user")
     words = histories.item_ids.astype(np.str_)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="\n") as file:
-            for user, key in enumerate(histories.user_ids.tolist()):
-                file.write(f"{key} {' '.join(words[histories.of(user)].tolist())}\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
+        for user, key in enumerate(histories.user_ids.tolist()):
+            file.write(f"{key} {' '.join(words[histories.of(user)].tolist())}\n")
     return path
 
 
