@@ -44,6 +44,7 @@ class RefinedAttention(nn.Module):
         per_head: bool = True,
         table_std: float = 1.0,
         refine_scale: float = 0.0,
+        gate: float = 1.0,
         learned_gate: bool = False,
         dropout: float = 0.0,
         backend: str = "auto",
@@ -53,16 +54,17 @@ class RefinedAttention(nn.Module):
         self.refine_scale = refine_scale or None  # None is the operator's 1 / sqrt(rank)
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.out = nn.Linear(hidden, hidden)
-        self.w_q = self.w_k = self.to_tables = self.gate = None
+        self.w_q = self.w_k = self.to_tables = None
+        self.gate: Tensor | float | None = gate if refinement == "additive" else None
         if refinement == "none":
             return
+        if learned_gate and refinement == "additive":
+            self.gate = nn.Parameter(torch.full((heads,), gate))
         if tables == "content":
             self.to_tables = nn.Parameter(torch.randn(hidden, 2 * heads * rank) * table_std / hidden**0.5)
         else:
             shape = (heads, max_len, rank) if per_head else (max_len, rank)
             self.w_q, self.w_k = (nn.Parameter(torch.randn(shape) * table_std) for _ in range(2))
-        if learned_gate and refinement == "additive":
-            self.gate = nn.Parameter(torch.ones(heads))
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         """x (..., E) -> (..., E)."""

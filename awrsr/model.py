@@ -98,6 +98,7 @@ class Block(nn.Module):
             per_head=c.per_head,
             table_std=c.table_std,
             refine_scale=c.refine_scale,
+            gate=c.gate,
             learned_gate=c.learned_gate,
             dropout=c.attention_dropout,
             backend=c.backend,

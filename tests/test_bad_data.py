@@ -39,7 +39,7 @@ WRONG = [  # file name, content, what follows the path in the message
     ("a.csv", "user,item,time\n1,2,3\n1,2,2020-01-01\n", ":3: time is '2020-01-01'; must be a finite number"),
     ("a.csv", "user,item,time\n1,2,2020-01-01\n1,2,2020-02-30\n", ":3: time is '2020-02-30'; must be a number or an ISO 8601 date"),
     ("a.csv", "user,item,user\n1,2,3\n", ": column 'user' is there more than once; columns: 'user', 'item', 'user'"),
-    ("a.csv", "user,uid,item\n1,2,3\n", ": has more than one column that may be the user; say which with --user-column .*; .*'uid'"),
+    ("a.csv", "user,uid,item\n1,2,3\n", ": has more than one column that may be the user; say which .*; .*'uid'"),
     ("a.csv", "user,thing\n1,2\n", ": has no column whose name says that it may be the item; say which .*'thing'"),
     ("a.csv", "user,item,date,time\n1,2,3,4\n", ": has more than one column that may be the time; say which with --time-col"),
     ("a.csv", 'user,item\n1,"2\n', r':2: here is the last of an odd number of quotes \("\)'),

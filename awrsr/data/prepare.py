@@ -9,13 +9,15 @@ from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
 
-# Options of model and training that suit the made-up histories: one layer, with which only refinement can recall, drawn so that
-# equal items find each other and with tables that learn fast; enough epochs for two plain layers to learn it, too.
+# Options of model and training that suit the made-up histories: one layer, with which only refinement can recall; in the last one
+# equal items find each other at the start, tables learn fast, and higher-order weights are not drowned by first-order ones; enough
+# epochs for two plain layers to learn it, too.
 DEMO: dict[str, Any] = {
     "layers": 1,
     "init": "match",
     "table_std": 0.5,
     "refine_scale": 2.8,
+    "gate": 4.0,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
     "learning_rate": 3e-3,
