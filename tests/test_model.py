@@ -234,6 +234,20 @@ def test_a_gate_of_zero_is_plain_attention() -> None:
     torch.testing.assert_close(refined(*packed(mixed([4, 9]))), plain(*packed(mixed([4, 9]))), rtol=1e-5, atol=1e-5)
 
 
+def test_the_gate_is_a_factor_or_where_a_learned_one_begins() -> None:
+    inputs = packed(mixed([4, WINDOW]))
+    fixed, one = make_model(gate=3.0), make_model()
+    assert fixed.state_dict().keys() == one.state_dict().keys() and not torch.allclose(fixed(*inputs), one(*inputs))
+    learned = make_model(gate=3.0, learned_gate=True)
+    learned.load_state_dict(fixed.state_dict(), strict=False)
+    with torch.no_grad():
+        for block in learned.blocks:
+            block.attention.gate.fill_(3.0)
+    torch.testing.assert_close(learned(*inputs), fixed(*inputs))
+    fresh = AWRSR(AWRSRConfig(num_items=ITEMS, gate=3.0, learned_gate=True, heads=2))
+    assert fresh.blocks[0].attention.gate.tolist() == [3.0, 3.0]
+
+
 def test_matched_keys_begin_at_equal_items() -> None:
     torch.manual_seed(0)
     model = AWRSR(AWRSRConfig(num_items=ITEMS, init="match", layers=2, heads=1, hidden=64, refinement="none")).eval()
