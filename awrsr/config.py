@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .data.histories import Split
 from .options import check, option
 
+WATCHED = "NDCG@10"  # on validation: what decides which epoch is kept, and when to stop
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 
 
@@ -80,7 +81,7 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
     epochs: int = option(100, "passes over the data, at most", least=1)
-    patience: int = option(10, "stop after so many epochs without a better validation NDCG@10; 0 never stops early", least=0)
+    patience: int = option(10, f"stop after so many epochs without a better validation {WATCHED}; 0 never stops early", least=0)
     filter_seen: str = option(
         "auto",
         "leave items of the history out of the ranking; auto: unless over 1 % of the events repeat an item of their history",

@@ -20,11 +20,13 @@ if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not inst
 import numpy as np
 import torch
 
+from awrsr.config import TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.data.readers import read
+from awrsr.loop import make_trainer
 from awrsr.model import AWRSR, AWRSRConfig
 from awrsr.ranking import evaluate
-from awrsr.train import Training, TrainingOptions, make_trainer
+from awrsr.train import Training
 from benchmarks import report
 from benchmarks.arguments import number, whole
 

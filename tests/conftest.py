@@ -7,6 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import functools  # noqa: E402
 import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
@@ -78,6 +79,30 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         return "triton"
 
     return chosen
+
+
+@pytest.fixture
+def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """printed(*arguments): what the command line writes."""
+    from . import runs
+
+    return functools.partial(runs.printed, capsys)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refused(*arguments): the one line in which the command line says what is wrong."""
+    from . import runs
+
+    return functools.partial(runs.refused, capsys)
+
+
+@pytest.fixture
+def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """stopped(*arguments): status and error of a command line that cannot be parsed."""
+    from . import runs
+
+    return functools.partial(runs.stopped, capsys)
 
 
 def cumulative(lengths: list[int], device: str = DEVICE) -> torch.Tensor:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from awrsr.cli import main, parser
 from awrsr.commands import COMMANDS
 from awrsr.data.prepare import DEMO
 
-from . import runs
 from .runs import ITEMS, QUICK, SMALL, command, everything, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[1]
@@ -39,21 +37,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(home / "run", tmp_path / "run"))
-
-
-@pytest.fixture
-def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    return partial(runs.printed, capsys)
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    return partial(runs.refused, capsys)
-
-
-@pytest.fixture
-def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    return partial(runs.stopped, capsys)
 
 
 def typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +34,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(home: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(home / "run", tmp_path / "run"))
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    return partial(runs.refused, capsys)
-
-
-@pytest.fixture
-def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    return partial(runs.stopped, capsys)
 
 
 BAD_DATA = [

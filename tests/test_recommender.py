@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from awrsr import recommender
+from awrsr.config import TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.model import AWRSR, AWRSRConfig
-from awrsr.train import TrainingOptions
 
 from .small import ITEMS, WINDOW, as_numbered, make_lists, make_model
 

@@ -1,5 +1,6 @@
 """A run and its folder: exact resume, seeds, early stopping, refusals; whatever stops a run leaves the last whole epoch."""
 
+import logging
 import os
 import pickle
 import random
@@ -332,7 +333,7 @@ def test_fit_without_a_folder_leaves_nothing_behind(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
     def surroundings() -> list[Any]:
-        level = training.logging.getLogger("lightning.pytorch").level
+        level = logging.getLogger("lightning.pytorch").level
         numpy = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
         return [torch.get_rng_state().tolist(), numpy, random.getstate(), list(warnings.filters), level]
 
