@@ -23,6 +23,10 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert "dan" in printed and (tmp_path / "runs/tea/model.safetensors").exists()
 
 
+def test_nothing_is_left_to_fill_in() -> None:
+    assert not re.search(r"_TABLE\b|TODO|TBD|XXX", README)
+
+
 def test_measured_tables_are_the_benchmarks() -> None:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
     measured = {path: results for path, results in files.items() if results.get("kind") != "prediction"}
