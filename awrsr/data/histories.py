@@ -267,5 +267,7 @@ def split(
     parts = Split(histories, train_end.astype(np.int64), validation_end.astype(np.int64))
     for part in ("validation", "test"):
         if not len(parts.targets(part)[0]):
-            raise ValueError(f"split {how!r} leaves nothing for {part}: the longest history has {lengths.max(initial=0)} events")
+            span = "" if how != "time" else f", and times run from {histories.times.min():g} to {histories.times.max():g}"  # type: ignore[union-attr]
+            longest = f"the longest history has {lengths.max(initial=0)} events"
+            raise ValueError(f"split {how!r} leaves nothing for {part}: {longest}{span}")
     return parts

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from ..options import check, option
+from ._read_columns import to_times
 from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
@@ -81,16 +84,5 @@ def divide(found: Histories, options: DataOptions) -> Split:
 
 
 def moment(text: str) -> float | None:
-    """Seconds since 1970, or whatever number the data count in."""
-    import polars as pl
-
-    if not text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        return float(pl.Series([text]).str.to_datetime(time_unit="us").dt.timestamp("us")[0] / 1e6)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{text!r} is no moment, must be a number or a date such as 2014-05-31 or 2014-05-31T12:00:00") from error
+    """Seconds since 1970 of a date, or whatever number the data count in; read as the times of a file are."""
+    return float(to_times(pl.Series([text]), lambda _: f"moment {text!r}")[0]) if text else None
