@@ -78,6 +78,11 @@ class TrainingOptions:
     )
     batch_size: int = option(128, "sequences per step, over all processes; steps are made alike, so a few more or less", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
+    schedule: str = option(
+        "constant",
+        "of the learning rate: constant, or falling to 0 over all epochs by half a cosine",
+        choices=("constant", "cosine"),
+    )
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
     epochs: int = option(100, "passes over the data, at most", least=1)

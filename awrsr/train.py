@@ -6,6 +6,7 @@ several processes draw together what one would draw alone (dropout apart).
 """
 
 import json
+import math
 import signal
 import sys
 import tempfile
@@ -97,7 +98,12 @@ class Training(L.LightningModule):
     def configure_optimizers(self) -> "OptimizerLRScheduler":
         o = self.options
         fused = o.precision != "16-mixed"
-        return torch.optim.AdamW(self.parameters(), o.learning_rate, weight_decay=o.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(self.parameters(), o.learning_rate, weight_decay=o.weight_decay, fused=fused)
+        if o.schedule == "constant":
+            return optimizer
+        steps = o.epochs * len(self.windows.batches(o.batch_size, o.seed, 0))
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
 
     # ---- validation after it
 
@@ -201,7 +207,7 @@ def finished(record: dict[str, Any], options: TrainingOptions) -> bool:
     return bool(record["epochs"] >= options.epochs or options.patience and record["epochs"] and waited >= options.patience)
 
 
-MAY_CHANGE = ("epochs", "patience", "progress", "logger", "threads", "data")  # in a run that goes on; data: where they lie
+MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "data"}  # in a run that goes on; data: where they lie
 
 
 def numbered_for(model: Recommender, split: Split) -> Split:
@@ -221,8 +227,11 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
     resume = (folder / STATE).exists() and (folder / CONFIG).exists()
     if resume:
         old, new = (flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
+        fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
         differs = sorted(
-            name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE
+            name
+            for name in old.keys() | new.keys()
+            if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed
         )
         if differs:
             of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
