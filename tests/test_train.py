@@ -87,18 +87,20 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 # Going on.
 
 
-def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(schedule: str, data: Path, tmp_path: Path) -> None:
     def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    done = start("-c", KILLED, *command(data, out, epochs=4))
+    options = {"epochs": 4, "schedule": schedule}
+    done = start("-c", KILLED, *command(data, out, **options))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert state(out)["awrsr"]["record"]["epochs"] == 2 and not (out / "metrics.json").exists()
-    done = start("-m", "awrsr", *command(data, out, epochs=4))
+    done = start("-m", "awrsr", *command(data, out, **options))
     assert done.returncode == 0, done.stderr
     assert "epoch 3/4" in done.stdout and "epoch 2/4" not in done.stdout
-    assert timeless(results(out)) == timeless(train(data, whole, epochs=4))
+    assert timeless(results(out)) == timeless(train(data, whole, **options))
     assert weights(out) == weights(whole)
     assert [p.name for p in out.glob(".*")] == []
 

@@ -1,9 +1,11 @@
 """What the options of training do: losses, clipping, windows, precision, logs, devices; several processes train as one would."""
 
 import io
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,25 @@ def test_the_gradient_is_clipped(parts: Split, monkeypatch: pytest.MonkeyPatch) 
     assert min(free) > 0.02
     assert len(norms) == len(free)
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
+
+
+def test_the_learning_rate_falls_by_half_a_cosine(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, rates = torch.optim.AdamW.step, []
+
+    def watched(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    fit(parts, epochs=3, patience=0, learning_rate=0.02, schedule="cosine")
+    assert rates == pytest.approx([0.01 * (1 + math.cos(math.pi * n / len(rates))) for n in range(len(rates))])
+    assert len(rates) % 3 == 0 and rates[0] == 0.02
+
+
+def test_more_epochs_are_another_run_where_the_rate_falls(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    assert main(command(data, tmp_path / "run", epochs=1, schedule="cosine")) == 0
+    error = refused(*command(data, tmp_path / "run", epochs=2, schedule="cosine"))
+    assert "holds another run: training.epochs was 1 and is 2" in error
 
 
 def test_weight_decay_shrinks_what_no_event_touches() -> None:
