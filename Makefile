@@ -15,7 +15,7 @@ lint: .venv/ready
 train: .venv/ready
 	$(BIN)/awrsr train
 
-# What models reach on real data, over seeds; half a day on one core. DATA: folder with beauty.txt and lastfm.txt.
+# What models reach on real data, over seeds; one to two hours on one core. DATA: folder with beauty.txt and lastfm.txt.
 accuracy: .venv/ready
 	$(BIN)/python benchmarks/accuracy.py --out bench-out/accuracy $(if $(DATA),--folder $(DATA))
 

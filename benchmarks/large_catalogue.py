@@ -56,7 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")
     add("--length", type=whole(3), default=20, metavar="L", help="events of each user (default 20)")
     add("--data", type=Path, metavar="FILE", help="read this file instead of making one")
-    add("--steps", type=whole(1), default=50, metavar="N", help="training steps of 256 sequences (default 50)")
+    add("--steps", type=whole(1), default=50, metavar="N", help="training steps (default 50)")
     add("--targets", type=whole(1), default=1000, metavar="M", help="users to evaluate, and to recommend for (default 1000)")
     add("--loss", choices=("sampled_softmax", "cross_entropy", "bce"), default="sampled_softmax", help="default sampled_softmax")
     add("--limit", type=number(0, 1e9, "a number of GiB"), default=12.0, metavar="GIB", help="largest peak (default 12)")
