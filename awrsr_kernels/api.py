@@ -64,11 +64,14 @@ def refined_attention(
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.
     """
+    checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
-    w_q, w_k, gate, call = _prepare(
-        q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, dropout_p
+    w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
+    call = padded_call(
+        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p
     )
-    return _run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)
+    gate = checks.gate(gate, refinement, q.shape[1], q)
+    return run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)[0]
 
 
 def refined_attention_varlen(
@@ -107,26 +110,15 @@ def refined_attention_varlen(
     Returns:
         (T, H, D_v) in v's dtype.
     """
+    checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
-    checks.choice("align", align, ("left", "right"))
-    checks.cu_seqlens(cu_seqlens, q)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
-    window = q.shape[0] if w_q is None or per_entry else w_q.shape[2]
-    call = Call(
-        refinement=refinement,
-        causal=checks.flag("causal", causal),
-        varlen=True,
-        align_right=align == "right",
-        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], window),
-        per_entry=per_entry,
-        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-        refine_scale=checks.scale("refine_scale", refine_scale, 1 if w_q is None else w_q.shape[-1]),
-        dropout_p=checks.probability("dropout_p", dropout_p),
+    call = packed_call(
+        q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p
     )
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    out = _run(Inputs(q, k, v, w_q, w_k, gate, cu_seqlens, None), dropout_seed, call, backend)
-    return out.squeeze(0).transpose(0, 1)
+    given = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens, None)
+    return run(given, dropout_seed, call, backend)[0].squeeze(0).transpose(0, 1)
 
 
 def attention_weights(
@@ -149,32 +141,32 @@ def attention_weights(
     that meet the values (for "value" M = R P). Rows of P and R sum to 1, rows of additive M to 1 + gate; rows and columns of
     padding are 0. Differentiable.
     """
+    checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)
-    w_q, w_k, gate, call = _prepare(
-        q, w_q, w_k, refinement, gate, causal, lengths, padding_side, softmax_scale, refine_scale, 0.0
-    )
+    w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
+    call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0)
+    gate = checks.gate(gate, refinement, q.shape[1], q)
     with checks.without_autocast(q.device):
         return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, None), call)
 
 
-def _prepare(
+def padded_call(
     q: Tensor,
     w_q: Tensor | None,
-    w_k: Tensor | None,
     refinement: str,
-    gate: Tensor | float | None,
     causal: bool,
     lengths: Tensor | None,
     padding_side: str,
+    per_entry: bool,
     softmax_scale: float | None,
     refine_scale: float | None,
     dropout_p: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Call]:
-    """What a padded call comes to: W as (1 or B, 1 or H, L, R), gate as (1 or H,), the rest as a `Call`."""
+    gaussian: bool = False,
+) -> Call:
+    """What a padded call comes to, beside its tensors."""
     checks.choice("padding_side", padding_side, ("left", "right"))
     checks.lengths(lengths, q)
-    w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = Call(
+    return Call(
         refinement=refinement,
         causal=checks.flag("causal", causal),
         varlen=False,
@@ -182,14 +174,51 @@ def _prepare(
         max_len=q.shape[2],
         per_entry=per_entry,
         softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-        refine_scale=checks.scale("refine_scale", refine_scale, 1 if w_q is None else w_q.shape[-1]),
+        refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
         dropout_p=checks.probability("dropout_p", dropout_p),
+        gaussian=gaussian,
     )
-    return w_q, w_k, checks.gate(gate, refinement, q.shape[1], q), call
 
 
-def _run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> Tensor:
-    """Hand a checked call to its backend."""
+def packed_call(
+    q: Tensor,
+    w_q: Tensor | None,
+    refinement: str,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    align: str,
+    per_entry: bool,
+    softmax_scale: float | None,
+    refine_scale: float | None,
+    dropout_p: float,
+    gaussian: bool = False,
+) -> Call:
+    """What a packed call comes to, beside its tensors."""
+    checks.choice("align", align, ("left", "right"))
+    cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
+    window = q.shape[0] if w_q is None or per_entry else w_q.shape[2]
+    return Call(
+        refinement=refinement,
+        causal=checks.flag("causal", causal),
+        varlen=True,
+        align_right=align == "right",
+        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], window),
+        per_entry=per_entry,
+        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
+        refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
+        dropout_p=checks.probability("dropout_p", dropout_p),
+        gaussian=gaussian,
+    )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(T, H, F) as (1, H, T, F)."""
+    return x.transpose(0, 1).unsqueeze(0)
+
+
+def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> tuple[Tensor, ...]:
+    """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
     checks.choice("backend", backend, BACKENDS)
     q, features = given.q, (given.q.shape[-1], given.v.shape[-1], 1 if given.w_q is None else given.w_q.shape[-1])
     if backend in ("auto", "triton"):
@@ -207,3 +236,8 @@ def _run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: 
         from ._triton import triton_attention
 
         return triton_attention(given, call)
+
+
+def _rank(w_q: Tensor | None, refinement: str) -> int:
+    """Columns of a table that the caller gave; those of "stochastic" lie side by side."""
+    return 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))

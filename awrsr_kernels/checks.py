@@ -5,6 +5,7 @@ that is free: on the CPU, outside torch.compile.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -12,47 +13,60 @@ import torch
 from torch import Tensor
 
 from .dropout import quantise
-from .layout import REFINEMENTS
+from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
+Names = tuple[str, str, str]  # of queries, keys and values
+Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_FEATURES = 256
 
 
-def batch(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of a padded batch, under autocast in its dtype."""
-    q, k, v = _query_key_value(q, k, v, "(B, H, L, D)", 4)
-    for name, x in (("k", k), ("v", v)):
+def batch(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a padded batch, under autocast in its dtype; names: what the caller calls them."""
+    q, k, v = _query_key_value(q, k, v, "(B, H, L, D)", 4, names)
+    for name, x in zip(names[1:], (k, v), strict=True):
         if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2]:
-            _refuse(name, _shape(x), f"of q's batch and length: {q.shape[0]} entries of L = {q.shape[2]} positions")
-    _heads(q, k, v)
+            _refuse(name, _shape(x), f"of {names[0]}'s batch and length: {q.shape[0]} entries of L = {q.shape[2]} positions")
+    _heads(q, k, v, names)
     if q.shape[2] < 1:
-        _refuse("q", _shape(q), "at least one position long")
+        _refuse(names[0], _shape(q), "at least one position long")
     return q, k, v
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of a packed batch, under autocast in its dtype."""
-    q, k, v = _query_key_value(q, k, v, "(T, H, D)", 3)
-    for name, x in (("k", k), ("v", v)):
+def packed(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a packed batch, under autocast in its dtype; names: what the caller calls them."""
+    q, k, v = _query_key_value(q, k, v, "(T, H, D)", 3, names)
+    for name, x in zip(names[1:], (k, v), strict=True):
         if x.shape[0] != q.shape[0]:
-            _refuse(name, _shape(x), f"of q's T = {q.shape[0]} positions")
-    _heads(q, k, v)
+            _refuse(name, _shape(x), f"of {names[0]}'s T = {q.shape[0]} positions")
+    _heads(q, k, v, names)
     return q, k, v
+
+
+def covariance(name: str, cov: Tensor, mean: Tensor) -> Tensor:
+    """Diagonal covariances beside their checked means, under autocast in its dtype."""
+    _tensor(name, cov)
+    _same_device(name, cov, mean)
+    cov, beside = _autocast(cov), name.replace("cov", "mean")
+    if cov.shape != mean.shape:
+        _refuse(name, _shape(cov), f"of {beside}'s shape, {tuple(mean.shape)}")
+    if cov.dtype != mean.dtype:
+        _refuse(name, str(cov.dtype), f"of {beside}'s dtype, {mean.dtype}", TypeError)
+    return cov
 
 
 def padded_tables(
-    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str
-) -> tuple[Tensor | None, Tensor | None, bool]:
+    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str, names: tuple[str, str] = ("w_q", "w_k")
+) -> Tables:
     """W as (1 or B, 1 or H, L, R), and whether it has a table per entry."""
-    choice("refinement", refinement, REFINEMENTS)
     if refinement == "none":
         return None, None, False
-    w_q, w_k = _pair_of_tables(w_q, w_k, q)
+    w_q, w_k = _pair_of_tables(w_q, w_k, q, names)
     entries, heads, length, _ = q.shape
     shapes = {2: (length,), 3: (heads, length), 4: (entries, heads, length)}
     if w_q.dim() not in shapes or tuple(w_q.shape[:-1]) != shapes[w_q.dim()]:
         must = f"(L, R), (H, L, R) or (B, H, L, R) with B = {entries}, H = {heads}, L = {length}"
-        _refuse("w_q", _shape(w_q), must)
+        _refuse(names[0], _shape(w_q), must)
     per_entry = w_q.dim() == 4
     while w_q.dim() < 4:
         w_q, w_k = w_q.unsqueeze(0), w_k.unsqueeze(0)
@@ -60,13 +74,12 @@ def padded_tables(
 
 
 def packed_tables(
-    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str
-) -> tuple[Tensor | None, Tensor | None, bool]:
+    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, refinement: str, names: tuple[str, str] = ("w_q", "w_k")
+) -> Tables:
     """W as (1, 1 or H, N or T, R), and whether its rows are the items' own."""
-    choice("refinement", refinement, REFINEMENTS)
     if refinement == "none":
         return None, None, False
-    w_q, w_k = _pair_of_tables(w_q, w_k, q)
+    w_q, w_k = _pair_of_tables(w_q, w_k, q, names)
     total, heads, _ = q.shape
     if w_q.dim() == 3 and tuple(w_q.shape[:2]) == (total, heads):
         return w_q.transpose(0, 1).unsqueeze(0), w_k.transpose(0, 1).unsqueeze(0), True
@@ -74,7 +87,30 @@ def packed_tables(
         return w_q[None, None], w_k[None, None], False
     if w_q.dim() == 3 and w_q.shape[0] == heads:
         return w_q[None], w_k[None], False
-    _refuse("w_q", _shape(w_q), f"(N, R), (H, N, R) or (T, H, R) with H = {heads}, T = {total}")
+    _refuse(names[0], _shape(w_q), f"(N, R), (H, N, R) or (T, H, R) with H = {heads}, T = {total}")
+
+
+def gaussian_tables(
+    check: Callable[..., Tables], w: tuple[Tensor | None, Tensor | None], w_cov: tuple[Tensor | None, Tensor | None],
+    q: Tensor, refinement: str,
+) -> Tables:  # fmt: skip
+    """W_q and W_k as `check` has them; for "stochastic" the columns of the covariances come after those of the means."""
+    w_q, w_k, per_entry = check(*w, q, refinement)
+    names = ("w_q_cov", "w_k_cov")
+    if refinement != "stochastic":
+        for name, given in zip(names, w_cov, strict=True):
+            if given is not None:
+                _refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
+        return w_q, w_k, per_entry
+    w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
+    assert w_q is not None and w_k is not None and w_q_cov is not None and w_k_cov is not None
+    if w_q_cov.shape != w_q.shape or w_q_cov.dtype != w_q.dtype:
+        _refuse(names[0], f"{_shape(w_cov[0])}, {w_q_cov.dtype}", f"like w_q {_shape(w[0])}, {w_q.dtype}")
+    return torch.cat([w_q, w_q_cov], -1), torch.cat([w_k, w_k_cov], -1), per_entry
+
+
+def refinement(value: str, gaussian: bool = False) -> None:
+    choice("refinement", value, GAUSSIAN_REFINEMENTS if gaussian else REFINEMENTS)
 
 
 def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -> Tensor | None:
@@ -105,18 +141,20 @@ def lengths(value: Tensor | None, q: Tensor) -> None:
             _refuse("lengths", f"{low} to {high}", f"within 0..L, L = {q.shape[2]}")
 
 
-def cu_seqlens(value: Tensor, q: Tensor) -> None:
+def cu_seqlens(value: Tensor | None, q: Tensor) -> Tensor:
     _integers("cu_seqlens", value, q)
+    assert value is not None
     if value.dim() != 1 or value.numel() < 1:
         _refuse("cu_seqlens", _shape(value), "of shape (B + 1,)")
     if not _readable(value):
-        return
+        return value
     if value[0].item() != 0 or value[-1].item() != q.shape[0]:
         _refuse("cu_seqlens", f"from {value[0].item()} to {value[-1].item()}", f"from 0 to T = {q.shape[0]}")
     falls = (value.diff() < 0).nonzero()
     if falls.numel():
         at = int(falls[0].item())
         _refuse("cu_seqlens", f"{value[at].item()}, then {value[at + 1].item()} at index {at + 1}", "nowhere falling")
+    return value
 
 
 def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> int:
@@ -185,7 +223,7 @@ def _refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) 
     raise kind(f"{name} is {was}; it must be {must}")
 
 
-def _shape(x: Tensor) -> str:
+def _shape(x: Any) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
@@ -211,47 +249,51 @@ def _same_device(name: str, x: Tensor, q: Tensor) -> None:
         _refuse(name, f"on {x.device}", f"on q's device, {q.device}")
 
 
-def _integers(name: str, x: Tensor, q: Tensor) -> None:
+def _integers(name: str, x: Any, q: Tensor) -> None:
     _tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         _refuse(name, str(x.dtype), "an int32 or int64 tensor", TypeError)
     _same_device(name, x, q)
 
 
-def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int) -> tuple[Tensor, Tensor, Tensor]:
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _query_key_value(
+    q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, names: Names
+) -> tuple[Tensor, Tensor, Tensor]:
+    for name, x in zip(names, (q, k, v), strict=True):
         _tensor(name, x)
         if x.dim() != dims:
             _refuse(name, _shape(x), f"{form}, of {dims} dimensions")
         _same_device(name, x, q)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+    for name, x in zip(names, (q, k, v), strict=True):
         if x.dtype not in DTYPES:
             _refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
         if x.dtype != q.dtype:
-            _refuse(name, str(x.dtype), f"of q's dtype, {q.dtype}", TypeError)
+            _refuse(name, str(x.dtype), f"of {names[0]}'s dtype, {q.dtype}", TypeError)
         if not 1 <= x.shape[-1] <= MAX_FEATURES:
             _refuse(name, _shape(x), f"1 to {MAX_FEATURES} wide in its last dimension")
     if k.shape[-1] != q.shape[-1]:
-        _refuse("k", _shape(k), f"of q's head dim D = {q.shape[-1]}")
+        _refuse(names[1], _shape(k), f"of {names[0]}'s head dim D = {q.shape[-1]}")
     return q, k, v
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _heads(q: Tensor, k: Tensor, v: Tensor, names: Names) -> None:
     if q.shape[1] < 1:
-        _refuse("q", _shape(q), "of one head at least")
+        _refuse(names[0], _shape(q), "of one head at least")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        _refuse("k", _shape(k), f"of a number of heads that divides q's H = {q.shape[1]}")
+        _refuse(names[1], _shape(k), f"of a number of heads that divides {names[0]}'s H = {q.shape[1]}")
     if v.shape[1] != k.shape[1]:
-        _refuse("v", _shape(v), f"of k's H_kv = {k.shape[1]} heads")
+        _refuse(names[2], _shape(v), f"of {names[1]}'s H_kv = {k.shape[1]} heads")
 
 
-def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor) -> tuple[Tensor, Tensor]:
-    for name, w in (("w_q", w_q), ("w_k", w_k)):
+def _pair_of_tables(
+    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tuple[str, str]
+) -> tuple[Tensor, Tensor]:
+    for name, w in zip(names, (w_q, w_k), strict=True):
         _tensor(name, w)
     assert w_q is not None and w_k is not None
     w_q, w_k = (w if w.dtype == torch.float32 else _autocast(w) for w in (w_q, w_k))
-    for name, w in (("w_q", w_q), ("w_k", w_k)):
+    for name, w in zip(names, (w_q, w_k), strict=True):
         _same_device(name, w, q)
         half = q.dtype in (torch.bfloat16, torch.float16)
         if w.dtype != q.dtype and not (half and w.dtype == torch.float32):
@@ -260,7 +302,7 @@ def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor) -> tuple[
         if w.dim() < 2 or not 1 <= w.shape[-1] <= MAX_FEATURES:
             _refuse(name, _shape(w), f"a table of 1 to {MAX_FEATURES} columns")
     if w_k.shape != w_q.shape or w_k.dtype != w_q.dtype:
-        _refuse("w_k", f"{_shape(w_k)}, {w_k.dtype}", f"like w_q {_shape(w_q)}, {w_q.dtype}")
+        _refuse(names[1], f"{_shape(w_k)}, {w_k.dtype}", f"like {names[0]} {_shape(w_q)}, {w_q.dtype}")
     return w_q, w_k
 
 

@@ -167,9 +167,9 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     problem = Problem(Inputs(q, k, k, table, table, gate, new(batch, dtype=torch.int64), seed), call)
     problem.shared = target.shared
     if problem.is_short():
-        short.short_backward(problem, q, short.short_forward(problem)[1:])
+        short.short_backward(problem, [q], short.short_forward(problem)[1:])
     else:
-        tiled_bwd.tiled_backward(problem, q, tiled.tiled_forward(problem))
+        tiled_bwd.tiled_backward(problem, [q], tiled.tiled_forward(problem))
     return rows
 
 

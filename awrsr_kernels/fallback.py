@@ -159,7 +159,7 @@ def _kept(plan: Plan, loaded: Inputs) -> list[bool]:
 
 
 def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: _Named) -> _Chunk:
-    q, k, v, _, _, gate, _, seed = loaded
+    q, k, v, _, _, gate, _, seed, _ = loaded
     tables = [place.load_table(w) for w in _tables(loaded, place.call)]
     if gate is not None:
         gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
@@ -363,14 +363,16 @@ class _RefinedAttention(torch.autograd.Function):
         grads += [total.to(dtype).view(shape) for total, (shape, dtype) in zip(dtables, tables, strict=True)]
         if (gate := given.gate) is not None:
             dgate = (dgate if gate.shape[0] == plan.heads else dgate.sum(0, keepdim=True)).to(gate.dtype)
-        return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None
+        return *grads, *[None] * (5 - len(grads)), None if gate is None else dgate, None, None, None, None
 
 
-def fallback_attention(given: Inputs, call: Call) -> Tensor:
-    """The output in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
+def fallback_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
+    """The outputs in rows form, (entries, H, rows, D_v). Differentiable once; plain aten operations without gradients."""
+    if call.gaussian:
+        raise NotImplementedError
     if takes(given, call):
-        return stock_attention(given, call)
+        return (stock_attention(given, call),)
     if given.need_gradient():
-        return _RefinedAttention.apply(*given, call)
+        return (_RefinedAttention.apply(*given, call),)
     plan = Plan(given, call)
-    return _forward(plan, plan.load_inputs(given), given.v.dtype, None)
+    return (_forward(plan, plan.load_inputs(given), given.v.dtype, None),)

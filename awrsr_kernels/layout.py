@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 REFINEMENTS = ("none", "simple", "value", "additive")
+GAUSSIAN_REFINEMENTS = (*REFINEMENTS, "stochastic")
 
 
 class Call(NamedTuple):
@@ -27,6 +28,7 @@ class Call(NamedTuple):
     softmax_scale: float
     refine_scale: float
     dropout_p: float
+    gaussian: bool = False  # items are Gaussians: q and k hold [mean | deviation], and squared weights meet v_cov
 
 
 class Inputs(NamedTuple):
@@ -40,6 +42,7 @@ class Inputs(NamedTuple):
     gate: Tensor | None  # (1 or H,)
     bounds: Tensor | None  # lengths (B,), or cumulative lengths (B + 1,) if packed
     seed: Tensor | None  # () int64, only under dropout
+    v_cov: Tensor | None = None  # like v, only between Gaussians
 
     def need_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)

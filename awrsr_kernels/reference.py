@@ -1,6 +1,6 @@
 """The definition of refined attention, with every L x L matrix written out: specification and yardstick.
 
-B batch, H query heads, H_kv key and value heads, L positions, D head dim, D_v value dim, R refinement rank.
+B batch, H query heads, L positions, D head dim, D_v value dim, R refinement rank; * is elementwise between matrices of weights.
 
     S   = softmax_scale * Q K^T                P = softmax(S)        first-order weights     (L, L)
     Q_A = P W_q        K_A = P W_k                                   correlation space       (L, R)
@@ -9,18 +9,28 @@ B batch, H query heads, H_kv key and value heads, L positions, D head dim, D_v v
     none      M = P             simple    M = R
     value     M = R P           additive  M = P + gate * R           output  M V
 
+Between Gaussians (STOSA), with the points x = [mean | sqrt(covariance)] of `gaussian.py`:
+
+    S   = -softmax_scale * |x_i - x_j|^2       output  M V_mean and (M*M) V_cov; value  R (P V_mean) and (R*R) ((P*P) V_cov)
+
+    stochastic M = R   T = -refine_scale * |a_i - b_j|^2, points of the Gaussians N(P W_q, ELU(P W_q_cov) + 1) and the same of W_k
+
 Every softmax runs over the positions that i may see: real items j, and j <= i if causal; a row that sees nothing has weights
-zero. Dropout multiplies P (none), R (simple, value) or M (additive) by Z, the mask times 1/(1-p); the P inside Q_A and K_A,
-and the P V of "value", are never dropped. This is the project's reading of *Pay Attention to Attention for Sequential
-Recommendation* (Liu, Liu, Liu; RecSys 2024); it stands here alone, so that it can be compared with the paper's equations.
+zero. Dropout multiplies P (none), R (simple, value, stochastic) or M (additive) by Z, the mask times 1/(1-p), before squares are
+taken; the P inside Q_A and K_A, and the P V of "value", are never dropped. This is the project's reading of *Pay Attention to
+Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024); it stands here alone, so that it can be compared with the
+paper's equations.
 
 Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .dropout import scaled_mask
+from .gaussian import correlation_points, squared_distances
 from .layout import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
 
 
@@ -32,17 +42,34 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
     return scores.masked_fill(~visible, lowest).softmax(-1).masked_fill(~visible, 0)
 
 
+def first_weights(q: Tensor, k: Tensor, visible: Tensor | None, call: Call) -> Tensor:
+    """P."""
+    scores = -squared_distances(q, k) if call.gaussian else q @ k.transpose(-1, -2)
+    return masked_softmax(call.softmax_scale * scores, visible)
+
+
 def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor | None, call: Call) -> Tensor:
     """R: attention among rows of P, compared in the correlation space that W_q and W_k span."""
-    scores = call.refine_scale * (first @ w_q) @ (first @ w_k).transpose(-1, -2)
-    return masked_softmax(scores, visible)
+    q_a, k_a = first @ w_q, first @ w_k
+    if call.refinement == "stochastic":
+        return masked_softmax(-call.refine_scale * squared_distances(correlation_points(q_a), correlation_points(k_a)), visible)
+    return masked_softmax(call.refine_scale * q_a @ k_a.transpose(-1, -2), visible)
 
 
-def prepare(
-    given: Inputs, call: Call
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Windows | None, Tensor | None]:
-    """q, k, v, W as (n, H, L, F) in q's dtype, zero where there is no item, with the windows and who sees whom."""
-    q, heads, group = given.q, given.q.shape[1], given.q.shape[1] // given.k.shape[1]
+class _Prepared(NamedTuple):
+    """The call's tensors as (n, H, L, F) in q's dtype, zero where there is no item, with the windows and who sees whom."""
+
+    q: Tensor
+    k: Tensor
+    values: list[Tensor]  # those that weights meet and, between Gaussians, those that squared weights meet
+    w_q: Tensor | None
+    w_k: Tensor | None
+    windows: Windows | None
+    visible: Tensor | None
+
+
+def prepare(given: Inputs, call: Call) -> _Prepared:
+    q, group = given.q, given.q.shape[1] // given.k.shape[1]
     windows = None if given.bounds is None else make_windows(call, given.bounds, q.shape[2])
 
     def windowed(x: Tensor) -> Tensor:
@@ -57,51 +84,49 @@ def prepare(
             return None
         return (windowed(w) if call.per_entry else table_window(w, call, call.max_len)).to(q.dtype)
 
-    q, k, v = windowed(q), windowed(given.k), windowed(given.v)
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(heads // v.shape[1], dim=1)
+    values = [given.v] if given.v_cov is None else [given.v, given.v_cov]
+    q, k, *values = (windowed(x) for x in (q, given.k, *values))
+    k, *values = (x.repeat_interleave(group, dim=1) for x in (k, *values))
     visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
-    return q, k, v, table(given.w_q), table(given.w_k), windows, visible
+    return _Prepared(q, k, values, table(given.w_q), table(given.w_k), windows, visible)
 
 
-def reference_attention(given: Inputs, call: Call) -> Tensor:
-    """The output in rows form, (entries, H, rows, D_v)."""
+def reference_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
+    """The outputs in rows form, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
     (_, heads, num_rows, _), seed = given.q.shape, given.seed
-    q, k, v, w_q, w_k, windows, visible = prepare(given, call)
+    q, k, values, w_q, w_k, windows, visible = prepare(given, call)
 
-    first = masked_softmax(call.softmax_scale * q @ k.transpose(-1, -2), visible)
+    first = first_weights(q, k, visible, call)
     drop: Tensor | float = 1.0
     if seed is not None:
         sequence = torch.arange(q.shape[0], device=q.device) if windows is None else windows.sequence
         rows, offset = torch.arange(q.shape[2], device=q.device), None if windows is None else windows.first
         drop = scaled_mask(seed, call.dropout_p, sequence, heads, rows, q.shape[2], offset, q.dtype)
 
-    if call.refinement == "none":
-        out = (drop * first) @ v
-    else:
-        assert w_q is not None and w_k is not None
-        higher = correlation_weights(first, w_q, w_k, visible, call)
-        if call.refinement == "simple":
-            out = (drop * higher) @ v
-        elif call.refinement == "value":
-            out = (drop * higher) @ (first @ v)
-        else:
-            out = (drop * (first + _per_head(given.gate, q.dtype) * higher)) @ v
+    weights = first
+    if w_q is not None and w_k is not None:
+        weights = correlation_weights(first, w_q, w_k, visible, call)
+        if call.refinement == "additive":
+            weights = first + _per_head(given.gate, q.dtype) * weights
+    powers = [drop * weights, (drop * weights).square()]
+    if call.refinement == "value":
+        values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
+    outs = [x @ v for x, v in zip(powers, values, strict=False)]
 
     if windows is None:
-        return out
+        return tuple(outs)
     if not call.varlen:
-        return torch.where(windows.valid[:, None, :, None], out, 0)
-    buffer = row_buffer(given.q, heads, v.shape[-1], varlen=True)
-    return scatter_windows(buffer, out, windows, True)[:, :, :num_rows]
+        return tuple(torch.where(windows.valid[:, None, :, None], out, 0) for out in outs)
+    buffers = [row_buffer(given.q, heads, out.shape[-1], varlen=True) for out in outs]
+    return tuple(scatter_windows(b, out, windows, True)[:, :, :num_rows] for b, out in zip(buffers, outs, strict=True))
 
 
 def reference_weights(given: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(P, M), each (B, H, L, L); the values are not looked at."""
     q, k, _, w_q, w_k, _, visible = prepare(given, call)
-    first = masked_softmax(call.softmax_scale * q @ k.transpose(-1, -2), visible)
-    if call.refinement == "none":
+    first = first_weights(q, k, visible, call)
+    if w_q is None or w_k is None:
         return first, first
-    assert w_q is not None and w_k is not None
     higher = correlation_weights(first, w_q, w_k, visible, call)
     if call.refinement == "value":
         return first, higher @ first

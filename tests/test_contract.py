@@ -159,8 +159,10 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
 ARROWS = {  # module: those of the package that it may import
     "api": {"checks", "fallback", "launch_config", "layout", "reference", "_triton"},
-    "reference": {"dropout", "layout"},
-    "fallback": {"layout", "_fallback_chunks", "_fallback_selection", "_fallback_stock"},
+    "stochastic": {"api", "checks", "gaussian", "layout", "reference"},
+    "reference": {"dropout", "gaussian", "layout"},
+    "gaussian": set(),
+    "fallback": {"gaussian", "layout", "_fallback_chunks", "_fallback_selection", "_fallback_stock"},
     "_fallback_chunks": {"dropout", "layout", "_fallback_selection"},
     "_fallback_selection": {"dropout", "layout"},
     "_fallback_stock": {"layout"},

@@ -177,9 +177,9 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
     problem = Problem(Inputs(q, k, v, *refined, None, None), KernelCall(refinement, True, False, False, s.L, False, 0.1, 0.1, 0.0))
     with Record():
         if regime == "short":
-            short.short_backward(problem, dout, [])
+            short.short_backward(problem, [dout], [])
         else:
-            tiled_bwd.tiled_backward(problem, dout, tiled.tiled_forward(problem))
+            tiled_bwd.tiled_backward(problem, [dout], tiled.tiled_forward(problem))
     counted = task_launches(Task(s, refinement, dtype, 0.0, "cpu"), "padded", processors=PROCESSORS)
     assert ran == [(x.kernel, x.read, x.written) for x in counted if x.tile is None]
 

@@ -23,6 +23,7 @@ def _forward_op(
     gate: Tensor | None,
     bounds: Tensor | None,
     seed: Tensor | None,
+    v_cov: Tensor | None,
     refinement: str,
     causal: bool,
     varlen: bool,
@@ -32,10 +33,14 @@ def _forward_op(
     softmax_scale: float,
     refine_scale: float,
     dropout_p: float,
+    gaussian: bool,
 ) -> list[Tensor]:
-    """The output, (entries, H, rows, D_v), and what the backward needs besides the inputs: in the short regime, nothing."""
-    call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
-    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
+    """The outputs, (entries, H, rows, D_v), and what the backward needs besides the inputs: in the short regime, nothing.
+
+    Outputs are one, between Gaussians two: means and covariances.
+    """
+    call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p, gaussian)
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed, v_cov), call)
     if problem.is_short():
         return short_forward(problem)
     found = tiled_forward(problem)
@@ -45,15 +50,15 @@ def _forward_op(
 
 
 @_forward_op.register_fake
-def _(q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
-    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), Call(*call))
+def _(q, k, v, w_q, w_k, gate, bounds, seed, v_cov, *call):  # type: ignore[no-untyped-def]
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed, v_cov), Call(*call))
     buffers = short_buffers(problem) if problem.is_short() else tiled_buffers(problem)
     return list(buffers.values())
 
 
 @torch.library.custom_op("awrsr_kernels::refined_attention_backward", mutates_args=())
 def _backward_op(
-    dout: Tensor,
+    douts: list[Tensor],
     saved: list[Tensor],
     q: Tensor,
     k: Tensor,
@@ -63,6 +68,7 @@ def _backward_op(
     gate: Tensor | None,
     bounds: Tensor | None,
     seed: Tensor | None,
+    v_cov: Tensor | None,
     refinement: str,
     causal: bool,
     varlen: bool,
@@ -72,45 +78,48 @@ def _backward_op(
     softmax_scale: float,
     refine_scale: float,
     dropout_p: float,
+    gaussian: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate."""
-    call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p)
-    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), call)
-    dout = with_rows(dout)
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov."""
+    call = Call(refinement, causal, varlen, align_right, max_len, per_entry, softmax_scale, refine_scale, dropout_p, gaussian)
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed, v_cov), call)
+    douts = [with_rows(dout) for dout in douts]
     if problem.is_short():
-        return short_backward(problem, dout, saved)
-    found = tiled_backward(problem, dout, saved)
-    return short_backward(problem, dout, [], found) if problem.short_reach() else found
+        return short_backward(problem, douts, saved)
+    found = tiled_backward(problem, douts, saved)
+    return short_backward(problem, douts, [], found) if problem.short_reach() else found
 
 
 @_backward_op.register_fake
-def _(dout, saved, q, k, v, w_q, w_k, gate, bounds, seed, *call):  # type: ignore[no-untyped-def]
-    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed), Call(*call))
+def _(douts, saved, q, k, v, w_q, w_k, gate, bounds, seed, v_cov, *call):  # type: ignore[no-untyped-def]
+    problem = Problem(Inputs(q, k, v, w_q, w_k, gate, bounds, seed, v_cov), Call(*call))
     found = list(problem.gradients())
     if w_q is not None:
         found += problem.table_gradients() if problem.call.per_entry else (w.new_empty(w.shape) for w in (w_q, w_k))
-    return found if gate is None else [*found, gate.new_empty(gate.shape)]
+    return found + [x.new_empty(x.shape) for x in (gate, v_cov) if x is not None]
 
 
 class _RefinedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *tensors, ctx.call = args
-        found = _forward_op(*tensors, *ctx.call)
-        ctx.save_for_backward(*tensors, *(found if len(found) > 1 else ()))
-        return found[0]
+        found, outputs = _forward_op(*tensors, *ctx.call), 1 + ctx.call.gaussian
+        ctx.save_for_backward(*tensors, *(found if len(found) > outputs else ()))
+        return tuple(found[:outputs])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        given, saved = Inputs(*ctx.saved_tensors[:8]), list(ctx.saved_tensors[8:])
-        found = _backward_op(dout, saved, *given, *ctx.call)
-        tables = found[3:5] if given.w_q is not None else [None, None]
-        return *found[:3], *tables, found[-1] if given.gate is not None else None, None, None, None
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        size = len(Inputs._fields)
+        given, saved = Inputs(*ctx.saved_tensors[:size]), list(ctx.saved_tensors[size:])
+        found = iter(_backward_op(list(douts), saved, *given, *ctx.call))
+        has_gradient = given._replace(bounds=None, seed=None)
+        return *(None if x is None else next(found) for x in has_gradient), None
 
 
-def triton_attention(given: Inputs, call: Call) -> Tensor:
-    """The output in rows form, (entries, H, rows, D_v). Differentiable once."""
+def triton_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
+    """The outputs in rows form, (entries, H, rows, D_v). Differentiable once."""
     if given.need_gradient():
-        return _RefinedAttention.apply(*given, call)
-    return _forward_op(*given, *call)[0]
+        found: tuple[Tensor, ...] = _RefinedAttention.apply(*given, call)
+        return found
+    return tuple(_forward_op(*given, *call)[: 1 + call.gaussian])

@@ -237,9 +237,11 @@ def short_forward(problem: Problem, out: Tensor | None = None) -> list[Tensor]:
     return [out]
 
 
-def short_backward(problem: Problem, dout: Tensor, saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
+def short_backward(
+    problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None
+) -> list[Tensor]:
     """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate; found: those that the tiled kernels have begun."""
-    p = problem
+    p, dout = problem, douts[0]
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)

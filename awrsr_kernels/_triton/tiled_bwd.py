@@ -296,9 +296,9 @@ class _Backward:
         return [dw_q, dw_k] if per_entry else p.sum_tables(partials)
 
 
-def tiled_backward(problem: Problem, dout: Tensor, saved: list[Tensor]) -> list[Tensor]:
+def tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
     """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate; saved: what `tiled_forward` returned."""
-    p, refinement = problem, problem.call.refinement
+    p, dout, refinement = problem, douts[0], problem.call.refinement
     step = _Backward(p, dout, saved)
     if refinement == "none":
         step.stage(False, dout, step.dv)

@@ -1,0 +1,56 @@
+"""Gaussians as points: what turns the Wasserstein distance between them into a distance of vectors.
+
+N(m, diag c) becomes x = [m | sqrt(c)], D means and D deviations side by side. The squared 2-Wasserstein distance of two Gaussians
+with diagonal covariances is then |x_i - x_j|^2 (Dowson and Landau 1982), so that scores -scale |x_i - x_j|^2 are, up to a number
+per row that softmax ignores, dot products less a number per key: 2 scale (x_i.x_j - |x_j|^2 / 2). Every backend builds on that.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Smaller covariances are read as this one and get no gradient, so that the root's stays finite: at most 512. Its own root, 2^-10,
+# is exact in every dtype. ELU + 1 reaches 0 in float32 for inputs below about -17.
+SMALLEST = 2.0**-20
+
+
+class _Points(torch.autograd.Function):
+    """The backward is made of differentiable operations, so that there are any number of derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, cov: Tensor) -> Tensor:
+        found = torch.cat([mean, torch.where(cov < SMALLEST, SMALLEST, cov).sqrt()], -1)  # NaN stays NaN
+        ctx.save_for_backward(mean, cov)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        _, cov = ctx.saved_tensors
+        d_mean, d_root = grad.chunk(2, -1)
+        above = cov > SMALLEST  # NaN is not: padding, whose gradient is 0, may hold it
+        safe = torch.where(above, cov, 1)
+        return d_mean, torch.where(above, 0.5 * d_root * safe.rsqrt(), 0)
+
+
+def points(mean: Tensor, cov: Tensor) -> Tensor:
+    """(..., D) means and covariances -> (..., 2 D) [mean | deviation] in their dtype; covariances below `SMALLEST` count as it."""
+    found: Tensor = _Points.apply(mean, cov)
+    return found
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(..., n, F), (..., m, F) -> (..., n, m) squared distances; those of half precision are summed in float32, rounded once."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    a, b = x.to(dtype), y.to(dtype)
+    found = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
+    return found.to(x.dtype)
+
+
+def correlation_points(x: Tensor) -> Tensor:
+    """(..., 2 R) [mean | a] -> (..., 2 R) [mean | sqrt(ELU(a) + 1)]: points of the "stochastic" correlation space.
+
+    The root of exp(a) is taken as exp(a / 2), which no a brings to 0 before -170, and whose gradient is finite everywhere.
+    """
+    mean, a = x.chunk(2, -1)
+    return torch.cat([mean, torch.where(a > 0, (a.clamp(min=0) + 1).sqrt(), (a.clamp(max=0) / 2).exp())], -1)

@@ -1,0 +1,164 @@
+"""The public call between Gaussians: STOSA's Wasserstein attention and its refinements.
+
+B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement rank,
+N table rows.
+"""
+
+from torch import Tensor
+
+from . import checks
+from .api import as_rows, packed_call, padded_call, run
+from .gaussian import points
+from .layout import Inputs
+from .reference import reference_weights
+
+_MEANS = ("q_mean", "k_mean", "v_mean")
+
+
+def stochastic_refined_attention(
+    q_mean: Tensor,
+    q_cov: Tensor,
+    k_mean: Tensor,
+    k_cov: Tensor,
+    v_mean: Tensor,
+    v_cov: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    w_q_cov: Tensor | None = None,
+    w_k_cov: Tensor | None = None,
+    *,
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    padding_side: str = "left",
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Self-attention between Gaussians with diagonal covariances, by Wasserstein distance (STOSA, WWW 2022), with refined weights.
+
+    Scores are -softmax_scale (|m_i - m_j|^2 + |sqrt c_i - sqrt c_j|^2); means are averaged with the weights, covariances with their
+    squares. The definition is in `awrsr_kernels/reference.py`.
+
+    Args:
+        q_mean, q_cov: (B, H, L, D), D in 1..256; float32, bfloat16, float16 or float64. Covariances are the variances themselves,
+            meant to be positive: whatever is below 2^-20 (0 and negative numbers, too) is read as 2^-20 and gets no gradient.
+        k_mean, k_cov: (B, H_kv, L, D) in q_mean's dtype, H a multiple of H_kv; covariances as above.
+        v_mean, v_cov: (B, H_kv, L, D_v) in q_mean's dtype, D_v in 1..256; v_cov is taken as it is.
+        w_q, w_k: the tables, as in `refined_attention`; for "stochastic" those of the means of the correlation space.
+        w_q_cov, w_k_cov: for "stochastic" alone: tables like these whose products, by ELU + 1, are its covariances.
+        refinement: "none" (Wasserstein attention), "simple", "value" or "additive" (dot products in the correlation space), or
+            "stochastic" (Gaussians there, too, compared by their Wasserstein distance).
+        softmax_scale: factor of the squared distances, default 1/sqrt(D).
+        refine_scale: factor of the correlations, or of the squared distances of "stochastic"; default 1/sqrt(R).
+
+    The other arguments, and what is raised, are those of `refined_attention`. Dropout falls on weights, before they are squared.
+    The kernels take up to 128 features D and, for "stochastic", 128 columns R: "auto" gives more to the torch backend.
+
+    Returns:
+        (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding.
+    """
+    checks.refinement(refinement, gaussian=True)
+    q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)
+    q_cov, k_cov, v_cov = _covariances(q_cov, k_cov, v_cov, q, k, v)
+    w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    call = padded_call(
+        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
+    )
+    gate = checks.gate(gate, refinement, q.shape[1], q)
+    with checks.without_autocast(q.device):
+        given = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, None, v_cov)
+    mean, cov = run(given, dropout_seed, call, backend)
+    return mean, cov
+
+
+def stochastic_refined_attention_varlen(
+    q_mean: Tensor,
+    q_cov: Tensor,
+    k_mean: Tensor,
+    k_cov: Tensor,
+    v_mean: Tensor,
+    v_cov: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    w_q_cov: Tensor | None = None,
+    w_k_cov: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    *,
+    align: str = "right",
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`stochastic_refined_attention` on packed sequences, as `refined_attention_varlen` has them.
+
+    Args:
+        q_mean, q_cov: (T, H, D). k_mean, k_cov: (T, H_kv, D). v_mean, v_cov: (T, H_kv, D_v).
+        w_q, w_k, w_q_cov, w_k_cov, cu_seqlens, max_seqlen, align: as in `refined_attention_varlen`; cu_seqlens must be given.
+
+    Returns:
+        (T, H, D_v) means and (T, H, D_v) covariances, in q_mean's dtype.
+    """
+    checks.refinement(refinement, gaussian=True)
+    q, k, v = checks.packed(q_mean, k_mean, v_mean, _MEANS)
+    q_cov, k_cov, v_cov = _covariances(q_cov, k_cov, v_cov, q, k, v)
+    w_q, w_k, per_entry = checks.gaussian_tables(checks.packed_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    call = packed_call(
+        q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
+    )
+    gate = checks.gate(gate, refinement, q.shape[1], q)
+    with checks.without_autocast(q.device):
+        x_q, x_k = as_rows(points(q, q_cov)), as_rows(points(k, k_cov))
+    given = Inputs(x_q, x_k, as_rows(v), w_q, w_k, gate, cu_seqlens, None, as_rows(v_cov))
+    mean, cov = (x.squeeze(0).transpose(0, 1) for x in run(given, dropout_seed, call, backend))
+    return mean, cov
+
+
+def stochastic_attention_weights(
+    q_mean: Tensor,
+    q_cov: Tensor,
+    k_mean: Tensor,
+    k_cov: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    w_q_cov: Tensor | None = None,
+    w_k_cov: Tensor | None = None,
+    *,
+    refinement: str = "simple",
+    gate: Tensor | float | None = None,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    padding_side: str = "left",
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weights of `stochastic_refined_attention` themselves, for analysis: O(L^2) memory on purpose.
+
+    Returns (P, M), each (B, H, L, L) in q_mean's dtype, as `attention_weights` has them: the weights that meet the means (for
+    "value" M = R P). Covariances meet their squares (for "value" those of R and P in turn). Differentiable.
+    """
+    checks.refinement(refinement, gaussian=True)
+    q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)
+    q_cov, k_cov, _ = _covariances(q_cov, k_cov, k_cov, q, k, k)
+    w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    call = padded_call(
+        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0, gaussian=True
+    )
+    gate = checks.gate(gate, refinement, q.shape[1], q)
+    with checks.without_autocast(q.device):
+        return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths, None), call)
+
+
+def _covariances(
+    q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return checks.covariance("q_cov", q_cov, q), checks.covariance("k_cov", k_cov, k), checks.covariance("v_cov", v_cov, v)
