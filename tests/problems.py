@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awrsr_kernels import (
+    attention_weights,
     refined_attention,
     refined_attention_varlen,
+    stochastic_attention_weights,
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
@@ -49,6 +51,18 @@ class Kind(NamedTuple):
         function: Any = packed if "cu_seqlens" in arguments else padded
         out = function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | arguments)
         return {"out_mean": out[0], "out_cov": out[1]} if self.gaussian else {"out": out}
+
+    def weights(self, **arguments: Any) -> tuple[Tensor, Tensor]:
+        """P and M; values are left out."""
+        function: Any = stochastic_attention_weights if self.gaussian else attention_weights
+        given = {name: x for name, x in arguments.items() if not name.startswith("v")}
+        return function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | given)
+
+    def draw(self, items: tuple[int, ...], tables: tuple[int, ...], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """Random arguments by name, items and tables of one shape each; covariances are positive."""
+        shapes = dict.fromkeys(self.items, items) | dict.fromkeys(self.tables, tables)
+        found = {name: torch.randn(shape, dtype=dtype, device=DEVICE) for name, shape in shapes.items()}
+        return {name: x.abs() + 0.1 if name in self.items and name.endswith("cov") else x for name, x in found.items()}
 
 
 VECTORS = [Kind(refinement) for refinement in REFINEMENTS]

@@ -136,11 +136,9 @@ def test_gradcheck(kind: Kind, engine: str, choose: Callable[[str], str]) -> Non
     if DEVICE != "cpu" and engine in ("short", "tiled"):
         pytest.skip("float64 kernels need the interpreter, that is a machine without a GPU")
     backend = choose(engine)
-    shapes = dict.fromkeys(kind.items, (1, 2, 4, 3)) | dict.fromkeys(kind.tables, (4, 2))
-    shapes |= {"gate": (2,)} if kind.refinement == "additive" else {}
-    tensors = {name: torch.randn(*shape, dtype=torch.float64, device=DEVICE) for name, shape in shapes.items()}
-    given = [x.abs_().add_(0.1) if name in kind.items and name.endswith("cov") else x for name, x in tensors.items()]
-    given = [x.requires_grad_() for x in given]
+    tensors = kind.draw((1, 2, 4, 3), (4, 2), torch.float64)
+    tensors |= {"gate": torch.randn(2, dtype=torch.float64, device=DEVICE)} if kind.refinement == "additive" else {}
+    given = [x.requires_grad_() for x in tensors.values()]
 
     def function(*t: Tensor) -> tuple[Tensor, ...]:
         return tuple(kind.call(**dict(zip(tensors, t, strict=True)), backend=backend).values())

@@ -9,21 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from awrsr_kernels import _fallback_selection, attention_weights, refined_attention, refined_attention_varlen
+from awrsr_kernels import _fallback_selection, refined_attention, refined_attention_varlen
+from awrsr_kernels.gaussian import SMALLEST
 
 from .conftest import DEVICE, ENGINES, cumulative
+from .problems import GAUSSIANS, KINDS, Kind
 
-REFINEMENTS = ("none", "simple", "value", "additive")
 Choose = Callable[[str], str]
 every_engine = pytest.mark.parametrize("engine", ["reference", *ENGINES])
 every_own_engine = pytest.mark.parametrize("engine", ENGINES)
-every_refinement = pytest.mark.parametrize("refinement", REFINEMENTS)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+every_gaussian_kind = pytest.mark.parametrize("kind", GAUSSIANS, ids=str)
+one_of_either = pytest.mark.parametrize("kind", [Kind("simple"), Kind("stochastic", True)], ids=str)
 every_side = pytest.mark.parametrize("side", ["left", "right"])
-
-
-def inputs(length: int = 9) -> list[Tensor]:
-    shapes = [(2, 2, length, 8)] * 3 + [(length, 5)] * 2
-    return [torch.randn(*shape, device=DEVICE) for shape in shapes]
 
 
 @every_engine
@@ -44,69 +42,145 @@ def test_three_positions_worked_by_hand(engine: str, choose: Choose) -> None:
 
 
 @every_engine
-@every_refinement
-def test_the_future_has_no_effect(engine: str, refinement: str, choose: Choose) -> None:
-    backend = choose(engine)
-    q, k, v, w_q, w_k = inputs()
-    before = refined_attention(q, k, v, w_q, w_k, refinement=refinement, backend=backend)
-    for x in (q, k, v):
-        x[:, :, 6:] += torch.randn_like(x[:, :, 6:])
-    after = refined_attention(q, k, v, w_q, w_k, refinement=refinement, backend=backend)
-    torch.testing.assert_close(after[:, :, :6], before[:, :, :6])
-    assert (after[:, :, 6:] - before[:, :, 6:]).abs().min() > 0
+@pytest.mark.parametrize("kind", [Kind("stochastic", True)], ids=str)
+def test_three_gaussians_worked_by_hand(engine: str, kind: Kind, choose: Choose) -> None:
+    # All distances are 0, so row i of P is uniform over its past; W_q = W_k = (3, 0, 0) for means and covariances:
+    # correlations lie at a = (3, 3/2, 1), their covariances are ELU(a) + 1 = a + 1.
+    zero = torch.zeros(1, 1, 3, 1, device=DEVICE)
+    mean, cov, a = zero + 2, zero + 3, [3.0, 1.5, 1.0]
+    v_mean, v_cov = torch.tensor([1.0, 2.0, 4.0], device=DEVICE).view(1, 1, 3, 1), torch.tensor([8.0, 4.0, 2.0], device=DEVICE)
+    w = torch.tensor([3.0, 0.0, 0.0], device=DEVICE).view(3, 1)
+    outs = kind.call(
+        q_mean=mean, q_cov=cov, k_mean=mean, k_cov=cov, v_mean=v_mean, v_cov=v_cov.view(1, 1, 3, 1),
+        w_q=w, w_k=w, w_q_cov=w, w_k_cov=w, backend=choose(engine),
+    )  # fmt: skip
+    for i in range(3):
+        e = [math.exp(-((a[i] - x) ** 2) - (math.sqrt(a[i] + 1) - math.sqrt(x + 1)) ** 2) for x in a[: i + 1]]
+        weights = [x / sum(e) for x in e]
+        mean_of_row, cov_of_row = (sum(x * y for x, y in zip(*pair, strict=False)) for pair in (
+            (weights, v_mean.flatten().tolist()), ([x * x for x in weights], v_cov.tolist())
+        ))  # fmt: skip
+        assert outs["out_mean"][0, 0, i, 0].item() == pytest.approx(mean_of_row, rel=1e-5)
+        assert outs["out_cov"][0, 0, i, 0].item() == pytest.approx(cov_of_row, rel=1e-5)
+
+
+def test_scores_are_wasserstein_distances() -> None:
+    gaussians = {"mean": torch.tensor([[0.0], [1.0]]), "cov": torch.tensor([[1.0], [4.0]])}  # 1 + (2 - 1)^2 apart
+    given = {f"{name}_{part}": x[None, None] for name in "qk" for part, x in gaussians.items()}
+    first, _ = Kind("none", True).weights(**given, causal=False)
+    far = 1 / (1 + math.exp(2))
+    torch.testing.assert_close(first[0, 0], torch.tensor([[1 - far, far], [far, 1 - far]]))
+    equal = {name: torch.full((1, 1, 4, 3), 0.7) for name in given}
+    first, _ = Kind("none", True).weights(**equal, causal=False)
+    torch.testing.assert_close(first, torch.full((1, 1, 4, 4), 0.25))
 
 
 @every_engine
-def test_an_entry_does_not_depend_on_its_neighbours(engine: str, choose: Choose) -> None:
+@every_gaussian_kind
+def test_small_covariances_are_read_as_the_smallest(engine: str, kind: Kind, choose: Choose) -> None:
+    """And get no gradient; covariances of values are taken as they are."""
+    backend, given = choose(engine), kind.draw((1, 2, 9, 4), (9, 3))
+    few = torch.tensor([0.0, -3.0, 1e-30, SMALLEST / 2, SMALLEST, SMALLEST * 2], device=DEVICE)
+    for name, first in (("q_cov", 1), ("k_cov", 2), ("v_cov", 3)):
+        given[name][0, :, first : first + 6, 1] = few
+    raised = {name: x.clamp(min=SMALLEST) if name in ("q_cov", "k_cov") else x for name, x in given.items()}
+    leaves = [x.requires_grad_() for x in given.values()]
+    outs, expected = kind.call(**given, backend=backend), kind.call(**raised, backend=backend)
+    assert all(torch.equal(outs[name], expected[name]) for name in outs)
+    found = torch.autograd.grad(sum(out.square().sum() for out in outs.values()), leaves)
+    grads = dict(zip(given, found, strict=True))
+    assert all(torch.isfinite(g).all() for g in grads.values())
+    for name in ("q_cov", "k_cov"):
+        small = given[name] <= SMALLEST
+        assert small.sum() == 10 and (grads[name][small] == 0).all() and (grads[name][~small] != 0).any()
+
+
+@every_engine
+@pytest.mark.parametrize("kind", [Kind("stochastic", True)], ids=str)
+@pytest.mark.parametrize("table", [-1000.0, -60.0, 0.0])
+def test_covariances_of_correlations_may_vanish(engine: str, kind: Kind, table: float, choose: Choose) -> None:
+    """ELU + 1 of what lies far below 0 is 0 in float32; at 0 its two sides meet."""
+    given = kind.draw((1, 2, 9, 4), (9, 3))
+    given |= {name: torch.full((9, 3), table, device=DEVICE) for name in ("w_q_cov", "w_k_cov")}
+    results = []
+    for backend in (choose(engine), "reference"):
+        leaves = [x.detach().requires_grad_() for x in given.values()]
+        outs = list(kind.call(**dict(zip(given, leaves, strict=True)), backend=backend).values())
+        results.append([*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.isfinite(expected).all()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@every_engine
+@every_kind
+def test_the_future_has_no_effect(engine: str, kind: Kind, choose: Choose) -> None:
     backend = choose(engine)
-    q, k, v, w_q, w_k = inputs(20)
+    given = kind.draw((2, 2, 9, 8), (9, 5))
+    before = kind.call(**given, backend=backend)
+    for name in kind.items:
+        given[name][:, :, 6:] += torch.rand_like(given[name][:, :, 6:])
+    after = kind.call(**given, backend=backend)
+    for name in before:
+        torch.testing.assert_close(after[name][:, :, :6], before[name][:, :, :6])
+        assert (after[name][:, :, 6:] - before[name][:, :, 6:]).abs().min() > 0
+
+
+@every_engine
+@one_of_either
+def test_an_entry_does_not_depend_on_its_neighbours(engine: str, kind: Kind, choose: Choose) -> None:
+    backend = choose(engine)
+    given = kind.draw((2, 2, 20, 8), (20, 5))
     lengths = torch.tensor([20, 7], device=DEVICE)
-    both = refined_attention(q, k, v, w_q, w_k, lengths=lengths, backend=backend)
-    alone = refined_attention(q[1:], k[1:], v[1:], w_q, w_k, lengths=lengths[1:], backend=backend)
-    torch.testing.assert_close(both[1:], alone)
+    both = kind.call(**given, lengths=lengths, backend=backend)
+    second = {name: x[1:] if name in kind.items else x for name, x in given.items()}
+    alone = kind.call(**second, lengths=lengths[1:], backend=backend)
+    for name in both:
+        torch.testing.assert_close(both[name][1:], alone[name])
 
 
 @every_engine
-@every_refinement
+@every_kind
 @every_side
-def test_nan_in_padding_does_not_leak(engine: str, refinement: str, side: str, choose: Choose) -> None:
+def test_nan_in_padding_does_not_leak(engine: str, kind: Kind, side: str, choose: Choose) -> None:
     backend = choose(engine)
     lengths = torch.tensor([4, 0], device=DEVICE)  # the second entry has no item at all: every row is masked
-    q, k, v, w_q, w_k = inputs()
     real = slice(5, 9) if side == "left" else slice(0, 4)
     kept = torch.zeros(2, 1, 9, 1, dtype=torch.bool, device=DEVICE)
     kept[0, :, real] = True
-    q, k, v, dout = (torch.where(kept, x, math.nan).requires_grad_() for x in (q, k, v, torch.randn_like(v)))
-    content = torch.where(kept, torch.randn(2, 2, 9, 5, device=DEVICE), math.nan)
-    for tables in ((w_q, w_k), (content, content.flip(-1))):
-        tables = [w.detach().requires_grad_() for w in tables]
-        args: dict[str, Any] = {"refinement": refinement, "lengths": lengths, "padding_side": side, "backend": backend}
-        out = refined_attention(q, k, v, *tables, **args)
-        grads = torch.autograd.grad(out, [q, k, v, *(tables if refinement != "none" else [])], dout)
-        for x in (out, *grads[:3]):
-            assert torch.isfinite(x).all() and (x.masked_select(~kept) == 0).all() and (x[0, :, real] != 0).any()
-        assert all(torch.isfinite(g).all() for g in grads)
+    for nowhere, tables in ((math.nan, (9, 5)), (math.nan, (2, 2, 9, 5)), (math.inf, (2, 2, 9, 5))):
+        given = kind.draw((2, 2, 9, 8), tables)
+        given = {name: torch.where(kept, x, nowhere) if x.dim() == 4 else x for name, x in given.items()}
+        leaves = [x.requires_grad_() for x in given.values()]
+        outs = kind.call(**given, lengths=lengths, padding_side=side, backend=backend)
+        douts = [torch.where(kept, torch.randn_like(out), nowhere) for out in outs.values()]
+        grads = dict(zip(given, torch.autograd.grad(list(outs.values()), leaves, douts), strict=True))
+        for name, x in (outs | grads).items():
+            assert torch.isfinite(x).all() and (x != 0).any(), name
+            if x.dim() == 4:
+                assert (x.masked_select(~kept) == 0).all() and (x[0, :, real] != 0).any(), name
 
 
 @every_engine
-@every_refinement
+@every_kind
 @every_side
-def test_packed_equals_padded(engine: str, refinement: str, side: str, choose: Choose) -> None:
+def test_packed_equals_padded(engine: str, kind: Kind, side: str, choose: Choose) -> None:
     backend = choose(engine)
     counts, window = [11, 0, 20, 1], 20
     lengths = torch.tensor(counts, device=DEVICE)
-    q, k, v = (torch.randn(4, 2, window, 8, device=DEVICE) for _ in range(3))
-    tables = torch.randn(2, window, 5, device=DEVICE)
+    given = kind.draw((4, 2, window, 8), (window, 5))
     rows = [slice(window - n, window) if side == "left" else slice(0, n) for n in counts]
 
     def pack(x: Tensor) -> Tensor:
         return torch.cat([x[b, :, r] for b, r in enumerate(rows)], dim=1).transpose(0, 1)
 
-    args: dict[str, Any] = {"refinement": refinement, "dropout_p": 0.3, "dropout_seed": 5, "backend": backend}
-    padded = refined_attention(q, k, v, *tables, lengths=lengths, padding_side=side, **args)
+    args: dict[str, Any] = {"dropout_p": 0.3, "dropout_seed": 5, "backend": backend}
+    padded = kind.call(**given, lengths=lengths, padding_side=side, **args)
     align = {"left": "right", "right": "left"}[side]  # padding on the left aligns items with the table's right end
-    packed = refined_attention_varlen(pack(q), pack(k), pack(v), *tables, cumulative(counts), align=align, **args)
-    torch.testing.assert_close(packed, pack(padded))
+    given = {name: pack(x) if name in kind.items else x for name, x in given.items()}
+    packed = kind.call(**given, cu_seqlens=cumulative(counts), align=align, **args)
+    for name in padded:
+        torch.testing.assert_close(packed[name], pack(padded[name]))
 
 
 @every_own_engine
@@ -122,17 +196,16 @@ def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose, mo
 
 
 @every_engine
-def test_nothing_to_attend_to(engine: str, choose: Choose) -> None:
+@one_of_either
+def test_nothing_to_attend_to(engine: str, kind: Kind, choose: Choose) -> None:
     backend = choose(engine)
-    w = torch.randn(4, 3, device=DEVICE, requires_grad=True)
-    for x in (torch.randn(0, 2, 4, 8, device=DEVICE), torch.randn(0, 2, 8, device=DEVICE)):
-        x.requires_grad_()
-        if x.dim() == 4:
-            out = refined_attention(x, x, x, w, w, backend=backend)
-        else:
-            out = refined_attention_varlen(x, x, x, w, w, cumulative([0, 0]), backend=backend)
-        dx, dw = torch.autograd.grad(out, [x, w], torch.zeros_like(out))
-        assert out.shape == x.shape and dx.shape == x.shape and (dw == 0).all()
+    for shape, bounds in (((0, 2, 4, 8), {}), ((0, 2, 8), {"cu_seqlens": cumulative([0, 0])})):
+        given = kind.draw(shape, (4, 3))
+        leaves = [x.requires_grad_() for x in given.values()]
+        outs = list(kind.call(**given, **bounds, backend=backend).values())
+        grads = torch.autograd.grad(outs, leaves, [torch.zeros_like(out) for out in outs])
+        assert all(x.shape == shape for x in (*outs, *grads[: len(kind.items)]))
+        assert all((g == 0).all() for g in grads)
 
 
 def dropout_mask(backend: str, layout: str, counts: list[int], seed: int) -> list[Tensor]:
@@ -185,31 +258,32 @@ def test_dropout_follows_the_global_seed(engine: str, choose: Choose) -> None:
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
-def test_rows_of_the_weights_sum_to_one() -> None:
-    q, k, _, w_q, w_k = inputs()
-    lengths = torch.tensor([9, 3], device=DEVICE)
-    for refinement, total in (("none", 1.0), ("simple", 1.0), ("value", 1.0), ("additive", 1.5)):
-        gate = 0.5 if refinement == "additive" else None
-        first, mixed = attention_weights(q, k, w_q, w_k, refinement=refinement, gate=gate, lengths=lengths)
-        for weights, expected in ((first, 1.0), (mixed, total)):
-            torch.testing.assert_close(weights[0].sum(-1), torch.full_like(weights[0, ..., 0], expected))
-            assert (weights[1, :, :6] == 0).all() and (weights[1, :, :, :6] == 0).all()
+@every_kind
+def test_rows_of_the_weights_sum_to_one(kind: Kind) -> None:
+    given = kind.draw((2, 2, 9, 8), (9, 5))
+    lengths, gate, total = torch.tensor([9, 3], device=DEVICE), None, 1.0
+    if kind.refinement == "additive":
+        gate, total = 0.5, 1.5
+    first, mixed = kind.weights(**given, gate=gate, lengths=lengths)
+    for weights, expected in ((first, 1.0), (mixed, total)):
+        torch.testing.assert_close(weights[0].sum(-1), torch.full_like(weights[0, ..., 0], expected))
+        assert (weights[1, :, :6] == 0).all() and (weights[1, :, :, :6] == 0).all()
 
 
 @every_own_engine
-@every_refinement
-def test_fifty_runs_agree_bit_for_bit(engine: str, refinement: str, choose: Choose) -> None:
+@every_kind
+def test_fifty_runs_agree_bit_for_bit(engine: str, kind: Kind, choose: Choose) -> None:
     interpreted = engine != "torch" and DEVICE == "cpu"
-    if interpreted and refinement != "additive":
+    if interpreted and kind.refinement != "additive":
         pytest.skip("needs a GPU: minutes in the interpreter, where additive alone takes every path")
-    backend = choose(engine)
-    tensors = [x[..., :1, :, :].requires_grad_() if x.dim() == 4 else x.requires_grad_() for x in inputs(6 if interpreted else 30)]
-    wanted = tensors if refinement != "none" else tensors[:3]
-    gate = torch.ones(1, device=DEVICE, requires_grad=True) if refinement == "additive" else None
+    backend, length = choose(engine), 6 if interpreted else 30
+    given = kind.draw((2, 1, length, 8), (length, 5))
+    given |= {"gate": torch.ones(1, device=DEVICE)} if kind.refinement == "additive" else {}
+    leaves = [x.requires_grad_() for x in given.values()]
     first: list[Tensor] = []
     for _ in range(50):
-        out = refined_attention(*tensors, refinement=refinement, gate=gate, dropout_p=0.2, dropout_seed=3, backend=backend)
-        found = [out, *torch.autograd.grad(out.square().sum(), wanted + ([gate] if gate is not None else []))]
+        outs = list(kind.call(**given, dropout_p=0.2, dropout_seed=3, backend=backend).values())
+        found = [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), leaves)]
         first = first or found
         assert all(torch.equal(a, b) for a, b in zip(first, found, strict=True))
 
