@@ -13,6 +13,9 @@ import awrsr_kernels
 from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
 
 from .conftest import DEVICE, ENGINES, cumulative
+from .problems import Kind
+
+STOCHASTIC = Kind("stochastic", True)
 
 
 def arguments() -> dict:
@@ -67,6 +70,74 @@ def test_a_wrong_argument_is_named(change: dict, name: str, kind: type[Exception
         pytest.skip("values of lengths are read on the CPU only")
     with pytest.raises(kind, match=rf"\b{name}\b is .*must be"):
         refined_attention(**{**arguments(), **moved})
+
+
+@pytest.mark.parametrize(
+    "change,name,error",
+    [
+        ({"q_mean": torch.zeros(4, 6, 8)}, "q_mean", ValueError),
+        ({"q_mean": torch.zeros(2, 4, 6, 8, dtype=torch.int32)}, "q_mean", TypeError),
+        ({"k_mean": torch.zeros(2, 3, 6, 8)}, "k_mean", ValueError),
+        ({"k_mean": torch.zeros(2, 4, 6, 9)}, "k_mean", ValueError),
+        ({"v_mean": torch.zeros(2, 4, 7, 8)}, "v_mean", ValueError),
+        ({"v_mean": None}, "v_mean", TypeError),
+        ({"q_cov": torch.zeros(2, 4, 6, 1)}, "q_cov", ValueError),
+        ({"q_cov": None}, "q_cov", TypeError),
+        ({"k_cov": torch.zeros(2, 4, 6, 8, dtype=torch.float64)}, "k_cov", TypeError),
+        ({"k_cov": torch.zeros(2, 4, 6, 8, device="meta")}, "k_cov", ValueError),
+        ({"v_cov": torch.zeros(2, 1, 6, 8)}, "v_cov", ValueError),
+        ({"v_cov": 1.0}, "v_cov", TypeError),
+        ({"w_q": None}, "w_q", TypeError),
+        ({"w_k": torch.zeros(6, 4)}, "w_k", ValueError),
+        ({"w_q_cov": None}, "w_q_cov", TypeError),
+        ({"w_k_cov": None}, "w_k_cov", TypeError),
+        ({"w_k_cov": torch.zeros(6, 4)}, "w_k_cov", ValueError),
+        ({"w_q_cov": torch.zeros(6, 4), "w_k_cov": torch.zeros(6, 4)}, "w_q_cov", ValueError),
+        ({"w_q_cov": torch.zeros(4, 6, 5), "w_k_cov": torch.zeros(4, 6, 5)}, "w_q_cov", ValueError),
+        ({"w_q_cov": torch.zeros(7, 5), "w_k_cov": torch.zeros(7, 5)}, "w_q_cov", ValueError),
+        ({"w_k_cov": torch.zeros(6, 5, dtype=torch.float64)}, "w_k_cov", TypeError),
+        ({"refinement": "simple"}, "w_q_cov", ValueError),
+        ({"refinement": "none", "w_q_cov": None}, "w_k_cov", ValueError),
+        ({"refinement": "double"}, "refinement", ValueError),
+        ({"gate": 0.5}, "gate", ValueError),
+        ({"causal": 1}, "causal", TypeError),
+        ({"lengths": torch.tensor([1])}, "lengths", ValueError),
+        ({"padding_side": "top"}, "padding_side", ValueError),
+        ({"softmax_scale": float("inf")}, "softmax_scale", ValueError),
+        ({"dropout_p": -0.1}, "dropout_p", ValueError),
+        ({"backend": "cuda"}, "backend", ValueError),
+    ],
+)
+def test_a_wrong_argument_of_the_stochastic_call_is_named(change: dict, name: str, error: type[Exception]) -> None:
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) and v.device.type == "cpu" else v for k, v in change.items()}
+    given = STOCHASTIC.draw((2, 4, 6, 8), (6, 5)) | moved
+    with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
+        STOCHASTIC.call(**given)
+    if not set(change) & {"v_mean", "v_cov", "dropout_p", "backend"}:
+        with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
+            STOCHASTIC.weights(**given)
+
+
+@pytest.mark.parametrize(
+    "change,name,error",
+    [
+        ({"cu_seqlens": None}, "cu_seqlens", TypeError),
+        ({"q_cov": torch.zeros(7, 4, 8)}, "q_cov", ValueError),
+        ({"k_mean": torch.zeros(7, 4, 8)}, "k_mean", ValueError),
+        ({"w_q_cov": torch.zeros(8, 5), "w_k_cov": torch.zeros(8, 5)}, "w_q_cov", ValueError),
+        ({"max_seqlen": -1}, "max_seqlen", ValueError),
+        ({"align": "top"}, "align", ValueError),
+    ],
+)
+def test_a_wrong_argument_of_the_packed_stochastic_call_is_named(change: dict, name: str, error: type[Exception]) -> None:
+    moved = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
+        STOCHASTIC.call(**{**STOCHASTIC.draw((6, 4, 8), (9, 5)), "cu_seqlens": cumulative([2, 4]), **moved})
+
+
+def test_vectors_know_no_stochastic_refinement() -> None:
+    with pytest.raises(ValueError, match=r"\brefinement\b is 'stochastic'; it must be one of"):
+        refined_attention(**arguments(), refinement="stochastic")
 
 
 @pytest.mark.parametrize(
@@ -242,43 +313,48 @@ def test_kernels_are_wellformed_operators(refinement: str, engine: str, choose: 
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("refinement", ["value", "additive"])
-def test_compiles_into_one_graph_forward_and_backward(engine: str, refinement: str, choose: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("kind", [Kind("value"), Kind("additive"), Kind("value", True), STOCHASTIC], ids=str)
+def test_compiles_into_one_graph_forward_and_backward(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
     backend = choose(engine)
-    tensors = [x.requires_grad_() for x in arguments().values()]
-    lengths = torch.tensor([6, 2], device=DEVICE)
+    given = {name: x.requires_grad_() for name, x in kind.draw((2, 4, 6, 8), (6, 5)).items()}
+    leaves, lengths = list(given.values()), torch.tensor([6, 2], device=DEVICE)
 
     def function(*t: torch.Tensor) -> torch.Tensor:
-        return refined_attention(*t, refinement=refinement, lengths=lengths, backend=backend)
+        outs = kind.call(**dict(zip(given, t, strict=True)), lengths=lengths, backend=backend)
+        return sum(out.square().sum() for out in outs.values())
 
     torch._dynamo.reset()  # or a graph of the other regime would be found again
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(function(*tensors).square().sum(), tensors)
-    found = torch.autograd.grad(compiled(*tensors).square().sum(), tensors)
+    expected = torch.autograd.grad(function(*leaves), leaves)
+    found = torch.autograd.grad(compiled(*leaves), leaves)
     for a, b in zip(expected, found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_second_derivative_is_refused(engine: str, choose: Callable[[str], str]) -> None:
-    backend = choose(engine)
-    tensors = [x.requires_grad_() for x in arguments().values()]
-    (dq,) = torch.autograd.grad(refined_attention(*tensors, backend=backend).square().sum(), tensors[:1], create_graph=True)
+@pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
+def test_a_second_derivative_is_refused(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
+    given = {name: x.requires_grad_() for name, x in kind.draw((2, 4, 6, 8), (6, 5)).items()}
+    out, *_ = kind.call(**given, backend=choose(engine)).values()
+    (dq,) = torch.autograd.grad(out.square().sum(), [given[kind.items[0]]], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dq.sum().backward()
 
 
-def test_autocast_runs_in_its_dtype() -> None:
+@pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
+def test_autocast_runs_in_its_dtype(kind: Kind) -> None:
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        out = refined_attention(**arguments(), backend="torch")
-    assert out.dtype == torch.bfloat16
+        outs = kind.call(**kind.draw((2, 4, 6, 8), (6, 5)), backend="torch")
+    assert all(out.dtype == torch.bfloat16 for out in outs.values())
 
 
+@pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-def test_shapes_follow_from_the_meta_device(backend: str) -> None:
-    q, w = torch.empty(2, 4, 6, 8, device="meta"), torch.empty(6, 5, device="meta")
-    lengths = torch.empty(2, dtype=torch.int64, device="meta")
-    assert refined_attention(q, q, q[..., :3], w, w, lengths=lengths, backend=backend).shape == (2, 4, 6, 3)
+def test_shapes_follow_from_the_meta_device(backend: str, kind: Kind) -> None:
+    given = {name: x.to("meta") for name, x in kind.draw((2, 4, 6, 8), (6, 5)).items()}
+    given = {name: x[..., :3] if name.startswith("v") else x for name, x in given.items()}
+    outs = kind.call(**given, lengths=torch.empty(2, dtype=torch.int64, device="meta"), backend=backend)
+    assert all(out.shape == (2, 4, 6, 3) for out in outs.values())
 
 
 def test_a_contiguous_last_dimension_is_not_copied() -> None:
