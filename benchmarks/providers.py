@@ -24,7 +24,7 @@ Rivals meet padding in its best case for them: on the right, where is_causal alo
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch

@@ -1,6 +1,6 @@
 """Rivals between Gaussians: STOSA's formulation as its authors' code has it, and what stock attention calls can be made to compute.
 
-With the points x = [mean | sqrt(covariance)] a score is a dot product of longer features, 2 scale ([x_i | 1] . [x_j | -|x_j|^2 / 2]),
+With the points x = [mean | sqrt(covariance)] a score is a dot product of longer features, 2 scale [x_i | 1] . [x_j | -|x_j|^2 / 2],
 up to a number per row that softmax ignores. Squared weights are weights of twice the scores, rescaled per row, and products of two
 kinds of weights are weights of the sum of their scores, whose features stand side by side:
 

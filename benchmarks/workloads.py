@@ -8,6 +8,7 @@ import itertools
 import random
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -178,7 +179,8 @@ class Batch:
     @property
     def plain(self) -> "Batch":
         """The batch as plain dot-product attention has it."""
-        return replace(self, refinement="none", **dict.fromkeys(COVARIANCES))
+        without: dict[str, Any] = dict.fromkeys(COVARIANCES)
+        return replace(self, refinement="none", **without)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -275,7 +277,8 @@ def build(task: Task, layout: str) -> list[Batch]:
             return made
         *covs, dout_cov = items(lengths, window, covariance=True)
         covs += [w.detach()[:window].requires_grad_() for w in cov_tables]
-        return replace(made, **dict(zip(COVARIANCES, [*covs, dout_cov], strict=True)))
+        beside: dict[str, Any] = dict(zip(COVARIANCES, [*covs, dout_cov], strict=True))
+        return replace(made, **beside)
 
     return [batch(list(lengths), window) for lengths, window in calls(task, layout)]
 
