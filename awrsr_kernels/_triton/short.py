@@ -162,11 +162,12 @@ def _short_bwd_kernel(
                 w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
                 w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
                 q_a = dot(first_half, w_q_tile, PRECISION)
-                k_a = dot(first_half, w_k_tile, PRECISION)
                 if REFINEMENT == "stochastic":
                     q_a = correlation_points(q_a, R, BLOCK_R)
-                    k_a = correlation_points(k_a, R, BLOCK_R)
                 q_a = q_a.to(DTYPE)
+                k_a = dot(first_half, w_k_tile, PRECISION)
+                if REFINEMENT == "stochastic":
+                    k_a = correlation_points(k_a, R, BLOCK_R)
                 k_a = k_a.to(DTYPE)
                 if REFINEMENT == "value":
                     values = dot(first_half, v_tile, PRECISION).to(DTYPE)
@@ -180,11 +181,13 @@ def _short_bwd_kernel(
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            if GAUSSIAN:
+                squares = tl.trans((weights * weights).to(DTYPE))
+                through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
+            weights = tl.trans(weights.to(DTYPE))
             dweights = dot(dout_tile, tl.trans(values), PRECISION)
             if GAUSSIAN:
-                dweights += 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
-                squares = tl.trans((weights * weights).to(DTYPE))
-            weights = tl.trans(weights.to(DTYPE))
+                dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
             if REFINEMENT != "none":
@@ -193,12 +196,13 @@ def _short_bwd_kernel(
                     dgate += inner
                 dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
                 dq_a = dot(dhigher, k_a, PRECISION)
+                if REFINEMENT == "stochastic":
+                    dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
+                dq_a = dq_a.to(DTYPE)
                 dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
                 if REFINEMENT == "stochastic":
                     dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
-                    dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
                     dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
-                dq_a = dq_a.to(DTYPE)
                 dk_a = dk_a.to(DTYPE)
 
             dvalues = dot(weights, dout_tile, PRECISION)
@@ -291,10 +295,8 @@ def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Te
     return outs
 
 
-def short_backward(
-    problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None
-) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; found: those that the tiled kernels have begun."""
+def short_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; found: those that the tiled kernels have begun."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m

@@ -6,14 +6,14 @@ L positions, D, DV, R features of q, v and the tables. One kernel, launched once
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
     stage 2   O_R = (R*Z) V (value: Y for V)      and, at once, out = O_P + gate * O_R (additive)
 
-Between Gaussians scores are distances (DISTANCE), and squared weights meet the covariances in the same passes (v_cov is not None):
+Between Gaussians scores are distances (DISTANCE), and squared weights meet covariances in the same passes (v_cov is not None):
 C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so stage 2 computes
-P's tile beside R's (other_q is not None), for X = (P*Z*R*Z) V_cov; then C_P = C_1 + gate X takes the place of C_1, C_R = X + gate C_2
-is kept for the backward, and out_cov = C_P + gate C_R. "stochastic" turns Q_A and K_A into points before they leave (POINTS).
+P's tile beside R's (other_q is not None) for X = (P*Z*R*Z) V_cov. Then C_P = C_1 + gate X takes the place of C_1, C_R = X +
+gate C_2 is kept, too, and out_cov = C_P + gate C_R. "stochastic" turns Q_A and K_A into points before they leave (POINTS).
 
-What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per row and stage, in units of log 2. In half precision
-each of them comes with what rounding lost, [Q_A | K_A | Y or O_P] and O_R side by side, covariances after those: the backward subtracts sums over them from
-sums over exact weights, and where a row sees one column alone the difference must vanish.
+What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R, their like of covariances, and a log-sum-exp per row and stage, in units
+of log 2. In half precision each of them comes with what rounding lost, [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
+subtracts sums over them from sums over exact weights, and where a row sees one column alone the difference must vanish.
 
 In a batch with lengths the short kernels run after these and write what belongs to short sequences; padding is written here.
 """

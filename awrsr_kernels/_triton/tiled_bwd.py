@@ -8,7 +8,7 @@ reaches them is a sum of outer products, g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO 
 
 and between Gaussians, where squared weights meet covariances and M is the sum that is squared (M = p but in "additive"),
 
-    g += 2 Z*M*Z*(dC V_cov^T)     delta += 2 rowsum(dC*C), C the share of p in it       dv_cov = (M*Z)^2^T dC      dk -= k colsum(ds)
+    g += 2 Z*M*Z*(dC V_cov^T)    delta += 2 rowsum(dC*C), C the share of p in it    dv_cov = ((M*Z)^2)^T dC    dk -= k colsum(ds)
 
 in three kernels: one owns rows (dq and delta), one owns columns (dk, dv), and one owns rows of the tables (dW) and walks over the
 sequences that share them. Rows and columns run for stage 2 first (where "additive" multiplies p by its gate), then for stage 1.
@@ -316,9 +316,7 @@ class _Backward:
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
 
-    def stage(
-        self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None
-    ) -> None:
+    def stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
         """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
         arguments = stage(p, saved, higher)
