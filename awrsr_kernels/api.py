@@ -67,9 +67,7 @@ def refined_attention(
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = padded_call(
-        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p
-    )
+    call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     return run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)[0]
 
@@ -113,9 +111,7 @@ def refined_attention_varlen(
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
-    call = packed_call(
-        q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p
-    )
+    call = packed_call(q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     given = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens, None)
     return run(given, dropout_seed, call, backend)[0].squeeze(0).transpose(0, 1)

@@ -158,7 +158,5 @@ def stochastic_attention_weights(
         return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths, None), call)
 
 
-def _covariances(
-    q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _covariances(q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return checks.covariance("q_cov", q_cov, q), checks.covariance("k_cov", k_cov, k), checks.covariance("v_cov", v_cov, v)
