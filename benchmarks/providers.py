@@ -235,7 +235,7 @@ PROVIDERS = {
         Provider("flex2", "rival", functools.partial(two_stage, attend=flex), _flex_refusal),
         Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), _varlen_refusal),
         Provider("sdpa", "floor", two_stage, _no_packed, backbones=BOTH),
-        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(10, 10), backbones=BOTH),
+        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(13, 13), backbones=BOTH),
         Provider("torch", "ours", functools.partial(ours, backend="torch"), backbones=BOTH),
         Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal, backbones=BOTH),
         Provider("stosa", "rival", _stosa, _no_packed, squares=(16, 16), backbones=GAUSSIAN),
