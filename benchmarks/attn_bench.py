@@ -24,8 +24,8 @@ from benchmarks.precompile import precompile
 from benchmarks.providers import PROVIDERS, Provider, side_by_side
 from benchmarks.roofline import Rates, measure_rates
 from benchmarks.workloads import (
+    BACKBONES,
     CPU_DEFAULT,
-    DOT,
     DTYPES,
     OPERATOR,
     PRESETS,
@@ -40,8 +40,6 @@ from benchmarks.workloads import (
     read_histories,
     sample_users,
 )
-
-BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as an option and as results have it
 
 EXAMPLES = """
 examples, from the repository root:

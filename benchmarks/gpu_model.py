@@ -42,7 +42,7 @@ from benchmarks.attn_bench import sizes
 from benchmarks.launches import Launch, task_launches
 from benchmarks.report import atomic, commit
 from benchmarks.roofline import Rates, ideal_bytes
-from benchmarks.workloads import PRESETS, Shape, Task
+from benchmarks.workloads import BACKBONES, PRESETS, Shape, Task
 
 Row = dict[str, Any]
 DTYPE = "bfloat16"
@@ -276,7 +276,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="default: all")
-    add("--backbone", choices=("dot", "stochastic"), default="dot", help="dot; the stochastic one has no prediction yet")
+    add("--backbone", choices=BACKBONES, default="dot", help="dot; the stochastic one has no prediction yet")
     add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple")
     add("--dropout", type=float, default=0.0, metavar="P", help="default 0")
     add("--compile-report", type=Path, metavar="FILE", help="registers and shared memory (without it: guessed)")

@@ -17,6 +17,7 @@ from torch import Tensor
 from awrsr_kernels.layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 DOT, STOCHASTIC = "dot-product", "stochastic"
+BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as options and as results have them
 OPERATOR = {DOT: REFINEMENTS, STOCHASTIC: GAUSSIAN_REFINEMENTS}  # backbone: its refinements
 Outputs = Tensor | tuple[Tensor, ...]  # of a call; between Gaussians means and covariances
 LAYOUTS = ("padded", "bucketed", "packed")

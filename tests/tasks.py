@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import gradients
-from benchmarks.workloads import DOT, OPERATOR, STOCHASTIC, Batch, Outputs, Shape, Task
+from benchmarks.workloads import DOT, OPERATOR, Batch, Outputs, Shape, Task
 
-BACKBONES = (DOT, STOCHASTIC)
-PROBLEMS = [(backbone, refinement) for backbone in BACKBONES for refinement in OPERATOR[backbone]]
+PROBLEMS = [(backbone, refinement) for backbone in OPERATOR for refinement in OPERATOR[backbone]]
 SHAPE = Shape(B=3, H=4, H_kv=2, L=9, D=8, D_v=6, R=5)
 
 

@@ -18,6 +18,7 @@ from benchmarks.providers import PROVIDERS, Provider, ours
 from benchmarks.workloads import (
     DOT,
     LAYOUTS,
+    OPERATOR,
     PRESETS,
     STOCHASTIC,
     Batch,
@@ -29,9 +30,10 @@ from benchmarks.workloads import (
     sample_users,
 )
 
-from .tasks import BACKBONES, PROBLEMS, as_tuple, task, users_task
+from .tasks import PROBLEMS, as_tuple, task, users_task
 
 ROOT = Path(__file__).resolve().parents[1]
+BACKBONES = list(OPERATOR)
 OPTION = {DOT: [], STOCHASTIC: ["--backbone", "stochastic"]}
 OURS = {DOT: "torch", STOCHASTIC: "reference"}
 RIVAL = {DOT: "sdpa2", STOCHASTIC: "stosa"}

@@ -199,6 +199,16 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reached == there
 
 
+def test_kernels_are_reached_between_gaussians_too() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
+    pytest.importorskip("triton", reason="needs Triton")
+    problems = every_kernel.problems(2, (4,), 1, 16, "float32", "cpu", "stochastic")
+    for problem in problems:
+        every_kernel.run(problem)
+    assert [task.refinement for task, _ in problems] == ["none", "simple", "value", "additive", "stochastic"]
+
+
 def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     from awrsr_kernels._triton.launch import Problem
