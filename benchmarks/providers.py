@@ -182,7 +182,8 @@ def two_stage(batch: Batch, attend: Attend = stock, split: bool = False) -> Tens
 
 
 def _no_packed(batch: Batch) -> str | None:
-    return "this call takes no packed batches (varlen2 does, on a GPU)" if batch.packed else None
+    other = "" if batch.gaussian else " (varlen2 does, on a GPU)"
+    return "this call takes no packed batches" + other if batch.packed else None
 
 
 def _two_stage_refusal(batch: Batch) -> str | None:

@@ -35,7 +35,6 @@ from .tasks import PROBLEMS, as_tuple, task, users_task
 ROOT = Path(__file__).resolve().parents[1]
 BACKBONES = list(OPERATOR)
 OPTION = {DOT: [], STOCHASTIC: ["--backbone", "stochastic"]}
-OURS = {DOT: "torch", STOCHASTIC: "reference"}
 RIVAL = {DOT: "sdpa2", STOCHASTIC: "stosa"}
 
 
@@ -58,7 +57,7 @@ def one_thread() -> Iterator[None]:
 def test_fixed_interface(backbone: str, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/attn_bench.py", "--device", "cpu", "--shapes", "2,2,5,4", "--reps", "1"]
     command += OPTION[backbone]
-    names = RIVAL[backbone], OURS[backbone]
+    names = RIVAL[backbone], "torch"
     options = [
         "--providers",
         *names,
@@ -106,7 +105,7 @@ def test_a_wrong_provider_is_refused(
     backbone: str, flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(batch: Batch) -> Outputs:
-        *rest, out = as_tuple(ours(batch, OURS[backbone]))  # between Gaussians of the covariances alone
+        *rest, out = as_tuple(ours(batch, "torch"))  # between Gaussians of the covariances alone
         if flaw == "raises":
             raise RuntimeError("no such thing")
         if flaw == "gradient":  # of w_k alone, the value unchanged
@@ -115,13 +114,13 @@ def test_a_wrong_provider_is_refused(
             out = out * (torch.nan if flaw == "nan" else 1.001)
         return (*rest, out) if rest else out
 
-    name, rival = OURS[backbone], RIVAL[backbone]
-    monkeypatch.setitem(PROVIDERS, name, Provider(name, "ours", wrong, backbones=(backbone,)))
-    options = ["--device", "cpu", "--shapes", "3,2,9,8", "--reps", "1", "--providers", name, rival, *OPTION[backbone]]
+    monkeypatch.setitem(PROVIDERS, "torch", Provider("torch", "ours", wrong, backbones=(backbone,)))
+    rival = RIVAL[backbone]
+    options = ["--device", "cpu", "--shapes", "3,2,9,8", "--reps", "1", "--providers", "torch", rival, *OPTION[backbone]]
     status = attn_bench.main(options)
     printed = capsys.readouterr()
     assert status == 1 and "1 results are WRONG" in printed.err
-    assert not [x for x in printed.out.splitlines() if x.startswith(f"{name} ") and "WRONG" not in x]
+    assert not [x for x in printed.out.splitlines() if x.startswith("torch ") and "WRONG" not in x]
     assert [x for x in printed.out.splitlines() if x.startswith(f"{rival} ")]
 
 
@@ -143,7 +142,7 @@ def test_a_task_that_breaks_costs_the_others_nothing(
 
 RIGHT = {
     DOT: ("textbook", "sdpa2", "sdpa2-split", "sdpa", "reference", "torch"),
-    STOCHASTIC: ("stosa", "sdpa2-squares", "sdpa", "reference"),
+    STOCHASTIC: ("stosa", "sdpa2-squares", "sdpa", "reference", "torch"),
 }
 
 
@@ -165,8 +164,7 @@ def test_the_gate_on_histories(backbone: str, layout: str) -> None:
     for provider in (PROVIDERS[name] for name in RIGHT[backbone]):
         if not provider.refusal(batches[0]):
             gate.check(Entrant(provider, layout, batches))
-    name = OURS[backbone]
-    shifted = Provider("shifted", "ours", lambda b: ours(dataclasses.replace(b, w_q=b.w_q.roll(1, 0)), name))
+    shifted = Provider("shifted", "ours", lambda b: ours(dataclasses.replace(b, w_q=b.w_q.roll(1, 0)), "torch"))
     with pytest.raises(WrongResult, match="off by"):
         gate.check(Entrant(shifted, layout, batches))
 
@@ -174,7 +172,7 @@ def test_the_gate_on_histories(backbone: str, layout: str) -> None:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_gate_notices_a_missing_dropout_mask(backbone: str) -> None:
     batches = build(task("value", dropout_p=0.3, backbone=backbone), "padded")
-    undropped = Provider("undropped", "ours", lambda b: ours(dataclasses.replace(b, dropout_p=0.0), OURS[backbone]))
+    undropped = Provider("undropped", "ours", lambda b: ours(dataclasses.replace(b, dropout_p=0.0), "torch"))
     with pytest.raises(WrongResult):
         Gate().check(Entrant(undropped, "padded", batches))
 
@@ -185,7 +183,7 @@ def test_a_tight_reference_budget_still_gates(backbone: str, monkeypatch: pytest
     batch = build(task("additive", backbone=backbone), "padded")[0]
     index, heads, kv_heads, _ = batch.excerpt()
     assert (len(index), heads, kv_heads) == (1, 2, 1)
-    Gate().check(Entrant(PROVIDERS[OURS[backbone]], "padded", [batch]))
+    Gate().check(Entrant(PROVIDERS["torch"], "padded", [batch]))
 
 
 def test_memory_meter_on_a_known_pattern() -> None:
@@ -212,18 +210,18 @@ def test_memory_meter_on_a_known_pattern() -> None:
     assert traced([first], torch.device("cpu")) == [8 * mib]
 
 
-@pytest.mark.parametrize("backbone,squared,linear", [(DOT, "textbook", "torch"), (STOCHASTIC, "stosa", "sdpa2-squares")])
-def test_memory_of_l_by_l_matrices_shows(backbone: str, squared: str, linear: str) -> None:
+@pytest.mark.parametrize("backbone,squared", [(DOT, "textbook"), (STOCHASTIC, "stosa")])
+def test_memory_of_l_by_l_matrices_shows(backbone: str, squared: str) -> None:
     shape = Shape(1, 1, 1, 512, 8, 8, 8)
     found = {}
-    for name in (squared, linear):
+    for name in (squared, "torch"):
         entrant = Entrant(PROVIDERS[name], "padded", build(task("simple", shape=shape, backbone=backbone), "padded"))
         attn_bench.measure_memory(entrant)
         found[name] = entrant.peak_mib
     assert found[squared]["fwd"] >= 2 and found[squared]["bwd"] >= 3  # a matrix is 1 MiB
     assert found[squared]["fwd+bwd"] == max(found[squared].values())
     assert found[squared]["fwd+bwd"] <= PROVIDERS[squared].squares[0]
-    assert found[linear]["fwd"] < found[squared]["fwd"]
+    assert found["torch"]["fwd"] < found[squared]["fwd"]
 
 
 def test_race_gives_every_entrant_the_same_number_of_samples() -> None:
