@@ -64,7 +64,7 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, or TILED
     width: int
     group: int = 1  # query heads per key head
-    gaussian: bool = False  # q and k are points of `width` numbers, means and deviations
+    gaussian: bool = False  # q, k and both values together are `width` wide, means and the rest side by side
 
 
 def cases(target: str) -> list[Case]:
@@ -163,12 +163,13 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k = (new(batch, h, length, case.width) for h in (heads, 2))
+    v, dout = (new(batch, h, length, case.width // (1 + case.gaussian)) for h in (2, heads))
     table = None if case.refinement == "none" else new(1, 1, length, case.width)
     gate = new(heads) if case.refinement == "additive" else None
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
-    bounds, v_cov, douts = new(batch, dtype=torch.int64), k if case.gaussian else None, [q] * (1 + case.gaussian)
-    problem = Problem(Inputs(q, k, k, table, table, gate, bounds, seed, v_cov), call)
+    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
+    problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = target.shared
     if problem.is_short():
         short.short_forward(problem)
