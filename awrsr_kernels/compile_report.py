@@ -52,6 +52,7 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
+KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]  # refinement, between Gaussians
 
 
 class Case(NamedTuple):
@@ -80,15 +81,13 @@ def cases(target: str) -> list[Case]:
                 else:
                     reached = is_short(length, (width, width, width), itemsize, shared)
                 if reached:
-                    calls = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]
-                    found += [Case(target, r, dtype, d, length, width, 1, g) for r, g in calls for d in (False, True)]
+                    found += [Case(target, r, dtype, d, length, width, 1, g) for r, g in KINDS for d in (False, True)]
     return found
 
 
 def sample() -> list[Case]:
     """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
-    calls = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]
-    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in calls]
+    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
