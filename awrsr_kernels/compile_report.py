@@ -75,13 +75,12 @@ def cases(target: str) -> list[Case]:
         itemsize = 2 if dtype != "float32" else 4
         for length in (*LENGTHS, TILED):
             for width in WIDTHS:
-                if length == TILED:
-                    needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
-                    reached = TARGETS[target].backend == "hip" or needed <= shared
-                else:
-                    reached = is_short(length, (width, width, width), itemsize, shared)
-                if reached:
-                    found += [Case(target, r, dtype, d, length, width, 1, g) for r, g in KINDS for d in (False, True)]
+                needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
+                tiled = TARGETS[target].backend == "hip" or needed <= shared
+                for name, gaussian in KINDS:
+                    short = is_short(length, (width, width, width), itemsize, shared, gaussian)
+                    if tiled if length == TILED else short:
+                        found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
     return found
 
 
@@ -98,7 +97,9 @@ def spill_budget(case: Case, kernel: str) -> int:
     Forward kernels up to 128 features, and the short backward in half precision up to 64, keep everything in registers. Except
     "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
     sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
-    too. Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
+    too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
+    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too.
+    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
     gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
@@ -110,6 +111,8 @@ def spill_budget(case: Case, kernel: str) -> int:
     if "fwd" in kernel:
         return 0 if case.width <= 128 else 512
     if "short" in kernel and half and case.width <= 64:
+        if case.gaussian:
+            return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
     return 1024 if half or "short" in kernel else 2048
 

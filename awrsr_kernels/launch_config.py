@@ -129,11 +129,13 @@ def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: 
     return key if key in TABLE else None
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int) -> bool:
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, gaussian: bool = False) -> bool:
     """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
 
     shared: bytes of shared memory that a program may have.
     """
+    if gaussian and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
+        return False
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]
     return all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
 

@@ -72,7 +72,8 @@ class Problem:
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
         sizes = [self.call.max_len, *(reversed(LENGTHS) if self.bounds is not None and self.group == 1 else ())]
-        return next((n for n in sizes if is_short(n, self.features, self.q.dtype.itemsize, self.shared)), 0)
+        call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+        return next((n for n in sizes if is_short(n, *call)), 0)
 
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""
