@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .fallback import fallback_attention
-from .launch_config import unsupported_reason
+from .launch_config import table_features, unsupported_reason
 from .layout import Call, Inputs
 from .reference import reference_attention, reference_weights
 
@@ -216,8 +216,9 @@ def as_rows(x: Tensor) -> Tensor:
 def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> tuple[Tensor, ...]:
     """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
     checks.choice("backend", backend, BACKENDS)
-    q, features = given.q, (given.q.shape[-1], given.v.shape[-1], 1 if given.w_q is None else given.w_q.shape[-1])
+    q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
     if backend in ("auto", "triton"):
+        features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian)
         reason = unsupported_reason(q.device, q.dtype, features)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')

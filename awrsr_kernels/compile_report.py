@@ -52,6 +52,7 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
+KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]  # refinement, between Gaussians
 
 
 class Case(NamedTuple):
@@ -64,7 +65,7 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, or TILED
     width: int
     group: int = 1  # query heads per key head
-    gaussian: bool = False  # q and k are points of `width` numbers, means and deviations
+    gaussian: bool = False  # q, k and both values together are `width` wide, means and the rest side by side
 
 
 def cases(target: str) -> list[Case]:
@@ -74,21 +75,18 @@ def cases(target: str) -> list[Case]:
         itemsize = 2 if dtype != "float32" else 4
         for length in (*LENGTHS, TILED):
             for width in WIDTHS:
-                if length == TILED:
-                    needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
-                    reached = TARGETS[target].backend == "hip" or needed <= shared
-                else:
-                    reached = is_short(length, (width, width, width), itemsize, shared)
-                if reached:
-                    calls = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]
-                    found += [Case(target, r, dtype, d, length, width, 1, g) for r, g in calls for d in (False, True)]
+                needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
+                tiled = TARGETS[target].backend == "hip" or needed <= shared
+                for name, gaussian in KINDS:
+                    short = is_short(length, (width, width, width), itemsize, shared, gaussian)
+                    if tiled if length == TILED else short:
+                        found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
     return found
 
 
 def sample() -> list[Case]:
     """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
-    calls = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]
-    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in calls]
+    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
@@ -99,7 +97,9 @@ def spill_budget(case: Case, kernel: str) -> int:
     Forward kernels up to 128 features, and the short backward in half precision up to 64, keep everything in registers. Except
     "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
     sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
-    too. Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
+    too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
+    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too.
+    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
     gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
@@ -111,6 +111,8 @@ def spill_budget(case: Case, kernel: str) -> int:
     if "fwd" in kernel:
         return 0 if case.width <= 128 else 512
     if "short" in kernel and half and case.width <= 64:
+        if case.gaussian:
+            return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
     return 1024 if half or "short" in kernel else 2048
 
@@ -163,12 +165,13 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, k = (new(batch, h, length, case.width) for h in (heads, 2))
+    v, dout = (new(batch, h, length, case.width // (1 + case.gaussian)) for h in (2, heads))
     table = None if case.refinement == "none" else new(1, 1, length, case.width)
     gate = new(heads) if case.refinement == "additive" else None
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
-    bounds, v_cov, douts = new(batch, dtype=torch.int64), k if case.gaussian else None, [q] * (1 + case.gaussian)
-    problem = Problem(Inputs(q, k, k, table, table, gate, bounds, seed, v_cov), call)
+    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
+    problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = target.shared
     if problem.is_short():
         short.short_forward(problem)

@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory
+from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory, table_features
 from ..layout import Call, Inputs
 from ..tuned import tuned_for
 
@@ -58,7 +58,7 @@ class Problem:
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = (q.shape[-1], v.shape[-1], self.rank)
+        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -72,7 +72,8 @@ class Problem:
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
         sizes = [self.call.max_len, *(reversed(LENGTHS) if self.bounds is not None and self.group == 1 else ())]
-        return next((n for n in sizes if is_short(n, self.features, self.q.dtype.itemsize, self.shared)), 0)
+        call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+        return next((n for n in sizes if is_short(n, *call)), 0)
 
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""
@@ -138,8 +139,8 @@ class Problem:
         }
 
     def widths(self) -> dict[str, Any]:
-        d, dv, r = self.features
-        blocks = [max(16, triton.next_power_of_2(x)) for x in self.features]
+        d, dv, r = self.q.shape[-1], self.v.shape[-1], self.rank
+        blocks = [max(16, triton.next_power_of_2(x)) for x in (d, dv, r)]
         return {
             "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
             "PRECISION": self.precision(),
