@@ -9,12 +9,17 @@ from awrsr.data.histories import Histories
 from awrsr.model import AWRSR, AWRSRConfig
 
 ITEMS, WINDOW = 23, 9
+BACKBONES = ("sasrec", "stosa")
+REFINEMENTS = {"sasrec": ("none", "simple", "value", "additive"), "stosa": ("none", "simple", "value", "additive", "stochastic")}
+KINDS = [{"backbone": each, "refinement": name} for each in BACKBONES for name in REFINEMENTS[each]]  # of models
+PUBLISHED = {"backbone": "stosa", "refinement": "none", "mean_branch": "published"}
 
 
 def make_model(seed: int = 0, **changes: Any) -> AWRSR:
     """In evaluation mode, with weights large enough to tell items and positions apart."""
     torch.manual_seed(seed)
-    usual = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 8, "heads": 2, "layers": 2, "rank": 3, "backend": "torch"}
+    backend = "reference" if changes.get("backbone") == "stosa" else "torch"
+    usual = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 8, "heads": 2, "layers": 2, "rank": 3, "backend": backend}
     model = AWRSR(AWRSRConfig(**(usual | changes))).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
