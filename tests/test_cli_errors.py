@@ -106,6 +106,19 @@ def test_a_damaged_run_is_an_error(
         (("train", "--data", "DATA", "--hidden", "15", "--heads", "2"), "hidden is 15, must be a multiple of heads (2)"),
         (("train", "--data", "DATA", "--epochs", "0"), "epochs is 0, must be at least 1"),
         (("train", "--data", "DATA", "--learning-rate", "-1"), "learning_rate is -1.0, must be at least"),
+        (
+            ("train", "--data", "DATA", "--refinement", "stochastic"),
+            "refinement is 'stochastic', must be another with backbone 'sas",
+        ),
+        (
+            ("train", "--data", "DATA", "--mean-branch", "published"),
+            "mean_branch is 'published', must be another with backbone 'sas",
+        ),
+        (("train", "--data", "DATA", "--pvn-weight", "0.1"), "pvn_weight is 0.1, must be 0 with loss 'sampled_softmax'"),
+        (
+            ("train", "--data", "DATA", "--loss", "bpr", "--pvn-weight", "0.1"),
+            "pvn_weight is 0.1, must be 0 with backbone 'sasrec'",
+        ),
         (("train", "--data", "DATA", "--format", "inter"), "has no header"),
     ],
 )
