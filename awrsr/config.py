@@ -6,10 +6,6 @@ from .data.histories import Split
 from .options import check, option
 
 WATCHED = "NDCG@10"  # on validation: what decides which epoch is kept, and when to stop
-STOSA = (
-    "--max-len 100 --layers 1 --heads 4 --feedforward 4 --activation elu --norm post --hidden-dropout 0.3 --attention-dropout 0 "
-    "--loss bpr --pvn-weight 0.005 --batch-size 256"
-)
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 
 
@@ -25,7 +21,7 @@ class AWRSRConfig:
     backbone: str = option(
         "sasrec",
         "sasrec: dot-product attention; stosa: items and events are Gaussians, in the attention and for scores compared by their "
-        f"Wasserstein distance; its authors' options are {STOSA}",
+        "Wasserstein distance; its authors' options stand above",
         choices=("sasrec", "stosa"),
     )
     refinement: str = option(

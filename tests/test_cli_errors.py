@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,13 @@ def test_the_examples_of_help_are_commands_that_parse(
             words = shlex.split(line)
             given = parser().parse_args(words[words.index("awrsr") + 1 :])
             assert name.startswith(given.command)
+
+
+def test_help_has_the_options_of_stosas_authors(stopped: Callable[..., tuple[int, str]]) -> None:
+    block = stopped("train", "--help")[1].split("Options of STOSA's authors, for that backbone:\n\n")[1].split("\n\n")[0]
+    given = parser().parse_args(["train", "--data", "any.txt", *block.split()]).train
+    assert AWRSRConfig(**{each.name: given[each.name] for each in fields(AWRSRConfig) if each.name in given}).backbone == "stosa"
+    assert (given.loss, given.pvn_weight, given.learning_rate, given.hidden) == ("bpr", 0.005, 1e-3, 64)
 
 
 QUICK_HELP = """
