@@ -175,11 +175,12 @@ class Plan:
         return torch.where(self.rows(self.heads).valid[:, None], found, 0)
 
     def load_inputs(self, given: Inputs) -> Inputs:
-        """Loaded q, k and v, and in the dtype of q the tables: loaded, or, if by position, (N, R) shared or (H, N, R)."""
+        """Loaded q, k and values, and in the dtype of q the tables: loaded, or, if by position, (N, R) shared or (H, N, R)."""
         q, k, v, *tables = given[:5]
         tables = [w if w is None else w.to(q.dtype) for w in tables]
         tables = [w if w is None else self.load(w) if self.call.per_entry else self.by_head(w) for w in tables]
-        return given._replace(q=self.load(q), k=self.load(k), v=self.load(v), w_q=tables[0], w_k=tables[1])
+        v_cov = None if given.v_cov is None else self.load(given.v_cov)
+        return given._replace(q=self.load(q), k=self.load(k), v=self.load(v), w_q=tables[0], w_k=tables[1], v_cov=v_cov)
 
     def by_head(self, w: Tensor) -> Tensor:
         """A table by position, (1, 1 or H, N, R), in the dtype of the arithmetic: (N, R) if heads share it, else (H, N, R)."""

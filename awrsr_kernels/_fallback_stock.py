@@ -20,7 +20,7 @@ _FEWEST_ROWS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 256, torch
 def takes(given: Inputs, call: Call) -> bool:
     q, k, v = given.q, given.k, given.v
     fits = q.device.type == "cpu" and q.shape == k.shape == v.shape and q.numel() > 0
-    plain = call.refinement == "none" and not call.dropout_p and given.bounds is None
+    plain = call.refinement == "none" and not (call.gaussian or call.dropout_p) and given.bounds is None
     return fits and plain and (not given.need_gradient() or q.shape[2] >= _FEWEST_ROWS[q.dtype])
 
 

@@ -3,24 +3,28 @@
 import torch
 from torch import Tensor
 
+OUTPUTS = ("out", "out_mean", "out_cov")
+
 
 def allowed_errors(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
-    """Largest absolute error of each result of a call in `dtype`, "out" and the gradients under any other name.
+    """Largest absolute error of each result of a call in `dtype`: `OUTPUTS`, and gradients under any other name.
 
     exact: the reference in float64. same: the reference in `dtype`. A result may err by twice (a gradient: three times) what the
     reference itself errs in that dtype, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in it, plus 32 eps of the accumulation
-    dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude of the output, or among all
+    dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude among the outputs, or among all
     gradients: without it a gradient that is truly zero would fail by rounding.
     """
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     eps = torch.finfo(accumulation).eps
-    largest = {"out": _peak(exact["out"]), "gradient": max((_peak(x) for name, x in exact.items() if name != "out"), default=0.0)}
+    largest = {True: 0.0, False: 0.0}  # of the outputs, and of the gradients
+    for name, wanted in exact.items():
+        largest[name in OUTPUTS] = max(largest[name in OUTPUTS], _peak(wanted))
     limits = {}
     for name, wanted in exact.items():
-        limits[name] = 32 * eps * largest["out" if name == "out" else "gradient"]
+        limits[name] = 32 * eps * largest[name in OUTPUTS]
         if dtype != torch.float64:
             rounded = wanted.to(dtype)
-            limits[name] += (2 if name == "out" else 3) * _peak(same[name].double() - wanted)
+            limits[name] += (2 if name in OUTPUTS else 3) * _peak(same[name].double() - wanted)
             limits[name] += 2 * _peak((rounded + 0.3 - 0.3) - rounded)
     return limits
 
