@@ -18,8 +18,7 @@ PUBLISHED = {"backbone": "stosa", "refinement": "none", "mean_branch": "publishe
 def make_model(seed: int = 0, **changes: Any) -> AWRSR:
     """In evaluation mode, with weights large enough to tell items and positions apart."""
     torch.manual_seed(seed)
-    backend = "reference" if changes.get("backbone") == "stosa" else "torch"
-    usual = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 8, "heads": 2, "layers": 2, "rank": 3, "backend": backend}
+    usual = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 8, "heads": 2, "layers": 2, "rank": 3, "backend": "torch"}
     model = AWRSR(AWRSRConfig(**(usual | changes))).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

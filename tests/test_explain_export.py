@@ -231,8 +231,7 @@ def test_the_maps_of_a_model_can_be_drawn(options: dict[str, Any], tmp_path: Pat
 
 def small_model(**options: Any) -> AWRSR:
     torch.manual_seed(1)
-    backend = "reference" if options.get("backbone") == "stosa" else "auto"
-    config = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 16, "layers": 1, "heads": 2, "rank": 4, "backend": backend} | options
+    config = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 16, "layers": 1, "heads": 2, "rank": 4} | options
     model = AWRSR(AWRSRConfig(**config)).eval()
     with torch.no_grad():
         for weight in model.parameters():  # as far from the start as training goes, so that every part matters

@@ -201,12 +201,12 @@ def test_what_is_stored_does_not_depend_on_the_backend() -> None:
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("refinement", ["none", "additive"])
-def test_weights_of_one_backend_serve_another(backend: str, refinement: str) -> None:
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[-1]], ids=str)
+def test_weights_of_one_backend_serve_another(backend: str, kind: Kind) -> None:
     if backend == "triton":
         pytest.importorskip("triton", reason="needs Triton")
-    wanted = make_model(refinement=refinement, backend="reference").to(DEVICE)
-    found = make_model(seed=1, refinement=refinement, backend=backend).to(DEVICE)
+    wanted = make_model(**kind, backend="reference").to(DEVICE)
+    found = make_model(seed=1, **kind, backend=backend).to(DEVICE)
     found.load_state_dict(wanted.state_dict())
     items, cu_seqlens, longest = packed(mixed([1, 5, WINDOW]))
     inputs = items.to(DEVICE), cu_seqlens.to(DEVICE), longest
@@ -258,9 +258,7 @@ def test_the_gate_is_a_factor_or_where_a_learned_one_begins() -> None:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_matched_keys_begin_at_equal_items(backbone: str) -> None:
     torch.manual_seed(0)
-    model = AWRSR(
-        AWRSRConfig(num_items=ITEMS, backbone=backbone, init="match", heads=1, refinement="none", backend="reference")
-    ).eval()
+    model = AWRSR(AWRSRConfig(num_items=ITEMS, backbone=backbone, init="match", heads=1, refinement="none")).eval()
     maps = model.attention_maps([3, 1, 4, 1, 5, 9, 2, 6, 5])
     last = maps[-1][0][0, -1]  # the second 5 attends to itself and to the first
     assert last[[4, 8]].sum() > 0.5

@@ -110,7 +110,7 @@ def test_fit_learns(backbone: str) -> None:
     """Items that always come in one order: the next one is the best recommendation."""
     lists = [[(start + step) % 12 for step in range(8)] for start in range(12)] * 4
     options = replace(BRIEF, epochs=40, learning_rate=1e-2, patience=0, filter_seen="no")
-    config = replace(SMALL, hidden=32, hidden_dropout=0.1, backbone=backbone, backend="reference")
+    config = replace(SMALL, hidden=32, hidden_dropout=0.1, backbone=backbone)
     model = AWRSR(config).fit(lists, options)
     table = model.recommend([[3, 4, 5], [9, 10, 11]], 1, filter_seen=False)
     assert table["item"].to_list() == [6, 0]
