@@ -40,9 +40,13 @@ def points(mean: Tensor, cov: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(..., n, F), (..., m, F) -> (..., n, m) squared distances; those of half precision are summed in float32, rounded once."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(dtype), y.to(dtype)
+    """(..., n, F), (..., m, F) -> (..., n, m) squared distances.
+
+    From differences in float64, in which everything else is measured; otherwise from products, in float32 and rounded once.
+    """
+    if x.dtype == torch.float64:
+        return (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    a, b = x.float(), y.float()
     found = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
     return found.to(x.dtype)
 

@@ -84,10 +84,17 @@ TABLE: dict[Key, list[Row]] = {
 }
 
 
+def table_features(d: int, d_v: int, r: int, gaussian: bool) -> tuple[int, int, int]:
+    """What a call's class goes by. d: of q, between Gaussians means and deviations; d_v: there counted twice, for both values."""
+    return d, d_v * (1 + gaussian), r
+
+
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
     """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, Linux only)"
+    if max(features) > WIDTHS[-1]:
+        return f"{features} features are more than {WIDTHS[-1]}; Gaussians count twice (use backend='torch')"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "the tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 before Triton is imported)"

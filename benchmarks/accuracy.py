@@ -25,7 +25,7 @@ if __package__ is None:  # run as a script
 from benchmarks.report import atomic, commit, device_name, versions  # noqa: E402
 
 KIND = "accuracy"
-BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 60 --patience 20"  # one negative overfits
+BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 120 --patience 30"  # one negative overfits
 METRICS = ("HR@10", "NDCG@10", "MRR")
 
 
