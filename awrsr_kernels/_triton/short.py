@@ -81,11 +81,14 @@ def _short_fwd_kernel(
                 w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
                 w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
                 q_a = dot(first.to(DTYPE), w_q_tile, PRECISION)
-                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION)
                 if REFINEMENT == "stochastic":
                     q_a = correlation_points(q_a, R, BLOCK_R)
+                q_a = q_a.to(DTYPE)
+                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION)
+                if REFINEMENT == "stochastic":
                     k_a = correlation_points(k_a, R, BLOCK_R)
-                scores = score_tile(q_a.to(DTYPE), k_a.to(DTYPE), REFINEMENT == "stochastic", PRECISION)
+                k_a = k_a.to(DTYPE)
+                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
                 weights = softmax_tile(scores * (refine_scale * LOG2E), visible)
                 if REFINEMENT == "value":
                     v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
