@@ -20,17 +20,16 @@ class _Points(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, cov: Tensor) -> Tensor:
-        found = torch.cat([mean, torch.where(cov < SMALLEST, SMALLEST, cov).sqrt()], -1)  # NaN stays NaN
-        ctx.save_for_backward(mean, cov)
+        found = torch.cat([mean, cov.clamp(min=SMALLEST).sqrt_()], -1)  # NaN stays NaN
+        ctx.save_for_backward(cov, found)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        _, cov = ctx.saved_tensors
+        cov, found = ctx.saved_tensors
         d_mean, d_root = grad.chunk(2, -1)
         above = cov > SMALLEST  # NaN is not: padding, whose gradient is 0, may hold it
-        safe = torch.where(above, cov, 1)
-        return d_mean, torch.where(above, 0.5 * d_root * safe.rsqrt(), 0)
+        return d_mean, torch.where(above, (d_root / found.chunk(2, -1)[1]).mul_(0.5), 0)
 
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ ARROWS = {  # module: those of the package that it may import
     "reference": {"dropout", "gaussian", "layout"},
     "gaussian": set(),
     "fallback": {"layout", "_fallback_chunks", "_fallback_stock", "_fallback_sweeps"},
-    "_fallback_sweeps": {"gaussian", "layout", "_fallback_chunks", "_fallback_selection"},
+    "_fallback_sweeps": {"layout", "_fallback_chunks", "_fallback_selection"},
     "_fallback_chunks": {"dropout", "layout", "_fallback_selection"},
     "_fallback_selection": {"dropout", "layout"},
     "_fallback_stock": {"layout"},
