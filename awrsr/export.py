@@ -3,8 +3,8 @@
 B histories of a batch, L window (1..max_len), N items.
 
 Inputs of the program are items (B, L) int64, histories that end at the right with any id of 0..N-1 in front of shorter ones, and
-lengths (B,) int64 in 0..L. Output is scores (B, N) of every item as the next one, seen items included; column j is the item at
-place j of the catalogue, whose ids travel in the file. B and L may differ from call to call.
+lengths (B,) int64 in 0..L. Output is scores (B, N) of every item as the next one (backbone stosa: negative squared distances), seen
+items included; column j is the item at place j of the catalogue, whose ids travel in the file. B and L may differ between calls.
 """
 
 import copy
