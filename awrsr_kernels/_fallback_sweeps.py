@@ -191,7 +191,8 @@ def _products(chunk: Chunk) -> Named:
 
     For "stochastic" the first two hold correlation points instead, beside the `key_term` of the second.
     """
-    empty, found = chunk.place.empty, Named()
+    empty = chunk.place.empty
+    found: Named = {}
     for name, factor in chunk.factors.items():
         rows = chunk.blocks if name == "q_a" else [(0, chunk.length)]
         found |= {(name, lo): empty(factor.shape[-1], hi - lo) for lo, hi in rows}
