@@ -37,11 +37,17 @@ def squared_distance(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tenso
 
 
 def stosa(
-    tensors: tuple[Tensor, ...], tables: tuple[Tensor, ...], gate: Tensor, refinement: str, dropout_p: float
+    tensors: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    gate: Tensor | float,
+    refinement: str,
+    dropout_p: float,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """STOSA's attention line by line, and the refinements as a paper's code would put them on top.
 
     tensors: means and covariances of q, of k and of v. tables: W_q and W_k, for "stochastic" those of the covariances after them.
+    lengths: (B,) items of each entry, padded on the left, as STOSA does; rows of padding come out as something finite.
     Half precision is that of products with values and tables; distances and weights are float32, as in STOSA's code.
     """
     group = tensors[0].shape[1] // tensors[2].shape[1]
@@ -50,6 +56,9 @@ def stosa(
         mean_k, cov_k, mean_v, cov_v = (x.repeat_interleave(group, 1) for x in (mean_k, cov_k, mean_v, cov_v))
     length, dtype = mean_q.shape[2], mean_q.dtype
     mask = torch.full((length, length), -(2.0**32), device=mean_q.device).triu(1)
+    if lengths is not None:
+        padding = torch.arange(length, device=mean_q.device) < length - lengths[:, None]
+        mask = mask + padding[:, None, None] * -(2.0**32)
 
     def attend(weights: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.matmul(weights.to(dtype), x) for x in values)
@@ -64,7 +73,7 @@ def stosa(
             scores = torch.matmul(q_a, k_a.transpose(-1, -2))
         weights = (scores * q_a.shape[-1] ** -0.5 + mask).softmax(-1)
     if refinement == "additive":
-        weights = first + gate[:, None, None] * weights
+        weights = first + (gate if isinstance(gate, float) else gate[:, None, None]) * weights
     if refinement == "value":
         mean_v, cov_v = *attend(first, mean_v), *attend(first**2, cov_v)
     weights = F.dropout(weights, dropout_p)
@@ -112,8 +121,6 @@ class _FlashCpu(torch.autograd.Function):
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     out, lse = _FlashCpu.apply(q, k, v, scale)
     return out, lse
-
-
 
 
 def features(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor) -> tuple[Tensor, Tensor]:
