@@ -51,6 +51,8 @@ class Training(L.LightningModule):
         if options.pvn_weight and not model.by_distance:
             backbone = f"backbone {model.config.backbone!r}, whose scores are no distances"
             raise ValueError(f"pvn_weight is {options.pvn_weight}, must be 0 with {backbone}")
+        if options.loss in ("bce", "gbce") and model.by_distance:
+            raise ValueError(f"loss is {options.loss!r}, must not be with backbone {model.config.backbone!r}: no score is above 0")
         draw_negatives(options.loss, torch.empty(0, dtype=torch.int64), model.config.num_items, 1, torch.Generator())  # likewise
         self.found = torch.zeros(len(self.validation), dtype=torch.int64)
         self.record: dict[str, Any] = {

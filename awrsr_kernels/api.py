@@ -218,7 +218,7 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
     checks.choice("backend", backend, BACKENDS)
     q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
     if backend in ("auto", "triton"):
-        features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian)
+        features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
         reason = unsupported_reason(q.device, q.dtype, features)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')

@@ -65,7 +65,7 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, or TILED
     width: int
     group: int = 1  # query heads per key head
-    gaussian: bool = False  # q, k and both values together are `width` wide, means and the rest side by side
+    gaussian: bool = False  # sizes as `table_features` counts them
 
 
 def cases(target: str) -> list[Case]:
@@ -98,7 +98,8 @@ def spill_budget(case: Case, kernel: str) -> int:
     "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
     sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
     too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
-    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too.
+    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too; and
+    the tiled stage 2 of "additive" has P's tile beside R's, 32 to 88 bytes too many.
     Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
@@ -108,8 +109,10 @@ def spill_budget(case: Case, kernel: str) -> int:
     half = case.dtype != "float32"
     if case.target != "sm_90":
         return 512 if "fwd" in kernel else 2048
+    if "fwd" in kernel and case.width <= 128:
+        return 128 if case.gaussian and case.refinement == "additive" and "tiled" in kernel else 0
     if "fwd" in kernel:
-        return 0 if case.width <= 128 else 512
+        return 512
     if "short" in kernel and half and case.width <= 64:
         if case.gaussian:
             return 640 if case.length == 64 else 0
@@ -164,9 +167,11 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k = (new(batch, h, length, case.width) for h in (heads, 2))
-    v, dout = (new(batch, h, length, case.width // (1 + case.gaussian)) for h in (2, heads))
-    table = None if case.refinement == "none" else new(1, 1, length, case.width)
+    d_v, both = case.width // (1 + case.gaussian), case.gaussian and case.refinement == "additive"
+    d = rank = case.width // (1 + both)
+    q, k = (new(batch, h, length, d) for h in (heads, 2))
+    v, dout = (new(batch, h, length, d_v) for h in (2, heads))
+    table = None if case.refinement == "none" else new(1, 1, length, rank)
     gate = new(heads) if case.refinement == "additive" else None
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)

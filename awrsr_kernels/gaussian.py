@@ -29,7 +29,7 @@ class _Points(torch.autograd.Function):
         cov, found = ctx.saved_tensors
         d_mean, d_root = grad.chunk(2, -1)
         above = cov > SMALLEST  # NaN is not: padding, whose gradient is 0, may hold it
-        return d_mean, torch.where(above, (d_root / found.chunk(2, -1)[1]).mul_(0.5), 0)
+        return d_mean, torch.where(above, 0.5 * d_root / found.chunk(2, -1)[1], 0)
 
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:

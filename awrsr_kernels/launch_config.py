@@ -84,9 +84,11 @@ TABLE: dict[Key, list[Row]] = {
 }
 
 
-def table_features(d: int, d_v: int, r: int, gaussian: bool) -> tuple[int, int, int]:
-    """What a call's class goes by. d: of q, between Gaussians means and deviations; d_v: there counted twice, for both values."""
-    return d, d_v * (1 + gaussian), r
+def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) -> tuple[int, int, int]:
+    """What a call's class goes by: D, D_v and R. Between Gaussians D counts means and deviations, D_v both values, and in
+    "additive", whose squares take the scores of both stages at once, D and R count together."""
+    both = gaussian and refinement == "additive"
+    return d + r * both, d_v * (1 + gaussian), r
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:

@@ -215,7 +215,8 @@ class Batch:
         count = self.q.shape[0] if not self.packed else len(self.bounds) - 1  # type: ignore[arg-type]
         chosen = sorted({0, min(1, count - 1) if self.dropout_p else count - 1})
         heads, kv_heads = self.q.shape[1], self.k.shape[1]
-        per_head = 12 * 8 * self.max_len**2
+        matrices = 12 if self.q_cov is None else 12 + 4 * self.q.shape[-1]  # differences of means and deviations, and their like
+        per_head = matrices * 8 * self.max_len**2
         if len(chosen) * heads * per_head > GATE_BYTES:
             chosen = chosen[:1]
         kept = min(kv_heads, max(1, GATE_BYTES // (per_head * heads // kv_heads)))

@@ -49,7 +49,10 @@ def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]
     rows = [row for row in sample if row["target"] == "sm_90"]
     forward = [row for row in rows if "fwd" in row["kernel"]]
     backward = [row for row in rows if row["kernel"] == "short_bwd" and not row["gaussian"]]
-    assert len(forward) == 11 + 14 and all(row["spill_bytes"] == 0 for row in forward)
+    assert len(forward) == 11 + 14
+    for row in forward:  # but where P is computed beside R
+        beside = row["gaussian"] and row["refinement"] == "additive" and row["kernel"] == "tiled_fwd_stage2"
+        assert row["spill_bytes"] <= 64 * beside, row
     assert {row["refinement"]: row["spill_bytes"] <= 64 * (row["refinement"] == "additive") for row in backward} == dict.fromkeys(
         REFINEMENTS, True
     )

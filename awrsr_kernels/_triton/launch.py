@@ -58,7 +58,7 @@ class Problem:
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian)
+        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian, call.refinement)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -87,7 +87,8 @@ class Problem:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
         key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
         assert key is not None
-        return choose(key, self.shared, tuned_for(self.q.device))
+        tuned = None if self.call.gaussian else tuned_for(self.q.device)  # the tuner measures dot products
+        return choose(key, self.shared, tuned)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
@@ -150,7 +151,8 @@ class Problem:
         """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
         if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
             return "ieee"
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not self.call.gaussian  # distances are small differences
+        return "tf32" if allowed else "tf32x3"
 
     def run(self, programs: int) -> int:
         """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""
