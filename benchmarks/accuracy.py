@@ -26,7 +26,9 @@ from benchmarks.report import atomic, commit, device_name, versions  # noqa: E40
 
 KIND = "accuracy"
 BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 120 --patience 30"  # one negative overfits
-METRICS = ("HR@10", "NDCG@10", "MRR")
+STOSA = "--backbone stosa --max-len 50 --layers 1 --heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0"
+METRICS = ("HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR")
+SHOWN = ("HR@10", "NDCG@10", "MRR")
 
 
 class Cell(NamedTuple):
@@ -52,6 +54,12 @@ def plan() -> list[Cell]:
         cells.append(Cell("beauty", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50 --epochs 20"))
         cells.append(Cell("beauty", f"{name}, bce", f"--refinement {refinement} --max-len 50 {BCE}"))
         cells.append(Cell("lastfm", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50"))
+    for refinement in ("none", "stochastic"):
+        name = "plain" if refinement == "none" else refinement
+        softmax = "--hidden-dropout 0.5 --epochs 20"
+        cells.append(Cell("beauty", f"stosa {name}, sampled softmax", f"{STOSA} --refinement {refinement} {softmax}"))
+    bpr = "--loss bpr --pvn-weight 0.005 --batch-size 256 --hidden-dropout 0.3 --epochs 100 --patience 20"
+    cells.append(Cell("beauty", "stosa plain, bpr", f"{STOSA} --refinement none {bpr}"))
     return cells
 
 
@@ -89,7 +97,8 @@ def row(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, list[float]] = {name: [r["test"][name] for r in runs] for name in METRICS}
     if all("recall" in r for r in runs):
         values["recall"] = [r["recall"]["HR@1"] / r["recall"]["rule HR@1"] for r in runs]
-    for name in ("epochs", "best_epoch", "train_seconds", "train_sequences_per_cpu_second", "eval_users_per_cpu_second"):
+    rates = ("train_sequences_per_cpu_second", "eval_users_per_cpu_second")
+    for name in ("epochs", "best_epoch", "train_seconds", "train_cpu_seconds", *rates):
         values[name] = [r[name] for r in runs]
     means = {name: statistics.fmean(v) for name, v in values.items()}
     spread = {f"{name}_std": statistics.stdev(v) for name, v in values.items() if len(v) > 1}
@@ -113,7 +122,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [f"Test, full ranking, mean and deviation over seeds; {results['device']}, commit {commits}.", ""]
     lines += ["| data | model | seeds | HR@10 | NDCG@10 | MRR | recall | best epoch |", "|--|--|--|--|--|--|--|--|"]
     for r in results["rows"]:
-        cells = [r["dataset"], r["model"], str(r["seeds"]), *(shown(r, name) for name in (*METRICS, "recall"))]
+        cells = [r["dataset"], r["model"], str(r["seeds"]), *(shown(r, name) for name in (*SHOWN, "recall"))]
         lines.append("| " + " | ".join([*cells, f"{r['best_epoch']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"
 
