@@ -99,7 +99,7 @@ def gaussian_tables(
     names = ("w_q_cov", "w_k_cov")
     if refinement != "stochastic":
         for name, given in zip(names, w_cov, strict=True):
-            if given is not None and refinement != "none":  # which reads no table
+            if given is not None:
                 _refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
         return w_q, w_k, per_entry
     w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
