@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy bench bench-train track compile-report gpu
+.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -22,6 +22,12 @@ accuracy: .venv/ready
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
+
+# The same between Gaussians, every refinement beside STOSA's formulation. DATA: a file of histories, measured padded and packed.
+bench-stochastic: .venv/ready
+	$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --budget 3 --out bench-out/stochastic
+	$(if $(DATA),$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --lengths $(DATA) \
+	  --budget 3 --out bench-out/stochastic-histories)
 
 # Training and evaluation of the recommender, layouts and refinements side by side. DATA: a file of histories, otherwise synthetic ones.
 bench-train: .venv/ready

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from awrsr_kernels import attention_weights, refined_attention, refined_attention_varlen
+from awrsr_kernels import (
+    attention_weights,
+    refined_attention,
+    refined_attention_varlen,
+    stochastic_attention_weights,
+    stochastic_refined_attention,
+    stochastic_refined_attention_varlen,
+)
+from awrsr_kernels.gaussian import points
+
+__all__ = ["Packed", "Padded", "RefinedAttention", "StochasticAttention", "points", "positive"]
+
+TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")
 
 
 class Packed(NamedTuple):
@@ -52,67 +64,132 @@ class RefinedAttention(nn.Module):
         super().__init__()
         self.heads, self.refinement, self.dropout, self.backend = heads, refinement, dropout, backend
         self.refine_scale = refine_scale or None  # None is the operator's 1 / sqrt(rank)
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
-        self.w_q = self.w_k = self.to_tables = None
+        features = self.make_maps(hidden)
+        self.w_q = self.w_k = self.w_q_cov = self.w_k_cov = self.to_tables = None
         self.gate: Tensor | float | None = gate if refinement == "additive" else None
+        self.table_names = TABLES[: {"none": 0, "stochastic": 4}.get(refinement, 2)]
         if refinement == "none":
             return
         if learned_gate and refinement == "additive":
             self.gate = nn.Parameter(torch.full((heads,), gate))
         if tables == "content":
-            self.to_tables = nn.Parameter(torch.randn(hidden, 2 * heads * rank) * table_std / hidden**0.5)
+            columns = len(self.table_names) * heads * rank
+            self.to_tables = nn.Parameter(torch.randn(features, columns) * table_std / features**0.5)
         else:
             shape = (heads, max_len, rank) if per_head else (max_len, rank)
-            self.w_q, self.w_k = (nn.Parameter(torch.randn(shape) * table_std) for _ in range(2))
+            for name in self.table_names:
+                setattr(self, name, nn.Parameter(torch.randn(shape) * table_std))
+
+    def make_maps(self, hidden: int) -> int:
+        """The linear maps; the number of features that the layer reads and gives."""
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.out = nn.Linear(hidden, hidden)
+        return hidden
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         """x (..., E) -> (..., E)."""
         q, k, v = self.split(self.qkv(x))
-        w_q, w_k = self.tables(x, where)
-        dropout_p = self.dropout if self.training else 0.0
-        options: dict[str, Any] = {
-            "gate": self.gate,
-            "refine_scale": self.refine_scale,
-            "dropout_p": dropout_p,
-            "refinement": self.refinement,
-            "backend": self.backend,
-        }
+        options = self.tables(x, where) | where._asdict() | self.options()
         if isinstance(where, Packed):
-            out = refined_attention_varlen(q, k, v, w_q, w_k, where.cu_seqlens, where.max_seqlen, **options)
+            out = refined_attention_varlen(q, k, v, **options)
         else:
             q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-            out = refined_attention(q, k, v, w_q, w_k, lengths=where.lengths, **options).transpose(1, 2)
+            out = refined_attention(q, k, v, **options).transpose(1, 2)
         return self.out(out.flatten(-2))
 
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
         """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
         q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
-        options: dict[str, Any] = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
-        return attention_weights(q, k, *self.tables(x, where), lengths=where.lengths, **options)
+        return attention_weights(q, k, **self.tables(x, where), lengths=where.lengths, **self.refining())
 
     @torch.no_grad()
     def match_keys(self) -> None:
         """Draw queries of unit scale and make the keys equal to them: events attend to events like them."""
-        hidden = self.out.in_features
-        nn.init.normal_(self.qkv.weight[:hidden], std=hidden**-0.5)
-        self.qkv.weight[hidden : 2 * hidden] = self.qkv.weight[:hidden]
+        match(self.qkv)
 
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+    def refining(self) -> dict[str, Any]:
+        """Options of the operator that weights depend on."""
+        return {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale}
+
+    def options(self) -> dict[str, Any]:
+        return self.refining() | {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}
+
+    def split(self, x: Tensor, parts: int = 3) -> tuple[Tensor, ...]:
         """(..., 3 E) -> three of (..., H, D)."""
-        return x.unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return x.unflatten(-1, (parts, self.heads, -1)).unbind(-3)
 
-    def tables(self, x: Tensor, where: Packed | Padded) -> tuple[Tensor | None, Tensor | None]:
-        """W_q and W_k as the operator wants them."""
+    def tables(self, x: Tensor, where: Packed | Padded) -> dict[str, Any]:
+        """W_q and W_k, for "stochastic" also those of covariances, as the operator wants them."""
+        if not self.table_names:
+            return {"w_q": None, "w_k": None}
         if self.to_tables is not None:  # (T, H, R), or (B, H, L, R)
-            w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, self.heads, -1)).unbind(-3)
-            return (w_q, w_k) if isinstance(where, Packed) else (w_q.transpose(1, 2), w_k.transpose(1, 2))
-        if self.w_q is None or self.w_k is None:
-            return None, None
+            each = (x @ self.to_tables).unflatten(-1, (len(self.table_names), self.heads, -1)).unbind(-3)
+            found = each if isinstance(where, Packed) else [w.transpose(1, 2) for w in each]
+            return dict(zip(self.table_names, found, strict=True))
+        tables = {name: getattr(self, name) for name in self.table_names}
+        *heads, size, _ = tables["w_q"].shape
+        if isinstance(where, Padded):
+            last = torch.arange(size - x.shape[1], size, device=x.device)  # a slice would tie an exported program to one window
+            return {name: w.index_select(-2, last) for name, w in tables.items()}
+        if [*heads, size] != [len(x), self.heads]:
+            return tables
+        return {name: F.pad(w, (0, 0, 1, 0)) for name, w in tables.items()}  # a row nobody uses, or it would pass for content
+
+
+class StochasticAttention(RefinedAttention):
+    """The same between Gaussians (STOSA, Fan et al. 2022): events attend to events at a small Wasserstein distance.
+
+    Reads and gives 2 E features, those of means and those of covariances, with linear maps of their own; projected covariances are
+    positive by ELU + 1. mean_branch "published" has neither values nor output for means, as whoever uses the layer discards them,
+    and gives means of 0.
+    """
+
+    def __init__(self, hidden: int, heads: int, *, mean_branch: str = "attended", **options: Any) -> None:
+        self.attends = mean_branch == "attended"
+        super().__init__(hidden, heads, **options)
+
+    def make_maps(self, hidden: int) -> int:
+        self.mean_qkv = nn.Linear(hidden, (3 if self.attends else 2) * hidden)
+        self.cov_qkv = nn.Linear(hidden, 3 * hidden)
+        self.mean_out = nn.Linear(hidden, hidden) if self.attends else None
+        self.cov_out = nn.Linear(hidden, hidden)
+        return 2 * hidden
+
+    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
+        """x (..., 2 E) [mean | cov] -> (..., 2 E) [mean | cov], the covariances not made positive."""
+        parts, options = self.project(x), self.tables(x, where) | where._asdict() | self.options()
         if isinstance(where, Packed):
-            if tuple(self.w_q.shape[:-1]) != (len(x), self.heads):
-                return self.w_q, self.w_k
-            return F.pad(self.w_q, (0, 0, 1, 0)), F.pad(self.w_k, (0, 0, 1, 0))  # a row nobody uses, or it would pass for content
-        size, rows = self.w_q.shape[-2], x.shape[1]
-        last = torch.arange(size - rows, size, device=x.device)  # a slice would tie an exported program to one window
-        return self.w_q.index_select(-2, last), self.w_k.index_select(-2, last)
+            mean, cov = stochastic_refined_attention_varlen(**parts, **options)
+        else:
+            rows = {name: a.transpose(1, 2) for name, a in parts.items()}
+            mean, cov = (a.transpose(1, 2) for a in stochastic_refined_attention(**rows, **options))
+        mean, cov = mean.flatten(-2), self.cov_out(cov.flatten(-2))
+        return torch.cat([torch.zeros_like(cov) if self.mean_out is None else self.mean_out(mean), cov], -1)
+
+    def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
+        rows = {name: a.transpose(1, 2) for name, a in self.project(x).items() if name[0] != "v"}
+        return stochastic_attention_weights(**rows, **self.tables(x, where), lengths=where.lengths, **self.refining())
+
+    @torch.no_grad()
+    def match_keys(self) -> None:
+        for qkv in (self.mean_qkv, self.cov_qkv):
+            match(qkv)
+
+    def project(self, x: Tensor) -> dict[str, Any]:
+        """Means and covariances of queries, keys and values, each (..., H, D), by the operator's names."""
+        mean, cov = x.chunk(2, -1)
+        q_cov, k_cov, v_cov = self.split(positive(self.cov_qkv(cov)))
+        q_mean, k_mean, *values = self.split(self.mean_qkv(mean), 3 if self.attends else 2)
+        v_mean = values[0] if values else v_cov.detach()  # looked at by nobody
+        return {"q_mean": q_mean, "q_cov": q_cov, "k_mean": k_mean, "k_cov": k_cov, "v_mean": v_mean, "v_cov": v_cov}
+
+
+def positive(x: Tensor) -> Tensor:
+    """ELU(x) + 1, what STOSA makes covariances of; below 0 it is exp(x), which keeps the digits that (exp(x) - 1) + 1 loses."""
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def match(qkv: nn.Linear) -> None:
+    hidden = qkv.in_features
+    nn.init.normal_(qkv.weight[:hidden], std=hidden**-0.5)
+    qkv.weight[hidden : 2 * hidden] = qkv.weight[:hidden]

@@ -73,6 +73,12 @@ metrics.json and the rank of every held-out event. Ctrl-C or a kill loses the
 current epoch alone: the same command goes on, and ends with the same numbers;
 with more --epochs it goes on further.
 
+Options of STOSA's authors, for that backbone:
+
+  --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
+  --feedforward 4 --activation elu --norm post --hidden-dropout 0.3
+  --attention-dropout 0 --loss bpr --pvn-weight 0.005 --batch-size 256
+
 Defaults without --data; what is given wins over them:
 """,
     "evaluate": """Rank the whole catalogue for every held-out event, as training did at its end,

@@ -18,11 +18,16 @@ class AWRSRConfig:
     """What the network is made of; each option says what it is for."""
 
     num_items: int = option(0, "items N of the catalogue; 0 leaves it to fit", least=0)
-    backbone: str = option("sasrec", "sasrec: dot-product attention", choices=("sasrec",))
+    backbone: str = option(
+        "sasrec",
+        "sasrec: dot-product attention; stosa: items and events are Gaussians, in the attention and for scores compared by their "
+        "Wasserstein distance; its authors' options stand above",
+        choices=("sasrec", "stosa"),
+    )
     refinement: str = option(
         "additive",
-        "how attention weights are refined; none is plain attention (SASRec)",
-        choices=("none", "simple", "value", "additive"),
+        "how attention weights are refined; none is plain attention (SASRec, STOSA), stochastic for stosa alone",
+        choices=("none", "simple", "value", "additive", "stochastic"),
     )
     max_len: int = option(50, "events of a history that the model looks at, the last ones", least=1)
     hidden: int = option(64, "width of the network", least=1)
@@ -40,7 +45,7 @@ class AWRSRConfig:
     gate: float = option(1.0, "factor of the higher-order weights in additive", least=0)
     learned_gate: bool = option(False, "whether additive learns that factor for each head, beginning there")
     feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
-    activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu"))
+    activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu", "elu"))
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
     init: str = option(
         "normal",
@@ -48,11 +53,16 @@ class AWRSRConfig:
         "attend to events like them",
         choices=("normal", "match"),
     )
+    mean_branch: str = option(
+        "attended",
+        "of stosa: attended; or published, as in the code published with STOSA, whose blocks give means back as they came",
+        choices=("attended", "published"),
+    )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
     attention_dropout: float = option(0.3, "of attention weights", least=0, below=1)
     backend: str = option(
         "auto",
-        "of awrsr_kernels.refined_attention; nothing that is stored depends on it",
+        "of awrsr_kernels; nothing that is stored depends on it",
         choices=("auto", "triton", "torch", "reference"),
     )
 
@@ -60,6 +70,10 @@ class AWRSRConfig:
         check(self)
         if self.hidden % self.heads or self.hidden // self.heads > 256:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+        if self.backbone != "stosa":
+            for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
+                if getattr(self, name) == value:
+                    raise ValueError(f"{name} is {value!r}, must be another with backbone {self.backbone!r}: it is of stosa alone")
 
 
 @dataclass(frozen=True)
@@ -68,10 +82,16 @@ class TrainingOptions:
 
     loss: str = option(
         "sampled_softmax",
-        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce",
+        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce; for stosa not "
+        "bce and gbce, which want scores above 0 where distances have none",
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)
+    pvn_weight: float = option(
+        0.0,
+        "of the penalty that STOSA adds to bpr, where a target is farther from the state than from the negative; theirs is 0.005",
+        least=0,
+    )
     calibration: float = option(0.75, "gbce's t: 0 is bce, negatives summed, 1 calibrated", least=0, below=1 + 1e-9)
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
@@ -103,6 +123,8 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.pvn_weight and self.loss != "bpr":
+            raise ValueError(f"pvn_weight is {self.pvn_weight}, must be 0 with loss {self.loss!r}: it is of bpr alone")
         if self.accelerator in ("gpu", "mps") and self.device() == "cpu":
             raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds none here; take cpu or auto")
         if self.precision == "16-mixed" and self.device() == "cpu":

@@ -1,7 +1,8 @@
 """Training losses: how much the item that followed should have been preferred to others.
 
-T events with a target, N items, E hidden size, K negatives. Scores are dot products of hidden states (T, E) and the item table
-(N, E). Each loss returns (T,), one value per event, for the caller to average.
+T events with a target, N items, S features of what is multiplied for scores, K negatives. Scores are dot products of hidden states
+(T, S) and the item table (N, S), or those of its rows that are needed. Each loss returns (T,), one value per event, for the caller
+to average.
 """
 
 import math
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .distance import rows_of_columns
+
 CATALOGUE_BLOCK = 1 << 22  # scores held at a time by a loss over the whole catalogue
 PAIR_BLOCK = 1 << 22  # numbers of item embeddings held at a time by a loss of pairs
 
@@ -23,18 +26,35 @@ def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: 
     return F.softplus(-positive) + F.softplus(negative).mean(1)
 
 
-def bpr(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Bayesian personalised ranking (Rendle et al. 2009): the target above each of its K negatives."""
+def bpr(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, pvn_weight: float = 0.0, **_: float) -> Tensor:
+    """Bayesian personalised ranking (Rendle et al. 2009): the target above each of its K negatives.
+
+    pvn_weight: weight of STOSA's positive-versus-negative penalty max(d(h, target) - d(target, negative), 0), averaged over the
+        negatives: the state should be closer to its target than the negative is. For scores that are negative distances d alone.
+    """
     positive, negative = pair_scores(hidden, targets, table, negatives)
-    return F.softplus(negative - positive[:, None]).mean(1)
+    ranked = F.softplus(negative - positive[:, None]).mean(1)
+    if not pvn_weight:
+        return ranked
+    between = pair_scores(rows_of_columns(F.embedding(targets, table)), targets, table, negatives)[1]
+    return ranked + pvn_weight * (between - positive[:, None]).clamp(min=0).mean(1)
 
 
-def gbce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, calibration: float = 0.75, **_: float) -> Tensor:
+def gbce(
+    hidden: Tensor,
+    targets: Tensor,
+    table: Tensor,
+    negatives: Tensor,
+    calibration: float = 0.75,
+    num_items: int = 0,
+    **_: float,
+) -> Tensor:
     """Generalised binary cross-entropy (Petrov and Macdonald, gSASRec, 2023): undoes the overconfidence of sampling negatives.
 
-    calibration: their t, 0 (binary cross-entropy, negatives summed) to 1 (probabilities fully calibrated).
+    calibration: their t, 0 (binary cross-entropy, negatives summed) to 1 (probabilities fully calibrated). num_items: N, where the
+        table does not hold all.
     """
-    rate = negatives.shape[1] / max(len(table) - 1, 1)
+    rate = negatives.shape[1] / max((num_items or len(table)) - 1, 1)
     power = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     positive, negative = pair_scores(hidden, targets, table, negatives)
     return power * F.softplus(-positive) + F.softplus(negative).sum(1)
@@ -96,12 +116,12 @@ def pair_scores(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tenso
 
 
 def score_items(hidden: Tensor, items: Tensor, table: Tensor) -> Tensor:
-    """(T, E), (T, K), (N, E) -> (T, K) scores of each event's items."""
+    """(T, S), (T, K), (N, S) -> (T, K) scores of each event's items."""
     return (F.embedding(items, table) * hidden[:, None]).sum(-1)
 
 
 class _LogNormaliser(torch.autograd.Function):
-    """(T, E), (N, E) -> (T,) log of the sum over items of exp(score); scores are computed again in the backward."""
+    """(T, S), (N, S) -> (T,) log of the sum over items of exp(score); scores are computed again in the backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Full-ranking evaluation: the rank of each target among all items of the catalogue, and metrics of ranks.
 
-M targets, N items, E hidden size. One relevant item per target.
+M targets, N items, S features of what is multiplied for scores. One relevant item per target.
 """
 
 import time
@@ -115,19 +115,19 @@ class TargetBatches:
         return packed, torch.from_numpy(t.items[chosen]), row, seen
 
 
-def rank_batch(model: Recommender, batch: Any) -> Tensor:
-    """(B,) ranks of the targets of a batch of `Targets.batches`."""
+def rank_batch(model: Recommender, batch: Any, table: Tensor | None = None) -> Tensor:
+    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the model's `item_table`, where it is at hand."""
     device = next(model.parameters()).device
     (items, cu_seqlens, max_seqlen), targets, row, seen = batch
     hidden = model(items.to(device), cu_seqlens.to(device), max_seqlen)
     last = hidden[cu_seqlens[1:].to(device) - 1]
     move = (None, None) if row is None else (row.to(device), seen.to(device))
-    return ranks(last, model.item_table(), targets.to(device), *move)
+    return ranks(last, model.item_table() if table is None else table, targets.to(device), *move)
 
 
 @torch.no_grad()
 def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-    """(M,) rank of each target among the N items by the scores hidden (M, E) @ table.T, 1 = best.
+    """(M,) rank of each target among the N items by the scores hidden (M, S) @ table.T, 1 = best.
 
     Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does whatever is
     no number. seen: items that history row[i] holds, no candidates (the target itself always is one). Scores are of the table's
@@ -181,8 +181,9 @@ def evaluate(
     training, start = model.training, time.process_time()
     model.eval()
     bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
+    table = model.item_table()
     for chosen, batch in targets.batches(batch_size):
-        ranked[chosen] = rank_batch(model, batch).cpu().numpy()
+        ranked[chosen] = rank_batch(model, batch, table).cpu().numpy()
         bar.update(len(chosen))
     bar.close()
     model.train(training)

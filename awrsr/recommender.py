@@ -1,6 +1,6 @@
 """What a trained model is for: fitting, recommending, looking inside, saving and loading. `AWRSR` inherits it.
 
-B users of a batch, N items, E hidden size, H heads.
+B users of a batch, N items, S features of what is multiplied for scores, H heads.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .batches import spans
 from .data.histories import Histories, Split
+from .distance import rows_of_columns
 from .files import atomic, read_json, write_json
 
 if TYPE_CHECKING:
@@ -42,10 +43,11 @@ class Recommender(nn.Module):
     config: Any
     items: nn.Embedding
     item_ids: np.ndarray | None = None
+    by_distance = False  # whether scores are negative squared distances, whose products are those of `distance`
 
-    def item_table(self) -> Tensor:
-        """(N, E): what hidden states are multiplied with for scores."""
-        return self.items.weight
+    def item_table(self, items: Tensor | None = None) -> Tensor:
+        """What hidden states are multiplied with for scores: (N, S), or only the rows of some items."""
+        return self.items.weight if items is None else self.items(items)
 
     def fit(
         self: Model,
@@ -83,7 +85,8 @@ class Recommender(nn.Module):
         k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer).
 
         Returns:
-            A row per recommendation, users in the order given: user, item, rank (1 = best), score.
+            A row per recommendation, users in the order given: user, item, rank (1 = best), score (backbone stosa: the negative
+            squared distance).
 
         Raises:
             ValueError: k out of range; the model was not fitted.
@@ -104,11 +107,11 @@ class Recommender(nn.Module):
         training = self.training
         self.eval()
         step = max(1, min(batch_size, SCORE_BLOCK // count))
-        users = np.flatnonzero(histories.lengths)
+        users, table = np.flatnonzero(histories.lengths), self.item_table()
         yield TopItems(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int64, np.float32)))
         for first in range(0, len(users), step):
             chosen = users[first : first + step]
-            scores = self.scores(histories, chosen)
+            scores = self.scores(histories, chosen, table)
             if filter_seen:
                 place, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
                 row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
@@ -118,18 +121,19 @@ class Recommender(nn.Module):
             yield TopItems(chosen[row], item[row, nth], nth + 1, score[row, nth])
         self.train(training)
 
-    def scores(self, histories: Histories, users: np.ndarray) -> Tensor:
-        """(B, N) scores of every item as the next one of these users, whose histories must not be empty."""
+    def scores(self, histories: Histories, users: np.ndarray, table: Tensor | None = None) -> Tensor:
+        """(B, N) scores of every item as the next one of these users, whose histories must not be empty. table: `item_table`."""
         length = np.minimum(histories.lengths[users], self.config.max_len)
         place, cu_seqlens = spans(histories.offsets[users + 1] - length, length)
         device = self.items.weight.device
         ends = torch.from_numpy(cu_seqlens).to(device)
         hidden = self(torch.from_numpy(histories.items[place]).to(device), ends, int(length.max(initial=0)))
-        return hidden[ends[1:] - 1] @ self.item_table().T
+        return hidden[ends[1:] - 1] @ (self.item_table() if table is None else table).T
 
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> "pl.DataFrame":
-        """The k items whose embeddings have the largest cosine with that of each given item: item, similar, rank, score.
+        """The k items most similar to each given item: item, similar, rank, score. The score is the cosine of their embeddings; for
+        backbone stosa, the negative squared distance.
 
         Raises:
             ValueError: an id that the model does not know; k out of 1..N-1.
@@ -140,11 +144,14 @@ class Recommender(nn.Module):
         if not 1 <= k < count:
             raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
         places = self.places(items)
-        table = nn.functional.normalize(self.item_table(), dim=1)
+        table = self.item_table()
+        if not self.by_distance:
+            table = nn.functional.normalize(table, dim=1)
         found = []
         for some in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
-            cosine = table[some] @ table.T
-            found.append(cosine.scatter_(1, some[:, None], -torch.inf).topk(k))
+            rows = rows_of_columns(table[some]) if self.by_distance else table[some]
+            scores = rows @ table.T
+            found.append(scores.scatter_(1, some[:, None], -torch.inf).topk(k))
         score, similar = (torch.cat(parts).flatten().cpu().numpy() for parts in zip(*found, strict=True))
         ids = self.ids()
         columns = {"item": np.repeat(ids[places], k), "similar": ids[similar], "rank": np.tile(np.arange(1, k + 1), len(places))}

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, Windows
-from .config import WATCHED, TrainingOptions
+from .config import WATCHED, AWRSRConfig, TrainingOptions
 from .data.histories import Split
 from .files import read_json, write_json
 from .loop import STATE, AtomicCheckpoints, make_trainer, quiet
@@ -47,6 +48,11 @@ class Training(L.LightningModule):
         self.windows.batches(options.batch_size, options.seed, 0, 0, world)  # raises where there are too few sequences
         if len(self.validation) < world:
             raise ValueError(f"{len(self.validation)} validation targets are too few for {world} processes, must be one for each")
+        if options.pvn_weight and not model.by_distance:
+            backbone = f"backbone {model.config.backbone!r}, whose scores are no distances"
+            raise ValueError(f"pvn_weight is {options.pvn_weight}, must be 0 with {backbone}")
+        if options.loss in ("bce", "gbce") and model.by_distance:
+            raise ValueError(f"loss is {options.loss!r}, must not be with backbone {model.config.backbone!r}: no score is above 0")
         draw_negatives(options.loss, torch.empty(0, dtype=torch.int64), model.config.num_items, 1, torch.Generator())  # likewise
         self.found = torch.zeros(len(self.validation), dtype=torch.int64)
         self.record: dict[str, Any] = {
@@ -59,6 +65,7 @@ class Training(L.LightningModule):
         }
         self.curve: list[dict[str, float]] = []
         self.losses: list[Tensor] = []
+        self.table: Tensor | None = None
         self.began = (0.0, 0.0)
 
     # ---- an epoch of training
@@ -78,12 +85,21 @@ class Training(L.LightningModule):
             torch.manual_seed(step * world + self.trainer.global_rank)
             hidden = self.model(batch.items, batch.cu_seqlens, batch.max_seqlen)
         generator = torch.Generator(self.device).manual_seed(step + NEGATIVES_SEED)
-        table = self.model.item_table()
-        negatives = self.negatives(batch, generator)
-        values = LOSSES[o.loss](hidden, batch.targets, table, negatives, calibration=o.calibration)
+        given = self.table_of(batch.targets, self.negatives(batch, generator))
+        more: dict[str, Any] = {"calibration": o.calibration, "pvn_weight": o.pvn_weight, "num_items": self.model.config.num_items}
+        with torch.autocast(self.device.type, enabled=False) if self.model.by_distance else nullcontext():  # squares would round
+            values = LOSSES[o.loss](hidden, *given, **more)
         loss: Tensor = values.sum() * (world / batch.events)
         self.losses.append(loss.detach())
         return loss
+
+    def table_of(self, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets, item table and negatives as losses take them. Rows that are computed are those of these items alone, where the
+        loss asks for no others; targets and negatives then are places among them."""
+        if not self.model.by_distance or self.options.loss == "cross_entropy":
+            return targets, self.model.item_table(), negatives
+        needed, place = torch.cat([targets, negatives.flatten()]).unique(return_inverse=True)
+        return place[: len(targets)], self.model.item_table(needed), place[len(targets) :].view_as(negatives)
 
     def negatives(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """What all processes draw for the whole step, this one's share of it."""
@@ -115,10 +131,11 @@ class Training(L.LightningModule):
         self.record["cpu_seconds"] += time.process_time() - self.began[1]
         self.record["sequences"] += len(self.windows)
         self.found.zero_()
+        self.table = self.model.item_table().detach()  # once for all batches; what is a parameter would count as this module's
 
     def validation_step(self, batch: Any, _: int) -> None:
         chosen, inputs = batch
-        self.found[torch.from_numpy(chosen)] = rank_batch(self.model, inputs).cpu()
+        self.found[torch.from_numpy(chosen)] = rank_batch(self.model, inputs, self.table).cpu()
 
     def on_validation_epoch_end(self) -> None:
         found = self.trainer.strategy.reduce(self.found.to(self.device), reduce_op="sum")
@@ -128,6 +145,7 @@ class Training(L.LightningModule):
             raise FloatingPointError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; lower learning_rate or set clip"
             )
+        self.table = None
         self.log_dict({"loss": loss} | values)
         self.record["epochs"] = self.current_epoch + 1
         self.curve.append({"epoch": self.current_epoch + 1, "loss": loss.item(), WATCHED: values[WATCHED]})
@@ -226,7 +244,8 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder holds a state of the same run to go on from. Raises ValueError where it is another run's."""
     resume = (folder / STATE).exists() and (folder / CONFIG).exists()
     if resume:
-        old, new = (flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
+        usual = {"model": asdict(AWRSRConfig()), "training": asdict(TrainingOptions())}  # what older versions left out
+        old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
         fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
         differs = sorted(
             name

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .fallback import fallback_attention
-from .launch_config import unsupported_reason
+from .launch_config import table_features, unsupported_reason
 from .layout import Call, Inputs
 from .reference import reference_attention, reference_weights
 
@@ -67,9 +67,7 @@ def refined_attention(
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = padded_call(
-        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p
-    )
+    call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     return run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)[0]
 
@@ -113,9 +111,7 @@ def refined_attention_varlen(
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
-    call = packed_call(
-        q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p
-    )
+    call = packed_call(q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     given = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens, None)
     return run(given, dropout_seed, call, backend)[0].squeeze(0).transpose(0, 1)
@@ -220,8 +216,9 @@ def as_rows(x: Tensor) -> Tensor:
 def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> tuple[Tensor, ...]:
     """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
     checks.choice("backend", backend, BACKENDS)
-    q, features = given.q, (given.q.shape[-1], given.v.shape[-1], 1 if given.w_q is None else given.w_q.shape[-1])
+    q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
     if backend in ("auto", "triton"):
+        features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
         reason = unsupported_reason(q.device, q.dtype, features)
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')

@@ -256,9 +256,7 @@ def _integers(name: str, x: Any, q: Tensor) -> None:
     _same_device(name, x, q)
 
 
-def _query_key_value(
-    q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, names: Names
-) -> tuple[Tensor, Tensor, Tensor]:
+def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, names: Names) -> tuple[Tensor, Tensor, Tensor]:
     for name, x in zip(names, (q, k, v), strict=True):
         _tensor(name, x)
         if x.dim() != dims:
@@ -286,9 +284,7 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, names: Names) -> None:
         _refuse(names[2], _shape(v), f"of {names[1]}'s H_kv = {k.shape[1]} heads")
 
 
-def _pair_of_tables(
-    w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tuple[str, str]
-) -> tuple[Tensor, Tensor]:
+def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
     for name, w in zip(names, (w_q, w_k), strict=True):
         _tensor(name, w)
     assert w_q is not None and w_k is not None

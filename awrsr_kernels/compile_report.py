@@ -2,7 +2,7 @@
 
     python -m awrsr_kernels.compile_report --target sm_90 --json report.json
     python -m awrsr_kernels.compile_report --target all                          # also: make compile-report
-    python -m awrsr_kernels.compile_report --refinement additive --dtype bfloat16 --length 64 --width 64
+    python -m awrsr_kernels.compile_report --backbone dot --refinement additive --dtype bfloat16 --length 64 --width 64
 
 One row per kernel: registers, bytes spilled to local memory per thread, shared memory, tensor-core instructions, loads from and
 stores to device memory by width, and how many programs a processor holds. `budget_ok` says that it compiles, fits the chip, uses
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .launch_config import LENGTHS, TABLE, TILED, WIDTHS, Key, is_short
-from .layout import REFINEMENTS
+from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 
 class Target(NamedTuple):
@@ -52,6 +52,7 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
+KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]  # refinement, between Gaussians
 
 
 class Case(NamedTuple):
@@ -64,6 +65,7 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, or TILED
     width: int
     group: int = 1  # query heads per key head
+    gaussian: bool = False  # sizes as `table_features` counts them
 
 
 def cases(target: str) -> list[Case]:
@@ -73,19 +75,18 @@ def cases(target: str) -> list[Case]:
         itemsize = 2 if dtype != "float32" else 4
         for length in (*LENGTHS, TILED):
             for width in WIDTHS:
-                if length == TILED:
-                    needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
-                    reached = TARGETS[target].backend == "hip" or needed <= shared
-                else:
-                    reached = is_short(length, (width, width, width), itemsize, shared)
-                if reached:
-                    found += [Case(target, r, dtype, d, length, width) for r in REFINEMENTS for d in (False, True)]
+                needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
+                tiled = TARGETS[target].backend == "hip" or needed <= shared
+                for name, gaussian in KINDS:
+                    short = is_short(length, (width, width, width), itemsize, shared, gaussian)
+                    if tiled if length == TILED else short:
+                        found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
     return found
 
 
 def sample() -> list[Case]:
     """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
-    found = [Case("sm_90", r, "bfloat16", True, length, 64) for length in (64, TILED) for r in REFINEMENTS]
+    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
@@ -96,7 +97,10 @@ def spill_budget(case: Case, kernel: str) -> int:
     Forward kernels up to 128 features, and the short backward in half precision up to 64, keep everything in registers. Except
     "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
     sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
-    too. Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
+    too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
+    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too; and
+    the tiled stage 2 of "additive" has P's tile beside R's, 32 to 88 bytes too many.
+    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
     gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
@@ -105,9 +109,13 @@ def spill_budget(case: Case, kernel: str) -> int:
     half = case.dtype != "float32"
     if case.target != "sm_90":
         return 512 if "fwd" in kernel else 2048
+    if "fwd" in kernel and case.width <= 128:
+        return 128 if case.gaussian and case.refinement == "additive" and "tiled" in kernel else 0
     if "fwd" in kernel:
-        return 0 if case.width <= 128 else 512
+        return 512
     if "short" in kernel and half and case.width <= 64:
+        if case.gaussian:
+            return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
     return 1024 if half or "short" in kernel else 2048
 
@@ -159,17 +167,22 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    q, k = (new(batch, h, length, case.width) for h in (heads, 2))
-    table = None if case.refinement == "none" else new(1, 1, length, case.width)
+    d_v, both = case.width // (1 + case.gaussian), case.gaussian and case.refinement == "additive"
+    d = rank = case.width // (1 + both)
+    q, k = (new(batch, h, length, d) for h in (heads, 2))
+    v, dout = (new(batch, h, length, d_v) for h in (2, heads))
+    table = None if case.refinement == "none" else new(1, 1, length, rank)
     gate = new(heads) if case.refinement == "additive" else None
     seed = new(dtype=torch.int64) if case.dropout else None
-    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout)
-    problem = Problem(Inputs(q, k, k, table, table, gate, new(batch, dtype=torch.int64), seed), call)
+    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
+    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
+    problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = target.shared
     if problem.is_short():
-        short.short_backward(problem, [q], short.short_forward(problem)[1:])
+        short.short_forward(problem)
+        short.short_backward(problem, douts, [])
     else:
-        tiled_bwd.tiled_backward(problem, [q], tiled.tiled_forward(problem))
+        tiled_bwd.tiled_backward(problem, douts, tiled.tiled_forward(problem))
     return rows
 
 
@@ -287,7 +300,8 @@ COLUMNS = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':
 
 def _line(row: dict[str, Any]) -> str:
     length = row["length"] or ">64"
-    head = f"{row['target']:7}{row['dtype']:9}{length:>4}{row['width']:4} {row['refinement']:9}{'drop' if row['dropout'] else '':5}"
+    name = row["refinement"] + (" W2" if row["gaussian"] else "")
+    head = f"{row['target']:7}{row['dtype']:9}{length:>4}{row['width']:4} {name:14}{'drop' if row['dropout'] else '':5}"
     if "error" in row:
         return head + row["error"]
     tile = "x".join(str(row["config"][name]) for name in ("block_m", "block_n", "num_warps", "num_stages"))
@@ -303,7 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"])
     parser.add_argument("--sample", action="store_true", help="the tests' sample: each kernel, regime and refinement once")
-    parser.add_argument("--refinement", nargs="+", default=list(REFINEMENTS), choices=REFINEMENTS)
+    parser.add_argument("--refinement", nargs="+", default=list(GAUSSIAN_REFINEMENTS), choices=GAUSSIAN_REFINEMENTS)
+    backbones = ("dot", "stochastic")
+    parser.add_argument("--backbone", nargs="+", default=list(backbones), choices=backbones, help="stochastic: between Gaussians")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--length", nargs="+", type=int, default=[*LENGTHS, TILED], choices=[*LENGTHS, TILED], help="0: tiled")
     parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), choices=WIDTHS, help="the widest of D, D_v, R")
@@ -321,8 +337,9 @@ def main(argv: list[str] | None = None) -> int:
     targets = list(TARGETS) if "all" in given.target else given.target
     wanted = sample() if given.sample else [case for target in targets for case in cases(target)]
     wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
+    wanted = [c for c in wanted if backbones[c.gaussian] in given.backbone]
     wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
-    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':14}{COLUMNS}")
+    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{COLUMNS}")
     rows: list[dict[str, Any]] = []
     for found in compile_cases(wanted, given.jobs, given.cache):
         rows += found

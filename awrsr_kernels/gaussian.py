@@ -29,7 +29,7 @@ class _Points(torch.autograd.Function):
         cov, found = ctx.saved_tensors
         d_mean, d_root = grad.chunk(2, -1)
         above = cov > SMALLEST  # NaN is not: padding, whose gradient is 0, may hold it
-        return d_mean, torch.where(above, (d_root / found.chunk(2, -1)[1]).mul_(0.5), 0)
+        return d_mean, torch.where(above, 0.5 * d_root / found.chunk(2, -1)[1], 0)
 
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:
@@ -39,9 +39,13 @@ def points(mean: Tensor, cov: Tensor) -> Tensor:
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(..., n, F), (..., m, F) -> (..., n, m) squared distances; those of half precision are summed in float32, rounded once."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    a, b = x.to(dtype), y.to(dtype)
+    """(..., n, F), (..., m, F) -> (..., n, m) squared distances.
+
+    From differences in float64, in which everything else is measured; otherwise from products, in float32 and rounded once.
+    """
+    if x.dtype == torch.float64:
+        return (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    a, b = x.float(), y.float()
     found = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
     return found.to(x.dtype)
 

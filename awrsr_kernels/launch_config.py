@@ -84,10 +84,19 @@ TABLE: dict[Key, list[Row]] = {
 }
 
 
+def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) -> tuple[int, int, int]:
+    """What a call's class goes by: D, D_v and R. Between Gaussians D counts means and deviations, D_v both values, and in
+    "additive", whose squares take the scores of both stages at once, D and R count together."""
+    both = gaussian and refinement == "additive"
+    return d + r * both, d_v * (1 + gaussian), r
+
+
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
     """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
     if find_spec("triton") is None:
         return "Triton is not installed (pip install triton, Linux only)"
+    if max(features) > WIDTHS[-1]:
+        return f"{features} features are more than {WIDTHS[-1]}; Gaussians count twice (use backend='torch')"
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") != "1":
             return "the tensors are on the CPU (move them to a GPU, or set TRITON_INTERPRET=1 before Triton is imported)"
@@ -122,11 +131,13 @@ def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: 
     return key if key in TABLE else None
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int) -> bool:
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, gaussian: bool = False) -> bool:
     """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
 
     shared: bytes of shared memory that a program may have.
     """
+    if gaussian and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
+        return False
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]
     return all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
 

@@ -21,7 +21,7 @@ taken; the P inside Q_A and K_A, and the P V of "value", are never dropped. This
 Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024); it stands here alone, so that it can be compared with the
 paper's equations.
 
-Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory.
+Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; between Gaussians in float64 O(L^2 D).
 """
 
 from typing import NamedTuple

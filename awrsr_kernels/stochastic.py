@@ -56,7 +56,9 @@ def stochastic_refined_attention(
         refine_scale: factor of the correlations, or of the squared distances of "stochastic"; default 1/sqrt(R).
 
     The other arguments, and what is raised, are those of `refined_attention`. Dropout falls on weights, before they are squared.
-    The kernels take up to 128 features D and, for "stochastic", 128 columns R: "auto" gives more to the torch backend.
+    The kernels take D and D_v up to 128, for "stochastic" R up to 128 and for "additive" 2 D + R up to 256: "auto" gives more to
+    the torch backend. Distances are differences of products: means that all lie far from 0, compared with the distances between
+    them, cost digits.
 
     Returns:
         (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding.
@@ -158,7 +160,5 @@ def stochastic_attention_weights(
         return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths, None), call)
 
 
-def _covariances(
-    q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _covariances(q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return checks.covariance("q_cov", q_cov, q), checks.covariance("k_cov", k_cov, k), checks.covariance("v_cov", v_cov, v)

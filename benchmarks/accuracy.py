@@ -25,8 +25,10 @@ if __package__ is None:  # run as a script
 from benchmarks.report import atomic, commit, device_name, versions  # noqa: E402
 
 KIND = "accuracy"
-BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 60 --patience 20"  # one negative overfits
-METRICS = ("HR@10", "NDCG@10", "MRR")
+BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 120 --patience 30"  # one negative overfits
+STOSA = "--backbone stosa --max-len 50 --layers 1 --heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0"
+METRICS = ("HR@10", "NDCG@10", "MRR", "HR@5", "HR@20", "NDCG@5", "NDCG@20")
+SPREAD = 3  # of them come with their deviation on a page
 
 
 class Cell(NamedTuple):
@@ -52,6 +54,12 @@ def plan() -> list[Cell]:
         cells.append(Cell("beauty", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50 --epochs 20"))
         cells.append(Cell("beauty", f"{name}, bce", f"--refinement {refinement} --max-len 50 {BCE}"))
         cells.append(Cell("lastfm", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50"))
+    for refinement in ("none", "stochastic"):
+        name = "plain" if refinement == "none" else refinement
+        softmax = "--hidden-dropout 0.5 --epochs 20"
+        cells.append(Cell("beauty", f"stosa {name}, sampled softmax", f"{STOSA} --refinement {refinement} {softmax}"))
+    bpr = "--loss bpr --pvn-weight 0.005 --batch-size 256 --hidden-dropout 0.3 --epochs 100 --patience 20"
+    cells.append(Cell("beauty", "stosa plain, bpr", f"{STOSA} --refinement none {bpr}"))
     return cells
 
 
@@ -89,7 +97,8 @@ def row(cell: Cell, runs: list[dict[str, Any]]) -> dict[str, Any]:
     values: dict[str, list[float]] = {name: [r["test"][name] for r in runs] for name in METRICS}
     if all("recall" in r for r in runs):
         values["recall"] = [r["recall"]["HR@1"] / r["recall"]["rule HR@1"] for r in runs]
-    for name in ("epochs", "best_epoch", "train_seconds", "train_sequences_per_cpu_second", "eval_users_per_cpu_second"):
+    rates = ("train_sequences_per_cpu_second", "eval_users_per_cpu_second")
+    for name in ("epochs", "best_epoch", "train_seconds", "train_cpu_seconds", *rates):
         values[name] = [r[name] for r in runs]
     means = {name: statistics.fmean(v) for name, v in values.items()}
     spread = {f"{name}_std": statistics.stdev(v) for name, v in values.items() if len(v) > 1}
@@ -107,14 +116,17 @@ def markdown(results: dict[str, Any]) -> str:
     def shown(row: dict[str, Any], name: str) -> str:
         if name not in row:
             return "-"
-        return f"{row[name]:.4f}" + (f" ± {row[name + '_std']:.4f}" if f"{name}_std" in row else "")
+        spread = f"{name}_std" in row and name not in METRICS[SPREAD:]
+        return f"{row[name]:.4f}" + (f" ± {row[name + '_std']:.4f}" if spread else "")
 
     commits = ", ".join(sorted({each[:12] for r in results["rows"] for each in r["commits"]}))
     lines = [f"Test, full ranking, mean and deviation over seeds; {results['device']}, commit {commits}.", ""]
-    lines += ["| data | model | seeds | HR@10 | NDCG@10 | MRR | recall | best epoch |", "|--|--|--|--|--|--|--|--|"]
+    columns = ["data", "model", "seeds", *METRICS, "recall", "best epoch", "CPU s per epoch"]
+    lines += [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
     for r in results["rows"]:
         cells = [r["dataset"], r["model"], str(r["seeds"]), *(shown(r, name) for name in (*METRICS, "recall"))]
-        lines.append("| " + " | ".join([*cells, f"{r['best_epoch']:.0f}"]) + " |")
+        cells += [f"{r['best_epoch']:.0f}", f"{r['train_cpu_seconds'] / r['epochs']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -15,15 +15,31 @@ if not __package__:  # run as a script: make `benchmarks` and, not installed, `a
 
 import torch
 
-from awrsr_kernels.layout import REFINEMENTS
+from awrsr_kernels.layout import GAUSSIAN_REFINEMENTS
 from benchmarks import compare, report
 from benchmarks.arguments import number, whole
 from benchmarks.graphs import time_graphs
 from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
 from benchmarks.precompile import precompile
-from benchmarks.providers import PROVIDERS, Provider
+from benchmarks.providers import PROVIDERS, Provider, side_by_side
 from benchmarks.roofline import Rates, measure_rates
-from benchmarks.workloads import CPU_DEFAULT, DTYPES, PRESETS, QUICK, Preset, Shape, Task, build, read_histories, sample_users
+from benchmarks.workloads import (
+    BACKBONES,
+    CPU_DEFAULT,
+    DTYPES,
+    OPERATOR,
+    PRESETS,
+    QUICK,
+    STOCHASTIC,
+    STOSA,
+    STOSA_QUICK,
+    Preset,
+    Shape,
+    Task,
+    build,
+    read_histories,
+    sample_users,
+)
 
 EXAMPLES = """
 examples, from the repository root:
@@ -34,14 +50,18 @@ examples, from the repository root:
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --kv-heads 2 --passes fwd
   python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
                                                           the same users padded, bucketed and packed
+  python benchmarks/attn_bench.py --backbone stochastic --refinement all --dropout 0.1
+                                                          attention between Gaussians, at STOSA's sizes on a CPU
   python benchmarks/attn_bench.py --overhead --precompile 8
   python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
 providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
 call per value block, which lets flash kernels take it), flex2 (FlexAttention, GPU), varlen2 (varlen_attn, GPU, packed); sdpa
-(plain attention: the price floor, another result); reference, torch and triton (ours).
+(plain attention: the price floor, another result); reference, torch and triton (ours). Of the stochastic backbone: stosa (STOSA's
+formulation, L x L matrices), stosa+compile, sdpa2-squares (stock attention calls, CPU), flex2-squares (the same in FlexAttention,
+GPU); sdpa, which there is plain attention of the means; and ours.
 
-"vs rival" is the time of the fastest rival, that is of the first six, in any layout, over the row's time: above 1 is faster
+"vs rival" is the time of the fastest rival, that is of those before sdpa, in any layout, over the row's time: above 1 is faster
 than all of them. On a GPU "median ms" is the device's time, "host ms" the host's beside it, and "graph ms" the time of the call
 replayed from a CUDA graph; results.json has the reason where one cannot be captured. Peak memory is what the allocator holds above
 the inputs. A provider whose output or gradients miss the float64 reference is refused: exit status 1.
@@ -76,7 +96,9 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("problem").add_argument
-    add("--preset", choices=PRESETS, help="recsys: L 20..200, B 128..2048; long: L 512..8192. Default: recsys, on a CPU at B 32")
+    add("--backbone", choices=BACKBONES, default="dot", help="items are vectors (dot, default) or Gaussians (stochastic, STOSA)")
+    default = "Default: recsys, on a CPU at B 32 or, stochastic, STOSA's sizes (B 128, H 4, D 16, L 50..200)"
+    add("--preset", choices=PRESETS, help=f"recsys: L 20..200, B 128..2048; long: L 512..8192. {default}")
     add("--quick", action="store_true", help="B 32, L 20 and 50, few samples")
     add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="problems of your own, R is D if left out")
     add("--batch", nargs="+", type=whole(1), metavar="B", help="batch sizes instead of the preset's; with --lengths users per call")
@@ -89,11 +111,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dim", type=whole(1, 256), metavar="D", help="features of queries and keys")
     add("--value-dim", type=whole(1, 256), metavar="D", help="features of values (default: D)")
     add("--rank", type=whole(1, 256), metavar="R", help="columns of W_q and W_k (default: D)")
-    add("--refinement", nargs="+", choices=(*REFINEMENTS, "all"), default=["simple"], help="default simple")
+    add("--refinement", nargs="+", choices=(*GAUSSIAN_REFINEMENTS, "all"), default=["simple"], help="default simple")
     add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="on the weights that meet the values")
     add = parser.add_argument_group("measurement").add_argument
-    add("--providers", nargs="+", choices=PROVIDERS, help="default: all (on a CPU without textbook+compile)")
+    add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the backbone (on a CPU without those that compile)")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all three")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     add("--threads", type=whole(1), metavar="N", help="CPU threads; fewer than cores steady the times on a busy machine")
@@ -132,7 +154,16 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.refinement = list(REFINEMENTS) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
+    options.backbone = BACKBONES[options.backbone]
+    known = OPERATOR[options.backbone]
+    options.refinement = list(known) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
+    for name in options.refinement:
+        if name not in known:
+            parser.error(f"argument --refinement: was {name}, must be one of {', '.join(known)} (--backbone stochastic has it)")
+    of_it = [p.name for p in side_by_side(options.backbone)]
+    for name in options.providers or ():
+        if name not in of_it:
+            parser.error(f"argument --providers: was {name}, must be one of {', '.join(of_it)} with this --backbone")
     options.passes = [p for p in PASSES if p in options.passes]
     if options.budget is None:
         options.budget = 1.5 if options.quick else 5.0 if options.device == "cpu" else 2.0
@@ -140,8 +171,9 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Task]:
     """What the options ask for, a task per shape and refinement."""
-    default = CPU_DEFAULT if options.device == "cpu" else PRESETS["recsys"]
-    preset: Preset = QUICK if options.quick else PRESETS[options.preset] if options.preset else default
+    on_cpu, quick = (STOSA, STOSA_QUICK) if options.backbone == STOCHASTIC else (CPU_DEFAULT, QUICK)
+    default = on_cpu if options.device == "cpu" else PRESETS["recsys"]
+    preset: Preset = quick if options.quick else PRESETS[options.preset] if options.preset else default
     if options.length:
         preset = replace(preset, lengths=tuple(options.length))
     if options.batch:
@@ -164,7 +196,8 @@ def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         shape = Shape(b, h, kv_heads, length, d, options.value_dim or d, options.rank or (rest[0] if rest else d))
         for refinement in options.refinement:
             source = options.lengths.name if options.lengths else ""
-            tasks.append(Task(shape, refinement, options.dtype, options.dropout, options.device, users, size, source))
+            how = options.dtype, options.dropout, options.device
+            tasks.append(Task(shape, refinement, *how, users, size, source, options.backbone))
     return tasks
 
 
@@ -172,11 +205,13 @@ def chosen_providers(options: argparse.Namespace, skipped: list[dict[str, str]])
     if options.providers:
         return [PROVIDERS[name] for name in dict.fromkeys(options.providers)]
     left_out = {"varlen2"} if not options.lengths else set()
+    chosen = side_by_side(options.backbone)
     if options.device == "cpu":
-        left_out.add("textbook+compile")
         reason = "compiles for about half a minute per shape on a CPU; name it in --providers to have it"
-        skipped.append({"provider": "textbook+compile", "layout": "any", "reason": reason})
-    return [p for p in PROVIDERS.values() if p.name not in left_out]
+        for name in (p.name for p in chosen if p.name.endswith("+compile")):
+            left_out.add(name)
+            skipped.append({"provider": name, "layout": "any", "reason": reason})
+    return [p for p in chosen if p.name not in left_out]
 
 
 def too_large(task: Task, provider: Provider) -> str | None:
@@ -278,7 +313,7 @@ def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
             total.wrong.append(told | {"reason": f"{type(error).__name__}: {error}"})
             progress.write(report.table([], total.wrong[-1:]))
     progress.close()
-    overhead = host_overhead(chosen, options.device) if options.overhead else []
+    overhead = host_overhead(chosen, options.device, options.backbone) if options.overhead else []
     return {"rates": known} | total._asdict() | {"overhead": overhead}
 
 

@@ -93,6 +93,7 @@ def describe(key: Key) -> str:
     named = dict(zip((*REQUIRED, *OPTIONAL), key, strict=True))
     sizes = " ".join(f"{k} {named[k]}" for k in ("B", "H", "L", "D", "R"))
     words = [str(named[k]) for k in ("provider", "layout", "pass")] + [sizes]
+    words += ["stochastic backbone"] if named["backbone"] == "stochastic" else []
     words += [str(named["dtype"]), str(named["refinement"])]
     words += [f"dropout {named['dropout_p']:g}"] if named["dropout_p"] else []
     return " ".join([*words, named["loss"] or "", named["source"] or ""]).strip()

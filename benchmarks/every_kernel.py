@@ -1,5 +1,7 @@
 """Every kernel once, forward and backward, padded and packed, with dropout: what sanitizers and profilers look at.
 
+Between Gaussians packed alone: the layouts share their kernels, and sanitizers are slow.
+
     python benchmarks/every_kernel.py
     compute-sanitizer --tool racecheck python benchmarks/every_kernel.py --batch 12 --processors 1
     python benchmarks/every_kernel.py --batch 512 --windows 50 512 --profile kernels.json
@@ -24,24 +26,25 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from awrsr_kernels.layout import REFINEMENTS
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.report import atomic
-from benchmarks.workloads import Shape, Task, build
+from benchmarks.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
 
 WINDOWS = (20, 160)  # one for the short regime, one for the tiled
 
 
-def problems(batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str) -> list[tuple[Task, str]]:
+def problems(
+    batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str, backbone: str = DOT
+) -> list[tuple[Task, str]]:
     """A task and a layout for each regime, refinement and layout; histories of every length between nothing much and the window."""
     found = []
     for window in windows:
         users = tuple(1 + (7 * i + window - 1) % window for i in range(batch))  # the first fills the window
-        for refinement in REFINEMENTS:
+        for refinement in OPERATOR[backbone]:
             shape = Shape(batch, heads, heads, window, dim, dim, dim)
-            task = Task(shape, refinement, dtype, 0.1, device, users=users, batch_size=batch)
-            found += [(task, layout) for layout in ("padded", "packed")]
+            task = Task(shape, refinement, dtype, 0.1, device, users=users, batch_size=batch, backbone=backbone)
+            found += [(task, layout) for layout in (("padded", "packed") if backbone == DOT else ("packed",))]
     return found
 
 
@@ -72,6 +75,7 @@ def kernel_times(profile: Any) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
     parser.add_argument("--batch", type=int, default=3, help="sequences (default 3)")
     parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows (default 20 and 160)")
     parser.add_argument("--heads", type=int, default=2, help="query and key heads (default 2)")
@@ -86,7 +90,8 @@ def main() -> int:
 
     if given.profile and device == "cpu":
         parser.error("argument --profile: needs a GPU, and torch finds none here")
-    todo = problems(given.batch, given.windows, given.heads, given.dim, dtype, device)
+    sizes = given.batch, given.windows, given.heads, given.dim, dtype, device
+    todo = [problem for name in given.backbone for problem in problems(*sizes, BACKBONES[name])]
     pretend(given.processors)
     if given.processes > 1:
         workers = min(given.processes, len(todo))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STOPPED = 124  # exit status of what ran past its limit
 SCRIPT = [sys.executable, "benchmarks/every_kernel.py"]
 SMALL = [*SCRIPT, "--batch", "12", "--processors", "1"]  # so that sequences share tiles, and programs take several
-LARGE = [*SCRIPT, "--batch", "256", "--windows", "50", "512", "--dim", "64"]
+LARGE = [*SCRIPT, "--backbone", "dot", "--batch", "256", "--windows", "50", "512", "--dim", "64"]
 SANITIZERS = {  # tool: its line that says how it went
     "memcheck": r"ERROR SUMMARY: .*",
     "racecheck": r"RACECHECK SUMMARY: .*",

@@ -14,7 +14,7 @@ from torch import Tensor
 from awrsr_kernels.tolerance import allowed_errors
 
 from .providers import Provider, ours
-from .workloads import Batch, Shape, Task, build
+from .workloads import COVARIANCES, DOT, Batch, Outputs, Shape, Task, build
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 MIN_ROUNDS = 5
@@ -85,8 +85,8 @@ class Clock:
         return sum(s.start.elapsed_time(s.end) for s in spans)
 
 
-def gradients(out: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, list(batch.leaves.values()), batch.dout)
+def gradients(out: Outputs, batch: Batch) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, list(batch.leaves.values()), list(batch.douts.values()))
 
 
 def one_round(entrant: Entrant, clock: Clock, backward: bool) -> dict[str, tuple[float, float]]:
@@ -195,17 +195,19 @@ class WrongResult(Exception):
     """A provider's result is not what the definition says."""
 
 
-def _compute(call: Callable[[Batch], Tensor], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Output and gradients by name, and the milliseconds that forward and backward took."""
+def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Outputs and gradients by name, and the milliseconds that forward and backward took."""
     start = time.perf_counter()
     out = call(batch)
-    _wait(out)
+    _wait(batch.q)
     middle = time.perf_counter()
     grads = gradients(out, batch)
-    _wait(out)
+    _wait(batch.q)
     end = time.perf_counter()
     ms = {"fwd": (middle - start) * 1e3, "bwd": (end - middle) * 1e3, "fwd+bwd": (end - start) * 1e3}
-    return {"out": out.detach()} | {f"d{name}": g for name, g in zip(batch.leaves, grads, strict=True)}, ms
+    outs = (out,) if isinstance(out, Tensor) else out
+    found = {name: x.detach() for name, x in zip(batch.douts, outs, strict=True)}
+    return found | {f"d{name}": g for name, g in zip(batch.leaves, grads, strict=True)}, ms
 
 
 def _wait(x: Tensor) -> None:
@@ -222,7 +224,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._expected: dict[tuple[int, str, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._expected: dict[tuple[int, str, bool, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
 
     def check(self, entrant: Entrant) -> None:
         """Raises WrongResult; fills in `first_ms`, the time of the very first call, compilation included."""
@@ -233,15 +235,13 @@ class Gate:
                 view = replace(view, dropout_p=0.0)
             expected, allowed = self._yardstick(id(batch), view)
             index, heads, kv_heads, bounds = view.excerpt()
-            dout = torch.zeros_like(view.dout)
-            dout[index, :heads] = view.dout[index, :heads]
-            found, ms = _compute(entrant.provider.call, replace(view, dout=dout))
+            found, ms = _compute(entrant.provider.call, _only(view, index, heads))
             for p in PASSES:
                 entrant.first_ms[p] += ms[p]
             if bounds is not None and not view.packed:  # what stands in padding is nobody's business
                 assert view.bounds is not None
                 items = torch.arange(view.max_len, device=bounds.device) < view.bounds[:, None]
-                found["out"] = found["out"] * items[:, None, :, None]
+                found |= {name: found[name] * items[:, None, :, None] for name in view.douts}
             for name, limit in allowed.items():
                 part = _excerpt_of(name, found[name], index, heads, kv_heads)
                 if part.shape != expected[name].shape or part.dtype != view.q.dtype:
@@ -252,15 +252,15 @@ class Gate:
 
     def _yardstick(self, key: int, view: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The excerpt by the reference in float64, and the allowed errors."""
-        full_key = (key, view.refinement, view.dropout_p)
+        full_key = (key, view.refinement, view.gaussian, view.dropout_p)
         if full_key not in self._expected:
             index, heads, kv_heads, bounds = view.excerpt()
             reference = functools.partial(ours, backend="reference")
 
             def excerpt(dtype: torch.dtype) -> dict[str, Tensor]:
-                names = ("q", "k", "v", "w_q", "w_k", "gate", "dout")
+                names = ("q", "k", "v", "w_q", "w_k", "gate", "dout", *(COVARIANCES if view.gaussian else ()))
                 parts = {n: _excerpt_of(n, getattr(view, n), index, heads, kv_heads).detach().to(dtype) for n in names}
-                leaves: dict[str, Any] = {n: parts[n].requires_grad_(n != "dout") for n in names}
+                leaves: dict[str, Any] = {n: parts[n].requires_grad_(not n.startswith("dout")) for n in names}
                 return _compute(reference, replace(view, **leaves, bounds=bounds))[0]
 
             exact, same = excerpt(torch.float64), excerpt(view.q.dtype)
@@ -268,8 +268,20 @@ class Gate:
         return self._expected[full_key]
 
 
+def _only(batch: Batch, index: Tensor, heads: int) -> Batch:
+    """The batch with gradients of its outputs that are zero outside an excerpt."""
+
+    def only(dout: Tensor) -> Tensor:
+        kept = torch.zeros_like(dout)
+        kept[index, :heads] = dout[index, :heads]
+        return kept
+
+    return replace(batch, dout=only(batch.dout), dout_cov=None if batch.dout_cov is None else only(batch.dout_cov))
+
+
 def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) -> Tensor:
-    name = name.removeprefix("d") if name != "dout" else name
+    name = name if name.startswith("dout") else name.removeprefix("d")
+    name = name.removesuffix("_cov")
     if name in ("w_q", "w_k"):
         return x
     if name == "gate":
@@ -280,9 +292,11 @@ def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) 
 # Host overhead
 
 
-def host_overhead(providers: list[Provider], device: str, calls: int = 100, rounds: int = 9) -> list[dict[str, Any]]:
+def host_overhead(
+    providers: list[Provider], device: str, backbone: str = DOT, calls: int = 100, rounds: int = 9
+) -> list[dict[str, Any]]:
     """Microseconds of host time per call on a problem that is nearly nothing (B = H = L = 1); a GPU is not waited for."""
-    task = Task(Shape(1, 1, 1, 1, 16, 16, 16), "simple", "float32", 0.0, device)
+    task = Task(Shape(1, 1, 1, 1, 16, 16, 16), "simple", "float32", 0.0, device, backbone=backbone)
     batch = build(task, "padded")[0]
     rows = []
     for provider in providers:

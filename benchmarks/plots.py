@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from .measure import PASSES
 from .providers import PROVIDERS
-from .workloads import LAYOUTS
+from .workloads import LAYOUTS, STOCHASTIC
 
 Row = dict[str, Any]
 
@@ -55,6 +55,7 @@ def _panels(rows: list[Row]) -> dict[str, list[Row]]:
     for row in rows:
         heads = row["H"] if row["H"] == row["H_kv"] else f"{row['H']}/{row['H_kv']}"
         title = f"{row['source']} H {heads} D {row['D']} R {row['R']} {row['dtype']} {row['refinement']}".strip()
+        title += " between Gaussians" if row["backbone"] == STOCHASTIC else ""
         found.setdefault(title, []).append(row)
     split: dict[str, list[Row]] = {}
     for title, members in found.items():
@@ -67,7 +68,7 @@ def _panels(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _colour(provider: str) -> str:
-    return f"C{list(PROVIDERS).index(provider)}"
+    return f"C{list(PROVIDERS).index(provider) % 10}"  # no backbone has two of a colour
 
 
 def _lines(ax: Any, rows: list[Row], column: str) -> None:

@@ -11,21 +11,35 @@ varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a
 sdpa               plain attention: the price floor, another result, never counted as a rival
 torch, triton      ours
 
+Between Gaussians (`wasserstein.py`), beside ours and the floor, which there is plain attention of the means:
+
+stosa              STOSA's own formulation and the refinements on top of it: L x L matrices
+stosa+compile      the same through torch.compile
+sdpa2-squares      stock attention calls, with features that make distances of dot products and log-sum-exps that make squares of
+                   weights: O(L) memory; the CPU's flash call
+flex2-squares      the same in FlexAttention, compiled; needs a GPU
+
 Rivals meet padding in its best case for them: on the right, where is_causal alone gives the items' rows right.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awrsr_kernels import refined_attention, refined_attention_varlen
+from awrsr_kernels import (
+    refined_attention,
+    refined_attention_varlen,
+    stochastic_refined_attention,
+    stochastic_refined_attention_varlen,
+)
 
-from .workloads import Batch
+from .wasserstein import flash_cpu, squares, stosa, tensors_of
+from .workloads import DOT, STOCHASTIC, Batch, Outputs
 
 Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
 
@@ -36,25 +50,31 @@ class Provider:
 
     name: str
     role: str
-    call: Callable[[Batch], Tensor]
+    call: Callable[[Batch], Outputs]
     refusal: Callable[[Batch], str | None] = lambda batch: None
     squares: tuple[int, int] = (0, 0)
+    backbones: tuple[str, ...] = (DOT,)
 
     def view(self, batch: Batch) -> Batch:
         """The batch as this provider computes it."""
-        return replace(batch, refinement="none") if self.role == "floor" else batch
+        return batch.plain if self.role == "floor" else batch
 
 
-def ours(batch: Batch, backend: str) -> Tensor:
+def ours(batch: Batch, backend: str) -> Outputs:
     """The public call."""
     options: dict[str, Any] = {"refinement": batch.refinement, "dropout_p": batch.dropout_p, "dropout_seed": batch.dropout_seed}
     if batch.refinement == "additive":
         options["gate"] = batch.gate
-    tensors = batch.q, batch.k, batch.v, batch.w_q, batch.w_k
+    tensors: tuple[Any, ...] = batch.q, batch.k, batch.v, batch.w_q, batch.w_k
+    padded: Callable[..., Outputs] = refined_attention
+    packed: Callable[..., Outputs] = refined_attention_varlen
+    if batch.gaussian:
+        covs = (batch.w_q_cov, batch.w_k_cov) if batch.refinement == "stochastic" else (None, None)
+        tensors = *tensors_of(batch)[0], batch.w_q, batch.w_k, *covs
+        padded, packed = stochastic_refined_attention, stochastic_refined_attention_varlen
     if batch.packed:
-        assert batch.bounds is not None
-        return refined_attention_varlen(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
-    return refined_attention(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)
+        return packed(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
+    return padded(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gate: Tensor, refinement: str, dropout_p: float) -> Tensor:
@@ -81,10 +101,14 @@ def _textbook(batch: Batch, function: Callable[..., Tensor] = textbook) -> Tenso
     return function(*tensors, batch.refinement, batch.dropout_p)
 
 
+def _stosa(batch: Batch, function: Callable[..., Outputs] = stosa) -> Outputs:
+    return function(*tensors_of(batch), batch.gate, batch.refinement, batch.dropout_p)
+
+
 @functools.cache
-def _compiled_textbook() -> Callable[..., Tensor]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = 64  # a shape per bucket; beyond the limit torch would quietly run eagerly
-    return torch.compile(textbook, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
@@ -104,6 +128,14 @@ def _flex_tools(length: int, device: torch.device) -> tuple[Callable[..., Tensor
 def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
     attention, mask = _flex_tools(q.shape[2], q.device)
     return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flex_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    attention, mask = _flex_tools(q.shape[2], q.device)
+    out, aux = attention(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+    return out, aux.lse
 
 
 def varlen(batch: Batch) -> Attend:
@@ -150,7 +182,8 @@ def two_stage(batch: Batch, attend: Attend = stock, split: bool = False) -> Tens
 
 
 def _no_packed(batch: Batch) -> str | None:
-    return "this call takes no packed batches (varlen2 does, on a GPU)" if batch.packed else None
+    other = "" if batch.gaussian else " (varlen2 does, on a GPU)"
+    return "this call takes no packed batches" + other if batch.packed else None
 
 
 def _two_stage_refusal(batch: Batch) -> str | None:
@@ -165,6 +198,20 @@ def _flex_refusal(batch: Batch) -> str | None:
     return "FlexAttention has no dropout" if batch.dropout_p else _no_packed(batch)
 
 
+def _squares_refusal(batch: Batch) -> str | None:
+    if batch.dropout_p:
+        return "attention calls draw a mask each; squared weights need that of the weights"
+    return _no_packed(batch)
+
+
+def _flash_cpu_refusal(batch: Batch) -> str | None:
+    return "is made of the CPU's flash call (flex2-squares is the same on a GPU)" if batch.q.is_cuda else _squares_refusal(batch)
+
+
+def _flex_squares_refusal(batch: Batch) -> str | None:
+    return _flex_refusal(batch) or _squares_refusal(batch)
+
+
 def _varlen_refusal(batch: Batch) -> str | None:
     if not batch.q.is_cuda:
         return "varlen_attn needs a GPU"
@@ -177,18 +224,31 @@ def _triton_refusal(batch: Batch) -> str | None:
     return None if batch.q.is_cuda else "the kernels need a GPU (the interpreter is not worth timing)"
 
 
+BOTH = DOT, STOCHASTIC
+GAUSSIAN = (STOCHASTIC,)
 PROVIDERS = {
     p.name: p
     for p in (
         Provider("textbook", "rival", _textbook, _no_packed, squares=(10, 10)),
-        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled_textbook()), _no_packed, squares=(8, 8)),
+        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled(textbook)), _no_packed, squares=(8, 8)),
         Provider("sdpa2", "rival", two_stage, _two_stage_refusal, squares=(6, 0)),
         Provider("sdpa2-split", "rival", functools.partial(two_stage, split=True), _two_stage_refusal),
         Provider("flex2", "rival", functools.partial(two_stage, attend=flex), _flex_refusal),
         Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), _varlen_refusal),
-        Provider("sdpa", "floor", two_stage, _no_packed),
-        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(10, 10)),
-        Provider("torch", "ours", functools.partial(ours, backend="torch")),
-        Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal),
+        Provider("sdpa", "floor", two_stage, _no_packed, backbones=BOTH),
+        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(13, 13), backbones=BOTH),
+        Provider("torch", "ours", functools.partial(ours, backend="torch"), backbones=BOTH),
+        Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal, backbones=BOTH),
+        Provider("stosa", "rival", _stosa, _no_packed, squares=(16, 16), backbones=GAUSSIAN),
+        Provider("stosa+compile", "rival", lambda b: _stosa(b, _compiled(stosa)), _no_packed, squares=(12, 12), backbones=GAUSSIAN),
+        Provider("sdpa2-squares", "rival", lambda b: squares(b, flash_cpu), _flash_cpu_refusal, backbones=GAUSSIAN),
+        Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), _flex_squares_refusal, backbones=GAUSSIAN),
     )
 }
+ROLES = "rival", "floor", "ours"  # in this order where all stand side by side
+
+
+def side_by_side(backbone: str | None = None) -> list[Provider]:
+    """Providers of a backbone, or all of them, rivals first."""
+    chosen = [p for p in PROVIDERS.values() if backbone is None or backbone in p.backbones]
+    return sorted(chosen, key=lambda p: ROLES.index(p.role))

@@ -8,7 +8,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,7 +19,7 @@ from awrsr_kernels.launch_config import shared_memory
 from .launches import PROCESSORS, task_launches
 from .measure import PASSES, Entrant, quantiles
 from .plots import QUESTIONS, plot
-from .providers import PROVIDERS
+from .providers import side_by_side
 from .roofline import Rates, shares
 from .workloads import Task
 
@@ -37,9 +36,9 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rat
     for entrant in entrants:
         for p in passes:
             median, p20, p80 = quantiles(entrant.samples[p])
-            view = task if entrant.provider.role != "floor" else replace(task, refinement="none")
+            view = task if entrant.provider.role != "floor" else task.plain
             rows.append(
-                {"provider": entrant.provider.name, "role": entrant.provider.role, "backbone": "dot-product"}
+                {"provider": entrant.provider.name, "role": entrant.provider.role, "backbone": task.backbone}
                 | {"refinement": task.refinement, "layout": entrant.layout}
                 | {"B": s.B, "H": s.H, "H_kv": s.H_kv, "L": s.L, "D": s.D, "D_v": s.D_v, "R": s.R}
                 | {"dtype": task.dtype, "dropout_p": task.dropout_p, "pass": p}
@@ -57,8 +56,13 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rat
 
 
 def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
-    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured."""
+    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured.
+
+    None between Gaussians: what the kernels do there is not counted yet.
+    """
     rows: list[Row] = []
+    if task.gaussian:
+        return rows
     for entrant in entrants:
         if entrant.provider.name != "triton":
             continue
@@ -155,7 +159,7 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """Forward and backward as a table for a page: time relative to ours in the same run, and peak MiB."""
     rows = [r for r in results["rows"] if r["pass"] == "fwd+bwd"]
-    names = [name for name in PROVIDERS if any(r["provider"] == name for r in rows)]
+    names = [p.name for p in side_by_side() if any(r["provider"] == p.name for r in rows)]
     ours = next((name for name in ("triton", "torch") if name in names), None)
     if ours is None:
         return ""

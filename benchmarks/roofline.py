@@ -79,17 +79,20 @@ def beyond(cache: int, free: int, least: int) -> int:
 def ideal_bytes(task: Task, layout: str, pass_: str) -> int:
     """Bytes that a pass must move at least: real items of every input, all rows of every output (padding is written, as zeros).
 
-    The gate, lengths and the seed, a number per head or sequence, are left out.
+    Between Gaussians means and covariances are inputs and outputs. The gate, lengths and the seed, a number per head or sequence,
+    are left out.
     """
     s, size = task.shape, getattr(torch, task.dtype).itemsize
     if pass_ == "fwd+bwd":
         return ideal_bytes(task, layout, "fwd") + ideal_bytes(task, layout, "bwd")
     inputs, out = s.H * s.D + s.H_kv * (s.D + s.D_v), s.H * s.D_v  # features of all heads, per row
+    if task.gaussian:
+        inputs, out = 2 * inputs, 2 * out
     total = 0
     for lengths, window in calls(task, layout):
         items = sum(lengths)
         rows = items if layout == "packed" else len(lengths) * window
-        tables = 0 if task.refinement == "none" else 2 * window * s.R
+        tables = 0 if task.refinement == "none" else (4 if task.refinement == "stochastic" else 2) * window * s.R
         if pass_ == "fwd":
             total += items * inputs + tables + rows * out
         else:

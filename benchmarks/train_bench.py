@@ -1,6 +1,7 @@
 """Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend."""
 
 import argparse
+import itertools
 import json
 import random
 import shlex
@@ -24,7 +25,7 @@ from awrsr.data.readers import read
 from awrsr.data.synthetic import make
 from awrsr.losses import LOSSES
 from awrsr.model import AWRSRConfig
-from awrsr_kernels.layout import REFINEMENTS
+from awrsr_kernels.layout import GAUSSIAN_REFINEMENTS
 from benchmarks import report, train_report
 from benchmarks.arguments import number, whole
 from benchmarks.measure import WrongResult
@@ -44,13 +45,15 @@ from benchmarks.training import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKENDS = ("torch", "reference", "triton")
+BACKENDS = ("torch", "reference", "triton", "stosa")
 EXAMPLES = """
 examples, from the repository root:
   python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
                                                             what refinement costs, and nothing else
+  python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
+                                                            Wasserstein attention beside STOSA's formulation in the same model
   python benchmarks/attn_bench.py --compare before/results.json after/results.json
 
 A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
@@ -89,7 +92,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("problem").add_argument
     add("--data", type=Path, metavar="FILE", help="histories in any format that awrsr reads; without it synthetic ones")
-    add("--loss", nargs="+", choices=LOSSES, default=["bce"], help="default bce, with one negative")
+    add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="default sasrec")
+    add("--loss", nargs="+", choices=LOSSES, help="default bce, for stosa bpr, with one negative")
     add("--batch-size", type=whole(1), default=256, metavar="B", help="sequences per step (default 256)")
     add("--max-len", type=whole(1), default=50, metavar="L", help="window (default 50)")
     add("--hidden", type=whole(1), default=64, metavar="E", help="width of the model (default 64)")
@@ -106,9 +110,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--hidden-dropout", type=share, default=AWRSRConfig.hidden_dropout, metavar="P", help="of the rest (default: the model's)")
     add = parser.add_argument_group("contestants").add_argument
-    add("--refinements", nargs="+", choices=REFINEMENTS, default=["none", "additive"], help="default none additive")
+    add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
-    add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton")
+    add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton; stosa: STOSA's own")
     add = parser.add_argument_group("measurement").add_argument
     length = parser.add_mutually_exclusive_group().add_argument
     length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
@@ -131,7 +135,14 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.device = options.device or ("cuda" if cuda else "cpu")
     if options.device == "cuda" and not cuda:
         parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
-    options.backends = list(dict.fromkeys(options.backends or (BACKENDS if options.device == "cuda" else BACKENDS[:2])))
+    options.backends = list(dict.fromkeys(options.backends or BACKENDS[: 3 if options.device == "cuda" else 2]))
+    options.loss = options.loss or ["bce" if options.backbone == "sasrec" else "bpr"]
+    if options.backbone == "sasrec" and (wrong := {"stochastic", "stosa"} & {*options.refinements, *options.backends}):
+        parser.error(f"argument --backbone: was sasrec, must be stosa for {wrong.pop()}")
+    if options.backbone == "stosa" and (wrong := {"bce", "gbce"} & {*options.loss}):
+        parser.error(f"argument --loss: was {wrong.pop()}, which distances cannot be trained with; bpr can")
+    if options.layouts == ["packed"] and options.backends == ["stosa"]:
+        parser.error("argument --layouts: was packed, which STOSA's formulation has not (padded would work)")
     if "triton" in options.backends and options.device == "cpu":
         parser.error("argument --backends: was triton, which needs a GPU; torch and reference run here")
     if options.hidden % options.heads:
@@ -162,22 +173,27 @@ def make_work(problem: Problem, options: argparse.Namespace) -> Work:
     return Work(rng.permutation(count)[: options.steps * options.batch_size], targets)
 
 
+def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(refinement, layout, backend) of each; STOSA's formulation has no packed layout."""
+    every = itertools.product(options.refinements, options.layouts, options.backends)
+    return [each for each in every if each[1:] != ("packed", "stosa")]
+
+
 def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every contestant against the definition: what it was off by. Raises WrongResult."""
     found = []
     for refinement in options.refinements:
         say(f"gate: {refinement}, {problem.loss}: the definition")
         wanted = yardstick(problem, refinement)
-        for layout in options.layouts:
-            for backend in options.backends:
-                for dtype, tolerance in TOLERANCE.items():
-                    if backend == "triton" and dtype == torch.float64:
-                        continue
-                    it = contestant(problem, refinement, layout, backend, dropout=0.0)
-                    off = check(it, wanted, dtype)
-                    say(f"gate: {it.name}, {problem.loss}, {str(dtype)[6:]}: off by {off:.1e}")
-                    named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": problem.loss}
-                    found.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
+        for _, layout, backend in (each for each in contestants(options) if each[0] == refinement):
+            for dtype, tolerance in TOLERANCE.items():
+                if backend == "triton" and dtype == torch.float64:
+                    continue
+                it = contestant(problem, refinement, layout, backend, dropout=0.0)
+                off = check(it, wanted, dtype)
+                say(f"gate: {it.name}, {problem.loss}, {str(dtype)[6:]}: off by {off:.1e}")
+                named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": problem.loss}
+                found.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
     return found
 
 
@@ -187,13 +203,11 @@ def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]
     rows: list[report.Row] = []
     for pass_ in passes:
         entered: list[Contestant] = []
-        for refinement in options.refinements:
-            for layout in options.layouts:
-                for backend in options.backends:
-                    it = contestant(problem, refinement, layout, backend)
-                    say(f"memory: {pass_}, {it.name}")
-                    measure_memory(it, pass_, work)
-                    entered.append(it)
+        for refinement, layout, backend in contestants(options):
+            it = contestant(problem, refinement, layout, backend)
+            say(f"memory: {pass_}, {it.name}")
+            measure_memory(it, pass_, work)
+            entered.append(it)
         progress = report.Progress((options.reps or 0) * len(entered))
         for name in race(entered, pass_, work, options.reps, options.budget):
             progress.step(f"{pass_}: {name}")
@@ -205,7 +219,8 @@ def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]
 
 def label(problem: Problem, options: argparse.Namespace, pass_: str) -> str:
     c, what = problem.config, f"{problem.loss}, batches of {problem.batch_size}" if pass_ == "train" else "full ranking"
-    return f"{problem.source}, {what}, window {c.max_len}, hidden {c.hidden}, {c.layers} layers, {c.heads} heads"
+    size = f"hidden {c.hidden}, {c.layers} layer{'s' * (c.layers > 1)}, {c.heads} heads"
+    return f"{problem.source}, {'STOSA, ' * (c.backbone == 'stosa')}{what}, window {c.max_len}, {size}"
 
 
 def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -232,7 +247,7 @@ def is_beauty(h: Histories) -> bool:
 
 def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
     """Gate everything, then measure everything."""
-    c = {name: getattr(options, name) for name in ("max_len", "hidden", "layers", "heads", "rank")}
+    c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
     c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
     config = AWRSRConfig(num_items=parts.histories.num_items, **c)
     source = options.data.name if options.data else "synthetic"
@@ -242,7 +257,8 @@ def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
     ]
     checked = [row for problem in problems for row in gate(problem, options)]
     rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
-    whole_runs = end_to_end(options) if is_beauty(parts.histories) and not (options.quick or options.skip_end_to_end) else []
+    skipped = options.quick or options.skip_end_to_end or options.backbone != "sasrec"
+    whole_runs = [] if skipped or not is_beauty(parts.histories) else end_to_end(options)
     return {"kind": train_report.KIND, "rows": rows, "gate": checked, "end_to_end": whole_runs}
 
 

@@ -19,7 +19,13 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: s
         median, p20, p80 = quantiles([lap.seconds / steps * 1e3 for lap in laps])
         cpu = quantiles([lap.cpu_seconds / steps * 1e3 for lap in laps])[0]
         rows.append(
-            {"provider": it.backend, "role": "ours", "backbone": c.backbone, "refinement": it.refinement, "layout": it.layout}
+            {
+                "provider": it.backend,
+                "role": "rival" if it.backend == "stosa" else "ours",
+                "backbone": c.backbone,
+                "refinement": it.refinement,
+                "layout": it.layout,
+            }
             | {"B": p.batch_size if pass_ == "train" else work.eval_batch, "H": c.heads, "H_kv": c.heads, "L": c.max_len}
             | {"D": c.hidden // c.heads, "D_v": c.hidden // c.heads, "R": c.rank, "layers": c.layers}
             | {

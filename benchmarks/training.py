@@ -4,7 +4,8 @@ packed      histories one after another, AWRSR.forward: the model's own
 bucketed    histories sorted by length, each batch padded to its longest, AWRSR.forward_padded
 padded      batches in random order, padded to the window
 
-All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
+Backend "stosa" is the rival between Gaussians: the same model, its attention written as STOSA's code has it, in eager torch and
+padded. All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
 B sequences of a batch, L window, T real events, K negatives, E hidden size.
 """
 
@@ -12,13 +13,16 @@ import copy
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+import awrsr.attention
 from awrsr.batches import Batch, Batches, Windows
 from awrsr.config import NEGATIVES
 from awrsr.data.histories import Split
@@ -27,6 +31,7 @@ from awrsr.model import AWRSR, AWRSRConfig
 from awrsr.ranking import Targets, rank_batch, ranks
 
 from .measure import WrongResult, traced, turns
+from .wasserstein import stosa
 
 LAYOUTS = ("packed", "bucketed", "padded")
 PASSES = ("train", "eval")
@@ -86,7 +91,7 @@ class Lap(NamedTuple):
 
 def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
     """A contestant with the parameters that the problem's seed gives. dropout: instead of the configuration's."""
-    changes: dict[str, Any] = {"refinement": refinement, "backend": backend}
+    changes: dict[str, Any] = {"refinement": refinement, "backend": "reference" if backend == "stosa" else backend}
     if dropout is not None:
         changes |= {"hidden_dropout": dropout, "attention_dropout": dropout}
     torch.manual_seed(problem.seed)
@@ -95,6 +100,23 @@ def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, 
 
 
 # What a contestant does
+
+
+def attention_of(it: Contestant) -> AbstractContextManager[Any]:
+    """Where the contestant's forward runs: in STOSA's formulation, if it is that."""
+    if it.backend != "stosa":
+        return nullcontext()
+    return mock.patch.object(awrsr.attention, "stochastic_refined_attention", eager_attention)
+
+
+def eager_attention(
+    *, refinement: str, gate: Any, dropout_p: float, lengths: Tensor, refine_scale: float | None, backend: str, **tensors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`stosa` under the operator's names."""
+    assert refine_scale is None
+    items = tuple(tensors[name] for name in ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov"))
+    tables = tuple(w for name in awrsr.attention.TABLES if (w := tensors.get(name)) is not None)
+    return stosa(items, tables, 1.0 if gate is None else gate, refinement, dropout_p, lengths)
 
 
 def order(length: np.ndarray, batch_size: int, layout: str) -> list[np.ndarray]:
@@ -113,7 +135,8 @@ def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> t
     real = torch.arange(width, device=items.device) >= width - lengths[:, None]
     padded = items.new_zeros(real.shape)
     padded[real] = items
-    return it.model.forward_padded(padded, lengths)[real], last
+    with attention_of(it):
+        return it.model.forward_padded(padded, lengths)[real], last
 
 
 def loss_of(it: Contestant, batch: Batch, step: int) -> Tensor:

@@ -40,14 +40,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def no_gaussian_kernels_yet(request: pytest.FixtureRequest) -> None:
-    """To be deleted with the first of them."""
-    given = getattr(getattr(request.node, "callspec", None), "params", {})
-    if getattr(given.get("kind"), "gaussian", False) and given.get("engine") in ("short", "tiled", "mixed"):
-        pytest.skip("the kernels know no Gaussians yet")
-
-
 def refuse(*_: object) -> None:
     raise AssertionError("the call went to the other regime")
 

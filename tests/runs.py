@@ -13,6 +13,7 @@ from awrsr.cli import main
 ITEMS = 24
 SMALL = {"hidden": 16, "layers": 1, "rank": 4, "max_len": 8}
 QUICK = {"batch_size": 16, "threads": 1, "accelerator": "cpu"}
+STOSA = {"backbone": "stosa", "refinement": "stochastic"}
 TIMES = ("train_seconds", "train_cpu_seconds", "train_sequences_per_cpu_second", "eval_users_per_cpu_second", "peak_mib")
 
 

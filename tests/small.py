@@ -9,6 +9,10 @@ from awrsr.data.histories import Histories
 from awrsr.model import AWRSR, AWRSRConfig
 
 ITEMS, WINDOW = 23, 9
+BACKBONES = ("sasrec", "stosa")
+REFINEMENTS = {"sasrec": ("none", "simple", "value", "additive"), "stosa": ("none", "simple", "value", "additive", "stochastic")}
+KINDS = [{"backbone": each, "refinement": name} for each in BACKBONES for name in REFINEMENTS[each]]  # of models
+PUBLISHED = {"backbone": "stosa", "refinement": "none", "mean_branch": "published"}
 
 
 def make_model(seed: int = 0, **changes: Any) -> AWRSR:

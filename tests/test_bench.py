@@ -12,14 +12,30 @@ import torch
 from torch import Tensor
 
 from benchmarks import attn_bench, report
-from benchmarks.measure import Clock, Entrant, Gate, WrongResult, gradients, host_overhead, quantiles, race, traced
+from benchmarks.measure import Clock, Entrant, Gate, WrongResult, host_overhead, quantiles, race, traced
 from benchmarks.precompile import precompile
-from benchmarks.providers import PROVIDERS, Provider, ours, stock, two_stage
-from benchmarks.workloads import LAYOUTS, PRESETS, Batch, Shape, Task, build, read_histories, sample_users
+from benchmarks.providers import PROVIDERS, Provider, ours
+from benchmarks.workloads import (
+    DOT,
+    LAYOUTS,
+    OPERATOR,
+    PRESETS,
+    STOCHASTIC,
+    Batch,
+    Outputs,
+    Shape,
+    Task,
+    build,
+    read_histories,
+    sample_users,
+)
+
+from .tasks import PROBLEMS, as_tuple, task, users_task
 
 ROOT = Path(__file__).resolve().parents[1]
-REFINEMENTS = ("none", "simple", "value", "additive")
-SHAPE = Shape(B=3, H=4, H_kv=2, L=9, D=8, D_v=6, R=5)
+BACKBONES = list(OPERATOR)
+OPTION = {DOT: [], STOCHASTIC: ["--backbone", "stochastic"]}
+RIVAL = {DOT: "sdpa2", STOCHASTIC: "stosa"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,20 +53,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def task(refinement: str = "simple", dtype: str = "float32", dropout_p: float = 0.0, shape: Shape = SHAPE) -> Task:
-    return Task(shape, refinement, dtype, dropout_p, "cpu")
-
-
-def users_task(refinement: str, dtype: str = "float32") -> Task:
-    return dataclasses.replace(task(refinement, dtype), users=(9, 1, 4, 7, 2), batch_size=2, source="x.txt")
-
-
-def test_fixed_interface(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fixed_interface(backbone: str, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/attn_bench.py", "--device", "cpu", "--shapes", "2,2,5,4", "--reps", "1"]
+    command += OPTION[backbone]
+    names = RIVAL[backbone], "torch"
     options = [
         "--providers",
-        "sdpa2",
-        "torch",
+        *names,
         "triton",
         "--overhead",
         "--precompile",
@@ -65,14 +75,15 @@ def test_fixed_interface(tmp_path: Path) -> None:
     assert "Triton rows need" in done.stdout and "not run: triton" in done.stdout
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"device", "versions", "commit", "command", "rows", "skipped", "wrong", "overhead"} <= set(results)
-    assert "--shapes 2,2,5,4" in results["command"] and {r["provider"] for r in results["overhead"]} == {"sdpa2", "torch"}
+    assert "--shapes 2,2,5,4" in results["command"] and {r["provider"] for r in results["overhead"]} == set(names)
     assert [s["provider"] for s in results["skipped"]] == ["triton"] and "GPU" in results["skipped"][0]["reason"]
     rows = results["rows"]
-    assert sorted((r["provider"], r["pass"]) for r in rows) == [
-        (name, p) for name in ("sdpa2", "torch") for p in ("bwd", "fwd", "fwd+bwd")
-    ]
+    assert {(r["provider"], r["role"], r["pass"]) for r in rows} == {
+        (name, role, p) for name, role in zip(names, ("rival", "ours"), strict=True) for p in ("bwd", "fwd", "fwd+bwd")
+    }
     keys = "backbone refinement layout B H L D R dtype median_ms p20_ms p80_ms peak_mib first_call_ms".split()
-    expected = ["dot-product", "simple", "padded", 2, 2, 5, 4, 4, "float32"]
+    expected = [backbone, "simple", "padded", 2, 2, 5, 4, 4, "float32"]
+    assert len(rows) == 6
     for row in rows:
         assert [row[k] for k in keys[:9]] == expected
         assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
@@ -89,21 +100,28 @@ def test_interpreted_triton_is_never_timed(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.parametrize("flaw", ["output", "gradient", "nan", "raises"])
-def test_a_wrong_provider_is_refused(flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def wrong(batch: Batch) -> Tensor:
-        out = ours(batch, "torch")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_wrong_provider_is_refused(
+    backbone: str, flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(batch: Batch) -> Outputs:
+        *rest, out = as_tuple(ours(batch, "torch"))  # between Gaussians of the covariances alone
         if flaw == "raises":
             raise RuntimeError("no such thing")
         if flaw == "gradient":  # of w_k alone, the value unchanged
-            return out + 1e-2 * (batch.w_k.sum() - batch.w_k.sum().detach())
-        return out * (torch.nan if flaw == "nan" else 1.001)
+            out = out + 1e-2 * (batch.w_k.sum() - batch.w_k.sum().detach())
+        else:
+            out = out * (torch.nan if flaw == "nan" else 1.001)
+        return (*rest, out) if rest else out
 
-    monkeypatch.setitem(PROVIDERS, "torch", Provider("torch", "ours", wrong))
-    status = attn_bench.main(["--device", "cpu", "--shapes", "3,2,9,8", "--reps", "1", "--providers", "torch", "sdpa2"])
+    monkeypatch.setitem(PROVIDERS, "torch", Provider("torch", "ours", wrong, backbones=(backbone,)))
+    rival = RIVAL[backbone]
+    options = ["--device", "cpu", "--shapes", "3,2,9,8", "--reps", "1", "--providers", "torch", rival, *OPTION[backbone]]
+    status = attn_bench.main(options)
     printed = capsys.readouterr()
     assert status == 1 and "1 results are WRONG" in printed.err
     assert not [x for x in printed.out.splitlines() if x.startswith("torch ") and "WRONG" not in x]
-    assert [x for x in printed.out.splitlines() if x.startswith("sdpa2 ")]
+    assert [x for x in printed.out.splitlines() if x.startswith(f"{rival} ")]
 
 
 def test_a_task_that_breaks_costs_the_others_nothing(
@@ -122,93 +140,50 @@ def test_a_task_that_breaks_costs_the_others_nothing(
     assert "the device is gone" in capsys.readouterr().out
 
 
+RIGHT = {
+    DOT: ("textbook", "sdpa2", "sdpa2-split", "sdpa", "reference", "torch"),
+    STOCHASTIC: ("stosa", "sdpa2-squares", "sdpa", "reference", "torch"),
+}
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_the_gate_passes_what_is_right(refinement: str, dropout_p: float) -> None:
+@pytest.mark.parametrize("backbone,refinement", PROBLEMS)
+def test_the_gate_passes_what_is_right(backbone: str, refinement: str, dropout_p: float) -> None:
     gate = Gate()
-    batches = build(task(refinement, dropout_p=dropout_p), "padded")
-    for name in ("textbook", "sdpa2", "sdpa2-split", "sdpa", "reference", "torch"):
+    batches = build(task(refinement, dropout_p=dropout_p, backbone=backbone), "padded")
+    for name in RIGHT[backbone]:
         entrant = Entrant(PROVIDERS[name], "padded", batches)
         gate.check(entrant)
         assert entrant.first_ms["fwd+bwd"] > 0
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_gate_on_histories(layout: str) -> None:
-    gate, batches = Gate(), build(users_task("additive"), layout)
-    for provider in PROVIDERS.values():
-        if provider.name != "textbook+compile" and not provider.refusal(batches[0]):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_gate_on_histories(backbone: str, layout: str) -> None:
+    gate, batches = Gate(), build(users_task("additive", backbone=backbone), layout)
+    for provider in (PROVIDERS[name] for name in RIGHT[backbone]):
+        if not provider.refusal(batches[0]):
             gate.check(Entrant(provider, layout, batches))
     shifted = Provider("shifted", "ours", lambda b: ours(dataclasses.replace(b, w_q=b.w_q.roll(1, 0)), "torch"))
     with pytest.raises(WrongResult, match="off by"):
         gate.check(Entrant(shifted, layout, batches))
 
 
-def test_the_gate_notices_a_missing_dropout_mask() -> None:
-    batches = build(task("value", dropout_p=0.3), "padded")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_gate_notices_a_missing_dropout_mask(backbone: str) -> None:
+    batches = build(task("value", dropout_p=0.3, backbone=backbone), "padded")
     undropped = Provider("undropped", "ours", lambda b: ours(dataclasses.replace(b, dropout_p=0.0), "torch"))
     with pytest.raises(WrongResult):
         Gate().check(Entrant(undropped, "padded", batches))
 
 
-def test_a_tight_reference_budget_still_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_tight_reference_budget_still_gates(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.workloads.GATE_BYTES", 1)
-    batch = build(task("additive"), "padded")[0]
+    batch = build(task("additive", backbone=backbone), "padded")[0]
     index, heads, kv_heads, _ = batch.excerpt()
     assert (len(index), heads, kv_heads) == (1, 2, 1)
     Gate().check(Entrant(PROVIDERS["torch"], "padded", [batch]))
-
-
-def eager_flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def causal(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.where(i >= j, score, -torch.inf)
-
-    return flex_attention(q, k, v, score_mod=causal, scale=scale, enable_gqa=True)
-
-
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-@pytest.mark.parametrize("form", ["sdpa2", "sdpa2-split", "textbook"])
-def test_rivals_compute_the_definition(form: str, refinement: str) -> None:
-    batch = build(task(refinement, "float64"), "padded")[0]
-    out, expected = PROVIDERS[form].call(batch), ours(batch, "reference")
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    for found, grad in zip(gradients(out, batch), gradients(expected, batch), strict=True):
-        torch.testing.assert_close(found, grad, rtol=0, atol=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_the_composition_in_flex() -> None:
-    batch = build(task("value", "float64"), "padded")[0]
-    leaves = {name: x.detach() for name, x in batch.leaves.items()}  # FlexAttention has no backward on a CPU
-    batch = dataclasses.replace(batch, **leaves)
-    torch.testing.assert_close(two_stage(batch, eager_flex), ours(batch, "reference"), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_the_packed_composition_computes_the_definition(refinement: str) -> None:
-    for batch in build(users_task(refinement, "float64"), "packed"):
-        bounds = batch.bounds.tolist()  # type: ignore[union-attr]
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, b: list[int] = bounds) -> Tensor:
-            parts = []
-            for lo, hi in zip(b, b[1:], strict=False):
-                rows = [x[lo:hi].transpose(0, 1)[None] for x in (q, k, v)]
-                parts.append(stock(*rows, scale)[0].transpose(0, 1))
-            return torch.cat(parts)
-
-        out, expected = two_stage(batch, attend, split=True), ours(batch, "reference")
-        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-        for found, grad in zip(gradients(out, batch), gradients(expected, batch), strict=True):
-            torch.testing.assert_close(found, grad, rtol=0, atol=1e-12)
-
-
-def test_stock_calls_say_what_they_cannot_express() -> None:
-    dropped = build(task("additive", dropout_p=0.1), "padded")[0]
-    assert "two masks" in (PROVIDERS["sdpa2"].refusal(dropped) or "")
-    assert PROVIDERS["sdpa2"].refusal(build(task("value", dropout_p=0.1), "padded")[0]) is None
-    assert "GPU" in (PROVIDERS["flex2"].refusal(dropped) or "")
 
 
 def test_memory_meter_on_a_known_pattern() -> None:
@@ -235,16 +210,18 @@ def test_memory_meter_on_a_known_pattern() -> None:
     assert traced([first], torch.device("cpu")) == [8 * mib]
 
 
-def test_memory_of_l_by_l_matrices_shows() -> None:
+@pytest.mark.parametrize("backbone,squared", [(DOT, "textbook"), (STOCHASTIC, "stosa")])
+def test_memory_of_l_by_l_matrices_shows(backbone: str, squared: str) -> None:
     shape = Shape(1, 1, 1, 512, 8, 8, 8)
     found = {}
-    for name in ("textbook", "torch"):
-        entrant = Entrant(PROVIDERS[name], "padded", build(task("simple", shape=shape), "padded"))
+    for name in (squared, "torch"):
+        entrant = Entrant(PROVIDERS[name], "padded", build(task("simple", shape=shape, backbone=backbone), "padded"))
         attn_bench.measure_memory(entrant)
         found[name] = entrant.peak_mib
-    assert found["textbook"]["fwd"] >= 2 and found["textbook"]["bwd"] >= 3  # a matrix is 1 MiB
-    assert found["textbook"]["fwd+bwd"] == max(found["textbook"].values())
-    assert found["torch"]["fwd"] < found["textbook"]["fwd"]
+    assert found[squared]["fwd"] >= 2 and found[squared]["bwd"] >= 3  # a matrix is 1 MiB
+    assert found[squared]["fwd+bwd"] == max(found[squared].values())
+    assert found[squared]["fwd+bwd"] <= PROVIDERS[squared].squares[0]
+    assert found["torch"]["fwd"] < found[squared]["fwd"]
 
 
 def test_race_gives_every_entrant_the_same_number_of_samples() -> None:
@@ -307,12 +284,31 @@ def test_malformed_histories(text: str, message: str, tmp_path: Path, capsys: py
         ("--compare a b --threshold 0.5", "argument --threshold: was '0.5', must be a number of at least 1"),
         ("--compare a", "argument --compare: expected 2 arguments"),
         ("--refinement sharp", "argument --refinement: invalid choice: 'sharp'"),
+        ("--refinement stochastic", "argument --refinement: was stochastic, must be one of none, simple, value, additive"),
+        ("--backbone gaussian", "argument --backbone: invalid choice: 'gaussian'"),
+        ("--backbone stochastic --providers textbook", "argument --providers: was textbook, must be one of stosa"),
+        ("--providers torch stosa", "argument --providers: was stosa, must be one of textbook"),
     ],
 )
 def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         attn_bench.main(["--device", "cpu", *options.split()])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def options_tasks(options: str) -> list[Task]:
+    parser = attn_bench.make_parser()
+    given = parser.parse_args(["--device", "cpu", *options.split()])
+    attn_bench.check(parser, given)
+    return attn_bench.make_tasks(parser, given)
+
+
+def test_the_default_plan_between_gaussians_is_stosas() -> None:
+    tasks = options_tasks("--backbone stochastic --refinement all")
+    assert {t.shape for t in tasks} == {Shape(128, 4, 4, length, 16, 16, 16) for length in (50, 100, 200)}
+    assert [t.refinement for t in tasks[:5]] == ["none", "simple", "value", "additive", "stochastic"]
+    assert {t.backbone for t in tasks} == {STOCHASTIC} and "float32 stochastic backbone, none" in tasks[0].label
+    assert {(t.backbone, t.shape.B, t.shape.H, t.shape.D) for t in options_tasks("")} == {(DOT, 32, 2, 32)}
 
 
 def make_row(provider: str, role: str, median_ms: float, layout: str = "padded") -> report.Row:
@@ -339,6 +335,10 @@ def test_flops_and_quantiles() -> None:
     assert square.flops("fwd") == 2 * 2 * 3 * (50 * (4 + 10) + 50 * (5 + 4))
     assert dataclasses.replace(square, refinement="value").flops("bwd") == 2.5 * 2 * 2 * 3 * 50 * (4 + 10 + 5 + 4 + 4)
     assert dataclasses.replace(square, refinement="none", users=(3, 1)).flops("fwd") == 2 * 3 * (9 + 1) / 2 * 8
+    gaussian = dataclasses.replace(square, backbone=STOCHASTIC)
+    widths = {"none": 8 + 8, "simple": 8 + 15 + 8, "value": 8 + 15 + 16, "additive": 2 * 8 + 15 + 8, "stochastic": 8 + 30 + 8}
+    for refinement, width in widths.items():
+        assert dataclasses.replace(gaussian, refinement=refinement).flops("fwd") == 2 * 2 * 3 * 50 * width
     assert quantiles([5.0, 1.0, 4.0, 2.0, 3.0, 0.0]) == (2.5, 1.0, 4.0)
 
 
@@ -346,7 +346,9 @@ def test_presets_and_small_parts(tmp_path: Path) -> None:
     assert {length for _, length in PRESETS["recsys"].sizes()} == {20, 50, 100, 200}
     assert PRESETS["long"].sizes()[0] == (32, 512) and PRESETS["long"].sizes()[-1] == (2, 8192)
     assert "need a GPU" in precompile([task()], 2)
-    assert {r["pass"] for r in host_overhead([PROVIDERS["sdpa"]], "cpu", calls=2, rounds=2)} == {"fwd", "fwd+bwd"}
+    for backbone in BACKBONES:
+        rows = host_overhead([PROVIDERS["sdpa"], PROVIDERS[RIVAL[backbone]]], "cpu", backbone, calls=2, rounds=2)
+        assert sorted(r["pass"] for r in rows) == ["fwd", "fwd", "fwd+bwd", "fwd+bwd"]
     huge = task(shape=Shape(64, 8, 8, 65536, 64, 64, 64))
     assert "GiB" in (attn_bench.too_large(huge, PROVIDERS["textbook"]) or "")
     assert attn_bench.too_large(huge, PROVIDERS["torch"]) is None

@@ -19,7 +19,7 @@ from awrsr.cli import main, parser
 from awrsr.commands import COMMANDS
 from awrsr.data.prepare import DEMO
 
-from .runs import ITEMS, QUICK, SMALL, command, everything, histories, results, timeless, train, weights, write
+from .runs import ITEMS, QUICK, SMALL, STOSA, command, everything, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[1]
 METRICS = {"HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"}
@@ -60,6 +60,19 @@ def test_train_takes_the_fixed_flags_and_writes_the_fixed_keys(home: Path, tmp_p
     wanted = {"backbone": "sasrec", "refinement": "additive", "loss": "sampled_softmax", "max_len": 50, "seed": 3}
     assert found["config"] | wanted == found["config"]
     assert found["config"]["data"] == f"{home}/data.txt"
+
+
+@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive", "stochastic"])
+def test_a_run_of_gaussians_serves_every_command(refinement: str, home: Path, tmp_path: Path, printed: Callable[..., str]) -> None:
+    run, options = tmp_path / "run", STOSA | {"refinement": refinement, "loss": "bpr", "pvn_weight": 0.005, "epochs": 1}
+    found = train(home / "data.txt", run, **options)
+    assert found["config"] | options == found["config"]
+    assert f"NDCG@10  {found['test']['NDCG@10']:.4f}" in printed("evaluate", "--run", run)
+    table = pl.read_csv(io.StringIO(printed("recommend", "--run", run, "-k", 3)))
+    assert table.height == 3 * len(histories()) and (table["score"] < 0).all()
+    assert "The last event" in printed("explain", "--run", run, "--output", tmp_path / "picture.png")
+    assert "model.pt2" in printed("export", "--run", run)
+    assert results(run)["epochs"] == 1 and train(home / "data.txt", run, **(options | {"epochs": 2}))["epochs"] == 2
 
 
 def test_a_run_folder_holds_all_that_is_promised(home: Path) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,19 @@ def test_a_damaged_run_is_an_error(
         (("train", "--data", "DATA", "--hidden", "15", "--heads", "2"), "hidden is 15, must be a multiple of heads (2)"),
         (("train", "--data", "DATA", "--epochs", "0"), "epochs is 0, must be at least 1"),
         (("train", "--data", "DATA", "--learning-rate", "-1"), "learning_rate is -1.0, must be at least"),
+        (
+            ("train", "--data", "DATA", "--refinement", "stochastic"),
+            "refinement is 'stochastic', must be another with backbone 'sas",
+        ),
+        (
+            ("train", "--data", "DATA", "--mean-branch", "published"),
+            "mean_branch is 'published', must be another with backbone 'sas",
+        ),
+        (("train", "--data", "DATA", "--pvn-weight", "0.1"), "pvn_weight is 0.1, must be 0 with loss 'sampled_softmax'"),
+        (
+            ("train", "--data", "DATA", "--loss", "bpr", "--pvn-weight", "0.1"),
+            "pvn_weight is 0.1, must be 0 with backbone 'sasrec'",
+        ),
         (("train", "--data", "DATA", "--format", "inter"), "has no header"),
     ],
 )
@@ -156,6 +170,13 @@ def test_the_examples_of_help_are_commands_that_parse(
             words = shlex.split(line)
             given = parser().parse_args(words[words.index("awrsr") + 1 :])
             assert name.startswith(given.command)
+
+
+def test_help_has_the_options_of_stosas_authors(stopped: Callable[..., tuple[int, str]]) -> None:
+    block = stopped("train", "--help")[1].split("Options of STOSA's authors, for that backbone:\n\n")[1].split("\n\n")[0]
+    given = parser().parse_args(["train", "--data", "any.txt", *block.split()]).train
+    assert AWRSRConfig(**{each.name: given[each.name] for each in fields(AWRSRConfig) if each.name in given}).backbone == "stosa"
+    assert (given.loss, given.pvn_weight, given.learning_rate, given.hidden) == ("bpr", 0.005, 1e-3, 64)
 
 
 QUICK_HELP = """

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from awrsr_kernels import compile_report
-from awrsr_kernels.compile_report import TARGETS, cases, spill_budget
+from awrsr_kernels.compile_report import KINDS, TARGETS, cases, spill_budget
 from awrsr_kernels.launch_config import SHORT_KERNELS, TABLE, TILED, TILED_KERNELS, Key, choose, key_of
 from awrsr_kernels.layout import REFINEMENTS
 
@@ -36,19 +36,23 @@ def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dic
         assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
         assert row["budget_ok"] and row["tensor_cores_expected"] and row["tensor_core_instructions"] > 0
         assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
-    found = {(row["kernel"], row["refinement"]) for row in sample if row["target"] == "sm_90"}
+    found = {(row["kernel"], row["refinement"], row["gaussian"]) for row in sample if row["target"] == "sm_90"}
     tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
     stages = {f"{kernel}_stage{i}" for kernel in tiled for i in (1, 2)} | {"tiled_bwd_tables"}
-    short = {(kernel, refinement) for kernel in SHORT_KERNELS for refinement in REFINEMENTS}
-    assert found == short | {(k, "none") for k in tiled} | {(k, r) for k in stages for r in REFINEMENTS if r != "none"}
+    short = {(kernel, *kind) for kernel in SHORT_KERNELS for kind in KINDS}
+    plain, refined = [kind for kind in KINDS if kind[0] == "none"], [kind for kind in KINDS if kind[0] != "none"]
+    assert found == short | {(k, *kind) for k in tiled for kind in plain} | {(k, *kind) for k in stages for kind in refined}
     assert {row["target"] for row in sample} == set(TARGETS)
 
 
 def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]) -> None:
     rows = [row for row in sample if row["target"] == "sm_90"]
     forward = [row for row in rows if "fwd" in row["kernel"]]
-    backward = [row for row in rows if row["kernel"] == "short_bwd"]
-    assert len(forward) == 11 and all(row["spill_bytes"] == 0 for row in forward)
+    backward = [row for row in rows if row["kernel"] == "short_bwd" and not row["gaussian"]]
+    assert len(forward) == 11 + 14
+    for row in forward:  # but where P is computed beside R
+        beside = row["gaussian"] and row["refinement"] == "additive" and row["kernel"] == "tiled_fwd_stage2"
+        assert row["spill_bytes"] <= 64 * beside, row
     assert {row["refinement"]: row["spill_bytes"] <= 64 * (row["refinement"] == "additive") for row in backward} == dict.fromkeys(
         REFINEMENTS, True
     )
@@ -57,7 +61,7 @@ def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]
 def test_rows_are_read_and_written_16_bytes_at_a_time(sample: list[dict[str, Any]]) -> None:
     for row in sample:
         if row["target"] == "sm_90" and row["regime"] == "short":
-            tensors = 3 + 2 * (row["refinement"] != "none") + ("bwd" in row["kernel"])
+            tensors = 3 + 2 * (row["refinement"] != "none") + ("bwd" in row["kernel"])  # values of Gaussians are two halves
             assert row["loads"]["16"] == 4 * tensors, row  # a tile of 64 x 64 in bfloat16 takes 128 threads four loads each
             assert row["stores"]["16"] > 0
 
@@ -81,8 +85,8 @@ def test_the_report_leaves_out_no_row_of_the_table() -> None:
                 returned.add((key, choose(key, chip.shared)))
     assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows}
     for target in TARGETS:
-        kinds = {(c.refinement, c.dtype, c.dropout) for c in cases(target)}
-        assert len(kinds) == len(REFINEMENTS) * 3 * 2
+        kinds = {(c.refinement, c.gaussian, c.dtype, c.dropout) for c in cases(target)}
+        assert len(kinds) == len(KINDS) * 3 * 2
 
 
 def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -294,22 +294,23 @@ assert awrsr_kernels.refined_attention(x, x, x, w, w).shape == x.shape
 
 
 @pytest.mark.parametrize("engine", ["short", "tiled"])
-@pytest.mark.parametrize("refinement", ["none", "simple", "additive"])
-def test_kernels_are_wellformed_operators(refinement: str, engine: str, choose: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("kind", [Kind("none"), Kind("simple"), Kind("additive"), Kind("additive", True)], ids=str)
+def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
     choose(engine)
     import awrsr_kernels._triton as kernels
 
     q, w = torch.randn(2, 2, 6, 8, device=DEVICE), torch.randn(1, 1, 6, 4, device=DEVICE)
-    tables = (None, None) if refinement == "none" else (w, w.clone())
-    gate = torch.ones(1, device=DEVICE) if refinement == "additive" else None
-    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None)
-    call = (refinement, True, False, True, 6, False, 0.3, 0.5, 0.0)
+    tables = (None, None) if kind.refinement == "none" else (w, w.clone())
+    gate = torch.ones(1, device=DEVICE) if kind.refinement == "additive" else None
+    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None, q.clone() if kind.gaussian else None)
+    call = (kind.refinement, True, False, True, 6, False, 0.3, 0.5, 0.0, kind.gaussian)
     torch.library.opcheck(kernels._forward_op, (*tensors, *call))
-    found = kernels._forward_op(*tensors, *call)
-    saved = found if len(found) > 1 else []
-    assert len(saved) == {"short": 0, "tiled": {"none": 2, "simple": 5, "additive": 7}[refinement]}[engine]
+    found, outputs = kernels._forward_op(*tensors, *call), 1 + kind.gaussian
+    saved = found if len(found) > outputs else []
+    assert len(saved) == {"short": 0, "tiled": {"none": 2, "simple": 5, "additive": 7 + 3 * kind.gaussian}[kind.refinement]}[engine]
     assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
-    torch.library.opcheck(kernels._backward_op, (torch.randn_like(q), saved, *tensors, *call))
+    douts = [torch.randn_like(q) for _ in range(outputs)]
+    torch.library.opcheck(kernels._backward_op, (douts, saved, *tensors, *call))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -216,11 +216,12 @@ def test_the_summary_says_that_without_refinement_m_is_p() -> None:
     assert "(M is P)" in text and "M of head" not in text
 
 
-def test_the_maps_of_a_model_can_be_drawn(tmp_path: Path) -> None:
-    model = small_model()
+@pytest.mark.parametrize("options", [{}, {"backbone": "stosa", "refinement": "stochastic"}], ids=str)
+def test_the_maps_of_a_model_can_be_drawn(options: dict[str, Any], tmp_path: Path) -> None:
+    model = small_model(**options)
     history = [3, 5, 3, 8]
     for p, m in model.attention_maps(history):
-        figure = draw(p, m, history, refinement="additive")
+        figure = draw(p, m, history, refinement=model.config.refinement)
         assert len(maps(figure)) == 6
         assert "The last event, 8" in summary(p, m, history)
 
@@ -280,8 +281,12 @@ def file(tmp_path: Path, format: str) -> Path:
         ("torch", {"refinement": "value", "tables": "content"}),
         ("torch", {"refinement": "additive", "learned_gate": True, "layers": 2}),
         ("torch", {"refinement": "additive", "max_len": 1}),
+        ("torch", {"backbone": "stosa", "refinement": "stochastic", "norm": "post", "activation": "elu"}),
+        ("torch", {"backbone": "stosa", "refinement": "value", "tables": "content", "layers": 2}),
+        ("torch", {"backbone": "stosa", "refinement": "none", "mean_branch": "published", "norm": "post"}),
         ("onnx", {"refinement": "value", "tables": "content"}),
         ("onnx", {"refinement": "additive", "learned_gate": True, "layers": 2}),
+        ("onnx", {"backbone": "stosa", "refinement": "stochastic", "norm": "post", "layers": 2}),
     ],
     indirect=["format"],
     ids=str,

@@ -195,6 +195,7 @@ def test_a_problem_is_explained_launch_by_launch(capsys: pytest.CaptureFixture[s
         (["--compile-report", "none.json"], "argument --compile-report: none.json: "),
         (["--measured", "none.json"], "argument --measured: none.json: No such file"),
         (["--explain", "1,2"], "argument --explain: was '1,2', must be B,H,L,D"),
+        (["--backbone", "stochastic"], "argument --backbone: was stochastic, must be dot: what the kernels do between Gaussians"),
         (["--dropout", "1"], "argument --dropout: was 1.0, must be in [0, 1)"),
     ],
 )

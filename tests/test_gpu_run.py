@@ -92,7 +92,7 @@ def test_a_stopped_process_leaves_no_child(tmp_path: Path) -> None:
     assert state in ("gone", "Z")
 
 
-def test_a_whole_run_leaves_eight_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_run_leaves_nine_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage in turn, two tests for real; what needs a GPU is played by what it would write."""
 
     def played(command: list[str], log: Path, seconds: float) -> int:
@@ -114,7 +114,7 @@ def test_a_whole_run_leaves_eight_files(tmp_path: Path, monkeypatch: pytest.Monk
     made = stages(tmp_path)
     made.run_all(skip_tests=False)
     left = {"summary.json", "tests.json", "tuned.json", "logs.tar.gz", *(f"{name}.json" for name in gpu_run.BENCHMARKS)}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == left and len(left) == 8
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left and len(left) == 9
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["status"]["tests"] == "2 passed, 0 failed, 0 skipped" and made.all_went_well()
     assert summary["kernels"] == [{"kernel": "_x_kernel"}]
@@ -197,6 +197,16 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         every_kernel.run(problem)
     assert len(problems) == 2 * 4 * 2 and all(task.dropout_p > 0 for task, _ in problems)
     assert reached == there
+
+
+def test_kernels_are_reached_between_gaussians_too() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
+    pytest.importorskip("triton", reason="needs Triton")
+    problems = every_kernel.problems(2, (4,), 1, 16, "float32", "cpu", "stochastic")
+    for problem in problems:
+        every_kernel.run(problem)
+    assert [task.refinement for task, _ in problems] == ["none", "simple", "value", "additive", "stochastic"]
 
 
 def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:

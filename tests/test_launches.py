@@ -231,6 +231,11 @@ def test_key_heads_of_several_query_heads() -> None:
     assert [x.kernel for x in shared] == ["short_fwd", "short_bwd", *2 * ("torch_sum", "torch_copy")]
 
 
+def test_what_is_not_counted() -> None:
+    with pytest.raises(ValueError, match="backbone was stochastic, must be dot-product"):
+        task_launches(replace(CASES["full"][1], refinement="simple", backbone="stochastic"), "padded")
+
+
 def test_what_no_kernel_takes() -> None:
     with pytest.raises(ValueError, match=r"D, D_v, R were \(32, 32, 300\), must be at most 256"):
         task_launches(Task(Shape(8, 4, 2, 50, 32, 32, 300), "simple", "bfloat16", 0.0, "cpu"), "padded")

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from awrsr import losses
+from awrsr.distance import distance_columns, distance_rows
 from awrsr.losses import LOSSES, draw_negatives
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -109,6 +110,37 @@ def test_extreme_scores_stay_finite(loss: str) -> None:
     value.sum().backward()
     assert value.isfinite().all() and (value >= 0).all()
     assert hidden.grad is not None and hidden.grad.isfinite().all() and table.grad is not None and table.grad.isfinite().all()
+
+
+# Between Gaussians
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_the_penalty_of_stosa_is_its_formula(blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, targets, y, negatives = problem("bpr")
+    if blocks:
+        monkeypatch.setattr(losses, "PAIR_BLOCK", 2 * (1 + K) * (E + 2))
+    rows, columns = distance_rows(x), distance_columns(y)
+    found = losses.bpr(rows, targets, columns, negatives, pvn_weight=0.3)
+    wanted = []
+    for t in range(T):
+        positive = (x[t] - y[targets[t]]).square().sum()
+        each = []
+        for item in negatives[t]:
+            negative, between = (x[t] - y[item]).square().sum(), (y[targets[t]] - y[item]).square().sum()
+            each.append(-(negative - positive).sigmoid().log() + 0.3 * (positive - between).clamp(min=0))
+        wanted.append(torch.stack(each).mean())
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-12, atol=1e-12)
+    assert (found - losses.bpr(rows, targets, columns, negatives) > 1e-3).any()  # so the penalty did something
+
+
+def test_the_penalty_has_the_gradient_of_its_value() -> None:
+    x, targets, y, negatives = problem("bpr")
+
+    def penalised(x: Tensor, y: Tensor) -> Tensor:
+        return losses.bpr(distance_rows(x), targets, distance_columns(y), negatives, pvn_weight=0.3)
+
+    assert torch.autograd.gradcheck(penalised, (x, y))
 
 
 # The whole catalogue

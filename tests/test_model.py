@@ -1,5 +1,6 @@
 """The model: packed equals padded, causality, positions from the end, what is stored, what is refused, what is looked into."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -13,11 +14,11 @@ from awrsr.model import AWRSR, AWRSRConfig
 from awrsr_kernels.tolerance import allowed_errors
 
 from .conftest import DEVICE, cumulative
-from .small import ITEMS, WINDOW, make_lists, make_model
+from .small import BACKBONES, ITEMS, KINDS, PUBLISHED, REFINEMENTS, WINDOW, make_lists, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFINEMENTS = ("none", "simple", "value", "additive")
+Kind = dict[str, Any]
 MIXES = ([1], [WINDOW], [1, 1, 1], [1, WINDOW, 4], [3, 2, 5, 8, 1], [2, 2])
 TABLES = ({}, {"per_head": False}, {"tables": "content"})
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64
@@ -48,7 +49,8 @@ def mixed(lengths: list[int], seed: int = 0) -> list[list[int]]:
 def both(model: AWRSR, lists: list[list[int]], window: int) -> list[dict[str, Tensor]]:
     """Output and gradients of the packed and of the padded forward, for one random gradient of the output."""
     results = []
-    upstream = torch.randn(sum(map(len, lists)), model.config.hidden, generator=torch.Generator().manual_seed(1))
+    shape = sum(map(len, lists)), model.item_table().shape[1]
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     for packs in (True, False):
         model.zero_grad()
         items, lengths = padded(lists, window)
@@ -61,37 +63,39 @@ def both(model: AWRSR, lists: list[list[int]], window: int) -> list[dict[str, Te
 
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("tables", TABLES, ids=str)
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_packed_equals_padded(refinement: str, tables: dict[str, Any], lengths: list[int]) -> None:
+@pytest.mark.parametrize("kind", [*KINDS, PUBLISHED], ids=str)
+def test_packed_equals_padded(kind: Kind, tables: dict[str, Any], lengths: list[int]) -> None:
     for norm, gate in (("pre", False), ("post", True)):
-        model = make_model(refinement=refinement, norm=norm, learned_gate=gate, **tables).double()
+        model = make_model(**kind, norm=norm, learned_gate=gate, **tables).double()
         one, other = both(model, mixed(lengths), WINDOW)
         assert one.keys() == other.keys() == {"out"} | {name for name, _ in model.named_parameters()}
         for name in one:
             torch.testing.assert_close(one[name], other[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_packed_equals_padded_in_float32(refinement: str) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_packed_equals_padded_in_float32(kind: Kind) -> None:
     """Within the project's tolerance: a few times what the padded forward itself errs in float32."""
     lists = mixed([1, WINDOW, 4, 6])
-    exact = both(make_model(refinement=refinement).double(), lists, WINDOW)[1]
-    found, same = both(make_model(refinement=refinement), lists, WINDOW)
+    exact = both(make_model(**kind).double(), lists, WINDOW)[1]
+    found, same = both(make_model(**kind), lists, WINDOW)
     for name, limit in allowed_errors(exact, same, torch.float32).items():
         assert (found[name].double() - exact[name]).abs().max().item() <= limit, name
 
 
-def test_a_narrower_window_changes_nothing() -> None:
-    model, lists = make_model().double(), mixed([1, 3, 5])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_narrower_window_changes_nothing(backbone: str) -> None:
+    model, lists = make_model(backbone=backbone).double(), mixed([1, 3, 5])
     results = [real(model.forward_padded(*padded(lists, window)), torch.tensor([1, 3, 5])) for window in (5, 7, WINDOW)]
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, **EXACT)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_position_tables_do_not_pass_for_content(size: int) -> None:
+@pytest.mark.parametrize("kind", [{}, {"backbone": "stosa", "refinement": "stochastic"}], ids=str)
+def test_position_tables_do_not_pass_for_content(kind: Kind, size: int) -> None:
     """As many events in the batch as heads and table rows: the operator alone could not tell the two shapes apart."""
-    model = make_model(heads=size, max_len=size).double()
+    model = make_model(heads=size, max_len=size, **kind).double()
     for lists in (mixed([size]), mixed([1] * size)):
         one, other = both(model, lists, size)
         for name in one:
@@ -99,29 +103,32 @@ def test_position_tables_do_not_pass_for_content(size: int) -> None:
 
 
 @pytest.mark.parametrize("tables", ["position", "content"])
-def test_what_padding_holds_has_no_effect(tables: str) -> None:
-    model, lists = make_model(tables=tables), mixed([1, 4, 6])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_what_padding_holds_has_no_effect(backbone: str, tables: str) -> None:
+    model, lists = make_model(backbone=backbone, tables=tables), mixed([1, 4, 6])
     one, other = (real(model.forward_padded(*padded(lists, WINDOW, filler)), torch.tensor([1, 4, 6])) for filler in (0, ITEMS - 1))
     assert torch.equal(one, other)
 
 
-def test_padding_gives_its_embedding_no_gradient() -> None:
-    model = make_model()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_padding_gives_its_embedding_no_gradient(backbone: str) -> None:
+    model = make_model(backbone=backbone)
     items, lengths = padded([[1, 2], [2, 3, 4]], WINDOW, filler=7)
     real(model.forward_padded(items, lengths), lengths).sum().backward()
     assert model.items.weight.grad is not None
     assert model.items.weight.grad.abs().sum(1).nonzero().flatten().tolist() == [1, 2, 3, 4]
 
 
-def test_an_empty_window_has_finite_scores() -> None:
-    model = make_model()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_an_empty_window_has_finite_scores(backbone: str) -> None:
+    model = make_model(backbone=backbone)
     assert model.scores_padded(torch.zeros(2, WINDOW, dtype=torch.int64), torch.tensor([0, 3])).isfinite().all()
 
 
 @pytest.mark.parametrize("tables", ["position", "content"])
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_the_future_has_no_effect(refinement: str, tables: str) -> None:
-    model = make_model(refinement=refinement, tables=tables).double()
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_the_future_has_no_effect(kind: Kind, tables: str) -> None:
+    model = make_model(**kind, tables=tables).double()
     lists = mixed([WINDOW, 5])
     before = model(*packed(lists))
     for change in range(1, WINDOW):
@@ -131,17 +138,19 @@ def test_the_future_has_no_effect(refinement: str, tables: str) -> None:
         assert (before[change] - after[change]).abs().max() > 1e-3
 
 
-def test_every_event_of_the_past_has_an_effect() -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_event_of_the_past_has_an_effect(backbone: str) -> None:
     """Two layers of any refinement see all of it: what was perturbed above is not lost by itself."""
-    model, (history,) = make_model(), mixed([WINDOW])
+    model, (history,) = make_model(backbone=backbone), mixed([WINDOW])
     before = model(*packed([history]))[-1]
     for change in range(WINDOW):
         other = [(item + 1) % ITEMS if place == change else item for place, item in enumerate(history)]
         assert (before - model(*packed([other]))[-1]).abs().max() > 1e-5
 
 
-def test_histories_of_a_batch_do_not_meet() -> None:
-    model, lists = make_model().double(), mixed([3, WINDOW, 1, 6])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_histories_of_a_batch_do_not_meet(backbone: str) -> None:
+    model, lists = make_model(backbone=backbone).double(), mixed([3, WINDOW, 1, 6])
     alone = torch.cat([model(*packed([each])) for each in lists])
     torch.testing.assert_close(model(*packed(lists)), alone, **EXACT)
 
@@ -152,10 +161,10 @@ def test_histories_without_events_are_passed_over() -> None:
     torch.testing.assert_close(model(items, cumulative([0, 3, 0, 2, 0], "cpu"), longest), model(*packed(lists)), **EXACT)
 
 
-@pytest.mark.parametrize("refinement", REFINEMENTS)
-def test_positions_count_from_the_end(refinement: str) -> None:
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_positions_count_from_the_end(kind: Kind) -> None:
     """A model of a longer window gives the same numbers where the last rows of its tables are those of the shorter one."""
-    short, long = make_model(refinement=refinement).double(), make_model(seed=1, refinement=refinement, max_len=WINDOW + 4).double()
+    short, long = make_model(**kind).double(), make_model(seed=1, **kind, max_len=WINDOW + 4).double()
     state = long.state_dict()
     for name, weight in short.state_dict().items():
         if weight.dim() < 2:
@@ -183,24 +192,21 @@ def test_offsets_are_of_either_integer_type(integer: torch.dtype) -> None:
 
 
 def test_what_is_stored_does_not_depend_on_the_backend() -> None:
-    for options in itertools.product(REFINEMENTS, TABLES):
+    for kind, tables in itertools.product(KINDS, TABLES):
         shapes = [
-            {
-                name: weight.shape
-                for name, weight in make_model(refinement=options[0], backend=backend, **options[1]).state_dict().items()
-            }
+            {name: weight.shape for name, weight in make_model(backend=backend, **kind, **tables).state_dict().items()}
             for backend in ("reference", "torch", "triton", "auto")
         ]
         assert all(each == shapes[0] for each in shapes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("refinement", ["none", "additive"])
-def test_weights_of_one_backend_serve_another(backend: str, refinement: str) -> None:
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3], KINDS[4], KINDS[-1]], ids=str)
+def test_weights_of_one_backend_serve_another(backend: str, kind: Kind) -> None:
     if backend == "triton":
         pytest.importorskip("triton", reason="needs Triton")
-    wanted = make_model(refinement=refinement, backend="reference").to(DEVICE)
-    found = make_model(seed=1, refinement=refinement, backend=backend).to(DEVICE)
+    wanted = make_model(**kind, backend="reference").to(DEVICE)
+    found = make_model(seed=1, **kind, backend=backend).to(DEVICE)
     found.load_state_dict(wanted.state_dict())
     items, cu_seqlens, longest = packed(mixed([1, 5, WINDOW]))
     inputs = items.to(DEVICE), cu_seqlens.to(DEVICE), longest
@@ -225,8 +231,9 @@ def test_each_option_stores_the_tables_it_needs() -> None:
     assert names(tables="content", learned_gate=True) == plain | {content: (8, 12), gate: (2,)}
 
 
-def test_a_gate_of_zero_is_plain_attention() -> None:
-    refined, plain = make_model(refinement="additive", learned_gate=True), make_model(refinement="none")
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_gate_of_zero_is_plain_attention(backbone: str) -> None:
+    refined, plain = (make_model(backbone=backbone, refinement=name, learned_gate=True) for name in ("additive", "none"))
     state = plain.state_dict()
     with torch.no_grad():
         for name, weight in refined.named_parameters():
@@ -248,9 +255,10 @@ def test_the_gate_is_a_factor_or_where_a_learned_one_begins() -> None:
     assert fresh.blocks[0].attention.gate.tolist() == [3.0, 3.0]
 
 
-def test_matched_keys_begin_at_equal_items() -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_matched_keys_begin_at_equal_items(backbone: str) -> None:
     torch.manual_seed(0)
-    model = AWRSR(AWRSRConfig(num_items=ITEMS, init="match", layers=2, heads=1, hidden=64, refinement="none")).eval()
+    model = AWRSR(AWRSRConfig(num_items=ITEMS, backbone=backbone, init="match", heads=1, refinement="none")).eval()
     maps = model.attention_maps([3, 1, 4, 1, 5, 9, 2, 6, 5])
     last = maps[-1][0][0, -1]  # the second 5 attends to itself and to the first
     assert last[[4, 8]].sum() > 0.5
@@ -266,15 +274,17 @@ def test_the_scale_of_refinement_reaches_the_operator_and_the_maps() -> None:
     torch.testing.assert_close(make_model(refine_scale=3**-0.5, refinement="simple")(*inputs), usual(*inputs))
 
 
-def test_only_training_drops() -> None:
-    model, inputs = make_model(hidden_dropout=0.5, attention_dropout=0.5), packed(mixed([4, WINDOW]))
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_only_training_drops(backbone: str) -> None:
+    make, inputs = functools.partial(make_model, backbone=backbone), packed(mixed([4, WINDOW]))
+    model = make(hidden_dropout=0.5, attention_dropout=0.5)
     assert torch.equal(model(*inputs), model(*inputs))
     model.train()
     assert not torch.equal(model(*inputs), model(*inputs))
     for option in ("hidden_dropout", "attention_dropout"):
-        model = make_model(**({"hidden_dropout": 0.0, "attention_dropout": 0.0} | {option: 0.5})).train()
+        model = make(**({"hidden_dropout": 0.0, "attention_dropout": 0.0} | {option: 0.5})).train()
         assert not torch.equal(model(*inputs), model(*inputs)), option
-    model = make_model(hidden_dropout=0.0, attention_dropout=0.0).train()
+    model = make(hidden_dropout=0.0, attention_dropout=0.0).train()
     assert torch.equal(model(*inputs), model(*inputs))
 
 
@@ -287,6 +297,9 @@ def test_only_training_drops() -> None:
         ("refinement", "cubic", ValueError),
         ("refinement", ["none"], TypeError),
         ("backbone", "gru", ValueError),
+        ("refinement", "stochastic", ValueError),  # of stosa alone
+        ("mean_branch", "published", ValueError),
+        ("mean_branch", "discarded", ValueError),
         ("tables", "", ValueError),
         ("norm", None, TypeError),
         ("activation", "swish", ValueError),
@@ -338,7 +351,7 @@ def test_histories_beyond_the_window_are_refused() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("tables", ["position", "content"])
-@pytest.mark.parametrize("refinement", REFINEMENTS)
+@pytest.mark.parametrize("refinement", REFINEMENTS["sasrec"])
 def test_attention_maps_are_the_weights_that_the_model_uses(refinement: str, tables: str, norm: str) -> None:
     """Rows sum as defined, the future has no weight, and the last block's M times its values gives the hidden states."""
     model, (history,) = make_model(refinement=refinement, tables=tables, norm=norm, learned_gate=True).double(), mixed([6])
@@ -373,8 +386,11 @@ def test_additive_maps_sum_to_two() -> None:
     torch.testing.assert_close(refined.sum(-1), torch.full((2, 3), 2.0))
 
 
-def test_scores_are_products_with_the_item_table() -> None:
-    model, lists = make_model().double(), make_lists(5, most=WINDOW)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_scores_are_products_with_the_item_table(backbone: str) -> None:
+    model, lists = make_model(backbone=backbone).double(), make_lists(5, most=WINDOW)
     items, cu_seqlens, longest = packed(lists)
-    last = model(items, cu_seqlens, longest)[cu_seqlens[1:].long() - 1]
-    torch.testing.assert_close(model.scores_padded(*padded(lists)), last @ model.items.weight.T, **EXACT)
+    last, table = model(items, cu_seqlens, longest)[cu_seqlens[1:].long() - 1], model.item_table()
+    torch.testing.assert_close(model.scores_padded(*padded(lists)), last @ table.T, **EXACT)
+    assert torch.equal(model.item_table(torch.tensor([4, 0])), table[[4, 0]])
+    assert backbone == "stosa" or table is model.items.weight

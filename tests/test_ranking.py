@@ -18,7 +18,7 @@ from awrsr.data.synthetic import make
 from awrsr.model import AWRSR
 from awrsr.ranking import CUTOFFS, METRICS, Evaluation, Targets, evaluate, metric, metrics, rank_batch, ranks, recall, write_ranks
 
-from .small import ITEMS, WINDOW, as_numbered, make_lists, make_model
+from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -157,10 +157,13 @@ def evaluate_by_hand(model: AWRSR, parts: Split, part: str, filter_seen: bool) -
 @pytest.mark.parametrize("filter_seen", [True, False])
 @pytest.mark.parametrize("part", ["validation", "test"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_evaluation_is_that_of_a_loop_over_users(n: int, part: str, filter_seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_evaluation_is_that_of_a_loop_over_users(
+    backbone: str, n: int, part: str, filter_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Histories shorter and longer than the window, of users with and without targets, with repeats."""
     small_blocks(monkeypatch, 3 * ITEMS)
-    model, parts = make_model().double(), split(as_numbered(make_lists(40)), "last-n", n=n)
+    model, parts = make_model(backbone=backbone).double(), split(as_numbered(make_lists(40)), "last-n", n=n)
     wanted = evaluate_by_hand(model, parts, part, filter_seen)
     for batch_size in (1, 7, 1000):
         found = evaluate(model, parts, part, filter_seen=filter_seen, batch_size=batch_size)

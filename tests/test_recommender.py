@@ -18,7 +18,7 @@ from awrsr.config import TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.model import AWRSR, AWRSRConfig
 
-from .small import ITEMS, WINDOW, as_numbered, make_lists, make_model
+from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,11 +105,13 @@ def same_weights(one: AWRSR, other: AWRSR) -> bool:
     return all(torch.equal(weight, state[name]) for name, weight in one.state_dict().items())
 
 
-def test_fit_learns() -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_fit_learns(backbone: str) -> None:
     """Items that always come in one order: the next one is the best recommendation."""
     lists = [[(start + step) % 12 for step in range(8)] for start in range(12)] * 4
     options = replace(BRIEF, epochs=40, learning_rate=1e-2, patience=0, filter_seen="no")
-    model = AWRSR(replace(SMALL, hidden=32, hidden_dropout=0.1)).fit(lists, options)
+    config = replace(SMALL, hidden=32, hidden_dropout=0.1, backbone=backbone)
+    model = AWRSR(config).fit(lists, options)
     table = model.recommend([[3, 4, 5], [9, 10, 11]], 1, filter_seen=False)
     assert table["item"].to_list() == [6, 0]
 
@@ -222,9 +224,10 @@ def by_hand(model: AWRSR, lists: list[list[int]], k: int, filter_seen: bool) -> 
 
 @pytest.mark.parametrize("filter_seen", [True, False])
 @pytest.mark.parametrize("k", [1, 10, ITEMS])
-def test_recommendations_are_those_of_a_loop_over_users(k: int, filter_seen: bool) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_recommendations_are_those_of_a_loop_over_users(backbone: str, k: int, filter_seen: bool) -> None:
     """Histories longer than the window too: what lies before it is not looked at, yet seen."""
-    model, lists = make_model().double(), [[], *make_lists(12, most=3 * WINDOW), []]
+    model, lists = make_model(backbone=backbone).double(), [[], *make_lists(12, most=3 * WINDOW), []]
     table = model.recommend(as_numbered(lists), k, filter_seen=filter_seen)
     assert table.columns == ["user", "item", "rank", "score"]
     wanted = by_hand(model, lists, k, filter_seen)
@@ -232,9 +235,28 @@ def test_recommendations_are_those_of_a_loop_over_users(k: int, filter_seen: boo
     assert table["score"].to_list() == pytest.approx([row[3] for row in wanted], rel=1e-9)
 
 
+def test_gaussians_are_recommended_by_distance() -> None:
+    """Scores are the negative squared distances between the state and the items, the smallest first."""
+    model, lists = make_model(backbone="stosa").double(), make_lists(4, most=WINDOW)
+    table = model.recommend(lists, ITEMS, filter_seen=False)
+    mean, cov = gaussians(model.items.weight)
+    for user, history in enumerate(lists):
+        state = model(torch.tensor(history), torch.tensor([0, len(history)]), len(history))[-1, :16]
+        distance = ((mean - state[:8]) ** 2).sum(1) + ((cov.sqrt() - state[8:] - 1) ** 2).sum(1)
+        rows = table.filter(user=user)
+        assert rows["item"].to_list() == distance.argsort().tolist()
+        assert rows["score"].to_list() == pytest.approx((-distance).sort(descending=True).values.tolist(), rel=1e-9)
+
+
+def gaussians(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, a = x.detach().double().chunk(2, -1)
+    return mean, torch.nn.functional.elu(a) + 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 1000])
-def test_batches_do_not_matter(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, histories = make_model().double(), as_numbered([[], *make_lists(11)])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_batches_do_not_matter(backbone: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, histories = make_model(backbone=backbone).double(), as_numbered([[], *make_lists(11)])
     whole = model.recommend(histories, 5)
     assert_alike(model.recommend(histories, 5, batch_size=batch_size), whole)
     monkeypatch.setattr(recommender, "SCORE_BLOCK", batch_size * ITEMS)
@@ -340,8 +362,20 @@ def test_similar_items_have_the_largest_cosines() -> None:
         assert part["score"].to_list() == pytest.approx([cosine[other] for other in best], abs=1e-5)
 
 
-def test_similar_items_of_many_items_are_found_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, asked = make_model().double(), list(range(ITEMS))
+def test_similar_gaussians_are_the_nearest() -> None:
+    model, asked = make_model(backbone="stosa"), [4, 0, 4]
+    table = model.similar_items(asked, 3)
+    mean, cov = gaussians(model.items.weight)
+    for place, item in enumerate(asked):
+        distance = ((mean - mean[item]) ** 2 + (cov.sqrt() - cov[item].sqrt()) ** 2).sum(1)
+        best = [other for other in distance.argsort().tolist() if other != item][:3]
+        part = table[3 * place : 3 * place + 3]
+        assert part["similar"].to_list() == best and part["score"].to_list() == pytest.approx((-distance[best]).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_similar_items_of_many_items_are_found_in_blocks(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = make_model(backbone=backbone).double(), list(range(ITEMS))
     whole = model.similar_items(asked, 3)
     monkeypatch.setattr(recommender, "SCORE_BLOCK", 4 * ITEMS)
     assert_alike(model.similar_items(asked, 3), whole)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.graphs import time_graphs
 from benchmarks.measure import Clock, Entrant
 from benchmarks.providers import PROVIDERS
 from benchmarks.roofline import Rates, ideal_bytes, measure_rates, shares
-from benchmarks.workloads import Shape, Task, build
+from benchmarks.workloads import STOCHASTIC, Shape, Task, build
 
 SHAPE = Shape(B=2, H=4, H_kv=2, L=10, D=8, D_v=6, R=5)
 SQUARE = Task(SHAPE, "simple", "bfloat16", 0.0, "cpu")
@@ -46,6 +47,16 @@ def test_ideal_bytes_by_hand() -> None:
     assert ideal_bytes(SQUARE, "padded", "fwd") == 2 * (q + k + v + tables + out)
     assert ideal_bytes(SQUARE, "padded", "bwd") == 2 * (q + k + v + out + tables + q + k + v + tables)
     assert ideal_bytes(SQUARE, "padded", "fwd+bwd") == sum(ideal_bytes(SQUARE, "padded", p) for p in ("fwd", "bwd"))
+
+
+def test_between_gaussians_means_and_covariances_move() -> None:
+    items, tables = 2 * (2 * 4 * 10 * 8 + 2 * 2 * 10 * 8 + 2 * 2 * 10 * 6), 2 * 10 * 5
+    out = 2 * 2 * 4 * 10 * 6
+    for refinement, number in (("none", 0), ("simple", 1), ("stochastic", 2)):
+        gaussian = replace(SQUARE, refinement=refinement, backbone=STOCHASTIC)
+        assert ideal_bytes(gaussian, "padded", "fwd") == 2 * (items + number * tables + out)
+        assert ideal_bytes(gaussian, "padded", "bwd") == 2 * (2 * items + 2 * number * tables + out)
+    assert gaussian.plain == replace(SQUARE, refinement="none")
 
 
 def test_the_anchor_of_134_and_369_megabytes() -> None:
@@ -141,6 +152,8 @@ def test_kernels_of_ours_are_listed_launch_by_launch() -> None:
     forward = kernels["short_fwd"]
     assert forward["floor_ms"] == Rates(1e9, 1e12).floor_ms(forward["read"] + forward["written"], forward["operations"])
     assert report.launch_rows(task, [entrant()], Rates(1, 1)) == []
+    gaussian = replace(task, backbone=STOCHASTIC)
+    assert report.launch_rows(gaussian, [Entrant(PROVIDERS["triton"], "padded", [])], Rates(1, 1)) == []
 
 
 def test_each_question_has_a_plot(tmp_path: Path) -> None:
@@ -192,6 +205,13 @@ def test_compare_passes_what_stays_within_the_threshold(tmp_path: Path) -> None:
     assert run_compare(tmp_path, before, after, "--threshold", "1.5") == 0
     assert run_compare(tmp_path, before, after, "--threshold", "1.4") == 1
     assert run_compare(tmp_path, after, before) == 0  # faster is no regression
+
+
+def test_compare_keeps_backbones_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = results(1.0), results(1.0)
+    after["rows"].append(after["rows"][0] | {"backbone": STOCHASTIC})
+    assert run_compare(tmp_path, before, after) == 0
+    assert "only in the second file: torch padded fwd B 1 H 1 L 10 D 8 R 8 stochastic backbone float32" in capsys.readouterr().out
 
 
 def test_compare_marks_what_scatters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

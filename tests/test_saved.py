@@ -17,7 +17,7 @@ from awrsr import files
 from awrsr.model import AWRSR
 from awrsr.recommender import CONFIG, ITEMS, WEIGHTS
 
-from .small import make_model
+from .small import PUBLISHED, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,6 +52,8 @@ def contents(folder: Path) -> dict[str, bytes]:
         {"refinement": "none"},
         {"tables": "content", "learned_gate": True},
         {"per_head": False, "norm": "post", "activation": "gelu", "feedforward": 3},
+        {"backbone": "stosa", "refinement": "stochastic", "norm": "post"},
+        PUBLISHED,
     ],
     ids=str,
 )
@@ -97,6 +99,14 @@ def test_the_configuration_is_json_with_further_sections(tmp_path: Path) -> None
     model.save(tmp_path, training={"epochs": 3})
     config = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
     assert config["training"] == {"epochs": 3} and config["model"]["max_len"] == model.config.max_len
+    assert AWRSR.load(tmp_path).config == model.config
+
+
+def test_a_model_saved_before_there_were_backbones_comes_back(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    edited(lambda c: {"model": {name: value for name, value in c["model"].items() if name not in ("backbone", "mean_branch")}})(
+        tmp_path
+    )
     assert AWRSR.load(tmp_path).config == model.config
 
 
@@ -194,6 +204,7 @@ def test_another_configuration_is_refused(edit: Callable[[Path], None], message:
         ("rank", 4, "w_k"),
         ("refinement", "none", "w_k"),
         ("tables", "content", "to_tables"),
+        ("backbone", "stosa", "attention.cov_out.bias"),
     ],
 )
 def test_weights_of_another_configuration_are_refused(option: str, value: Any, name: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run and its folder: exact resume, seeds, early stopping, refusals; whatever stops a run leaves the last whole epoch."""
 
+import json
 import logging
 import os
 import pickle
@@ -23,7 +24,7 @@ from awrsr import train as training
 from awrsr.cli import main
 from awrsr.data.histories import Histories, split
 
-from .runs import QUICK, command, config, histories, results, timeless, train, weights, write
+from .runs import QUICK, STOSA, command, config, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[1]
 STEP = training.Training.training_step
@@ -87,13 +88,15 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 # Going on.
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(schedule: str, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{"schedule": "constant"}, {"schedule": "cosine"}, STOSA], ids=str)
+def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(
+    options: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
     def start(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    options = {"epochs": 4, "schedule": schedule}
+    options = options | {"epochs": 4}
     done = start("-c", KILLED, *command(data, out, **options))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert state(out)["awrsr"]["record"]["epochs"] == 2 and not (out / "metrics.json").exists()
@@ -154,6 +157,16 @@ def test_a_run_whose_epochs_are_done_is_not_trained_again(finished: Path, run: P
     before = weights(run), (run / "last.ckpt").read_bytes()
     assert timeless(train(finished / "data.txt", run, epochs=2)) == timeless(results(finished / "run"))
     assert (weights(run), (run / "last.ckpt").read_bytes()) == before
+
+
+def test_a_run_of_an_older_version_goes_on(finished: Path, run: Path) -> None:
+    """Options that it did not have are at their defaults; another value is another run."""
+    stored = json.loads((run / "config.json").read_text())
+    del stored["model"]["mean_branch"], stored["training"]["pvn_weight"]
+    (run / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"training.loss was .*; training.pvn_weight was 0.0 and is 0.5"):
+        training.holds(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
+    assert train(finished / "data.txt", run, epochs=3)["epochs"] == 3
 
 
 def test_a_run_goes_on_with_the_same_data_at_another_place(finished: Path, run: Path, tmp_path: Path) -> None:

@@ -75,6 +75,32 @@ def test_fixed_interface(data: Path, tmp_path: Path) -> None:
     assert "train B 16 H 2 L 6 D 4 R 4 float32 none dropout 0.3 bpr users.txt" in compare.text(found, 1.1)
 
 
+def test_stosa_beside_its_own_formulation(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    backbone = ["--backbone", "stosa", "--heads", "2", "--backends", "torch", "stosa", "--data", str(data)]
+    command = [*SMALL, *backbone, "--layouts", "packed", "padded", "--refinements", "none", "stochastic", "--out", str(tmp_path)]
+    assert train_bench.main(command) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    roles = {(row["provider"], row["layout"]): row["role"] for row in results["rows"]}
+    assert roles == {("torch", "packed"): "ours", ("torch", "padded"): "ours", ("stosa", "padded"): "rival"}
+    assert {row["backbone"] for row in results["rows"]} == {"stosa"} and len(results["gate"]) == 3 * 2 * 2
+    for wrong in (["--backbone", "sasrec"], ["--loss", "gbce"], ["--layouts", "packed", "--backends", "stosa"]):
+        with pytest.raises(SystemExit):
+            train_bench.main([*command, *wrong])
+        assert f"argument {wrong[0]}: was {wrong[1]}" in capsys.readouterr().err
+
+
+def test_a_wrong_formulation_is_refused(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(tensors: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Tensor]:
+        mean, cov = training_stosa(tensors, *rest)
+        return mean, 1.01 * cov
+
+    training_stosa = training.stosa
+    monkeypatch.setattr(training, "stosa", wrong)
+    command = [*SMALL, "--backbone", "stosa", "--backends", "stosa", "--data", str(data), "--layouts", "padded"]
+    assert train_bench.main([*command, "--refinements", "none"]) == 1
+    assert "stosa padded none" in capsys.readouterr().err
+
+
 def test_ratios_are_computed_from_the_rows() -> None:
     def row(refinement: str, layout: str, ms: float, cpu: float) -> report.Row:
         named = {"task": "t", "pass": "train", "provider": "torch", "refinement": refinement, "layout": layout}

@@ -21,7 +21,7 @@ from awrsr.cli import main
 from awrsr.config import NEGATIVES
 from awrsr.data.histories import Histories, Split, split
 
-from .runs import QUICK, SMALL, command, config, flags, histories, results, train, weights, write
+from .runs import QUICK, SMALL, STOSA, command, config, flags, histories, results, train, weights, write
 
 ROOT = Path(__file__).parents[1]
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -44,11 +44,16 @@ def fit(parts: Split, model: dict[str, Any] | None = None, **options: Any) -> tu
     return trained, training.train(trained, parts, TrainingOptions(**(QUICK | options)))
 
 
-@pytest.mark.parametrize("loss", training.LOSSES)
-def test_every_loss_falls_and_ranks_better(loss: str, parts: Split) -> None:
+@pytest.mark.parametrize(
+    ("loss", "model"),
+    [(loss, {}) for loss in training.LOSSES] + [(loss, STOSA) for loss in ("sampled_softmax", "cross_entropy", "bpr")],
+    ids=str,
+)
+def test_every_loss_falls_and_ranks_better(loss: str, model: dict[str, Any], parts: Split) -> None:
+    """Those of stosa that its help advises."""
     epochs = 48 if loss == "gbce" else 12  # it first lowers all scores, which many negatives make it do
     options = {"epochs": epochs, "patience": 0, "learning_rate": 1e-2, "negatives": 8}
-    curve = fit(parts, NO_DROPOUT, loss=loss, **options)[1]["curve"]
+    curve = fit(parts, NO_DROPOUT | model, loss=loss, **options)[1]["curve"]
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert curve[-1]["NDCG@10"] > 0.6  # 0.23 by chance
 
@@ -133,9 +138,13 @@ def test_windows_all_trains_on_every_event_and_last_on_the_ends(parts: Split) ->
     assert sequences["all"] == np.ceil(pairs / SMALL["max_len"]).sum() > sequences["last"]
 
 
-def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [{}, STOSA], ids=["sasrec", "stosa"])
+def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
+    model: dict[str, Any], parts: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Squared distances are not rounded to bfloat16, wherever they are scores."""
     kinds, real = [], training.LOSSES["sampled_softmax"]
-    model = NO_DROPOUT
+    model = NO_DROPOUT | model
     exact = fit(parts, model, epochs=4, learning_rate=1e-2)[1]["curve"]
 
     def seen(hidden: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
@@ -144,12 +153,30 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(parts: Split, m
 
     monkeypatch.setitem(training.LOSSES, "sampled_softmax", seen)
     trained, record = fit(parts, model, epochs=4, learning_rate=1e-2, precision="bf16-mixed")
-    assert set(kinds) == {torch.bfloat16}
+    assert set(kinds) == {torch.float32 if trained.by_distance else torch.bfloat16}
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     curve = record["curve"]
     assert curve[-1]["loss"] < 0.95 * curve[0]["loss"]
     assert [each["loss"] for each in curve] == pytest.approx([each["loss"] for each in exact], rel=0.02)
     assert curve != exact
+
+
+@pytest.mark.parametrize("loss", training.LOSSES)
+def test_a_table_of_the_rows_that_a_loss_needs_serves_it_like_the_whole(loss: str, parts: Split, tmp_path: Path) -> None:
+    options = TrainingOptions(loss=loss, negatives=3, pvn_weight=0.1 if loss == "bpr" else 0.0, **QUICK)
+    run = training.Training(AWRSR(config(num_items=24, **STOSA)).double(), parts, options, tmp_path, {})
+    targets, model = torch.tensor([7, 3, 7, 20]), run.model
+    negatives = training.draw_negatives(loss, targets, 24, 3, torch.Generator().manual_seed(0))
+    hidden = model(targets, torch.tensor([0, 4]), 4).detach()
+    needed = run.table_of(targets, negatives)
+    assert len(needed[1]) == (24 if loss == "cross_entropy" else len(torch.cat([targets, negatives.flatten()]).unique())) <= 24
+    results = []
+    for given in (needed, (targets, model.item_table(), negatives)):
+        model.zero_grad()
+        value = training.LOSSES[loss](hidden, *given, pvn_weight=options.pvn_weight, num_items=24)
+        value.sum().backward()
+        results.append([value.detach(), model.items.weight.grad])
+    torch.testing.assert_close(*results)
 
 
 def test_64_true_trains_and_stores_in_float64(data: Path, tmp_path: Path) -> None:
@@ -249,49 +276,57 @@ def test_more_processes_than_sequences_are_an_error(parts: Split) -> None:
         training.Windows(parts, 8).batches(4, seed=0, epoch=0, world=8)
 
 
-TOGETHER = """
+SCRIPT = """
 import sys
 from awrsr.cli import main
 
-arguments, losses, out = sys.argv[1:-2], sys.argv[-2], sys.argv[-1]
-for loss in losses.split(","):
-    if status := main([*arguments, "--loss", loss, "--out", f"{out}/{loss}"]):
+from tests.runs import flags
+from tests.test_train_options import TOGETHER
+
+arguments, out = sys.argv[1:-1], sys.argv[-1]
+for name, options in TOGETHER.items():
+    if status := main([*arguments, *flags(**options, out=f"{out}/{name}")]):
         sys.exit(status)
 """
-LOSSES = ("bce", "sampled_softmax")
+TOGETHER: dict[str, dict[str, Any]] = {
+    "bce": {"loss": "bce"},
+    "sampled_softmax": {"loss": "sampled_softmax"},
+    "stosa": STOSA | {"loss": "bpr", "pvn_weight": 0.1},
+    "published": STOSA | {"loss": "bpr", "mean_branch": "published"},
+}
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of two processes, and of one in alone/; 61 users and batches of 15 or 16, so that shares differ."""
     folder = tmp_path_factory.mktemp("together")
-    (folder / "script.py").write_text(TOGETHER)
+    (folder / "script.py").write_text(SCRIPT)
     data = write(folder / "data.txt")
     options = SMALL | QUICK | {"epochs": 3, "negatives": 5} | NO_DROPOUT
-    started = [sys.executable, folder / "script.py", "train", *flags(**options, data=data, devices=2), ",".join(LOSSES), folder]
+    started = [sys.executable, folder / "script.py", "train", *flags(**options, data=data, devices=2), folder]
     done = subprocess.run(
         started, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout + done.stderr)
-    for loss in LOSSES:
-        train(data, folder / "alone" / loss, **(options | {"loss": loss}))
+    for name, its in TOGETHER.items():
+        train(data, folder / "alone" / name, **(options | its))
     return folder
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_two_processes_train_as_one(loss: str, together: Path) -> None:
-    two, one = results(together / loss), results(together / "alone" / loss)
+@pytest.mark.parametrize("run", TOGETHER)
+def test_two_processes_train_as_one(run: str, together: Path) -> None:
+    two, one = results(together / run), results(together / "alone" / run)
     for name in ("loss", "NDCG@10"):
         assert [each[name] for each in two["curve"]] == pytest.approx([each[name] for each in one["curve"]], rel=1e-5)
     for part in ("validation", "test"):
         assert two[part] == pytest.approx(one[part], rel=1e-5)
-    got, want = (load(weights(out)) for out in (together / loss, together / "alone" / loss))
+    got, want = (load(weights(out)) for out in (together / run, together / "alone" / run))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
 
 
 def test_processes_beside_the_first_print_nothing(together: Path) -> None:
     printed = (together / "printed").read_text()
-    assert printed.count("61 users") == printed.count("epoch 3/3") == len(LOSSES)
+    assert printed.count("61 users") == printed.count("epoch 3/3") == len(TOGETHER)
     assert "Warning" not in printed and "Initializing" not in printed and "recommended" not in printed

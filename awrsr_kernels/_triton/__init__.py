@@ -45,7 +45,7 @@ def _forward_op(
         return short_forward(problem)
     found = tiled_forward(problem)
     if problem.short_reach():
-        short_forward(problem, found[0])
+        short_forward(problem, found[: 1 + gaussian])
     return found
 
 

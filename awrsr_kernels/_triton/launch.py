@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory
+from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory, table_features
 from ..layout import Call, Inputs
 from ..tuned import tuned_for
 
@@ -51,13 +51,14 @@ class Problem:
         self.q, self.k, self.v = with_rows(given.q), with_rows(given.k), with_rows(given.v)
         self.w_q = None if given.w_q is None else with_rows(given.w_q)
         self.w_k = None if given.w_k is None else with_rows(given.w_k)
+        self.v_cov = None if given.v_cov is None else with_rows(given.v_cov)
         self.gate, self.bounds, self.seed, self.call = given.gate, given.bounds, given.seed, call
         q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = (q.shape[-1], v.shape[-1], self.rank)
+        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian, call.refinement)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -71,7 +72,8 @@ class Problem:
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
         sizes = [self.call.max_len, *(reversed(LENGTHS) if self.bounds is not None and self.group == 1 else ())]
-        return next((n for n in sizes if is_short(n, self.features, self.q.dtype.itemsize, self.shared)), 0)
+        call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+        return next((n for n in sizes if is_short(n, *call)), 0)
 
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""
@@ -85,7 +87,8 @@ class Problem:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
         key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
         assert key is not None
-        return choose(key, self.shared, tuned_for(self.q.device))
+        tuned = None if self.call.gaussian else tuned_for(self.q.device)  # the tuner measures dot products
+        return choose(key, self.shared, tuned)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
@@ -96,7 +99,16 @@ class Problem:
     def inputs(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
-        return {name: self.view(x) for name, x in views.items()}
+        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.gaussian_view(self.v_cov)}
+
+    def gaussian_view(self, x: Tensor | None) -> View | None:
+        """A tensor that the kernels take between Gaussians alone."""
+        return None if x is None or not self.call.gaussian else self.view(x)
+
+    def scales(self) -> tuple[float, float]:
+        """Factors of the scores of both stages as kernels compute them: half a squared distance is a dot product less a number."""
+        call = self.call
+        return call.softmax_scale * (1 + call.gaussian), call.refine_scale * (1 + (call.refinement == "stochastic"))
 
     def sequences(self) -> dict[str, Any]:
         return {
@@ -120,15 +132,16 @@ class Problem:
     def refinement(self) -> dict[str, Any]:
         return {
             "REFINEMENT": self.call.refinement,
+            "GAUSSIAN": self.call.gaussian,
             "gate_ptr": self.gate,
             "gate_stride": self.gate_stride(),
-            "softmax_scale": self.call.softmax_scale,
-            "refine_scale": self.call.refine_scale,
+            "softmax_scale": self.scales()[0],
+            "refine_scale": self.scales()[1],
         }
 
     def widths(self) -> dict[str, Any]:
-        d, dv, r = self.features
-        blocks = [max(16, triton.next_power_of_2(x)) for x in self.features]
+        d, dv, r = self.q.shape[-1], self.v.shape[-1], self.rank
+        blocks = [max(16, triton.next_power_of_2(x)) for x in (d, dv, r)]
         return {
             "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
             "PRECISION": self.precision(),
@@ -138,7 +151,8 @@ class Problem:
         """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
         if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
             return "ieee"
-        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not self.call.gaussian  # distances are small differences
+        return "tf32" if allowed else "tf32x3"
 
     def run(self, programs: int) -> int:
         """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""
@@ -148,9 +162,9 @@ class Problem:
         """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
         return max(1, min(self.batch, ceil_div(2 * self.processors(), programs)))
 
-    def offset_type(self, block: int, *more: Tensor) -> Any:
+    def offset_type(self, block: int, *more: Tensor | None) -> Any:
         """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
-        tensors = [x for x in (self.q, self.k, self.v, self.w_q, self.w_k, *more) if x is not None]
+        tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
         rows = block if self.bounds is None else max(block, self.rows)
         widest = max(block * self.view(x)[1] + rows * self.view(x)[3] for x in tensors)
         return tl.int64 if widest >= 2**31 else tl.int32
@@ -167,15 +181,18 @@ class Problem:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
 
-    def per_query_head(self, gradient: Tensor) -> Tensor:
+    def covariance_gradient(self) -> Tensor | None:
+        return None if self.v_cov is None else torch.empty_like(self.v_cov)
+
+    def per_query_head(self, gradient: Tensor | None) -> Tensor | None:
         """Uninitialised memory for the parts of a key head's gradient that its query heads contribute; itself if there is one."""
-        if self.group == 1:
+        if self.group == 1 or gradient is None:
             return gradient
         return allocate(gradient, self.heads, gradient.shape[-1], self.call.varlen, self.accumulator)
 
-    def sum_group(self, parts: Tensor, gradient: Tensor) -> Tensor:
+    def sum_group(self, parts: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         """The gradient from what `per_query_head` allocated, summed in a fixed order."""
-        if parts is gradient:
+        if parts is None or gradient is None or parts is gradient:
             return gradient
         return gradient.copy_(parts.unflatten(1, (self.kv_heads, self.group)).sum(2))
 
@@ -202,22 +219,21 @@ class Problem:
             place[:, :, :kept].copy_(source[:, :, :kept])
         return found
 
-    def results(
-        self, dq: Tensor, dk: Tensor, dv: Tensor, dw_q: Tensor, dw_k: Tensor, dgate: Tensor | None
-    ) -> list[Tensor]:
-        """Gradients in the order of the inputs that the call has; dgate comes per head."""
-        found = [dq, dk, dv] + ([] if self.w_q is None else [dw_q, dw_k])
+    def results(self, inputs: list[Tensor], tables: list[Tensor], dgate: Tensor | None, dv_cov: Tensor | None) -> list[Tensor]:
+        """Gradients in the order of the inputs that the call has: q, k, v, W_q, W_k, gate, v_cov; dgate comes per head."""
+        found = inputs + (tables if self.w_q is not None else [])
         if self.gate is not None and dgate is not None:
             dgate = dgate if self.gate.numel() == self.heads else dgate.sum(0, keepdim=True)
             found.append(dgate.to(self.sum_dtype(self.gate)))
-        return found
+        return found if dv_cov is None else [*found, dv_cov]
 
     def add_sums(self, tiled: list[Tensor], short: list[Tensor]) -> list[Tensor]:
         """The results of both regimes, which share all gradients but those that are sums over sequences."""
-        shared = 5 if self.w_q is not None and self.call.per_entry else 3
-        sums = ([] if shared == 5 or self.w_q is None else [self.w_q, self.w_k]) + ([] if self.gate is None else [self.gate])
-        added = [(a + b).to(x.dtype) for a, b, x in zip(tiled[shared:], short[shared:], sums, strict=True) if x is not None]
-        return short[:shared] + added
+        first = 5 if self.w_q is not None and self.call.per_entry else 3
+        sums = ([] if first == 5 or self.w_q is None else [self.w_q, self.w_k]) + ([] if self.gate is None else [self.gate])
+        both = zip(tiled[first:], short[first:], sums, strict=False)
+        added = [(a + b).to(x.dtype) for a, b, x in both if x is not None]
+        return short[:first] + added + short[first + len(sums) :]
 
 
 def with_rows(x: Tensor) -> Tensor:

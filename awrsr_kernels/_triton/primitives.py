@@ -184,6 +184,50 @@ def dot(a, b, PRECISION: tl.constexpr, total=None):
 
 
 @triton.jit
+def score_tile(q_tile, k_tile, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
+    """q.k; with DISTANCE, up to a number per row, minus half the squared distance of the points q and k: q.k - |k|^2 / 2."""
+    scores = dot(q_tile, tl.trans(k_tile), PRECISION)
+    if DISTANCE:
+        wide = k_tile.to(scores.dtype)
+        scores = scores - (0.5 * tl.sum(wide * wide, 1))[None, :]
+    return scores
+
+
+@triton.jit
+def known_softmax_tile(
+    q_tile, k_tile, lse, rows, columns, length, scale,
+    DISTANCE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Softmax of rows whose log-sum-exp is known, in units of log 2; zero where nothing is visible."""
+    scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E) - lse[:, None]
+    return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
+
+
+@triton.jit
+def correlation_points(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[rows, BLOCK_R] means, then from column R / 2 on what ELU + 1 makes covariances: the latter become deviations."""
+    columns = tl.arange(0, BLOCK_R)[None, :]
+    root = tl.where(tile > 0, tl.sqrt(tl.maximum(tile, 0.0) + 1), tl.exp2(tl.minimum(tile, 0.0) * (0.5 * LOG2E)))
+    return tl.where((columns >= R // 2) & (columns < R), root, tile)
+
+
+@triton.jit
+def before_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What `correlation_points` made them from."""
+    columns = tl.arange(0, BLOCK_R)[None, :]
+    below = tl.log2(tl.where(points > 0, points, 1)) * (2 / LOG2E)
+    return tl.where((columns >= R // 2) & (columns < R), tl.where(points >= 1, points * points - 1, below), points)
+
+
+@triton.jit
+def slope_of_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """The derivative of `correlation_points` where it gave these."""
+    columns = tl.arange(0, BLOCK_R)[None, :]
+    slope = tl.where(points >= 1, 0.5 / tl.where(points >= 1, points, 1), 0.5 * points)
+    return tl.where((columns >= R // 2) & (columns < R), slope, 1)
+
+
+@triton.jit
 def softmax_tile(scores, visible):
     """Softmax of whole rows whose scores are in units of log 2; a row that sees nothing is zero."""
     scores = tl.where(visible, scores, float("-inf"))

@@ -23,14 +23,17 @@ from torch import Tensor
 from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
+    correlation_points,
     dot,
     drop_by_word,
     keep_word,
     load_gate,
     load_tile,
     locate,
+    score_tile,
     seats,
     shared_seats,
+    slope_of_points,
     softmax_tile,
     store_tile,
     visible_in_shared_tile,
@@ -40,11 +43,12 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_fwd_kernel(
-    q, k, v, w_q, w_k, out,
+    q, k, v, v_cov, w_q, w_k, out, out_cov,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
+    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,18 +71,29 @@ def _short_fwd_kernel(
             visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
             q_tile = load_tile(q, head, seat, D, BLOCK_D)
             k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
-            first = softmax_tile(dot(q_tile, tl.trans(k_tile), PRECISION) * (softmax_scale * LOG2E), visible)
+            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
             weights = first
             v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            if GAUSSIAN:
+                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
 
             if REFINEMENT != "none":
                 w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
                 w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first.to(DTYPE), w_q_tile, PRECISION).to(DTYPE)
-                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION).to(DTYPE)
-                weights = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
+                q_a = dot(first.to(DTYPE), w_q_tile, PRECISION)
+                if REFINEMENT == "stochastic":
+                    q_a = correlation_points(q_a, R, BLOCK_R)
+                q_a = q_a.to(DTYPE)
+                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION)
+                if REFINEMENT == "stochastic":
+                    k_a = correlation_points(k_a, R, BLOCK_R)
+                k_a = k_a.to(DTYPE)
+                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
+                weights = softmax_tile(scores * (refine_scale * LOG2E), visible)
                 if REFINEMENT == "value":
                     v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
+                    if GAUSSIAN:
+                        v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
 
@@ -87,21 +102,27 @@ def _short_fwd_kernel(
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
             tile = dot(weights.to(DTYPE), v_tile, PRECISION)
             store_tile(out, head, seat, tile, DV, BLOCK_DV)
+            if GAUSSIAN:
+                tile = dot((weights * weights).to(DTYPE), v_cov_tile, PRECISION)
+                store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
             zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            if GAUSSIAN:
+                zero_padding(out_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_bwd_kernel(
-    q, k, v, w_q, w_k, dout, dq, dk, dv, dw_q, dw_k, dgate_ptr,
+    q, k, v, v_cov, w_q, w_k, dout, dout_cov, dq, dk, dv, dv_cov, dw_q, dw_k, dgate_ptr,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
+    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,27 +152,45 @@ def _short_bwd_kernel(
             k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
             v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
-            first = softmax_tile(dot(q_tile, tl.trans(k_tile), PRECISION) * (softmax_scale * LOG2E), visible)
+            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
 
             first_half = first.to(DTYPE)
             weights = first
             values = v_tile
+            if GAUSSIAN:
+                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
+                dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
+                values_cov = v_cov_tile
             if REFINEMENT != "none":
                 w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
                 w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first_half, w_q_tile, PRECISION).to(DTYPE)
-                k_a = dot(first_half, w_k_tile, PRECISION).to(DTYPE)
+                q_a = dot(first_half, w_q_tile, PRECISION)
+                if REFINEMENT == "stochastic":
+                    q_a = correlation_points(q_a, R, BLOCK_R)
+                q_a = q_a.to(DTYPE)
+                k_a = dot(first_half, w_k_tile, PRECISION)
+                if REFINEMENT == "stochastic":
+                    k_a = correlation_points(k_a, R, BLOCK_R)
+                k_a = k_a.to(DTYPE)
                 if REFINEMENT == "value":
                     values = dot(first_half, v_tile, PRECISION).to(DTYPE)
-                higher = softmax_tile(dot(q_a, tl.trans(k_a), PRECISION) * (refine_scale * LOG2E), visible)
+                    if GAUSSIAN:
+                        values_cov = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
+                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
+                higher = softmax_tile(scores * (refine_scale * LOG2E), visible)
                 weights = higher
                 if REFINEMENT == "additive":
                     weights = first + gate * higher
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            if GAUSSIAN:
+                squares = tl.trans((weights * weights).to(DTYPE))
+                through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
             weights = tl.trans(weights.to(DTYPE))
             dweights = dot(dout_tile, tl.trans(values), PRECISION)
+            if GAUSSIAN:
+                dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
             if REFINEMENT != "none":
@@ -159,8 +198,15 @@ def _short_bwd_kernel(
                 if dgate_ptr is not None:
                     dgate += inner
                 dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
-                dq_a = dot(dhigher, k_a, PRECISION).to(DTYPE)
-                dk_a = dot(tl.trans(dhigher), q_a, PRECISION).to(DTYPE)
+                dq_a = dot(dhigher, k_a, PRECISION)
+                if REFINEMENT == "stochastic":
+                    dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
+                dq_a = dq_a.to(DTYPE)
+                dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
+                if REFINEMENT == "stochastic":
+                    dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
+                    dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
+                dk_a = dk_a.to(DTYPE)
 
             dvalues = dot(weights, dout_tile, PRECISION)
             if REFINEMENT == "value":
@@ -169,20 +215,31 @@ def _short_bwd_kernel(
                 store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
             if REFINEMENT == "value":
                 store_tile(dv, head, seat, dot(tl.trans(first_half), dvalues_half, PRECISION), DV, BLOCK_DV)
+            if GAUSSIAN:
+                dvalues_cov = dot(squares, dcov_tile, PRECISION)
+                if REFINEMENT == "value":
+                    dvalues_cov_half = dvalues_cov.to(DTYPE)
+                    dvalues_cov = dot(tl.trans((first * first).to(DTYPE)), dvalues_cov_half, PRECISION)
+                store_tile(dv_cov, head, seat, dvalues_cov, DV, BLOCK_DV)
             if REFINEMENT == "none":
                 dfirst = dweights
             else:
                 dfirst = dot(dk_a, tl.trans(w_k_tile), PRECISION, dot(dq_a, tl.trans(w_q_tile), PRECISION))
             if REFINEMENT == "value":
                 dfirst = dot(dvalues_half, tl.trans(v_tile), PRECISION, dfirst)
+                if GAUSSIAN:
+                    dfirst += 2 * first * dot(dvalues_cov_half, tl.trans(v_cov_tile), PRECISION)
             if REFINEMENT == "additive":
-                if seed_ptr is None:  # dM computed again, which takes fewer registers than keeping it
+                if seed_ptr is None and not GAUSSIAN:  # dM computed again, which takes fewer registers than keeping it
                     dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
                     dfirst += dweights
 
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
-            store_tile(dk, head, seat, dot(tl.trans(dscores), q_tile, PRECISION), D, BLOCK_D)
+            dkeys = dot(tl.trans(dscores), q_tile, PRECISION)
+            if GAUSSIAN:
+                dkeys -= k_tile.to(ACC) * tl.sum(dscores.to(ACC), 0)[:, None]
+            store_tile(dk, head, seat, dkeys, D, BLOCK_D)
             store_tile(dq, head, seat, dot(dscores, k_tile, PRECISION), D, BLOCK_D)
             if REFINEMENT != "none":
                 at_rows = tl.trans(first_half)
@@ -204,6 +261,8 @@ def _short_bwd_kernel(
             zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
             zero_padding(dk, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
             zero_padding(dv, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            if GAUSSIAN:
+                zero_padding(dv_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
             if PER_ENTRY:
                 zero_padding(dw_q, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
                 zero_padding(dw_k, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
@@ -217,36 +276,37 @@ def _short_bwd_kernel(
 
 
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
-    """Uninitialised memory for the output; the backward needs nothing but the inputs."""
+    """Uninitialised memory for the outputs; the backward needs nothing but the inputs."""
     p = problem
-    return {"out": allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen)}
+    names = ("out", "out_cov") if p.call.gaussian else ("out",)
+    return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
-def short_forward(problem: Problem, out: Tensor | None = None) -> list[Tensor]:
-    """The output (entries, H, rows, D_v), alone in its list; in `out`, if the tiled kernels have written longer sequences there."""
+def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
+    """The outputs (entries, H, rows, D_v); in `outs`, if the tiled kernels have written longer sequences there."""
     p = problem
-    out = short_buffers(p)["out"] if out is None else out
+    outs = list(short_buffers(p).values()) if outs is None else outs
     config = p.config("short_fwd")
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(out), reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
-        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, out),
+        out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
+        reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
-    return [out]
+    return outs
 
 
-def short_backward(
-    problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None
-) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate; found: those that the tiled kernels have begun."""
-    p, dout = problem, douts[0]
+def short_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; found: those that the tiled kernels have begun."""
+    p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
     dq, dk, dv = p.gradients() if found is None else found[:3]
-    dk_heads, dv_heads = p.per_query_head(dk), p.per_query_head(dv)
+    dv_cov = p.covariance_gradient() if found is None or not p.call.gaussian else found[-1]
+    dk_heads, dv_heads, dv_cov_heads = (p.per_query_head(x) for x in (dk, dv, dv_cov))
     if p.w_q is None:
         dw_q = dw_k = dq
     elif p.call.per_entry:
@@ -257,14 +317,16 @@ def short_backward(
     dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        dout=p.view(dout), dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads),
+        dout=p.view(douts[0]), dout_cov=p.gaussian_view(douts[-1]),
+        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.gaussian_view(dv_cov_heads),
         dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
-        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, dout),
+        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
         **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
     )  # fmt: skip
     if p.w_q is not None and not p.call.per_entry:
         dw_q, dw_k = p.sum_tables(partials)
-    dk, dv = p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)
-    results = p.results(dq, dk, dv, dw_q, dw_k, None if dgate is None else dgate.sum(0))
+    inputs = [p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)]
+    dgate, dv_cov = None if dgate is None else dgate.sum(0), p.sum_group(dv_cov_heads, dv_cov)
+    results = p.results([dq, *inputs], [dw_q, dw_k], dgate, dv_cov)
     return results if found is None else p.add_sums(found, results)

@@ -6,9 +6,14 @@ L positions, D, DV, R features of q, v and the tables. One kernel, launched once
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
     stage 2   O_R = (R*Z) V (value: Y for V)      and, at once, out = O_P + gate * O_R (additive)
 
-What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R and a log-sum-exp per row and stage, in units of log 2. In half precision
-each of them comes with what rounding lost, [Q_A | K_A | Y or O_P] and O_R side by side: the backward subtracts sums over them from
-sums over exact weights, and where a row sees one column alone the difference must vanish.
+Between Gaussians scores are distances (DISTANCE), and squared weights meet covariances in the same passes (v_cov is not None):
+C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so stage 2 computes
+P's tile beside R's (other_q is not None) for X = (P*Z*R*Z) V_cov. Then C_P = C_1 + gate X takes the place of C_1, C_R = X +
+gate C_2 is kept, too, and out_cov = C_P + gate C_R. "stochastic" turns Q_A and K_A into points before they leave (POINTS).
+
+What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R, their like of covariances, and a log-sum-exp per row and stage, in units
+of log 2. In half precision each of them comes with what rounding lost, [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
+subtracts sums over them from sums over exact weights, and where a row sees one column alone the difference must vanish.
 
 In a batch with lengths the short kernels run after these and write what belongs to short sequences; padding is written here.
 """
@@ -22,14 +27,18 @@ from torch import Tensor
 from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
+    correlation_points,
     dot,
     keep_tile,
+    known_softmax_tile,
     load_gate,
+    load_rows,
     load_tile,
     locate_long,
     padded_seats,
     rounding_rest,
     row_index,
+    score_tile,
     seats,
     store_tile,
     table_start,
@@ -39,14 +48,17 @@ from .primitives import (
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_fwd_kernel(
-    q, k, v, w_q, w_k, added, q_a, k_a, weighted, rest, out, lse_ptr,
+    q, k, v, v_cov, w_q, w_k, added, added_cov, added_rest, q_a, k_a, weighted, weighted_cov, rest, out, out_cov, lse_ptr,
+    other_q, other_k, other_lse_ptr, other_scale,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, HALF: tl.constexpr,
+    DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, OTHER_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) % (batch * heads)
@@ -67,12 +79,19 @@ def _tiled_fwd_kernel(
         k_a_sum = tl.zeros((BLOCK_M, BLOCK_R), ACC)
     if VALUES:
         sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    if v_cov is not None:
+        cov_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+    if other_q is not None:
+        cross_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
+        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
+        other_at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
+        other_lse = load_rows(other_lse_ptr, other_at, rows, length)
 
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
-        scores = dot(q_tile, tl.trans(k_tile), PRECISION) * (score_scale * LOG2E)
+        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)
         scores = tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -90,6 +109,15 @@ def _tiled_fwd_kernel(
                 weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
             v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
             sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
+        if v_cov is not None:
+            cov_tile = load_tile(v_cov, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+            cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
+        if other_q is not None:
+            other_tile = load_tile(other_k, head // OTHER_GROUP, seats(entry, start, columns, length), OTHER_D, BLOCK_OTHER_D)
+            other = known_softmax_tile(
+                other_q_tile, other_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
+            )
+            cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: sums of zero, and a finite log-sum-exp
     shift = tl.where(peak == float("-inf"), 0.0, peak)
@@ -99,6 +127,9 @@ def _tiled_fwd_kernel(
     REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
+        if POINTS:
+            q_a_sum = correlation_points(q_a_sum, R, BLOCK_R)
+            k_a_sum = correlation_points(k_a_sum, R, BLOCK_R)
         store_tile(q_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), q_a_sum, R, BLOCK_R)
         store_tile(k_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), k_a_sum, R, BLOCK_R)
         if HALF:
@@ -113,30 +144,55 @@ def _tiled_fwd_kernel(
             lost = rounding_rest(sums, DTYPE)
             store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST)
         if ADDED:
-            other = load_tile(added, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
-            sums = other + load_gate(gate_ptr, gate_stride, head, ACC) * sums
+            gate = load_gate(gate_ptr, gate_stride, head, ACC)
+            other_sums = load_tile(added, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
+            sums = other_sums + gate * sums
             store_tile(out, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), sums, DV, BLOCK_DV)
+    if v_cov is not None:
+        share = share * drop_scale
+        cov_sums = cov_sums * (share * share)
+        if other_q is not None:
+            cross_sums = cross_sums * (share * drop_scale)
+            cov_sums = cross_sums + gate * cov_sums
+            first_sums = load_tile(added_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
+            if HALF:
+                first_sums += load_tile(added_rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R + DV).to(ACC)
+            first_sums += gate * cross_sums
+            store_tile(added_cov, head, padded_seats(entry, start, rows, length, rows_total, False), first_sums, DV, BLOCK_DV)
+            if HALF:
+                lost = rounding_rest(first_sums, DTYPE)
+                seat = padded_seats(entry, start, rows, length, rows_total, False)
+                store_tile(added_rest, head, seat, lost, DV, BLOCK_DV, 2 * R + DV)
+            first_sums += gate * cov_sums
+            store_tile(out_cov, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), first_sums, DV, BLOCK_DV)
+        store_tile(weighted_cov, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), cov_sums, DV, BLOCK_DV)
+        if HALF:
+            lost = rounding_rest(cov_sums, DTYPE)
+            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST + DV)
 
 
 def tiled_buffers(problem: Problem) -> dict[str, Tensor]:
-    """Uninitialised memory for the output, "out", and for all that the backward needs besides; the keys depend on the call."""
+    """Uninitialised memory for the outputs, "out" and "out_cov", and for all that the backward needs besides; by the call."""
     p, refinement = problem, problem.call.refinement
 
     def new(features: int) -> Tensor:
         return allocate(p.q, p.heads, features, p.call.varlen)
 
     d_v = p.v.shape[-1]
-    found = {"out": new(d_v), "first_lse": p.row_numbers()}
+    found = {"out": new(d_v)} | ({"out_cov": new(d_v)} if p.call.gaussian else {})
+    found["first_lse"] = p.row_numbers()
     if refinement != "none":
         found |= {"q_a": new(p.rank), "k_a": new(p.rank), "higher_lse": p.row_numbers()}
+    kinds = ("values", "cov") if p.call.gaussian else ("values",)
     if refinement in ("value", "additive"):
-        found["first_values"] = new(d_v)  # Y or O_P
+        found |= {f"first_{kind}": new(d_v) for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
-        found["higher_values"] = new(d_v)  # O_R; otherwise that is the output
+        found |= {f"higher_{kind}": new(d_v) for kind in kinds}  # O_R, C_R; otherwise those are the outputs
     if p.q.dtype.itemsize == 2:
         if refinement != "none":
-            found["higher_rest"] = new(d_v)
-        found["first_rest"] = new(d_v * (refinement != "simple") + 2 * p.rank * (refinement != "none"))
+            found["higher_rest"] = new(d_v * len(kinds))
+        meets_values = refinement in ("none", "value", "additive")
+        found["first_rest"] = new(d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none"))
     return found
 
 
@@ -148,13 +204,18 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     if not dropped:
         arguments |= {"seed_ptr": None, "drop_scale": 1.0}
     arguments |= {"gate_ptr": p.gate if higher else None, "gate_stride": p.gate_stride()}
+    values = higher or refinement in ("none", "value", "additive")
     arguments |= {
         "TABLES": refinement != "none" and not higher,
-        "VALUES": higher or refinement != "simple",
-        "score_scale": p.call.refine_scale if higher else p.call.softmax_scale,
+        "VALUES": values,
+        "DISTANCE": refinement == "stochastic" if higher else p.call.gaussian,
+        "POINTS": refinement == "stochastic",
+        "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
     }
     views = p.inputs()
+    if not values:
+        views["v_cov"] = None
     rest = buffers.get("higher_rest" if higher else "first_rest")
     views |= {"rest": views["q"] if rest is None else p.view(rest)}
     arguments["HALF"] = rest is not None
@@ -164,27 +225,40 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
         arguments |= {"D": arguments["R"], "BLOCK_D": arguments["BLOCK_R"]}
         groups["K_GROUP"] = 1
         if refinement == "value":
-            views["v"] = p.view(buffers["first_values"])
+            views |= {"v": p.view(buffers["first_values"]), "v_cov": p.gaussian_view(buffers.get("first_cov"))}
             groups["V_GROUP"] = 1
     return arguments | views | groups
 
 
+def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, needed: bool = True) -> dict[str, Any]:
+    """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none."""
+    there = stage(problem, buffers, higher != needed)
+    found = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
+    widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
+    return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
+
+
 def tiled_forward(problem: Problem) -> list[Tensor]:
-    """The output (entries, H, rows, D_v) and what the backward needs, in the order of `tiled_buffers`."""
+    """The outputs (entries, H, rows, D_v) and what the backward needs, in the order of `tiled_buffers`."""
     p = problem
     buffers = tiled_buffers(p)
-    unused = p.view(buffers["out"])
+    unused, gaussian = p.view(buffers["out"]), p.gaussian_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
     for higher in stages:
         ADDED = higher and p.call.refinement == "additive"
-        weighted = buffers.get("higher_values" if higher else "first_values", buffers["out"])
+        kept = "higher" if higher else "first"
+        weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
+        arguments = stage(p, buffers, higher) | other_stage(p, buffers, higher, needed=ADDED and p.call.gaussian)
+        del arguments["other_gate_ptr"]  # 1 in stage 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,
             added=p.view(buffers["first_values"]) if ADDED else unused,
-            weighted=p.view(weighted), out=unused, ADDED=ADDED,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **stage(p, buffers, higher),
+            added_cov=p.gaussian_view(buffers.get("first_cov")) if ADDED else None,
+            added_rest=p.gaussian_view(buffers.get("first_rest")) if ADDED else None,
+            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), out=unused, out_cov=gaussian, ADDED=ADDED,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
     return list(buffers.values())

@@ -6,6 +6,10 @@ reaches them is a sum of outer products, g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO 
     delta = rowsum(p*g), taken from what the forward saved: rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + rowsum(dO*O)
     ds    = scale p*(g - delta)         dq = ds k         dk = ds^T q         dv = (p*Z)^T dO        dW = p^T [dQ_A | dK_A]
 
+and between Gaussians, where squared weights meet covariances and M is the sum that is squared (M = p but in "additive"),
+
+    g += 2 Z*M*Z*(dC V_cov^T)    delta += 2 rowsum(dC*C), C the share of p in it    dv_cov = ((M*Z)^2)^T dC    dk -= k colsum(ds)
+
 in three kernels: one owns rows (dq and delta), one owns columns (dk, dv), and one owns rows of the tables (dW) and walks over the
 sequences that share them. Rows and columns run for stage 2 first (where "additive" multiplies p by its gate), then for stage 1.
 """
@@ -16,9 +20,10 @@ from torch import Tensor
 
 from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
-    LOG2E,
+    before_points,
     dot,
     keep_tile,
+    known_softmax_tile,
     load_gate,
     load_rows,
     load_tile,
@@ -26,30 +31,26 @@ from .primitives import (
     padded_seats,
     row_index,
     seats,
+    slope_of_points,
     store_tile,
     table_start,
-    visible_tile,
 )
-from .tiled import stage, tiled_buffers
-
-
-@triton.jit
-def _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
-    """p for rows whose log-sum-exp is known, zero where nothing is visible."""
-    scores = dot(q_tile, tl.trans(k_tile), PRECISION) * (score_scale * LOG2E) - lse[:, None]
-    return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
+from .tiled import other_stage, stage, tiled_buffers
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_rows_kernel(
-    q, k, v, w_q, w_k, q_a, k_a, weighted, rest, dq_a, dk_a, dout, dq,
+    q, k, v, v_cov, w_q, w_k, q_a, k_a, weighted, weighted_cov, rest, dq_a, dk_a, dout, dout_cov, dq,
+    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
     lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr,
+    DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, OTHER_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) % (batch * heads)
@@ -70,10 +71,14 @@ def _tiled_bwd_rows_kernel(
         space = load_tile(q_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
         if HALF:
             space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
+        if POINTS:
+            space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
         space = load_tile(k_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
         if HALF:
             space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R, R).to(ACC)
+        if POINTS:
+            space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
         dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
@@ -81,23 +86,45 @@ def _tiled_bwd_rows_kernel(
         if HALF:
             saved += load_tile(rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R if TABLES else 0).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
+    if v_cov is not None:
+        dcov_tile = load_tile(dout_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV)
+        saved = load_tile(weighted_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
+        if HALF:
+            saved += load_tile(rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R + DV if TABLES else DV).to(ACC)
+        delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
         tiles = tl.num_programs(0) // (batch * heads)
         tl.store(dgate_ptr + pair.to(tl.int64) * tiles + tile, tl.sum(delta, 0))
     at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
     tl.store(delta_ptr + at, delta, mask=rows < length)
     lse = load_rows(lse_ptr, at, rows, length)
+    if other_q is not None:
+        gate = load_gate(gate_ptr, gate_stride, head, ACC)
+        other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
+        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
+        other_lse = load_rows(other_lse_ptr, at, rows, length)
 
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
-        weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
+        weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
         dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if VALUES:
             v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
             dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
+            if v_cov is not None:
+                mixed = weights
+                if other_q is not None:
+                    seat = seats(entry, start, columns, length)
+                    other_tile = load_tile(other_k, head // OTHER_GROUP, seat, OTHER_D, BLOCK_OTHER_D)
+                    other = known_softmax_tile(
+                        other_q_tile, other_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
+                    )
+                    mixed = gate * weights + other_gate * other
+                cov_tile = load_tile(v_cov, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+                dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
             if seed_ptr is not None:
                 kept = keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N)
                 dweights = tl.where(kept, dweights * drop_scale, 0.0)
@@ -110,19 +137,24 @@ def _tiled_bwd_rows_kernel(
         dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
 
     dq_sum = dq_sum * (score_scale * load_gate(gate_ptr, gate_stride, head, ACC))
+    if POINTS and not TABLES:
+        dq_sum = dq_sum * slope_of_points(q_tile.to(ACC), R, BLOCK_R)
     store_tile(dq, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), dq_sum, D, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_columns_kernel(
-    q, k, v, w_q, w_k, dq_a, dk_a, dout, dv_added, dk, dv,
+    q, k, v, v_cov, w_q, w_k, dq_a, dk_a, dout, dout_cov, dv_added, dk, dv, dv_cov,
+    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
     lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
+    DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
-    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, OTHER_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v, or both
@@ -142,6 +174,11 @@ def _tiled_bwd_columns_kernel(
         v_tile = load_tile(v, owner * GROUP // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
         if ADDED:
             dv_sum += load_tile(dv_added, owner, seats(entry, start, columns, length), DV, BLOCK_DV)
+    if DISTANCE:
+        moved = tl.zeros((BLOCK_N,), ACC)  # sums of ds over rows
+    if v_cov is not None:
+        dv_cov_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+        cov_tile = load_tile(v_cov, owner * GROUP // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
     for member in tl.range(GROUP):
         head = owner * GROUP + member
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
@@ -149,44 +186,78 @@ def _tiled_bwd_columns_kernel(
         if TABLES:
             w_q_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
             w_k_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+        if other_q is not None:
+            other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
+            seat = seats(entry, start, columns, length)
+            other_k_tile = load_tile(other_k, head // OTHER_GROUP, seat, OTHER_D, BLOCK_OTHER_D)
         if K_GROUP == 1:
             dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+            if DISTANCE:
+                moved = tl.zeros((BLOCK_N,), ACC)
         for low in range(first_row, tl.where(first_column < length, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
             q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
             lse = load_rows(lse_ptr, at, rows, length)
-            weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
+            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
                 dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
                 met = weights
+                if v_cov is not None:
+                    mixed = weights
+                    if other_q is not None:
+                        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
+                        other_lse = load_rows(other_lse_ptr, at, rows, length)
+                        other = known_softmax_tile(
+                            other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
+                            OTHER_DISTANCE, CAUSAL, PRECISION,
+                        )  # fmt: skip
+                        mixed = gate * weights + other_gate * other
+                    dcov_tile = load_tile(dout_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV)
+                    dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
                 if seed_ptr is not None:
                     kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
                     dweights = tl.where(kept, dweights * drop_scale, 0.0)
                     met = tl.where(kept, weights * drop_scale, 0.0)
+                    if dv_cov is not None:
+                        mixed = tl.where(kept, mixed * drop_scale, 0.0)
                 dv_sum += dot(tl.trans((met * gate).to(DTYPE)), dout_tile, PRECISION)
+                if dv_cov is not None:
+                    dv_cov_sum += dot(tl.trans((mixed * mixed).to(DTYPE)), dcov_tile, PRECISION)
             if TABLES:
                 rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
                 dweights += dot(rows_tile, tl.trans(w_q_tile), PRECISION)
                 rows_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
                 dweights += dot(rows_tile, tl.trans(w_k_tile), PRECISION)
             delta = load_rows(delta_ptr, at, rows, length)
-            dscores = weights * (dweights - delta[:, None]) * (score_scale * gate)
-            dk_sum += dot(tl.trans(dscores.to(DTYPE)), q_tile, PRECISION)
+            dscores = (weights * (dweights - delta[:, None]) * (score_scale * gate)).to(DTYPE)
+            dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
+            if DISTANCE:
+                moved += tl.sum(dscores.to(ACC), 0)
         if K_GROUP == 1:
+            if DISTANCE:
+                dk_sum -= k_tile.to(ACC) * moved[:, None]
+            if POINTS and not TABLES:
+                dk_sum = dk_sum * slope_of_points(k_tile.to(ACC), R, BLOCK_R)
             store_tile(dk, head, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
     if K_GROUP > 1:
+        if DISTANCE:
+            k_tile = load_tile(k, owner, seats(entry, start, columns, length), D, BLOCK_D)
+            dk_sum -= k_tile.to(ACC) * moved[:, None]
         store_tile(dk, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
     if VALUES:
         store_tile(dv, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dv_sum, DV, BLOCK_DV)
+    if dv_cov is not None:
+        store_tile(dv_cov, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dv_cov_sum, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_tables_kernel(
     q, k, dq_a, dk_a, dw_q, dw_k, lse_ptr, bounds_ptr,
     rows_total, max_len, least, batch, heads, splits, score_scale,
+    DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
@@ -214,7 +285,7 @@ def _tiled_bwd_tables_kernel(
             q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
             lse = load_rows(lse_ptr, at, rows, length)
-            weights = _weights(q_tile, k_tile, lse, rows, columns, length, score_scale, CAUSAL, PRECISION)
+            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
             at_columns = tl.trans(weights.to(DTYPE))
             rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
             dw_q_sum += dot(at_columns, rows_tile, PRECISION)
@@ -233,23 +304,25 @@ def _tiled_bwd_tables_kernel(
 class _Backward:
     """The launches of one backward and the tensors between them."""
 
-    def __init__(self, problem: Problem, dout: Tensor, saved: list[Tensor]) -> None:
+    def __init__(self, problem: Problem, saved: list[Tensor]) -> None:
         p = self.problem = problem
         self.saved = dict(zip(tiled_buffers(p), saved, strict=True))
         self.delta = p.row_numbers()
         self.dq, self.dk, self.dv = p.gradients()
-        self.dq_a, self.dk_a = (self.space() for _ in range(2)) if p.w_q is not None else (self.dq, self.dq)
+        self.dv_cov = p.covariance_gradient()
+        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (self.dq, self.dq)
         self.dgate = None
 
-    def space(self) -> Tensor:
-        return allocate(self.problem.q, self.problem.heads, self.problem.rank, self.problem.call.varlen)
+    def space(self, features: int) -> Tensor:
+        return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
 
-    def stage(self, higher: bool, dout: Tensor, dv: Tensor, dv_added: Tensor | None = None) -> None:
-        """dq (or dQ_A), dk (or dK_A) and dv of a stage from the gradient of what its values became."""
+    def stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
+        """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
         arguments = stage(p, saved, higher)
+        arguments |= other_stage(p, saved, higher, needed=p.call.gaussian and p.call.refinement == "additive")
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
-        arguments |= {"delta_ptr": self.delta, "dout": p.view(dout)}
+        arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
@@ -257,20 +330,24 @@ class _Backward:
         tiles = ceil_div(p.call.max_len, tile.block_m)
         if higher and p.gate is not None:
             self.dgate = p.q.new_empty(p.batch, p.heads, tiles, dtype=p.accumulator)
-        weighted = saved.get("higher_values" if higher else "first_values", saved["out"])
+        kept = "higher" if higher else "first"
+        weighted, weighted_cov = saved.get(f"{kept}_values", saved["out"]), saved.get(f"{kept}_cov", saved.get("out_cov"))
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), rest=rest, HALF=half, dq=p.view(dq), dgate_ptr=self.dgate if higher else None,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
+            dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
         tile = p.config("tiled_bwd_columns")
         group = max(arguments["K_GROUP"], arguments["V_GROUP"] if arguments["VALUES"] else 1)
         tiles = ceil_div(p.call.max_len, tile.block_n)
+        dv, dv_cov = dvs
+        assert dv is not None
         launch(
             _tiled_bwd_columns_kernel, (tiles * p.batch * p.heads // group,), tile, p.q.device,
-            dk=p.view(dk), dv=p.view(dv), dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
+            dk=p.view(dk), dv=p.view(dv), dv_cov=p.gaussian_view(dv_cov) if arguments["VALUES"] else None,
+            dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip
 
@@ -297,22 +374,22 @@ class _Backward:
 
 
 def tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate; saved: what `tiled_forward` returned."""
-    p, dout, refinement = problem, douts[0], problem.call.refinement
-    step = _Backward(p, dout, saved)
+    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `tiled_forward` returned."""
+    p, refinement = problem, problem.call.refinement
+    step = _Backward(p, saved)
+    dvs = [step.dv, step.dv_cov]
     if refinement == "none":
-        step.stage(False, dout, step.dv)
-    elif refinement == "simple":
-        step.stage(True, dout, step.dv)
-        step.stage(False, dout, step.dv)
+        step.stage(False, douts, dvs)
     elif refinement == "value":
-        dy = allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen)
-        step.stage(True, dout, dy)
-        step.stage(False, dy, step.dv)
-    else:
+        between = [step.space(p.v.shape[-1]) for _ in douts]
+        step.stage(True, douts, [between[0], between[-1]])
+        step.stage(False, between, dvs)
+    elif refinement == "additive":  # squares are of both stages together, so that one of them gives dv_cov
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
-        step.stage(True, dout, from_higher)
-        step.stage(False, dout, step.dv, dv_added=from_higher)
-    dw_q, dw_k = step.tables() if p.w_q is not None else [step.dq, step.dq]
-    dgate = None if step.dgate is None else step.dgate.sum((0, 2))
-    return p.results(step.dq, step.dk, step.dv, dw_q, dw_k, dgate)
+        step.stage(True, douts, [from_higher, None])
+        step.stage(False, douts, dvs, dv_added=from_higher)
+    else:
+        step.stage(True, douts, dvs)
+        step.stage(False, douts, dvs)
+    tables = step.tables() if p.w_q is not None else []
+    return p.results([step.dq, step.dk, step.dv], tables, None if step.dgate is None else step.dgate.sum((0, 2)), step.dv_cov)

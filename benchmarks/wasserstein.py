@@ -1,0 +1,169 @@
+"""Rivals between Gaussians: STOSA's formulation as its authors' code has it, and what stock attention calls can be made to compute.
+
+With the points x = [mean | sqrt(covariance)] a score is a dot product of longer features, 2 scale [x_i | 1] . [x_j | -|x_j|^2 / 2],
+up to a number per row that softmax ignores. Squared weights are weights of twice the scores, rescaled per row, and products of two
+kinds of weights are weights of the sum of their scores, whose features stand side by side:
+
+    P*P = exp(lse(2 S) - 2 lse(S)) softmax(2 S)            P*R = exp(lse(S + T) - lse(S) - lse(T)) softmax(S + T)
+
+So attention calls that return their log-sum-exps, and pass gradients through them, compute every refinement in O(L) memory. Their
+roundings add up: in float32 and at lengths of a thousand the gate refuses some of them, by a little.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .workloads import Batch
+
+AttendLse = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # (q, k, v, scale) -> out, log-sum-exps; causal
+SMALLEST = 1e-24  # what STOSA's code keeps covariances above
+
+
+# STOSA
+
+
+def squared_distance(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor) -> Tensor:
+    """The squared 2-Wasserstein distances: an L x L matrix of the means, one of the deviations, their sum."""
+
+    def matrix(a: Tensor, b: Tensor) -> Tensor:
+        return -2 * torch.matmul(a, b.transpose(-1, -2)) + (a**2).sum(-1, True) + (b**2).sum(-1, True).transpose(-1, -2)
+
+    mean_q, cov_q, mean_k, cov_k = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (mean_q, cov_q, mean_k, cov_k))
+    return matrix(mean_q, mean_k) + matrix(cov_q.clamp(min=SMALLEST).sqrt(), cov_k.clamp(min=SMALLEST).sqrt())
+
+
+def stosa(
+    tensors: tuple[Tensor, ...],
+    tables: tuple[Tensor, ...],
+    gate: Tensor | float,
+    refinement: str,
+    dropout_p: float,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """STOSA's attention line by line, and the refinements as a paper's code would put them on top.
+
+    tensors: means and covariances of q, of k and of v. tables: W_q and W_k, for "stochastic" those of the covariances after them.
+    lengths: (B,) items of each entry, padded on the left, as STOSA does; rows of padding come out as something finite.
+    Half precision is that of products with values and tables; distances and weights are float32, as in STOSA's code.
+    """
+    group = tensors[0].shape[1] // tensors[2].shape[1]
+    mean_q, cov_q, mean_k, cov_k, mean_v, cov_v = tensors
+    if group > 1:
+        mean_k, cov_k, mean_v, cov_v = (x.repeat_interleave(group, 1) for x in (mean_k, cov_k, mean_v, cov_v))
+    length, dtype = mean_q.shape[2], mean_q.dtype
+    mask = torch.full((length, length), -(2.0**32), device=mean_q.device).triu(1)
+    if lengths is not None:
+        padding = torch.arange(length, device=mean_q.device) < length - lengths[:, None]
+        mask = mask + padding[:, None, None] * -(2.0**32)
+
+    def attend(weights: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.matmul(weights.to(dtype), x) for x in values)
+
+    weights = first = (mask - squared_distance(mean_q, cov_q, mean_k, cov_k) * mean_q.shape[-1] ** -0.5).softmax(-1)
+    if refinement != "none":
+        q_a, k_a, *covs = attend(first, *tables)
+        if refinement == "stochastic":
+            q_cov, k_cov = (F.elu(x) + 1 for x in covs)
+            scores = -squared_distance(q_a, q_cov, k_a, k_cov)
+        else:
+            scores = torch.matmul(q_a, k_a.transpose(-1, -2))
+        weights = (scores * q_a.shape[-1] ** -0.5 + mask).softmax(-1)
+    if refinement == "additive":
+        weights = first + (gate if isinstance(gate, float) else gate[:, None, None]) * weights
+    if refinement == "value":
+        mean_v, cov_v = *attend(first, mean_v), *attend(first**2, cov_v)
+    weights = F.dropout(weights, dropout_p)
+    return *attend(weights, mean_v), *attend(weights**2, cov_v)  # type: ignore[return-value]
+
+
+def tensors_of(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Means and covariances in turn, then the tables that the refinement reads."""
+    assert batch.q_cov is not None and batch.k_cov is not None and batch.v_cov is not None
+    names = {"none": (), "stochastic": ("w_q", "w_k", "w_q_cov", "w_k_cov")}.get(batch.refinement, ("w_q", "w_k"))
+    tensors = batch.q, batch.q_cov, batch.k, batch.k_cov, batch.v, batch.v_cov
+    return tensors, tuple(getattr(batch, name) for name in names)
+
+
+# Stock calls
+
+
+class _FlashCpu(torch.autograd.Function):
+    """The CPU's flash attention, whose own autograd drops the gradient of the log-sum-exps.
+
+    Its backward forms dS = P * (dO V^T - rowsum(dO * O)). The gradient of a log-sum-exp adds P times it to a row of dS: in a spare
+    column, where V is zero, dO = 1 and O less that gradient say so.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        ctx.sizes, ctx.scale = (q.shape[-1], v.shape[-1]), scale
+        width = -(-max(q.shape[-1], v.shape[-1] + 1) // 8) * 8  # one for all, as the call wants it
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out[..., : ctx.sizes[1]], lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        (d, d_v), width = ctx.sizes, q.shape[-1]
+        dout, out = F.pad(dout, (0, width - d_v)), out.clone()
+        dout[..., d_v], out[..., d_v] = 1, -dlse
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, True, scale=ctx.scale)
+        return dq[..., :d], dk[..., :d], dv[..., :d_v], None
+
+
+def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _FlashCpu.apply(q, k, v, scale)
+    return out, lse
+
+
+def features(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose dot products are -|x_i - x_j|^2 / 2 up to a number per row."""
+    x_q, x_k = (torch.cat([m, c.clamp(min=SMALLEST).sqrt()], -1) for m, c in ((mean_q, cov_q), (mean_k, cov_k)))
+    return F.pad(x_q, (0, 1), value=1.0), torch.cat([x_k, -0.5 * x_k.square().sum(-1, keepdim=True)], -1)
+
+
+def squares(batch: Batch, attend: AttendLse) -> tuple[Tensor, Tensor]:
+    """Every refinement from attention calls alone; half precision in float32, as its gradients miss the definition otherwise."""
+    dtype = torch.promote_types(batch.q.dtype, torch.float32)
+    tensors, tables = (tuple(x.to(dtype) for x in given) for given in tensors_of(batch))
+    group = batch.q.shape[1] // batch.k.shape[1]
+    if group > 1:
+        tensors = *tensors[:2], *(x.repeat_interleave(group, 1) for x in tensors[2:])
+    *items, v_mean, v_cov = tensors
+    q, k = features(*items)
+    scale, second_scale, rank = 2 * batch.q.shape[-1] ** -0.5, batch.w_q.shape[-1] ** -0.5, batch.w_q.shape[-1]
+
+    def squared(q: Tensor, k: Tensor, values: Tensor, scale: float, lse: Tensor) -> Tensor:
+        found, twice = attend(q, k, values, 2 * scale)
+        return (twice - 2 * lse).exp()[..., None] * found
+
+    def results(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+        return mean.to(batch.q.dtype), cov.to(batch.q.dtype)
+
+    if batch.refinement == "none":
+        mean, lse = attend(q, k, v_mean, scale)
+        return results(mean, squared(q, k, v_cov, scale, lse))
+    values = [w.expand(*k.shape[:-1], rank) for w in tables]
+    means = [v_mean] if batch.refinement in ("value", "additive") else []
+    joint, lse = attend(q, k, torch.cat([*values, *means], -1), scale)
+    q_a, k_a, *rest = joint.split([x.shape[-1] for x in (*values, *means)], -1)
+    if batch.refinement == "stochastic":
+        q_a, k_a = features(q_a, F.elu(rest[0]) + 1, k_a, F.elu(rest[1]) + 1)
+        second_scale *= 2
+    if batch.refinement == "value":
+        v_mean, v_cov = rest[0], squared(q, k, v_cov, scale, lse)
+    mean, second = attend(q_a, k_a, v_mean, second_scale)
+    cov = squared(q_a, k_a, v_cov, second_scale, second)
+    if batch.refinement != "additive":
+        return results(mean, cov)
+    gate = batch.gate[:, None, None].to(dtype)
+    crossed, third = attend(torch.cat([scale * q, second_scale * q_a], -1), torch.cat([k, k_a], -1), v_cov, 1.0)
+    crossed = (third - lse - second).exp()[..., None] * crossed
+    return results(rest[0] + gate * mean, squared(q, k, v_cov, scale, lse) + 2 * gate * crossed + gate**2 * cov)
