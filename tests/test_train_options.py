@@ -161,7 +161,14 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
     assert curve != exact
 
 
-@pytest.mark.parametrize("loss", training.LOSSES)
+@pytest.mark.parametrize("loss", ["bce", "gbce"])
+def test_losses_that_distances_cannot_have_are_refused(loss: str, parts: Split, tmp_path: Path) -> None:
+    model = AWRSR(config(num_items=24, **STOSA))
+    with pytest.raises(ValueError, match=rf"loss is '{loss}', must not be with backbone 'stosa'"):
+        training.Training(model, parts, TrainingOptions(loss=loss, **QUICK), tmp_path, {})
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "cross_entropy", "bpr"])
 def test_a_table_of_the_rows_that_a_loss_needs_serves_it_like_the_whole(loss: str, parts: Split, tmp_path: Path) -> None:
     options = TrainingOptions(loss=loss, negatives=3, pvn_weight=0.1 if loss == "bpr" else 0.0, **QUICK)
     run = training.Training(AWRSR(config(num_items=24, **STOSA)).double(), parts, options, tmp_path, {})
