@@ -19,7 +19,7 @@ from .layout import Call, Inputs, sequence_lengths
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
 # Weights that exist at a time: a share of the cache per thread, for four at most, or enough to fill a GPU. On one thread of a
-# Xeon with 2 MiB of L2, forward and backward at (128, 4, 100, 16) take 64 ms with this share and 80 ms with four of them.
+# Xeon with 2 MiB of L2, "simple" at (128, 4, 100, 16), forward and backward, takes 64 ms with this share, 80 ms with four of them.
 _CPU_BLOCK_WEIGHTS, _CUDA_BLOCK_WEIGHTS = 1 << 18, 1 << 24
 _CHUNK_WEIGHTS = 1 << 15  # as many weights take about the time that a chunk takes beyond its weights
 _SHARED_AT_MOST = 0.9  # windows per sequence at which sharing is worth what it costs: tables by row, and hiding the others;

@@ -1,4 +1,4 @@
-"""Sweeps of the torch backend over the blocks of one chunk: forward and backward, each weight at most once in memory.
+"""Sweeps of the torch backend over the blocks of one chunk, forward and backward: the formulas.
 
 n windows of a chunk, H query heads, L window length, m rows of a block, c columns they can see, D, D_v, R feature sizes.
 
@@ -87,9 +87,7 @@ class Chunk:
     def columns(self, hi: int) -> int:
         return hi if self.call.causal else self.length
 
-    def _weights(
-        self, name: str, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float, lo: int, hi: int
-    ) -> Tensor:
+    def _weights(self, name: str, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float, lo: int, hi: int) -> Tensor:
         """Softmax of the queries of rows lo..hi against every key they can see, (n * H, m, c)."""
         if (name, lo) in self.kept:
             return self.kept[name, lo]
