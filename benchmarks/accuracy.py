@@ -54,11 +54,11 @@ def plan() -> list[Cell]:
         cells.append(Cell("beauty", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50 --epochs 20"))
         cells.append(Cell("beauty", f"{name}, bce", f"--refinement {refinement} --max-len 50 {BCE}"))
         cells.append(Cell("lastfm", f"{name}, sampled softmax", f"--refinement {refinement} --max-len 50"))
-    for refinement in ("none", "stochastic"):
+    for refinement in ("none", "simple", "value", "additive", "stochastic"):
         name = "plain" if refinement == "none" else refinement
         softmax = "--hidden-dropout 0.5 --epochs 20"
         cells.append(Cell("beauty", f"stosa {name}, sampled softmax", f"{STOSA} --refinement {refinement} {softmax}"))
-    bpr = "--loss bpr --pvn-weight 0.005 --batch-size 256 --hidden-dropout 0.3 --epochs 100 --patience 20"
+    bpr = "--loss bpr --pvn-weight 0.005 --batch-size 256 --hidden-dropout 0.3 --epochs 200 --patience 20"
     cells.append(Cell("beauty", "stosa plain, bpr", f"{STOSA} --refinement none {bpr}"))
     return cells
 
