@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu
+.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu docs
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready

@@ -42,8 +42,9 @@ class Start(NamedTuple):
     gate: str  # of "additive": learned from 0, learned from 1, fixed at 1; else ""
 
     def options(self) -> dict[str, Any]:
-        gate = {"from 0": {"gate_init": 0.0}, "from 1": {"gate_init": 1.0}, "fixed": {"gate": False}, "": {}}[self.gate]
-        return {"refinement": self.refinement, "tables": self.tables, "table_std": self.table_std} | gate
+        found: dict[str, Any] = {"refinement": self.refinement, "tables": self.tables, "table_std": self.table_std}
+        found |= {"gate_init": float(self.gate == "from 1")} if self.gate != "fixed" else {"gate": False}
+        return found
 
 
 def starts() -> list[Start]:
