@@ -46,7 +46,11 @@ track: .venv/ready
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
 
+# The pages under docs/, with a reference from the docstrings: docs/_build/index.html.
+docs: .venv/ready
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,docs,dev]'
 	touch $@

@@ -31,6 +31,11 @@ setup(
         ],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
         "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
+        "docs": [  # make docs, and the test that the pages build
+            "sphinx",  # what PyTorch's own pages are made with
+            "myst-parser",  # pages in Markdown
+            "furo",  # the theme
+        ],
         "dev": [
             "pytest",  # the tests
             "pytest-xdist",  # on every core
@@ -41,6 +46,6 @@ setup(
             "tqdm",  # its progress bar
             "ruff",  # lint
             "mypy",  # types
-        ]
+        ],
     },
 )
