@@ -9,7 +9,6 @@ where refinement must not be in the way.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ if __package__ is None:  # run as a script
 
 from awrsr_kernels import RefinedMultiheadAttention  # noqa: E402
 from benchmarks.arguments import whole  # noqa: E402
-from benchmarks.report import atomic, commit, device_name, versions  # noqa: E402
+from benchmarks.report import commit, device_name, versions, write_data  # noqa: E402
 
 KIND = "initialisation"
 SYMBOLS, LENGTH, HIDDEN, HEADS, BATCH = 16, 32, 64, 2, 64
@@ -127,7 +126,6 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     rows = [start._asdict() | {task: [] for task in TASKS} for start in starts()]
     work = [(i, task, seed) for seed in range(options.seeds) for i in range(len(rows)) for task in TASKS]
-    options.out.mkdir(parents=True, exist_ok=True)
     for i, task, seed in tqdm(work, unit="run", disable=None):
         rows[i][task].append(accuracy(starts()[i], task, seed, options.steps))
     results = {
@@ -135,10 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seeds": options.seeds, "command": f"python benchmarks/initialisation.py --steps {options.steps} --seeds {options.seeds}",
         "rows": rows,
     }  # fmt: skip
-    with atomic(options.out / "results.json") as file:
-        json.dump(results, file, indent=1)
-    with atomic(options.out / "results.md") as file:
-        file.write(markdown(results))
+    write_data(options.out, results, markdown(results))
     print(markdown(results))
     return 0
 
