@@ -29,5 +29,6 @@ def test_every_start_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
     monkeypatch.setattr(initialisation, "starts", lambda: few)
     assert initialisation.main(["--steps", "2", "--seeds", "1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert len(results["rows"]) == len(few) and all(0 <= row[task][0] <= 1 for row in results["rows"] for task in initialisation.TASKS)
+    shares = [row[task][0] for row in results["rows"] for task in initialisation.TASKS]
+    assert len(shares) == 2 * len(few) and all(0 <= share <= 1 for share in shares)
     assert (tmp_path / "results.md").read_text(encoding="utf-8") == initialisation.markdown(results)
