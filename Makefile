@@ -48,5 +48,5 @@ gpu:
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,transformers,dev]'
 	touch $@
