@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -93,6 +95,24 @@ def test_conversion_changes_nothing_until_it_is_trained(make: Any) -> None:
     assert (trained(make(), layers=layers)(**given).logits - original(**given).logits).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen3_moe", "phi3", "gemma", "olmo2", "opt", "gpt_neox", "deepseek_v3"])
+def test_other_decoders_convert_and_generate(kind: str) -> None:
+    torch.manual_seed(3)
+    changes = {
+        "mistral": {"sliding_window": None},
+        "deepseek_v3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+    }
+    config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"max_position_embeddings": 64} | changes.get(kind, {})))
+    original, given = AutoModelForCausalLM.from_config(config).to(DEVICE).eval(), padded([9, 4, 6], "left")
+    del given["position_ids"]
+    real = given["attention_mask"].bool()
+    close(refine(copy.deepcopy(original))(**given).logits[real], original(**given).logits[real])
+    model = trained(copy.deepcopy(original))
+    cached, recomputed = (model.generate(**given, use_cache=use, max_new_tokens=5) for use in (True, False))
+    assert cached.equal(recomputed) and (model(**given).logits - original(**given).logits)[real].abs().max() > 0.1
+
+
 def test_layers_that_are_not_chosen_stay_plain() -> None:
     model, given = trained(llama(), layers=[1]), padded([9, 4, 1], "right")
     assert [hasattr(layer.self_attn, "refined") for layer in model.model.layers] == [False, True]
@@ -138,9 +158,8 @@ def test_padded_rows_equal_unpadded_ones(make: Any, tables: str, side: str, use_
     model, given = trained(make(), tables=tables), padded([9, 4, 1, 6], side)
     with torch.no_grad():
         logits = model(**given, use_cache=use_cache).logits
-        for row, real in zip(logits, given["attention_mask"].bool(), strict=True):
-            ids = given["input_ids"][:, real][logits.tolist().index(row.tolist())][None]
-            close(row[real], model(ids).logits[0])
+        for ids, row, real in zip(given["input_ids"], logits, given["attention_mask"].bool(), strict=True):
+            close(row[real], model(ids[real][None]).logits[0])
 
 
 @ARCHITECTURES
@@ -155,7 +174,10 @@ def test_generation_with_the_cache_equals_generation_without(make: Any, beams: i
     model, given = trained(make(), **options), padded([9, 4, 6], "left")
     rules = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     del given["position_ids"]
+    rows: list[int] = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     cached, recomputed = (model.generate(**given, use_cache=use, **rules) for use in (True, False))
+    assert rows == [WINDOW] + [1] * 7 + list(range(WINDOW, WINDOW + 8))
     assert cached.sequences.equal(recomputed.sequences)
     assert len({tuple(row) for row in cached.sequences[:, WINDOW:].tolist()}) > 1  # the model has something to say
     for with_cache, without in zip(cached.scores, recomputed.scores, strict=True):

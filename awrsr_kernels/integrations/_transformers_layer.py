@@ -12,7 +12,8 @@ from transformers import AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
-from ..decoding import RefinedCache, refined_attention_prefill, refined_attention_step
+from ..cache import RefinedCache
+from ..decoding import refined_attention_prefill, refined_attention_step
 
 IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key of the settings in a model's config
 
