@@ -52,5 +52,5 @@ docs: .venv/ready
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,docs,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,transformers,docs,dev]'
 	touch $@

@@ -9,7 +9,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr", "awrsr.data"],
+    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr_kernels.integrations", "awrsr", "awrsr.data"],
     entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
@@ -30,6 +30,7 @@ setup(
             "matplotlib",  # pictures of the attention
         ],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
+        "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone
         "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
         "docs": [  # make docs, and the test that the pages build
             "sphinx",  # what PyTorch's own pages are made with

@@ -225,14 +225,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> tuple[Tensor, ...]:
     """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
-    checks.choice("backend", backend, BACKENDS)
     q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
-    if backend in ("auto", "triton"):
-        features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
-        reason = unsupported_reason(q.device, q.dtype, features)
-        if backend == "triton" and reason is not None:
-            raise ValueError(f'backend is "triton", which cannot run here: {reason}')
-        backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"
+    features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
+    backend = choose_backend(backend, q, features)
     if call.dropout_p:
         given = given._replace(seed=checks.seed(dropout_seed, q.device))
     with checks.without_autocast(q.device):
@@ -243,6 +238,19 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
         from ._triton import triton_attention
 
         return triton_attention(given, call)
+
+
+def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
+    """The backend that "auto", or the name of one, comes to; features: those of q, v and the tables."""
+    checks.choice("backend", backend, BACKENDS)
+    if backend == "auto" and not q.is_cuda:
+        return "torch"
+    if backend not in ("auto", "triton"):
+        return backend
+    reason = unsupported_reason(q.device, q.dtype, features)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f'backend is "triton", which cannot run here: {reason}')
+    return "triton" if reason is None else "torch"
 
 
 def _rank(w_q: Tensor | None, refinement: str) -> int:

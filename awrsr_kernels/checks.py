@@ -179,6 +179,98 @@ def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> in
     return max(1, min(bound, window))
 
 
+def length_range(value: Tensor | None, length: int) -> tuple[int, int]:
+    """Bounds on the shortest and the longest of checked lengths: those themselves where reading them is free."""
+    if value is None:
+        return length, length
+    if not readable(value) or not value.numel():
+        return 0, length
+    return int(value.min().item()), int(value.max().item())
+
+
+def cached(cache: Any, q: Tensor, k: Tensor, v: Tensor, one: bool) -> None:
+    """Checked q, k, v beside the cache that they go to; one: whether they are of a single position."""
+    if one and q.shape[2] != 1:
+        refuse("q", _shape(q), "of one new position, (B, H, 1, D); refined_attention_prefill takes a prompt")
+    if cache.device != q.device:
+        refuse("cache", f"on {cache.device}", f"on q's device, {q.device}")
+    if cache.dtype != q.dtype:
+        refuse("cache", f"of dtype {cache.dtype}", f"of q's dtype, {q.dtype}", TypeError)
+    sizes = (
+        ("B = {} entries", cache.batch, "q", q.shape[0]),
+        ("H = {} heads", cache.heads, "q", q.shape[1]),
+        ("H_kv = {} heads", cache.k.shape[1], "k", k.shape[1]),
+        ("head dim D = {}", cache.k.shape[3], "q", q.shape[3]),
+        ("value dim D_v = {}", cache.v.shape[3], "v", v.shape[3]),
+    )
+    for what, was, name, must in sizes:
+        if was != must:
+            refuse("cache", f"for {what.format(was)}", f"for {name}'s {must}")
+
+
+def cached_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, cache: Any, align: str) -> tuple[Tensor | None, Tensor | None]:
+    """W as (1, 1 or H, M, R) by position, or (B, H, L, R) per item, as the cache has them."""
+    if cache.refinement == "none":
+        return None, None
+    w_q, w_k = _pair_of_tables(w_q, w_k, q, ("w_q", "w_k"))
+    entries, heads, length, _ = q.shape
+    if cache.tables == "content":
+        if tuple(w_q.shape[:-1]) != (entries, heads, length):
+            must = f"(B, H, L, R) with B = {entries}, H = {heads}, L = {length}, as the cache is for content tables"
+            refuse("w_q", _shape(w_q), must)
+    elif w_q.dim() > 3 or (w_q.dim() == 3 and w_q.shape[0] != heads):
+        refuse("w_q", _shape(w_q), f"(M, R) or (H, M, R) with H = {heads}, as the cache is for position tables")
+    elif align == "right":
+        refuse("align", '"right"', '"left" (or the tables content): every new item would move all others to another row')
+    if w_q.shape[-1] != cache.k_a.shape[-1]:
+        refuse("w_q", f"of rank R = {w_q.shape[-1]}", f"of the cache's rank, {cache.k_a.shape[-1]}")
+    while w_q.dim() < 4:
+        w_q, w_k = w_q.unsqueeze(0), w_k.unsqueeze(0)
+    return w_q, w_k
+
+
+def enough_rows(w_q: Tensor, items: int) -> None:
+    """A position table has a row for every item that the cache may hold."""
+    if w_q.shape[2] < items:
+        must = f"of a row for each of up to {items} items (a cache ends where its position tables do; content tables do not end)"
+        refuse("w_q", f"of {w_q.shape[2]} rows", must)
+
+
+def inference(given: dict[str, Any]) -> None:
+    """Nothing that would get a gradient."""
+    for name, x in given.items():
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            refuse(name, "a tensor that requires a gradient", "without one: decoding has no backward (use torch.no_grad())")
+
+
+def indices(name: str, value: Tensor, count: int, beside: Tensor) -> None:
+    """(n,) indices of `count` entries."""
+    _integers(name, value, beside)
+    if value.dim() != 1:
+        refuse(name, _shape(value), "of shape (B',)")
+    if readable(value) and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < count:
+        refuse(name, f"{int(value.min())} to {int(value.max())}", f"within 0..{count - 1}, the entries there are")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        refuse(name, type(value).__name__, "an int", TypeError)
+    if value < low or (high is not None and value > high):
+        refuse(name, str(value), f"{low} or more" if high is None else f"in {low}..{high}")
+    return value  # type: ignore[return-value]  # torch.SymInt stands for an int
+
+
+def divisor(name: str, value: Any, of: int) -> int:
+    if of % whole(name, value, 1):
+        refuse(name, str(value), f"a divisor of {of} heads")
+    return value
+
+
+def dtype(name: str, value: torch.dtype) -> None:
+    if value not in DTYPES:
+        refuse(name, str(value), "float32, bfloat16, float16 or float64", TypeError)
+
+
 def scale(name: str, value: float | None, features: int) -> float:
     return features**-0.5 if value is None else _number(name, value)
 
@@ -208,15 +300,6 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
     if not -(2**63) <= value < 2**63:
         refuse("dropout_seed", str(value), "within 64 bits")
     return torch.full((), value, dtype=torch.int64, device=device)
-
-
-def count(name: str, value: Any, most: int | None = None) -> int:
-    """A number of things, 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        refuse(name, type(value).__name__, "an int", TypeError)
-    if value < 1 or (most is not None and value > most):
-        refuse(name, str(value), f"1 to {most}" if most is not None else "1 or more")
-    return value
 
 
 def flag(name: str, value: bool) -> bool:

@@ -92,8 +92,8 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # type: ignore[no-untyped-def]
-        size, call = len(Inputs._fields), ctx.call
-        given, saved = Inputs(*ctx.saved_tensors[:size]), iter(ctx.saved_tensors[size:])
+        size, call, stored = len(Inputs._fields), ctx.call, ctx.saved_tensors  # read once, or checkpointing refuses
+        given, saved = Inputs(*stored[:size]), iter(stored[size:])
         plan = ctx.plan or Plan(given, call)
         loaded = given if ctx.loaded else plan.load_inputs(given)
         loaded_douts = [plan.load_items(dout) for dout in douts]

@@ -83,6 +83,24 @@ TABLE: dict[Key, list[Row]] = {
     Key("tiled_fwd", TILED, 128, 4): [Row(40960, Config(32, 16, 8, 1))],
 }
 
+# One new position against a cache: a row at a time, so columns alone are tiled; by width class and size of element. No products on
+# tensor cores, no shared memory worth counting. Not measured yet: the most columns whose running sums stay in registers.
+STEP = 1  # the length class of its kernel, decode_step
+STEP_TABLE: dict[tuple[int, int], Config] = {
+    (64, 2): Config(1, 32, 4, 1),
+    (128, 2): Config(1, 32, 8, 1),
+    (256, 2): Config(1, 16, 8, 1),
+    (64, 4): Config(1, 32, 4, 1),
+    (128, 4): Config(1, 32, 8, 1),
+    (256, 4): Config(1, 16, 8, 1),
+}
+
+
+def step_config(features: tuple[int, int, int], itemsize: int) -> Config:
+    """The configuration of a step; features: D, D_v and R, at most those of the widest class."""
+    width = next(size for size in WIDTHS if max(features) <= size)
+    return STEP_TABLE[width, 2 if itemsize == 2 else 4]
+
 
 def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) -> tuple[int, int, int]:
     """What a call's class goes by: D, D_v and R. Between Gaussians D counts means and deviations, D_v both values, and in

@@ -79,19 +79,18 @@ class RefinedMultiheadAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-            checks.count(name, number)
+        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
+            checks.whole(name, number, 1)
         if embed_dim % num_heads:
             checks.refuse("embed_dim", str(embed_dim), f"a multiple of num_heads = {num_heads}")
-        if num_heads % num_kv_heads:
-            checks.refuse("num_kv_heads", str(num_kv_heads), f"a divisor of num_heads = {num_heads}")
+        checks.divisor("num_kv_heads", num_kv_heads, num_heads)
         checks.refinement(refinement)
         checks.choice("tables", tables, ("position", "content"))
         checks.choice("align", align, ("left", "right"))
         checks.probability("dropout", dropout)
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
-        self.rank = checks.count("rank", self.head_dim if rank is None else rank, checks.MAX_FEATURES)
+        self.rank = checks.whole("rank", self.head_dim if rank is None else rank, 1, checks.MAX_FEATURES)
         self.refinement, self.align, self.table_std = refinement, align, table_std
         self.dropout, self.refine_scale, self.backend = dropout, refine_scale, backend
         self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
@@ -113,7 +112,7 @@ class RefinedMultiheadAttention(nn.Module):
         elif refinement != "none":
             if max_len is None:
                 checks.refuse("max_len", "None", 'given with position tables; or take tables="content"')
-            self.max_len = checks.count("max_len", max_len)
+            self.max_len = checks.whole("max_len", max_len, 1)
             shape = (heads, max_len, self.rank) if per_head else (max_len, self.rank)
             self.w_q, self.w_k = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(2))
         self.reset_parameters()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from awrsr_kernels import _fallback_selection, refined_attention, refined_attention_varlen
 from awrsr_kernels.gaussian import SMALLEST
@@ -256,6 +257,24 @@ def test_dropout_follows_the_global_seed(engine: str, choose: Choose) -> None:
         q, k, v, w_q, w_k = (torch.ones(1, 1, 16, 4, device=DEVICE) for _ in range(5))
         found.append(refined_attention(q, k, v, w_q[0, 0], w_k[0, 0], dropout_p=0.5, backend=backend))
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+@every_engine
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_keeps_the_gradients(engine: str, reentrant: bool, choose: Choose) -> None:
+    backend, tensors = choose(engine), [torch.randn(2, 2, 9, 4, device=DEVICE, requires_grad=True) for _ in range(5)]
+
+    def call(*tensors: Tensor) -> Tensor:
+        return refined_attention(*tensors, refinement="value", dropout_p=0.3, backend=backend)
+
+    found = []
+    for run in (call, lambda *tensors: checkpoint(call, *tensors, use_reentrant=reentrant)):
+        torch.manual_seed(1)
+        run(*tensors).sin().sum().backward()
+        found.append([x.grad for x in tensors])
+        for x in tensors:
+            x.grad = None
+    assert all(map(torch.equal, *found))
 
 
 @every_kind

@@ -110,8 +110,8 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        size = len(Inputs._fields)
-        given, saved = Inputs(*ctx.saved_tensors[:size]), list(ctx.saved_tensors[size:])
+        size, stored = len(Inputs._fields), ctx.saved_tensors  # read once, or checkpointing refuses
+        given, saved = Inputs(*stored[:size]), list(stored[size:])
         found = iter(_backward_op(list(douts), saved, *given, *ctx.call))
         has_gradient = given._replace(bounds=None, seed=None)
         return *(None if x is None else next(found) for x in has_gradient), None

@@ -21,7 +21,7 @@ View = tuple[Tensor, int, int, int]
 
 # Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
-RUNTIME += ["drop_threshold"]
+RUNTIME += ["drop_threshold", "capacity"]
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -92,9 +92,7 @@ class Problem:
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
-        packed = self.call.varlen if packed is None else packed
-        entry = 0 if packed or x.shape[0] == 1 else x.stride(0)
-        return x, entry, 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
+        return view_of(x, self.call.varlen if packed is None else packed)
 
     def inputs(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
@@ -234,6 +232,12 @@ class Problem:
         both = zip(tiled[first:], short[first:], sums, strict=False)
         added = [(a + b).to(x.dtype) for a, b, x in both if x is not None]
         return short[:first] + added + short[first + len(sums) :]
+
+
+def view_of(x: Tensor, packed: bool = False) -> View:
+    """As `Problem.view`."""
+    entry = 0 if packed or x.shape[0] == 1 else x.stride(0)
+    return x, entry, 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
 
 
 def with_rows(x: Tensor) -> Tensor:

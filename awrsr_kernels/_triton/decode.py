@@ -1,0 +1,202 @@
+"""One new position per entry against the rows that a cache holds: one launch, a program per entry and query head.
+
+D, D_v, R features of q, v and the tables; N rows of the cache.
+
+The row of `decoding.py` in two sweeps over the items before it: first softmax(q K^T) meets the tables and, where it must, V; then
+softmax(q_a K_A^T) meets V or Y. The new item itself never leaves registers between the two, so no program waits for what another
+appends. Nothing here is a product of matrices: every number of the cache is read once and used once, and what counts is that loads
+never wait. So each of the BLOCK_N places of a tile keeps a softmax of its own (its peak, total and sums, all in float32), and places
+are only put together after the sweep.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from ..launch_config import step_config
+from .launch import RUNTIME, View, launch, view_of, with_rows
+from .primitives import LOG2E, load_gate, load_tile, seats, store_tile
+
+
+@triton.jit
+def load_row(view, entry, head, row, present, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """[1, BLOCK]: one row, zero unless present is 1."""
+    return load_tile(view, head, seats(entry, row, tl.zeros((1,), tl.int32), present), WIDTH, BLOCK).to(ACC)
+
+
+@triton.jit
+def store_row(view, entry, head, row, present, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    store_tile(view, head, seats(entry, row, tl.zeros((1,), tl.int32), present), tile, WIDTH, BLOCK)
+
+
+@triton.jit
+def together(sums, own, share, mine):
+    """[1, BLOCK]: what all places of a tile and the new item have summed up."""
+    return tl.sum(sums * share[:, None], 0)[None, :] + mine * own
+
+
+@triton.jit
+def sweep(
+    query, own_key, own_value, own_w_q, own_w_k, keys, values, w_q, w_k, scale,
+    entry, key_head, value_head, head, first, end, table_first, table_rows,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """softmax(query keys^T) of the rows from `first` to `end` and the new item, times the tables and the values.
+
+    Row j meets row j - table_first of the tables. Returns [1, BLOCK_R] twice and [1, BLOCK_DV]; what is not wanted is the item's own.
+    """
+    ACC: tl.constexpr = query.dtype
+    own = tl.sum(query * own_key) * (scale * LOG2E)
+    peak = tl.zeros((BLOCK_N,), ACC) + own
+    total = tl.zeros((BLOCK_N,), ACC)
+    if TABLES:
+        q_sums = tl.zeros((BLOCK_N, BLOCK_R), ACC)
+        k_sums = tl.zeros((BLOCK_N, BLOCK_R), ACC)
+    if VALUES:
+        sums = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
+    for low in range(first, end, BLOCK_N):
+        rows = low + tl.arange(0, BLOCK_N)
+        seat = seats(entry, first * 0, rows, end)
+        key_tile = load_tile(keys, key_head, seat, D, BLOCK_D).to(ACC)
+        scores = tl.where(rows < end, tl.sum(key_tile * query, 1) * (scale * LOG2E), float("-inf"))
+        new_peak = tl.maximum(peak, scores)
+        weights = tl.exp2(scores - new_peak)
+        decay = tl.exp2(peak - new_peak)
+        total = total * decay + weights
+        peak = new_peak
+        if TABLES:
+            table_seat = seats(entry, first * 0, rows - table_first, tl.minimum(end - table_first, table_rows))
+            tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE).to(ACC)
+            q_sums = q_sums * decay[:, None] + weights[:, None] * tile
+            tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE).to(ACC)
+            k_sums = k_sums * decay[:, None] + weights[:, None] * tile
+        if VALUES:
+            tile = load_tile(values, value_head, seat, DV, BLOCK_DV).to(ACC)
+            sums = sums * decay[:, None] + weights[:, None] * tile
+    top = tl.max(peak, 0)
+    share = tl.exp2(peak - top)
+    mine = tl.exp2(own - top)
+    whole = 1.0 / (tl.sum(total * share, 0) + mine)
+    share, mine = share * whole, mine * whole
+    if TABLES:
+        own_w_q = together(q_sums, own_w_q, share, mine)
+        own_w_k = together(k_sums, own_w_k, share, mine)
+    if VALUES:
+        own_value = together(sums, own_value, share, mine)
+    return own_w_q, own_w_k, own_value
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _decode_step_kernel(
+    q, new_k, new_v, new_w_q, new_w_k, gate_ptr, gate_stride, k, v, k_a, y, w_q, w_k, out, first_ptr, end_ptr,
+    heads, capacity, table_rows, softmax_scale, refine_scale,
+    REFINEMENT: tl.constexpr, CONTENT: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    entry, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    kv_head = head // GROUP
+    end = tl.minimum(tl.maximum(tl.load(end_ptr + entry), 0), capacity).to(tl.int32)
+    first = tl.minimum(tl.maximum(tl.load(first_ptr + entry), 0), end).to(tl.int32)
+    room = tl.where(end < capacity, 1, 0)  # without any, nothing is written
+    lead = room * tl.where(head % GROUP == 0, 1, 0)  # of the query heads of a key head one appends its rows
+    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+
+    query = load_row(q, entry, head, end * 0, 1, D, BLOCK_D, ACC)
+    own_k = load_row(new_k, entry, kv_head, end * 0, 1, D, BLOCK_D, ACC)
+    own_v = load_row(new_v, entry, kv_head, end * 0, 1, DV, BLOCK_DV, ACC)
+    store_row(k, entry, kv_head, end, lead, own_k, D, BLOCK_D)
+    store_row(v, entry, kv_head, end, lead, own_v, DV, BLOCK_DV)
+    if REFINEMENT == "none":
+        _, _, result = sweep(
+            query, own_k, own_v, own_v, own_v, k, v, k, k, softmax_scale, entry, kv_head, kv_head, head, first, end, 0, 0,
+            False, True, DTYPE, D, DV, R, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+    else:
+        if CONTENT:
+            own_q_a = load_row(new_w_q, entry, head, end * 0, 1, R, BLOCK_R, ACC).to(DTYPE)
+            own_k_a = load_row(new_w_k, entry, head, end * 0, 1, R, BLOCK_R, ACC).to(DTYPE)
+            store_row(w_q, entry, head, end, room, own_q_a, R, BLOCK_R)
+            store_row(w_k, entry, head, end, room, own_k_a, R, BLOCK_R)
+            table_first = end * 0
+        else:
+            there = tl.where(end - first < table_rows, 1, 0)
+            own_q_a = load_row(w_q, entry, head, end - first, there, R, BLOCK_R, ACC).to(DTYPE)
+            own_k_a = load_row(w_k, entry, head, end - first, there, R, BLOCK_R, ACC).to(DTYPE)
+            table_first = first
+        q_a, own_k_a, weighted = sweep(
+            query, own_k, own_v, own_q_a.to(ACC), own_k_a.to(ACC), k, v, w_q, w_k, softmax_scale,
+            entry, kv_head, kv_head, head, first, end, table_first, table_rows,
+            True, REFINEMENT != "simple", DTYPE, D, DV, R, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R,
+        )  # fmt: skip
+        store_row(k_a, entry, head, end, room, own_k_a, R, BLOCK_R)
+        if REFINEMENT == "value":
+            store_row(y, entry, head, end, room, weighted, DV, BLOCK_DV)
+            _, _, result = sweep(
+                q_a, own_k_a, weighted, own_v, own_v, k_a, y, k, k, refine_scale, entry, head, head, head, first, end, 0, 0,
+                False, True, DTYPE, R, DV, R, BLOCK_N, BLOCK_R, BLOCK_DV, BLOCK_R,
+            )  # fmt: skip
+        else:
+            _, _, result = sweep(
+                q_a, own_k_a, own_v, own_v, own_v, k_a, v, k, k, refine_scale, entry, head, kv_head, head, first, end, 0, 0,
+                False, True, DTYPE, R, DV, R, BLOCK_N, BLOCK_R, BLOCK_DV, BLOCK_R,
+            )  # fmt: skip
+        if REFINEMENT == "additive":
+            result = weighted + load_gate(gate_ptr, gate_stride, head, ACC) * result
+    store_row(out, entry, head, end * 0, 1, result, DV, BLOCK_DV)
+
+
+@custom_op("awrsr_kernels::refined_attention_step", mutates_args=("k", "v", "k_a", "y", "w_q", "w_k"))
+def triton_step(
+    q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    new_w_q: Tensor | None,
+    new_w_k: Tensor | None,
+    gate: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_a: Tensor | None,
+    y: Tensor | None,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    first: Tensor,
+    end: Tensor,
+    refinement: str,
+    softmax_scale: float,
+    refine_scale: float,
+) -> Tensor:
+    """(B, H, 1, D_v); appends to the cache's k, v, k_a, y, w_q and w_k. Position tables are new_w_q and new_w_k, whole."""
+    q, new_k, new_v = (with_rows(x) for x in (q, new_k, new_v))
+    batch, heads, _, d = q.shape
+    d_v, rank = v.shape[-1], 1 if new_w_q is None else new_w_q.shape[-1]
+    out = q.new_empty(batch, heads, 1, d_v)
+    content = w_q is not None
+    tile = step_config((d, d_v, rank), q.dtype.itemsize)
+
+    def view(x: Tensor | None) -> View:
+        return view_of(q if x is None else x)
+
+    new_tables = [view(None if x is None else with_rows(x)) for x in (new_w_q, new_w_k)]
+    launch(
+        _decode_step_kernel, (batch * heads,), tile, q.device,
+        q=view(q), new_k=view(new_k), new_v=view(new_v), new_w_q=new_tables[0], new_w_k=new_tables[1],
+        gate_ptr=gate, gate_stride=0 if gate is None or gate.numel() == 1 else gate.stride(0),
+        k=view(k), v=view(v), k_a=view(k_a), y=view(y),
+        w_q=view(w_q) if content else new_tables[0], w_k=view(w_k) if content else new_tables[1], out=view(out),
+        first_ptr=first, end_ptr=end, heads=heads, capacity=k.shape[2],
+        table_rows=k.shape[2] if content or new_w_q is None else new_w_q.shape[2],
+        softmax_scale=softmax_scale, refine_scale=refine_scale,
+        REFINEMENT=refinement, CONTENT=content, GROUP=heads // k.shape[1], D=d, DV=d_v, R=rank, BLOCK_N=tile.block_n,
+        BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=triton.next_power_of_2(d_v), BLOCK_R=triton.next_power_of_2(rank),
+    )  # fmt: skip
+    return out
+
+
+@triton_step.register_fake
+def _(q, new_k, new_v, *rest):  # type: ignore[no-untyped-def]
+    return q.new_empty(*q.shape[:3], new_v.shape[-1])

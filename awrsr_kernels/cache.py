@@ -1,0 +1,163 @@
+"""What decoding keeps of earlier positions: rows of a batch, preallocated.
+
+B batch, H query heads, H_kv key and value heads, N rows, D head dim, D_v value dim, R refinement rank.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+class RefinedCache:
+    """What a batch of sequences leaves behind for `refined_attention_step`: preallocated rows, one per item.
+
+    Entry b holds its items in rows first[b] .. end[b] - 1: prompts padded on the left (first > 0) and on the right (first = 0) lie
+    as they came. Row of a position table = row of the cache - first. Rows that hold no item are zero.
+
+    All tensors are public, to be saved and held by others:
+
+        k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
+        k_a (B, H, N, R)     but for "none"
+        y (B, H, N, D_v)     "value" alone
+        w_q, w_k             (B, H, N, R), content tables alone
+        first, end           (B,) int64
+
+    Beside them three Python values, so that a step need not ask the device: `end_bound`, no entry of `end` is above it;
+    `length_bound`, the same of end - first; `ragged`, False where first is 0 and end is end_bound for all entries. Whoever writes
+    into first or end by hand, or replays a step from a CUDA graph, sets them, too; end_bound below the truth makes results wrong.
+
+    Args:
+        batch: entries B. capacity: rows N >= 1; a full cache grows by doubling.
+        heads: H. kv_heads: H_kv, which divides it (default H).
+        head_dim: D in 1..256. value_dim: D_v in 1..256 (default D). rank: R in 1..256, needed unless refinement is "none".
+        refinement: "none", "simple", "value" or "additive".
+        tables: "position" (the caller gives the whole table at every step; it ends where the table does) or "content" (every item
+            brings its row, and the cache keeps it; nothing limits the length).
+        dtype: of q, k, v: float32, bfloat16, float16 or float64. device: default torch's.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_a: Tensor | None = None
+    y: Tensor | None = None
+    w_q: Tensor | None = None
+    w_k: Tensor | None = None
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int,
+        value_dim: int | None = None,
+        rank: int | None = None,
+        refinement: str = "simple",
+        tables: str = "position",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        checks.refinement(refinement)
+        checks.choice("tables", tables, ("position", "content"))
+        checks.dtype("dtype", dtype)
+        batch, capacity = checks.whole("batch", batch, 0), checks.whole("capacity", capacity, 1)
+        heads = checks.whole("heads", heads, 1)
+        kv_heads = heads if kv_heads is None else checks.divisor("kv_heads", kv_heads, heads)
+        d = checks.whole("head_dim", head_dim, 1, checks.MAX_FEATURES)
+        d_v = d if value_dim is None else checks.whole("value_dim", value_dim, 1, checks.MAX_FEATURES)
+        self.refinement, self.tables, self.heads = refinement, tables, heads
+        shapes = {"k": (kv_heads, d), "v": (kv_heads, d_v)}
+        if refinement != "none":
+            r = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
+            shapes |= {"k_a": (heads, r)} | ({"w_q": (heads, r), "w_k": (heads, r)} if tables == "content" else {})
+        if refinement == "value":
+            shapes["y"] = (heads, d_v)
+        self._names = tuple(shapes)
+        with torch.inference_mode(False):  # an inference tensor could not be written outside of that mode
+            for name, (h, features) in shapes.items():
+                setattr(self, name, torch.zeros(batch, h, capacity, features, dtype=dtype, device=device))
+            self.first, self.end = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+        self.end_bound, self.length_bound, self.ragged = 0, 0, False
+
+    def __repr__(self) -> str:
+        kind = "" if self.refinement == "none" else f", tables={self.tables!r}"
+        used = f"{self.end_bound} of {self.capacity} rows"
+        return f"RefinedCache({self.batch} entries, {used}, refinement={self.refinement!r}{kind}, {self.dtype}, {self.device})"
+
+    @property
+    def batch(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device
+
+    def rows(self) -> dict[str, Tensor]:
+        """The tensors that have a row per item, by name."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` rows, at least as many as there are; contents stay, in new tensors."""
+        capacity = checks.whole("capacity", capacity, self.capacity)
+        self._move(self.batch, capacity, lambda x: x)
+
+    def reorder(self, index: Tensor) -> None:
+        """Keep the entries picked by `index`, a (B',) int32 or int64 tensor (beam search); in place where B' is B."""
+        checks.indices("index", index, self.batch, self.k)
+        self.first, self.end = self._fill(self.first, self.first[index]), self._fill(self.end, self.end[index])
+        self._move(index.shape[0], self.capacity, lambda x: x[index])
+
+    def crop(self, length: int) -> None:
+        """Forget what lies in rows from `length` on, 0 or more; with padding on the left these count, too."""
+        length = checks.whole("length", length, 0)
+        if length >= self.end_bound:
+            return
+        for x in self.rows().values():
+            x[:, :, length : self.end_bound] = 0
+        self.end.clamp_(max=length)
+        self.first.clamp_(max=length)
+        self.end_bound, self.length_bound = length, min(length, self.length_bound)
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        self.crop(0)
+        self.ragged = False
+
+    def make_room(self, rows: int) -> None:
+        """Grow, at least to twice the capacity, unless so many rows fit after `end_bound`."""
+        needed = self.end_bound + rows
+        if needed > self.capacity:
+            self.grow(max(2 * self.capacity, needed))
+
+    @staticmethod
+    def _fill(old: Tensor, new: Tensor) -> Tensor:
+        """`new` in the memory of `old` if it fits there; never an inference tensor."""
+        if old.shape == new.shape:
+            return old.copy_(new)
+        with torch.inference_mode(False), torch.no_grad():
+            return torch.empty_like(new).copy_(new)
+
+    def _move(self, batch: int, capacity: int, select: Callable[[Tensor], Tensor]) -> None:
+        """Rows in use, as `select` picks their entries, into `batch` entries of `capacity` rows; in place where these are."""
+        for name, x in self.rows().items():
+            target = x
+            if (batch, capacity) != (x.shape[0], x.shape[2]):
+                with torch.inference_mode(False):
+                    target = x.new_zeros(batch, x.shape[1], capacity, x.shape[3])
+                setattr(self, name, target)
+            target[:, :, : self.end_bound] = select(x[:, :, : self.end_bound])

@@ -1,0 +1,335 @@
+"""Decoding: refined attention of one new position at a time, O(L) work each, with what earlier positions left in a cache.
+
+B batch, H query heads, H_kv key and value heads, N rows of the cache, n rows in use, G = H / H_kv, D head dim, D_v value dim,
+R refinement rank, M table rows.
+
+Causal attention never changes what earlier rows computed. Of them the row of a new position needs K and V, the rows of W that meet
+its weights, K_A = P W_k and, for "value", Y = P V; not Q_A, which each row uses once:
+
+    p = softmax(softmax_scale q K^T)     q_a = p W_q     k_a = p W_k  (appended to K_A)     "value": y = p V  (appended to Y)
+    r = softmax(refine_scale q_a K_A^T)  output: r V, "value" r Y, "additive" p V + gate r V
+
+All of these are attention outputs, so the cache of a whole prompt takes no more than plain attention calls, either.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .api import choose_backend, run
+from .cache import RefinedCache
+from .launch_config import table_features
+from .layout import Call, Inputs
+from .reference import masked_softmax
+
+
+class _Step(NamedTuple):
+    """The checked tensors of a call, and what they come to."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w_q: Tensor | None  # (1, 1 or H, M, R) by position, or (B, H, L, R) per item
+    w_k: Tensor | None
+    gate: Tensor | None  # (1 or H,)
+    softmax_scale: float
+    refine_scale: float
+    backend: str
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+
+def refined_attention_prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    cache: RefinedCache,
+    *,
+    align: str = "left",
+    gate: Tensor | float | None = None,
+    lengths: Tensor | None = None,
+    padding_side: str = "right",
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal refined attention of prompts, which fills an empty cache: `refined_attention_step` goes on from there.
+
+    Args:
+        q, k, v: (B, H, L, D), (B, H_kv, L, D), (B, H_kv, L, D_v), as in `refined_attention` and as the cache was made for.
+        w_q, w_k: position tables (M, R) or (H, M, R), with a row for every item of the longest prompt at least; or content tables
+            (B, H, L, R). Ignored, and may be None, when the cache's refinement is "none".
+        cache: an empty one (new, or after `reset`); grows if L exceeds its capacity.
+        align: "left": row j of a position table is that of an entry's item j, on whatever side its padding is. "right" would move
+            every item to another row with every step, so with position tables it raises; content tables and "none" take either.
+        lengths: (B,) integer tensor in 0..L: real items per entry, the rest is padding on `padding_side`, "right" or "left".
+
+    The other arguments are those of `refined_attention`.
+
+    Returns:
+        (B, H, L, D_v) in v's dtype, 0 at padding. There is no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
+    """
+    length = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
+    given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    if cache.end_bound:
+        raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
+    checks.choice("padding_side", padding_side, ("left", "right"))
+    checks.lengths(lengths, given.q)
+    least, most = checks.length_range(lengths, length)
+    left = padding_side == "left" and lengths is not None
+    if given.w_q is not None and cache.tables == "position":
+        checks.enough_rows(given.w_q, most)
+    cache.make_room(length)
+    if lengths is not None:
+        lengths = lengths.long().clamp(0, length)
+        cache.end.copy_(lengths) if not left else cache.end.fill_(length)
+        cache.first.copy_(length - lengths) if left else cache.first.zero_()
+    else:
+        cache.end.fill_(length)
+    with checks.without_autocast(given.q.device):
+        out = _prefill(given, cache, lengths, left)
+    cache.end_bound, cache.length_bound = (length if left else most), most
+    cache.ragged = least < (length if left else most)
+    return out
+
+
+def refined_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    cache: RefinedCache,
+    *,
+    align: str = "left",
+    gate: Tensor | float | None = None,
+    softmax_scale: float | None = None,
+    refine_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Refined attention of one new position per entry: appended to the cache, and the row that the full causal call has for it.
+
+    O(n) work and memory for n cached items. On a GPU nothing waits for the device.
+
+    Args:
+        q, k, v: (B, H, 1, D), (B, H_kv, 1, D), (B, H_kv, 1, D_v), as the cache was made for. Any strides.
+        w_q, w_k: with position tables the whole tables, (M, R) or (H, M, R), the same in all calls, M above the row of this item;
+            with content tables the rows of this item, (B, H, 1, R). Ignored, and may be None, when the refinement is "none".
+        cache: changed in place: one item more in every entry. It may be empty.
+        align: as in `refined_attention_prefill`.
+        gate: factor of the higher-order weights in "additive", as in `refined_attention`, the same in all calls; so are the scales.
+        backend: "triton" (one kernel), "torch" (plain torch operations on the rows in use), "reference" (the row as it is defined,
+            over all rows of the cache) or "auto": triton where it can run on a GPU, otherwise torch.
+
+    Returns:
+        (B, H, 1, D_v) in v's dtype. There is no gradient.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, the message names it; one requires a gradient while those are recorded; the
+            position tables have no row for this item; the named backend cannot run.
+    """
+    given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
+    if given.w_q is not None and cache.tables == "position":
+        checks.enough_rows(given.w_q, cache.length_bound + 1)
+    cache.make_room(1)
+    with checks.without_autocast(given.q.device):
+        if given.backend == "reference":
+            out = _reference_step(given, cache)
+        elif given.backend == "torch":
+            out = _torch_step(given, cache)
+        else:
+            from ._triton.decode import triton_step
+
+            new, kept = given[:6], (cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end)
+            out = triton_step(*new, *kept, cache.refinement, given.softmax_scale, given.refine_scale)
+        cache.end.add_(1)
+    cache.end_bound += 1
+    cache.length_bound += 1
+    return out
+
+
+def _checked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_q: Tensor | None,
+    w_k: Tensor | None,
+    cache: RefinedCache,
+    align: str,
+    gate: Tensor | float | None,
+    softmax_scale: float | None,
+    refine_scale: float | None,
+    backend: str,
+    one: bool = False,
+) -> _Step:
+    if not isinstance(cache, RefinedCache):
+        raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
+    checks.choice("align", align, ("left", "right"))
+    checks.inference({"q": q, "k": k, "v": v, "w_q": w_q, "w_k": w_k, "gate": gate})
+    q, k, v = checks.batch(q, k, v)
+    checks.cached(cache, q, k, v, one)
+    w_q, w_k = checks.cached_tables(w_q, w_k, q, cache, align)
+    gate = checks.gate(gate, cache.refinement, q.shape[1], q)
+    rank = 1 if w_q is None else w_q.shape[-1]
+    features = table_features(q.shape[-1], v.shape[-1], rank, False, cache.refinement)
+    scales = checks.scale("softmax_scale", softmax_scale, q.shape[-1]), checks.scale("refine_scale", refine_scale, rank)
+    return _Step(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
+
+
+# Prompts
+
+
+def _prefill(given: _Step, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
+    """The output; stores the rows of the prompts."""
+    q, k, v, w_q, w_k, gate, *_ = given
+    length, group = q.shape[2], given.group
+    kept = {"k": k, "v": v}
+    call = Call("none", True, False, left, length, False, given.softmax_scale, 1.0, 0.0)
+    if w_q is None or w_k is None:
+        out = _attend(q, k, [v], call, given.backend, lengths)[0]
+    else:
+        if cache.tables == "content":
+            kept |= {"w_q": w_q, "w_k": w_k}
+        else:
+            w_q, w_k = (_rows_by_item(w, cache.first if left else None, length) for w in (w_q, w_k))
+        wide = v.repeat_interleave(group, 1) if group > 1 else v
+        shared = w_q.shape[1] == 1  # then a key head's query heads read the same values
+        keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), wide)
+        tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
+        direct = [values] if cache.refinement in ("value", "additive") else []
+        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, given.backend, lengths)
+        kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
+        call = call._replace(softmax_scale=given.refine_scale)
+        out = _attend(q_a, k_a, [kept.get("y", wide)], call, given.backend, lengths)[0]
+        if cache.refinement == "additive":
+            out = weighted[0] + (out if gate is None else gate.to(out.dtype).view(-1, 1, 1) * out)
+    for name, x in kept.items():
+        rows = getattr(cache, name).narrow(2, 0, length)
+        rows.copy_(x)
+        if lengths is not None:  # padding may hold anything
+            at = torch.arange(length, device=q.device)
+            empty = (at < cache.first[:, None]) | (at >= cache.end[:, None])
+            rows.masked_fill_(empty[:, None, :, None], 0)
+    return out
+
+
+def _rows_by_item(w: Tensor, first: Tensor | None, length: int) -> Tensor:
+    """(1 or B, 1 or H, L, R): for each row of a window the table's row; any for rows without an item."""
+    if first is None and w.shape[2] >= length:
+        return w.narrow(2, 0, length)
+    item = torch.arange(length, device=w.device) - (0 if first is None else first[:, None])
+    return w[0][:, item.clamp(0, w.shape[2] - 1).view(-1, length)].transpose(0, 1)
+
+
+def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str, lengths: Tensor | None) -> list[Tensor]:
+    """softmax(q k^T) times each of the values; those share a call, as many as its width allows."""
+    packs: list[list[Tensor]] = [[]]
+    for x in values:
+        if sum(each.shape[-1] for each in packs[-1]) + x.shape[-1] > checks.MAX_FEATURES:
+            packs.append([])
+        packs[-1].append(x)
+    found: list[Tensor] = []
+    for pack in packs:
+        joint = pack[0] if len(pack) == 1 else torch.cat(pack, -1)
+        out = run(Inputs(q, k, joint, None, None, None, lengths, None), None, call, backend)[0]
+        found += out.split([x.shape[-1] for x in pack], -1)
+    return found
+
+
+# One position
+
+
+def _append(rows: Tensor, new: Tensor, cache: RefinedCache) -> None:
+    """(B, heads, 1, F) or what has as many elements, into each entry's row `end`."""
+    new = new.reshape(rows.shape[0], rows.shape[1], rows.shape[3])
+    if cache.ragged:
+        rows[torch.arange(rows.shape[0], device=rows.device), :, cache.end] = new.to(rows.dtype)
+    else:
+        rows.select(2, cache.end_bound).copy_(new)
+
+
+def _reference_step(given: _Step, cache: RefinedCache) -> Tensor:
+    """The equations at the head of this file over all N rows, of which the row sees those from first to end."""
+    q, w_q, w_k, group = given.q, given.w_q, given.w_k, given.group
+    _append(cache.k, given.k, cache)
+    _append(cache.v, given.v, cache)
+    at = torch.arange(cache.capacity, device=q.device)
+    visible = ((at >= cache.first[:, None]) & (at <= cache.end[:, None]))[:, None, None]
+    k, v = (x.repeat_interleave(group, 1) for x in (cache.k, cache.v))
+    p = masked_softmax(given.softmax_scale * q @ k.transpose(-1, -2), visible)
+    if w_q is None or w_k is None or cache.k_a is None:
+        return p @ v
+    if cache.w_q is not None and cache.w_k is not None:
+        _append(cache.w_q, w_q, cache)
+        _append(cache.w_k, w_k, cache)
+        w_q, w_k = cache.w_q, cache.w_k
+    else:
+        item = (at - cache.first[:, None]).clamp(0, w_q.shape[2] - 1)
+        w_q, w_k = (w[0][:, item].transpose(0, 1).to(q.dtype) for w in (w_q, w_k))
+    q_a = p @ w_q
+    _append(cache.k_a, p @ w_k, cache)
+    r = masked_softmax(given.refine_scale * q_a @ cache.k_a.transpose(-1, -2), visible)
+    if cache.y is not None:
+        _append(cache.y, p @ v, cache)
+        return r @ cache.y
+    if cache.refinement == "additive":
+        r = p + (1.0 if given.gate is None else given.gate.to(q.dtype).view(-1, 1, 1)) * r
+    return r @ v
+
+
+def _torch_step(given: _Step, cache: RefinedCache) -> Tensor:
+    """The same over the rows in use, in as few torch calls as it takes; half precision in float32."""
+    q, k, v, w_q, w_k, gate, softmax_scale, refine_scale, _ = given
+    (batch, heads, _, _), used = q.shape, cache.end_bound + 1
+    wide = torch.promote_types(q.dtype, torch.float32)
+    hidden = back = None
+    if cache.ragged:
+        at = torch.arange(used, device=q.device)
+        hidden = ((at < cache.first[:, None]) | (at > cache.end[:, None]))[:, None]  # (B, 1, n)
+        back = (at + cache.first[:, None]).remainder_(used)[:, None].expand(-1, heads, -1)  # row of each item; the rest weighs 0
+
+    def rows(x: Tensor) -> Tensor:
+        return x.narrow(2, 0, used).flatten(0, 1).to(wide)  # (B * heads, n, F)
+
+    def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        scores = torch.bmm(queries.to(wide) * scale, rows(keys).transpose(1, 2)).view(batch, heads, used)
+        return (scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).softmax(-1)
+
+    def meet(weights: Tensor, values: Tensor) -> Tensor:
+        return torch.bmm(weights.view(batch * values.shape[1], heads // values.shape[1], used), rows(values))
+
+    def meet_table(weights: Tensor, w: Tensor) -> Tensor:
+        w = w[0].narrow(1, 0, min(used, w.shape[2])).to(q.dtype).to(wide)  # float32 tables are read in q's dtype
+        weights = weights[..., : w.shape[1]]  # of a window padded on the left: no item is further on
+        if w.shape[0] == 1:
+            return torch.mm(weights.reshape(batch * heads, w.shape[1]), w[0])
+        return torch.bmm(weights.transpose(0, 1), w).transpose(0, 1)
+
+    _append(cache.k, k, cache)
+    _append(cache.v, v, cache)
+    p = softmax(q.reshape(batch * k.shape[1], given.group, q.shape[-1]), cache.k, softmax_scale)
+    if w_q is None or w_k is None or cache.k_a is None:
+        return meet(p, cache.v).to(q.dtype).view(batch, heads, 1, v.shape[-1])
+    if cache.w_q is not None and cache.w_k is not None:
+        _append(cache.w_q, w_q, cache)
+        _append(cache.w_k, w_k, cache)
+        q_a, k_a = meet(p, cache.w_q), meet(p, cache.w_k)
+    else:
+        items = p if back is None else p.gather(2, back)
+        q_a, k_a = meet_table(items, w_q), meet_table(items, w_k)
+    _append(cache.k_a, k_a, cache)
+    r = softmax(q_a.reshape(batch * heads, 1, q_a.shape[-1]), cache.k_a, refine_scale)
+    if cache.y is not None:
+        _append(cache.y, meet(p, cache.v), cache)
+    elif cache.refinement == "additive":
+        r = r.add_(p) if gate is None else torch.addcmul(p, gate.to(wide).view(-1, 1), r)
+    return meet(r, cache.v if cache.y is None else cache.y).to(q.dtype).view(batch, heads, 1, v.shape[-1])

@@ -1,0 +1,253 @@
+"""What one refined layer of a transformers model has: learned tables, knowledge of padding, and a cache of its own.
+
+B batch, H query heads, H_kv key and value heads, L positions, E hidden size, D head dim, R refinement rank, N table rows.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import causal_mask_function
+
+from ..cache import RefinedCache
+from ..decoding import refined_attention_prefill, refined_attention_step
+
+IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key of the settings in a model's config
+
+
+class RefinedTables(nn.Module):
+    """The learned part of one refined layer: tables W_q and W_k and, where it has one, a gate per head.
+
+    Parameters w_q and w_k: (H, R, E), or (1, R, E) shared by the heads, for "content"; (H, N, R) or (1, N, R) for "position". They
+    are drawn so that rows have variance 1 (content: for inputs that have). Parameter gate: (H,), zero at first, or None.
+    """
+
+    def __init__(self, attention: nn.Module, settings: dict[str, Any], dtype: torch.dtype) -> None:
+        super().__init__()
+        config: Any = attention.config
+        self.heads, self.refinement = config.num_attention_heads, settings["refinement"]
+        self.content = settings["tables"] == "content"
+        rank, count = settings["rank"], self.heads if settings["per_head"] else 1
+        shape = (rank, config.hidden_size) if self.content else (settings["max_positions"], rank)
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, device=next(attention.parameters()).device, dtype=dtype))
+
+        self.w_q, self.w_k = new(count, *shape), new(count, *shape)
+        self.gate = new(self.heads) if settings["gate"] else None
+        for w in (self.w_q, self.w_k):
+            nn.init.normal_(w, std=config.hidden_size**-0.5 if self.content else 1.0)
+
+    def hand_over(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the attention module runs: have it pass on what the attention function needs."""
+        if (used := attention.config._attn_implementation) != IMPLEMENTATION:  # type: ignore[union-attr]
+            raise ValueError(f'the attention implementation is "{used}"; it must stay "{IMPLEMENTATION}" in a refined model')
+        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+        layer = None if cache is None else cache_layer(cache, attention.layer_idx)  # type: ignore[arg-type]
+        return args, kwargs | {"refined": Refined(self, args[0] if args else kwargs["hidden_states"], layer)}
+
+    def rows(self, hidden: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """W_q and W_k for the positions of a window whose real tokens start at `first` (B,), default 0.
+
+        hidden: (B, L, E), the attention module's input. Returns (B, H, L, R); or from position tables without `first`, which is
+        for all entries the same, (H, L, R) or (L, R).
+        """
+        if self.content:
+            return self._computed(self.w_q, hidden), self._computed(self.w_k, hidden)
+        length, limit = hidden.shape[1], self.w_q.shape[1]
+        if length > limit:
+            raise ValueError(f"max_positions is {limit}; it must be at least the {length} positions of the input")
+        w_q, w_k = self.whole()
+        if first is None:
+            return w_q[..., :length, :], w_k[..., :length, :]
+        item = (torch.arange(length, device=first.device) - first[:, None]).clamp(min=0)
+        shape = (first.shape[0], self.heads, length, -1)
+        return tuple(w[:, item].transpose(0, 1).expand(shape) for w in (self.w_q, self.w_k))  # type: ignore[return-value]
+
+    def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """W_q and W_k as a `RefinedCache` takes them: the rows of the new positions, or the whole position tables."""
+        return self.rows(hidden) if self.content else self.whole()
+
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Position tables: (H, N, R), or (N, R) shared by the heads."""
+        return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
+
+    def _computed(self, w: Tensor, hidden: Tensor) -> Tensor:
+        found = F.linear(hidden, w.flatten(0, 1)).unflatten(-1, (-1, w.shape[1])).transpose(1, 2)
+        return found.expand(-1, self.heads, -1, -1)
+
+
+class Refined(NamedTuple):
+    """What a refined layer hands to the attention function."""
+
+    tables: RefinedTables
+    hidden: Tensor  # (B, L, E), the layer's input
+    cache: "RefinedCacheLayer | None"
+
+
+class Padding(NamedTuple):
+    """Where real tokens lie in a batch of windows."""
+
+    lengths: Tensor | None  # (B,) int64; None: everything is real
+    side: str
+    first: Tensor | None  # (B,) int64, position of the first real token; None: 0
+
+
+class LazyMask:
+    """What a model says of visibility, once per pass: where padding is, and a mask only if a plain layer asks for one."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.plain = arguments["mask_function"] is causal_mask_function and not arguments["kv_offset"]
+        self._padding = _read_padding(arguments) if self.plain else None
+        self._dense: tuple[Any] | None = None
+
+    @property
+    def padding(self) -> Padding | None:
+        if not self.plain:
+            raise ValueError(
+                "attention_mask is not plainly causal (a sliding window, packed sequences, bidirectional or custom); "
+                "it must show refined layers all earlier tokens of one sequence"
+            )
+        return self._padding
+
+    def dense(self) -> Any:
+        if self._dense is None:
+            self._dense = (AttentionMaskInterface()["sdpa"](**self.arguments),)
+        return self._dense[0]
+
+
+def _read_padding(arguments: dict[str, Any]) -> Padding | None:
+    """Of the whole window. On a GPU this waits for the device, but not where a cache knows: then None."""
+    mask, window = arguments["attention_mask"], arguments["kv_length"]
+    started = window > arguments["q_length"]
+    if mask is None:
+        return Padding(None, "right", None)
+    if tuple(mask.shape) != (arguments["batch_size"], window):
+        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) with L = {window}")
+    if started and mask.device.type != "cpu":
+        return None
+    lengths = mask.sum(1)
+    first, last = mask.int().argmax(1), mask.flip(1).int().argmax(1)  # `last` counts from the end
+    empty = lengths == 0
+    runs = [lengths == window, empty | (first + lengths + last == window), first == 0, empty | (last == 0)]
+    full, one_run, right, left = (bool(x) for x in torch.stack(runs).all(1).int().tolist())
+    if full:
+        return Padding(None, "right", None)
+    if not one_run or not (left or (right and not started)):
+        side = "on the left, as tokens follow" if started else "on one side of the batch"
+        raise ValueError(
+            f"attention_mask is irregular; it must be one run of real tokens per row for refined layers, padded {side}"
+        )
+    return Padding(lengths, "left", window - lengths) if left else Padding(lengths, "right", None)
+
+
+class RefinedCacheLayer(CacheLayerMixin):
+    """One layer of a transformers cache: keys, values and what refinement adds to them, each once, in a `RefinedCache`."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.length = 0  # positions seen, padding included
+        self.rows: RefinedCache | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.is_initialized = True  # the rest waits for the queries and tables
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Count the new positions and hand them on; `start` and `go_on` store them."""
+        self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def start(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: RefinedTables, hidden: Tensor, padding: Padding, scale: float
+    ) -> Tensor:
+        """Attention of a prompt, after `update` has counted it."""
+        w_q, w_k = tables.cached(hidden)
+        self.rows = RefinedCache(
+            q.shape[0],
+            q.shape[2],
+            heads=q.shape[1],
+            kv_heads=k.shape[1],
+            head_dim=q.shape[-1],
+            value_dim=v.shape[-1],
+            rank=w_q.shape[-1],
+            refinement=tables.refinement,
+            tables="content" if tables.content else "position",
+            dtype=v.dtype,
+            device=v.device,
+        )
+        sides: Any = {"lengths": padding.lengths, "padding_side": padding.side}
+        return refined_attention_prefill(q, k, v, w_q, w_k, self.rows, gate=tables.gate, softmax_scale=scale, **sides)
+
+    def go_on(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: RefinedTables, hidden: Tensor, padding: Padding | None, scale: float
+    ) -> Tensor:
+        """Attention of the positions after those, one by one; `padding`, where it is known, is that of all positions."""
+        if self.rows is None:
+            raise ValueError(
+                "cache is of a pass with gradients or dropout, which keeps nothing; it must be filled in eval mode under no_grad"
+            )
+        if padding is not None and not self.rows.first.equal(self.rows.first * 0 if padding.first is None else padding.first):
+            raise ValueError("attention_mask is another than that of the positions in the cache; it must hide the same ones")
+        w_q, w_k = tables.cached(hidden)
+        outs = []
+        for at in range(q.shape[2]):
+            q_i, k_i, v_i = (x[:, :, at : at + 1] for x in (q, k, v))
+            w_q_i, w_k_i = (w[:, :, at : at + 1] if tables.content else w for w in (w_q, w_k))
+            outs.append(refined_attention_step(q_i, k_i, v_i, w_q_i, w_k_i, self.rows, gate=tables.gate, softmax_scale=scale))
+        return torch.cat(outs, 2)
+
+    def reset(self) -> None:
+        self.length, self.rows, self.is_initialized = 0, None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.rows is not None:
+            self.rows.reorder(beam_idx.to(self.rows.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.rows is not None:
+            self.reorder_cache(torch.arange(self.rows.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` positions."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove is {tokens_to_remove}; it must be 0 or negative")
+        if self.rows is not None:
+            if self.rows.end_bound < self.length:
+                raise ValueError("cache is of a batch padded on the right; it must be padded on the left to be cropped")
+            self.rows.crop(self.length + tokens_to_remove)
+        self.length += tokens_to_remove
+
+
+def cache_layer(cache: Cache, index: int) -> RefinedCacheLayer:
+    """The cache's layer for a refined attention module, which takes the place of an empty dynamic one."""
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer: Any = cache.layers[index]
+    if type(layer) is DynamicLayer and not layer.is_initialized and not cache.offloading:
+        layer = cache.layers[index] = RefinedCacheLayer()
+    if not isinstance(layer, RefinedCacheLayer):
+        state = "offloaded" if cache.offloading else "filled by a plain model" if type(layer) is DynamicLayer else "of another kind"
+        must = "a DynamicCache, empty at first and not offloaded"
+        raise ValueError(f"cache is {type(cache).__name__} of {type(layer).__name__}, {state}; it must be {must}")
+    return layer

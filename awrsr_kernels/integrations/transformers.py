@@ -1,0 +1,243 @@
+"""Refined attention in decoder models of Hugging Face transformers: training, padding, generation with a cache, saving.
+
+B batch, H query heads, H_kv key and value heads, L positions, E hidden size, D head dim, R refinement rank, N table rows.
+
+`refine` gives chosen attention modules a submodule `refined` with their tables, and the model an attention implementation that
+uses them. A forward hook hands the module's input and cache to that implementation through keyword arguments, which every
+module of transformers' attention interface passes on; nothing else of the model changes. Its mask function makes no mask: it
+keeps what the model says of padding, from which refined layers read lengths; the other layers run as under "sdpa".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from .. import checks
+from ..api import refined_attention
+from ._transformers_layer import IMPLEMENTATION, LazyMask, Padding, Refined, RefinedTables
+
+__all__ = ["RefinedTables", "load", "refine"]
+
+MODULES = ("self_attn", "attn", "attention", "self_attention")  # what decoder layers call their attention
+HEAD_DIMS = ("head_dim", "head_size", "qk_head_dim")  # what these call the width of a query head
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # of some models' attention; None where unused
+
+
+def refine(
+    model: PreTrainedModel,
+    *,
+    layers: Sequence[int] | None = None,
+    refinement: str = "additive",
+    rank: int | None = None,
+    tables: str = "content",
+    per_head: bool = True,
+    gate: bool = True,
+    max_positions: int | None = None,
+) -> PreTrainedModel:
+    """Refine the attention of a decoder model, in place.
+
+    With "additive" and its gate, which starts at zero, the model computes what it did before, to rounding, until it is trained.
+    "simple" and "value" replace the weights, so they change the model at once.
+
+    Args:
+        model: a causal decoder on transformers' attention interface (Llama, Qwen, GPT-2, ...), trained or made from a config.
+        layers: indices of the layers to refine, in 0..number of layers - 1; default all. The others keep plain attention ("sdpa").
+        refinement: "simple", "value" or "additive", as in `awrsr_kernels.refined_attention`.
+        rank: columns R of the tables, 1..256; default the head dim.
+        tables: "content" (a row is a learned linear map of the layer's input at that position: no limit on the length) or
+            "position" (row j is learned for the j-th real token).
+        per_head: whether each query head has tables of its own.
+        gate: "additive" alone: whether each head learns a gate, from zero; otherwise it is 1.
+        max_positions: rows N of position tables, default the config's `max_position_embeddings`.
+
+    Returns:
+        The model. New parameters lie in `...<attention>.refined`, in the model's dtype and on its layer's device; the
+        settings lie in `model.config.refined_attention`, so that `load` restores what `model.save_pretrained` wrote.
+
+    Raises:
+        ValueError, TypeError: an argument does not fit, or the model is refined already, no decoder or of an unknown kind.
+    """
+    checks.choice("refinement", refinement, ("simple", "value", "additive"))
+    checks.choice("tables", tables, ("content", "position"))
+    found = _attention_modules(model)
+    if any(hasattr(module, "refined") for module in found):
+        raise ValueError("model is refined already; it must be refined once")
+    if getattr(model.config, IMPLEMENTATION, None) is not None:
+        raise ValueError(
+            "model is plain, but its config has settings of refined attention; it must have a config of its own (copy it), "
+            "or, if it was saved refined, come from awrsr_kernels.integrations.transformers.load"
+        )
+    last = model.config.max_position_embeddings if tables == "position" else 1
+    settings = {
+        "layers": _chosen(layers, model.config, len(found)),
+        "refinement": refinement,
+        "rank": _count("rank", rank, _head_dim(found[0]), checks.MAX_FEATURES),
+        "tables": tables,
+        "per_head": checks.flag("per_head", per_head),
+        "gate": checks.flag("gate", gate) and refinement == "additive",
+        "max_positions": _count("max_positions", max_positions, last) if tables == "position" else None,
+    }
+    _install(model, found, settings)
+    return model
+
+
+def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:
+    """The refined model that `save_pretrained` wrote.
+
+    Other ways to load (`AutoModel...`) know nothing of the tables: they leave them out and warn of unexpected weights.
+
+    Args:
+        path: a folder, or a name on the Hugging Face Hub.
+        model_class: class of the model, such as `transformers.LlamaModel`; default the one it was saved from.
+        kwargs: those of `PreTrainedModel.from_pretrained`, such as dtype or device_map.
+
+    Raises:
+        ValueError: the model was not refined when it was saved, or its tables are missing.
+    """
+    places = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in places})
+    settings = getattr(config, IMPLEMENTATION, None)
+    if settings is None:
+        raise ValueError(f"path is {path}, whose config has no refined_attention; it must be a refined model, saved")
+    plain: Any = model_class or getattr(transformers, config.architectures[0])
+
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        plain.__init__(self, config, *args, **kwargs)
+        _install(self, _attention_modules(self), settings)
+
+    # Weights are loaded into what __init__ builds. The name stays: transformers keeps records by it.
+    building: Any = type(plain.__name__, (plain,), {"__init__": __init__, "__module__": plain.__module__})
+    model, report = building.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    if missing := sorted(key for key in report["missing_keys"] if ".refined." in key):
+        raise ValueError(f"path is {path}, without {', '.join(missing)}; it must hold every table of the refined layers")
+    model.__class__ = plain
+    return model
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    refined: Refined | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function as transformers calls it: query (B, H, L, D), key and value of H_kv heads; returns (B, L, H, D_v)."""
+    if refined is None:  # a plain layer
+        mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
+        found: tuple[Tensor, None] = AttentionInterface()["sdpa"](
+            module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        return found
+    if used := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
+        raise ValueError(f"{used[0]} is used by {type(module).__name__}; it must be None in refined layers")
+    tables, hidden, cache = refined
+    parts, length = (query, key, value), query.shape[2]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None and cache.length > length:
+        return cache.go_on(*parts, tables, hidden, _padding(attention_mask, cache.length), scale).transpose(1, 2), None
+    padding = _padding(attention_mask, length)
+    assert padding is not None  # it is read where nothing precedes the window
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, hidden, *tables.parameters()))
+    if cache is not None and not learning and not dropout:
+        return cache.start(*parts, tables, hidden, padding, scale).transpose(1, 2), None
+    out = refined_attention(
+        *parts,
+        *tables.rows(hidden, padding.first),
+        refinement=tables.refinement,
+        gate=tables.gate,
+        lengths=padding.lengths,
+        padding_side=padding.side,
+        softmax_scale=scale,
+        dropout_p=dropout,
+    )
+    return out.transpose(1, 2), None
+
+
+def _padding(mask: Any, window: int) -> Padding | None:
+    """What the mask says of the window; None where only the cache knows."""
+    if mask is None:
+        return Padding(None, "right", None)
+    if not isinstance(mask, LazyMask):
+        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) for refined layers, or None")
+    if (length := mask.arguments["kv_length"]) != window:
+        raise ValueError(f"attention_mask is of {length} positions; it must be of the {window} of the input and its cache")
+    return mask.padding
+
+
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a decoder's layers, in order."""
+    found: dict[int, Any] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if name.rpartition(".")[2] in MODULES and isinstance(index, int) and _head_dim(module):
+            found[index] = module
+    if not found or sorted(found) != list(range(len(found))) or not model._can_set_attn_implementation():
+        raise ValueError(
+            f"model is {type(model).__name__}; it must be a decoder on transformers' attention interface, whose layers' attention "
+            f"modules are named {', '.join(MODULES)} and know their layer_idx and {' or '.join(HEAD_DIMS)}"
+        )
+    first = found[0]
+    if (
+        not getattr(first, "is_causal", True)
+        or getattr(model.config, "add_cross_attention", False)
+        or model.config.is_encoder_decoder
+    ):
+        raise ValueError(f"model is {type(model).__name__}, not causal or with cross-attention; it must be a decoder alone")
+    if first.config is not model.config:
+        raise ValueError(f"model is {type(model).__name__}, of several parts; it must be the language model inside it")
+    return [found[index] for index in sorted(found)]
+
+
+def _head_dim(attention: Any) -> int:
+    return next((getattr(attention, name) for name in HEAD_DIMS if hasattr(attention, name)), 0)
+
+
+def _install(model: PreTrainedModel, found: list[Any], settings: dict[str, Any]) -> None:
+    """Tables where the settings say, and the attention implementation that reads them."""
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    for index in settings["layers"]:
+        tables = found[index].refined = RefinedTables(found[index], settings, model.dtype)
+        found[index].register_forward_pre_hook(tables.hand_over, with_kwargs=True)
+    model.set_attn_implementation(IMPLEMENTATION)
+    setattr(model.config, IMPLEMENTATION, settings)
+
+
+def _mask(**arguments: Any) -> LazyMask:
+    """The mask function as transformers calls it."""
+    return LazyMask(arguments)
+
+
+def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) -> list[int]:
+    layers = list(range(count)) if layers is None else list(layers)
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"layers is {layers!r}; it must be None or a list of ints")
+        if not 0 <= index < count:
+            raise ValueError(f"layers is {layers!r}; it must be indices in 0..{count - 1}")
+    if not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers is {layers!r}; it must name one layer at least, each once")
+    kinds = get_layer_types_and_kwargs(config)[0]
+    if other := [index for index in layers if kinds[index] != "full_attention"]:
+        full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+        raise ValueError(f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must be of full attention: {full}')
+    return sorted(layers)
+
+
+def _count(name: str, value: int | None, default: int, most: int | None = None) -> int:
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be an int or None")
+    if value < 1 or (most is not None and value > most):
+        raise ValueError(f"{name} is {value}; it must be {f'in 1..{most}' if most else '1 or more'}")
+    return value
