@@ -3,6 +3,7 @@
 B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and value heads, D head dim, R refinement rank, N max_len.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from . import checks, jagged
 from .api import attention_weights, refined_attention, refined_attention_varlen
+from .cache import RefinedCache
+from .decoding import refined_attention_prefill, refined_attention_step
 
 
 class _Place(NamedTuple):
@@ -225,6 +228,41 @@ class RefinedMultiheadAttention(nn.Module):
         q, k, _ = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
         options = self._padded_tables(x) | self._call() | self._side()
         return attention_weights(q, k, lengths=lengths, **options)
+
+    def make_cache(self, batch: int, capacity: int) -> RefinedCache:
+        """An empty cache for decoding `batch` sequences; it grows beyond `capacity` positions where the tables allow that.
+
+        Raises:
+            ValueError: the module is not causal, or has position tables and align "right", whose rows move with every new position.
+        """
+        if not self.causal:
+            checks.refuse("causal", "False", "True for decoding")
+        if self.max_len is not None and self.align == "right":
+            checks.refuse("align", '"right"', '"left" for decoding with position tables, or tables="content"')
+        weight = self.qkv.weight
+        return RefinedCache(
+            batch, capacity, heads=self.num_heads, kv_heads=self.num_kv_heads, head_dim=self.head_dim, rank=self.rank,
+            refinement=self.refinement, tables=self.tables, dtype=weight.dtype, device=weight.device,
+        )  # fmt: skip
+
+    def prefill(self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str = "right") -> Tensor:
+        """What `forward` gives for prompts x (B, L, E), which fill an empty cache; not while gradients are recorded.
+
+        lengths: (B,) real items per prompt; the rest is padding on `padding_side`.
+        """
+        self._check(x, "(B, L, E)", 3)
+        return self._decode(refined_attention_prefill, x, cache, lengths=lengths, padding_side=padding_side)
+
+    def step(self, x: Tensor, cache: RefinedCache) -> Tensor:
+        """One position more per sequence, x (B, 1, E) -> (B, 1, E): the row that `forward` has for it, in O(L) work."""
+        self._check(x, "(B, 1, E)", 3)
+        return self._decode(refined_attention_step, x, cache)
+
+    def _decode(self, call: Callable[..., Tensor], x: Tensor, cache: RefinedCache, **where: Any) -> Tensor:
+        q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
+        w_q, w_k = (self.w_q, self.w_k) if self.to_tables is None else (w.transpose(1, 2) for w in self._content(x))
+        options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
+        return self.out(call(q, k, v, w_q, w_k, cache, **where, **options).transpose(1, 2).flatten(-2))
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
         q, k, v = self._split(self.qkv(x))

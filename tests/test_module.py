@@ -84,6 +84,28 @@ def test_a_wholly_padded_sequence_gives_the_bias() -> None:
     torch.testing.assert_close(out[0], module.out.bias.expand(L, E))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_decoding_gives_the_rows_of_the_full_call(kind: tuple[str, str], side: str) -> None:
+    module, x = make(*kind, align="left", num_kv_heads=1, dropout=0.5).eval(), draw(B, L, E)
+    mask, real = padded(x, side)
+    new = draw(B, 2, E)
+    with torch.no_grad():
+        cache = module.make_cache(B, 8)
+        out = module.prefill(x, cache, lengths=torch.tensor(LENGTHS, device=DEVICE), padding_side=side)
+        torch.testing.assert_close(out, module(x, key_padding_mask=mask))
+        rows = torch.cat([module.step(new[:, i : i + 1], cache) for i in range(2)], 1)
+        for b in range(B):
+            alone = torch.cat([x[b, real[b]], new[b]])[None]
+            torch.testing.assert_close(rows[b], module(alone)[0, -2:])
+
+
+@pytest.mark.parametrize("options,name", [({"align": "right"}, "align"), ({"align": "left", "causal": False}, "causal")])
+def test_what_cannot_decode_says_so(options: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"\b{name}\b is .*must be .*for decoding"):
+        make(**options).make_cache(B, L)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("refinement,tables", [("none", "position"), ("additive", "position"), ("additive", "content")])
