@@ -9,7 +9,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr", "awrsr.data"],
+    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr_kernels.integrations", "awrsr", "awrsr.data"],
     entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
@@ -31,6 +31,15 @@ setup(
         ],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
         "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
+        # Libraries whose recommenders the adapters refine (`awrsr_kernels.integrations`); constraints-libraries.txt pins what works
+        # together.
+        "rectools": ["rectools[torch]==0.19.0"],
+        "replay": ["replay-rec[torch]==0.22.0"],
+        "recbole": [
+            "recbole==1.2.1",
+            "numpy<2",  # it sets numpy's old names, some of which numpy 2 has dropped
+            "setuptools<81",  # pkg_resources, which its ray imports
+        ],
         "dev": [
             "pytest",  # the tests
             "pytest-xdist",  # on every core
