@@ -6,7 +6,6 @@ T packed events of B histories, L window, E hidden size, H heads, D head dim, R 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awrsr_kernels import (
@@ -127,13 +126,11 @@ class RefinedAttention(nn.Module):
             found = each if isinstance(where, Packed) else [w.transpose(1, 2) for w in each]
             return dict(zip(self.table_names, found, strict=True))
         tables = {name: getattr(self, name) for name in self.table_names}
-        *heads, size, _ = tables["w_q"].shape
-        if isinstance(where, Padded):
-            last = torch.arange(size - x.shape[1], size, device=x.device)  # a slice would tie an exported program to one window
-            return {name: w.index_select(-2, last) for name, w in tables.items()}
-        if [*heads, size] != [len(x), self.heads]:
-            return tables
-        return {name: F.pad(w, (0, 0, 1, 0)) for name, w in tables.items()}  # a row nobody uses, or it would pass for content
+        if isinstance(where, Packed):
+            return {name: w if w.dim() == 2 else w[None] for name, w in tables.items()}  # (H, N, R) might pass for content
+        size = tables["w_q"].shape[-2]
+        last = torch.arange(size - x.shape[1], size, device=x.device)  # a slice would tie an exported program to one window
+        return {name: w.index_select(-2, last) for name, w in tables.items()}
 
 
 class StochasticAttention(RefinedAttention):

@@ -6,7 +6,7 @@ rank, N table rows.
 
 from torch import Tensor
 
-from . import checks
+from . import checks, jagged
 from .fallback import fallback_attention
 from .launch_config import table_features, unsupported_reason
 from .layout import Call, Inputs
@@ -37,7 +37,9 @@ def refined_attention(
 
     Args:
         q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Any strides: only a tensor whose last dimension is
-            not contiguous is copied.
+            not contiguous is copied. Or jagged (torch.nested, layout torch.jagged), (B, H, j, D): then k, v and content tables
+            are, too, position tables have as many rows as the longest sequence or more, lengths must be None, and padding_side
+            says which rows of a table a sequence uses: "left" the last ones, "right" the first.
         k: (B, H_kv, L, D) in q's dtype; H a multiple of H_kv (grouped-query attention), query head h reads head h // (H / H_kv).
         v: (B, H_kv, L, D_v) in q's dtype, D_v in 1..256.
         w_q, w_k: the tables that span the correlation space, R in 1..256: (L, R) shared, (H, L, R) per head, row j for position
@@ -58,12 +60,20 @@ def refined_attention(
             number of derivatives), or "auto": triton where it can run on a GPU, otherwise torch.
 
     Returns:
-        (B, H, L, D_v) in v's dtype. "triton" and "torch" are differentiable once. Entries are independent; but "triton" and, where
-        there are lengths, "torch" let short ones share a tile, where a NaN or Inf in a real item of one reaches the others.
+        (B, H, L, D_v) in v's dtype; jagged as q is. "triton" and "torch" are differentiable once. Entries are independent; but
+        "triton" and, where there are lengths, "torch" let short ones share a tile, where a NaN or Inf in a real item of one
+        reaches the others.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.
     """
+    if jagged.is_nested(q):
+        packed = jagged.packed({"q": q, "k": k, "v": v}, {"w_q": w_q, "w_k": w_k}, lengths, padding_side)
+        out = refined_attention_varlen(
+            **packed, refinement=refinement, gate=gate, causal=causal, softmax_scale=softmax_scale, refine_scale=refine_scale,
+            dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+        )  # fmt: skip
+        return jagged.unpacked(out, q).transpose(1, 2)
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
@@ -96,7 +106,7 @@ def refined_attention_varlen(
     Args:
         q, k, v: (T, H, D), (T, H_kv, D), (T, H_kv, D_v): the items of all sequences, one sequence after another.
         w_q, w_k: (T, H, R) computed from content, a row per item; or a table of N >= max_seqlen rows, (N, R) shared or (H, N, R)
-            per head. A tensor of shape (T, H, R) is always read as content.
+            per head. A tensor of shape (T, H, R) is always read as content, one of shape (1, H, N, R) never.
         cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
             Empty sequences are legal. On a GPU values are not read; the kernels clamp them.
         max_seqlen: the longest sequence, or a bound on it; picks a better tile. Default: N, or T with content tables.

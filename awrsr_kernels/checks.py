@@ -26,10 +26,10 @@ def batch(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> tu
     q, k, v = _query_key_value(q, k, v, "(B, H, L, D)", 4, names)
     for name, x in zip(names[1:], (k, v), strict=True):
         if x.shape[0] != q.shape[0] or x.shape[2] != q.shape[2]:
-            _refuse(name, _shape(x), f"of {names[0]}'s batch and length: {q.shape[0]} entries of L = {q.shape[2]} positions")
+            refuse(name, _shape(x), f"of {names[0]}'s batch and length: {q.shape[0]} entries of L = {q.shape[2]} positions")
     _heads(q, k, v, names)
     if q.shape[2] < 1:
-        _refuse(names[0], _shape(q), "at least one position long")
+        refuse(names[0], _shape(q), "at least one position long")
     return q, k, v
 
 
@@ -38,7 +38,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> t
     q, k, v = _query_key_value(q, k, v, "(T, H, D)", 3, names)
     for name, x in zip(names[1:], (k, v), strict=True):
         if x.shape[0] != q.shape[0]:
-            _refuse(name, _shape(x), f"of {names[0]}'s T = {q.shape[0]} positions")
+            refuse(name, _shape(x), f"of {names[0]}'s T = {q.shape[0]} positions")
     _heads(q, k, v, names)
     return q, k, v
 
@@ -49,9 +49,9 @@ def covariance(name: str, cov: Tensor, mean: Tensor) -> Tensor:
     _same_device(name, cov, mean)
     cov, beside = _autocast(cov), name.replace("cov", "mean")
     if cov.shape != mean.shape:
-        _refuse(name, _shape(cov), f"of {beside}'s shape, {tuple(mean.shape)}")
+        refuse(name, _shape(cov), f"of {beside}'s shape, {tuple(mean.shape)}")
     if cov.dtype != mean.dtype:
-        _refuse(name, str(cov.dtype), f"of {beside}'s dtype, {mean.dtype}", TypeError)
+        refuse(name, str(cov.dtype), f"of {beside}'s dtype, {mean.dtype}", TypeError)
     return cov
 
 
@@ -66,7 +66,7 @@ def padded_tables(
     shapes = {2: (length,), 3: (heads, length), 4: (entries, heads, length)}
     if w_q.dim() not in shapes or tuple(w_q.shape[:-1]) != shapes[w_q.dim()]:
         must = f"(L, R), (H, L, R) or (B, H, L, R) with B = {entries}, H = {heads}, L = {length}"
-        _refuse(names[0], _shape(w_q), must)
+        refuse(names[0], _shape(w_q), must)
     per_entry = w_q.dim() == 4
     while w_q.dim() < 4:
         w_q, w_k = w_q.unsqueeze(0), w_k.unsqueeze(0)
@@ -87,7 +87,9 @@ def packed_tables(
         return w_q[None, None], w_k[None, None], False
     if w_q.dim() == 3 and w_q.shape[0] == heads:
         return w_q[None], w_k[None], False
-    _refuse(names[0], _shape(w_q), f"(N, R), (H, N, R) or (T, H, R) with H = {heads}, T = {total}")
+    if w_q.dim() == 4 and tuple(w_q.shape[:2]) == (1, heads):
+        return w_q, w_k, False
+    refuse(names[0], _shape(w_q), f"(N, R), (H, N, R), (1, H, N, R) or (T, H, R) with H = {heads}, T = {total}")
 
 
 def gaussian_tables(
@@ -100,12 +102,12 @@ def gaussian_tables(
     if refinement != "stochastic":
         for name, given in zip(names, w_cov, strict=True):
             if given is not None:
-                _refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
+                refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
         return w_q, w_k, per_entry
     w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
     assert w_q is not None and w_k is not None and w_q_cov is not None and w_k_cov is not None
     if w_q_cov.shape != w_q.shape or w_q_cov.dtype != w_q.dtype:
-        _refuse(names[0], f"{_shape(w_cov[0])}, {w_q_cov.dtype}", f"like w_q {_shape(w[0])}, {w_q.dtype}")
+        refuse(names[0], f"{_shape(w_cov[0])}, {w_q_cov.dtype}", f"like w_q {_shape(w[0])}, {w_q.dtype}")
     return torch.cat([w_q, w_q_cov], -1), torch.cat([w_k, w_k_cov], -1), per_entry
 
 
@@ -118,13 +120,13 @@ def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -
     if value is None:
         return None
     if refinement != "additive":
-        _refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
+        refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
     if not isinstance(value, Tensor):
         return torch.full((1,), _number("gate", value), device=q.device)
     if not value.is_floating_point():
-        _refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
+        refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
     if value.dim() > 1 or value.numel() not in (1, heads):
-        _refuse("gate", _shape(value), f"a scalar or of shape (H,) with H = {heads}")
+        refuse("gate", _shape(value), f"a scalar or of shape (H,) with H = {heads}")
     _same_device("gate", value, q)
     return value.reshape(-1)
 
@@ -134,26 +136,26 @@ def lengths(value: Tensor | None, q: Tensor) -> None:
         return
     _integers("lengths", value, q)
     if tuple(value.shape) != (q.shape[0],):
-        _refuse("lengths", _shape(value), f"of shape (B,) with B = {q.shape[0]}")
-    if _readable(value) and value.numel():
+        refuse("lengths", _shape(value), f"of shape (B,) with B = {q.shape[0]}")
+    if readable(value) and value.numel():
         low, high = value.min().item(), value.max().item()
         if low < 0 or high > q.shape[2]:
-            _refuse("lengths", f"{low} to {high}", f"within 0..L, L = {q.shape[2]}")
+            refuse("lengths", f"{low} to {high}", f"within 0..L, L = {q.shape[2]}")
 
 
 def cu_seqlens(value: Tensor | None, q: Tensor) -> Tensor:
     _integers("cu_seqlens", value, q)
     assert value is not None
     if value.dim() != 1 or value.numel() < 1:
-        _refuse("cu_seqlens", _shape(value), "of shape (B + 1,)")
-    if not _readable(value):
+        refuse("cu_seqlens", _shape(value), "of shape (B + 1,)")
+    if not readable(value):
         return value
     if value[0].item() != 0 or value[-1].item() != q.shape[0]:
-        _refuse("cu_seqlens", f"from {value[0].item()} to {value[-1].item()}", f"from 0 to T = {q.shape[0]}")
+        refuse("cu_seqlens", f"from {value[0].item()} to {value[-1].item()}", f"from 0 to T = {q.shape[0]}")
     falls = (value.diff() < 0).nonzero()
     if falls.numel():
         at = int(falls[0].item())
-        _refuse("cu_seqlens", f"{value[at].item()}, then {value[at + 1].item()} at index {at + 1}", "nowhere falling")
+        refuse("cu_seqlens", f"{value[at].item()}, then {value[at + 1].item()} at index {at + 1}", "nowhere falling")
     return value
 
 
@@ -161,19 +163,19 @@ def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> in
     """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory."""
     if value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            _refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
+            refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
         if value < 0:
-            _refuse("max_seqlen", str(value), "0 or more")
+            refuse("max_seqlen", str(value), "0 or more")
     bound = window if value is None else value
-    if _readable(bounds):
+    if readable(bounds):
         longest = int(bounds.diff().max().item()) if bounds.numel() > 1 else 0
         if value is not None and longest > value:
-            _refuse("max_seqlen", str(value), f"at least the longest sequence, which cu_seqlens says has {longest} items")
+            refuse("max_seqlen", str(value), f"at least the longest sequence, which cu_seqlens says has {longest} items")
         if longest > window:
-            _refuse("w_q", f"of {window} rows", f"at least as long as the longest sequence, {longest} items")
+            refuse("w_q", f"of {window} rows", f"at least as long as the longest sequence, {longest} items")
         bound = longest
     elif value is not None and value > window and window < total:
-        _refuse("w_q", f"of {window} rows", f"at least max_seqlen = {value} rows")
+        refuse("w_q", f"of {window} rows", f"at least max_seqlen = {value} rows")
     return max(1, min(bound, window))
 
 
@@ -185,7 +187,7 @@ def probability(name: str, value: float) -> float:
     """The probability, or 0 where it rounds to 0."""
     p = _number(name, value)
     if not 0 <= p < 1:
-        _refuse(name, str(value), "in [0, 1)")
+        refuse(name, str(value), "in [0, 1)")
     return p if quantise(p)[0] else 0.0
 
 
@@ -195,31 +197,40 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(value, Tensor):
         if value.dtype != torch.int64:
-            _refuse("dropout_seed", str(value.dtype), "an int or an int64 tensor of one element", TypeError)
+            refuse("dropout_seed", str(value.dtype), "an int or an int64 tensor of one element", TypeError)
         if value.numel() != 1:
-            _refuse("dropout_seed", _shape(value), "a tensor of one element")
+            refuse("dropout_seed", _shape(value), "a tensor of one element")
         if value.device != device:
-            _refuse("dropout_seed", f"on {value.device}", f"on q's device, {device}")
+            refuse("dropout_seed", f"on {value.device}", f"on q's device, {device}")
         return value.reshape(())
     if isinstance(value, bool) or not isinstance(value, int):
-        _refuse("dropout_seed", type(value).__name__, "an int or an int64 tensor of one element", TypeError)
+        refuse("dropout_seed", type(value).__name__, "an int or an int64 tensor of one element", TypeError)
     if not -(2**63) <= value < 2**63:
-        _refuse("dropout_seed", str(value), "within 64 bits")
+        refuse("dropout_seed", str(value), "within 64 bits")
     return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def count(name: str, value: Any, most: int | None = None) -> int:
+    """A number of things, 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        refuse(name, type(value).__name__, "an int", TypeError)
+    if value < 1 or (most is not None and value > most):
+        refuse(name, str(value), f"1 to {most}" if most is not None else "1 or more")
+    return value
 
 
 def flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
-        _refuse(name, repr(value), "True or False", TypeError)
+        refuse(name, repr(value), "True or False", TypeError)
     return value
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        _refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
+        refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
 
 
-def _refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
+def refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
     raise kind(f"{name} is {was}; it must be {must}")
 
 
@@ -229,30 +240,32 @@ def _shape(x: Any) -> str:
 
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        _refuse(name, type(value).__name__, "a number", TypeError)
+        refuse(name, type(value).__name__, "a number", TypeError)
     if not math.isfinite(value):
-        _refuse(name, str(value), "finite")
+        refuse(name, str(value), "finite")
     return float(value)
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _tensor(name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
-        _refuse(name, type(x).__name__, "a torch.Tensor", TypeError)
+        refuse(name, type(x).__name__, "a torch.Tensor", TypeError)
+    if x.is_nested:
+        refuse(name, "nested", "a dense tensor, or the first tensor of the call jagged, too", TypeError)
 
 
 def _same_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
-        _refuse(name, f"on {x.device}", f"on q's device, {q.device}")
+        refuse(name, f"on {x.device}", f"on q's device, {q.device}")
 
 
 def _integers(name: str, x: Any, q: Tensor) -> None:
     _tensor(name, x)
     if x.dtype not in (torch.int32, torch.int64):
-        _refuse(name, str(x.dtype), "an int32 or int64 tensor", TypeError)
+        refuse(name, str(x.dtype), "an int32 or int64 tensor", TypeError)
     _same_device(name, x, q)
 
 
@@ -260,28 +273,28 @@ def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, name
     for name, x in zip(names, (q, k, v), strict=True):
         _tensor(name, x)
         if x.dim() != dims:
-            _refuse(name, _shape(x), f"{form}, of {dims} dimensions")
+            refuse(name, _shape(x), f"{form}, of {dims} dimensions")
         _same_device(name, x, q)
     q, k, v = _autocast(q), _autocast(k), _autocast(v)
     for name, x in zip(names, (q, k, v), strict=True):
         if x.dtype not in DTYPES:
-            _refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
+            refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
         if x.dtype != q.dtype:
-            _refuse(name, str(x.dtype), f"of {names[0]}'s dtype, {q.dtype}", TypeError)
+            refuse(name, str(x.dtype), f"of {names[0]}'s dtype, {q.dtype}", TypeError)
         if not 1 <= x.shape[-1] <= MAX_FEATURES:
-            _refuse(name, _shape(x), f"1 to {MAX_FEATURES} wide in its last dimension")
+            refuse(name, _shape(x), f"1 to {MAX_FEATURES} wide in its last dimension")
     if k.shape[-1] != q.shape[-1]:
-        _refuse(names[1], _shape(k), f"of {names[0]}'s head dim D = {q.shape[-1]}")
+        refuse(names[1], _shape(k), f"of {names[0]}'s head dim D = {q.shape[-1]}")
     return q, k, v
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, names: Names) -> None:
     if q.shape[1] < 1:
-        _refuse(names[0], _shape(q), "of one head at least")
+        refuse(names[0], _shape(q), "of one head at least")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        _refuse(names[1], _shape(k), f"of a number of heads that divides {names[0]}'s H = {q.shape[1]}")
+        refuse(names[1], _shape(k), f"of a number of heads that divides {names[0]}'s H = {q.shape[1]}")
     if v.shape[1] != k.shape[1]:
-        _refuse(names[2], _shape(v), f"of {names[1]}'s H_kv = {k.shape[1]} heads")
+        refuse(names[2], _shape(v), f"of {names[1]}'s H_kv = {k.shape[1]} heads")
 
 
 def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
@@ -294,11 +307,11 @@ def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tu
         half = q.dtype in (torch.bfloat16, torch.float16)
         if w.dtype != q.dtype and not (half and w.dtype == torch.float32):
             must = f"of q's dtype, {q.dtype}" + (", or float32" if half else "")
-            _refuse(name, str(w.dtype), must, TypeError)
+            refuse(name, str(w.dtype), must, TypeError)
         if w.dim() < 2 or not 1 <= w.shape[-1] <= MAX_FEATURES:
-            _refuse(name, _shape(w), f"a table of 1 to {MAX_FEATURES} columns")
+            refuse(name, _shape(w), f"a table of 1 to {MAX_FEATURES} columns")
     if w_k.shape != w_q.shape or w_k.dtype != w_q.dtype:
-        _refuse(names[1], f"{_shape(w_k)}, {w_k.dtype}", f"like {names[0]} {_shape(w_q)}, {w_q.dtype}")
+        refuse(names[1], f"{_shape(w_k)}, {w_k.dtype}", f"like {names[0]} {_shape(w_q)}, {w_q.dtype}")
     return w_q, w_k
 
 

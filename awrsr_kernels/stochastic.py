@@ -6,7 +6,7 @@ N table rows.
 
 from torch import Tensor
 
-from . import checks
+from . import checks, jagged
 from .api import as_rows, packed_call, padded_call, run
 from .gaussian import points
 from .layout import Inputs
@@ -61,8 +61,17 @@ def stochastic_refined_attention(
     them, cost digits.
 
     Returns:
-        (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding.
+        (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding. Jagged, if all that have a row per
+        item are, as in `refined_attention`.
     """
+    if jagged.is_nested(q_mean):
+        items = {"q_mean": q_mean, "q_cov": q_cov, "k_mean": k_mean, "k_cov": k_cov, "v_mean": v_mean, "v_cov": v_cov}
+        tables = {"w_q": w_q, "w_k": w_k, "w_q_cov": w_q_cov, "w_k_cov": w_k_cov}
+        mean, cov = stochastic_refined_attention_varlen(
+            **jagged.packed(items, tables, lengths, padding_side), refinement=refinement, gate=gate, causal=causal,
+            softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
+        )  # fmt: skip
+        return jagged.unpacked(mean, q_mean).transpose(1, 2), jagged.unpacked(cov, q_mean).transpose(1, 2)
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = _covariances(q_cov, k_cov, v_cov, q, k, v)

@@ -229,8 +229,10 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
 
 ARROWS = {  # module: those of the package that it may import
-    "api": {"checks", "fallback", "launch_config", "layout", "reference", "_triton"},
-    "stochastic": {"api", "checks", "gaussian", "layout", "reference"},
+    "module": {"api", "checks", "jagged"},
+    "api": {"checks", "fallback", "jagged", "launch_config", "layout", "reference", "_triton"},
+    "stochastic": {"api", "checks", "gaussian", "jagged", "layout", "reference"},
+    "jagged": {"checks"},
     "reference": {"dropout", "gaussian", "layout"},
     "gaussian": set(),
     "fallback": {"layout", "_fallback_chunks", "_fallback_stock", "_fallback_sweeps"},

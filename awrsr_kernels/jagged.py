@@ -1,0 +1,58 @@
+"""Jagged tensors of torch.nested as packed rows, and back: nothing is padded, nothing copied.
+
+B sequences, j their ragged length, T items of all, H heads, F features, N rows of a position table.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from .checks import choice, readable, refuse
+
+
+def is_nested(x: Any) -> TypeGuard[Tensor]:
+    """Whether x is a nested tensor, of whatever layout: all but the jagged one will be refused."""
+    return isinstance(x, Tensor) and x.is_nested
+
+
+def packed(items: dict[str, Tensor], tables: dict[str, Tensor | None], lengths: Tensor | None, padding_side: str) -> dict[str, Any]:
+    """Arguments of the packed call for those of the padded one: jagged (B, H, j, F) items, and tables of any form."""
+    (first, like), *_ = items.items()
+    if lengths is not None:
+        refuse("lengths", "given", f"None: {first} is jagged and knows its lengths")
+    choice("padding_side", padding_side, ("left", "right"))
+    found: dict[str, Any] = {name: rows(name, x, first, like) for name, x in items.items()}
+    for name, w in tables.items():
+        found[name] = rows(name, w, first, like) if is_nested(w) else w[None] if isinstance(w, Tensor) and w.dim() == 3 else w
+    align = "right" if padding_side == "left" else "left"
+    return found | bounds(like) | {"align": align}
+
+
+def bounds(x: Tensor) -> dict[str, Any]:
+    """Where the sequences of a jagged tensor lie in its rows; `max_seqlen` is None if it does not know it."""
+    return {"cu_seqlens": x.offsets(), "max_seqlen": x._maybe_max_seqlen}  # type: ignore[attr-defined]
+
+
+def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor:
+    """(B, H, j, F) as (T, H, F), or with ragged=1 (B, j, F) as (T, F): views. Of the structure of `like`, which `first` names."""
+    form = {1: "(B, j, E), jagged in dimension 1", 2: "(B, H, j, F), jagged in dimension 2"}[ragged]
+    if not is_nested(x) or x.layout != torch.jagged:
+        was = type(x).__name__ if not isinstance(x, Tensor) else f"nested, of layout {x.layout}" if x.is_nested else "not nested"
+        refuse(name, was, f"jagged, of layout torch.jagged, as {first} is", TypeError)
+    if x.dim() != 2 + ragged or x._ragged_idx != ragged:  # type: ignore[attr-defined]
+        refuse(name, f"of {x.dim()} dimensions, jagged in dimension {x._ragged_idx}", form)  # type: ignore[attr-defined]
+    if x.lengths() is not None:  # type: ignore[attr-defined]
+        refuse(name, "jagged with holes between sequences", "without: call .contiguous()")
+    mine, its = x.offsets(), like.offsets()  # type: ignore[attr-defined]
+    if mine is not its and not (readable(mine) and torch.equal(mine, its)):
+        refuse(name, "of sequences of other lengths", f"made with the offsets of {first}")
+    values: Tensor = x.values()
+    return values.transpose(0, 1) if ragged == 2 else values
+
+
+def unpacked(out: Tensor, like: Tensor) -> Tensor:
+    """Packed (T, ...) as jagged (B, j, ...) of the ragged structure of `like`: what has it can be added to what has it."""
+    known = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}  # type: ignore[attr-defined]
+    found: Tensor = torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)
+    return found

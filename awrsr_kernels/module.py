@@ -1,0 +1,307 @@
+"""Refined self-attention as a module: linear maps around the operator, and the learned tables.
+
+B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and value heads, D head dim, R refinement rank, N max_len.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, jagged
+from .api import attention_weights, refined_attention, refined_attention_varlen
+
+
+class _Place(NamedTuple):
+    """Where the items of a padded batch lie, and how its rows must be turned for the operator to see padding on its side."""
+
+    lengths: Tensor | None  # (B,)
+    turn: Tensor | None  # (B,): row i of the operator is row (i + turn) % L of the caller
+
+
+class RefinedMultiheadAttention(nn.Module):
+    """Multi-head self-attention with refined weights (AWRSR, RecSys 2024), batch first.
+
+    out(refined_attention(q, k, v, W_q, W_k)), with q, k, v from one linear map of x. W_q and W_k span the correlation space:
+    they are parameters with a row per position (tables "position"), or computed from x by a linear map (tables "content"), which
+    limits no length. The learned gate of "additive" starts at 0: a new module is plain attention, and refinement grows as it pays.
+
+    Args:
+        embed_dim: E, a multiple of num_heads.
+        num_heads: H; D = E / H is at most 256.
+        max_len: N, rows of position tables: no sequence may be longer. Needed with them, unused otherwise.
+        refinement: "none", "simple", "value" or "additive".
+        tables: "position" or "content".
+        rank: R in 1..256; default D.
+        per_head: whether each head has tables of its own.
+        gate: of "additive". True: learned, a number per head, from gate_init. False: fixed at 1. A number: fixed at that.
+        gate_init: start of a learned gate. At 0, tables get no gradient in the very first step.
+        dropout: on attention weights while training, in [0, 1).
+        bias: whether the linear maps add one.
+        num_kv_heads: H_kv, a divisor of H (grouped-query attention); default H.
+        causal: whether a position sees only itself and earlier ones.
+        align: which rows of position tables a sequence of n uses, and where `lengths` expects padding. "right": the last n, so that
+            a row means a distance from the end (recommenders; padding on the left). "left": the first n, so that a row means an
+            absolute position (language models, decoding; padding on the right).
+        table_std: standard deviation of the entries of W at the start; of content tables where x has unit scale.
+        refine_scale: factor of the correlations; default 1/sqrt(R).
+        backend: of the operator. `state_dict` does not depend on it.
+
+    Parameters in `state_dict`: qkv.weight (E + 2 H_kv D, E), out.weight (E, E), their biases, w_q and w_k (N, R) or (H, N, R), or
+    to_tables (E, 2 R) or (E, 2 H R), and gate (H,).
+
+    Raises:
+        ValueError, TypeError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        max_len: int | None = None,
+        refinement: str = "additive",
+        tables: str = "position",
+        rank: int | None = None,
+        per_head: bool = False,
+        gate: bool | float = True,
+        gate_init: float = 0.0,
+        dropout: float = 0.0,
+        bias: bool = True,
+        num_kv_heads: int | None = None,
+        causal: bool = True,
+        align: str = "right",
+        table_std: float = 1.0,
+        refine_scale: float | None = None,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            checks.count(name, number)
+        if embed_dim % num_heads:
+            checks.refuse("embed_dim", str(embed_dim), f"a multiple of num_heads = {num_heads}")
+        if num_heads % num_kv_heads:
+            checks.refuse("num_kv_heads", str(num_kv_heads), f"a divisor of num_heads = {num_heads}")
+        checks.refinement(refinement)
+        checks.choice("tables", tables, ("position", "content"))
+        checks.choice("align", align, ("left", "right"))
+        checks.probability("dropout", dropout)
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
+        self.head_dim = embed_dim // num_heads
+        self.rank = checks.count("rank", self.head_dim if rank is None else rank, checks.MAX_FEATURES)
+        self.refinement, self.align, self.table_std = refinement, align, table_std
+        self.dropout, self.refine_scale, self.backend = dropout, refine_scale, backend
+        self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
+        self.tables, self.gate_init = tables, gate_init
+        self.max_len: int | None = None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias, **factory)
+        self.out = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
+        self.w_q: Tensor | None = None
+        self.w_k: Tensor | None = None
+        self.to_tables: Tensor | None = None
+        self.gate: Tensor | float | None = None
+        if refinement == "additive":
+            fixed = None if gate is False else checks.scale("gate", 1.0 if gate is True else gate, 1)
+            self.gate = nn.Parameter(torch.empty(num_heads, **factory)) if gate is True else fixed
+        heads = num_heads if per_head else 1
+        if refinement != "none" and tables == "content":
+            self.to_tables = nn.Parameter(torch.empty(embed_dim, 2 * heads * self.rank, **factory))
+        elif refinement != "none":
+            if max_len is None:
+                checks.refuse("max_len", "None", 'given with position tables; or take tables="content"')
+            self.max_len = checks.count("max_len", max_len)
+            shape = (heads, max_len, self.rank) if per_head else (max_len, self.rank)
+            self.w_q, self.w_k = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(2))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all parameters: linear maps as torch.nn.MultiheadAttention draws its own, tables at `table_std`."""
+        nn.init.xavier_uniform_(self.qkv.weight)
+        nn.init.kaiming_uniform_(self.out.weight, a=5**0.5)
+        for bias in (self.qkv.bias, self.out.bias):
+            if bias is not None:
+                bias.zero_()
+        self.reset_refinement()
+
+    @torch.no_grad()
+    def reset_refinement(self) -> None:
+        """Draw the tables and reset the gate."""
+        if self.to_tables is not None:
+            self.to_tables.normal_(std=self.table_std / self.embed_dim**0.5)
+        for w in (self.w_q, self.w_k):
+            if w is not None:
+                w.normal_(std=self.table_std)
+        if isinstance(self.gate, Tensor):
+            self.gate.fill_(self.gate_init)
+
+    @classmethod
+    def from_multihead(
+        cls, mha: nn.MultiheadAttention, *, max_len: int | None = None, refinement: str, tables: str = "position",
+        rank: int | None = None, causal: bool = True, **options: Any,
+    ) -> "RefinedMultiheadAttention":  # fmt: skip
+        """A new module with the weights of a torch.nn.MultiheadAttention, which stays as it is.
+
+        With refinement "none", and with "additive", whose learned gate starts at 0, it computes what `mha` does as self-attention
+        of a batch-first x (under a causal mask, if causal). Other refinements change the result at once.
+
+        Args:
+            mha: with keys and values of its own width, without bias_k, bias_v and add_zero_attn.
+            options: further arguments of this class.
+
+        Raises:
+            ValueError: `mha` has what this class has not; the message says what.
+        """
+        if not isinstance(mha, nn.MultiheadAttention):
+            checks.refuse("mha", type(mha).__name__, "a torch.nn.MultiheadAttention", TypeError)
+        own = {"kdim and vdim": mha._qkv_same_embed_dim, "bias_k": mha.bias_k is None, "add_zero_attn": not mha.add_zero_attn}
+        for name, fits in own.items():
+            if not fits:
+                checks.refuse("mha", f"with {name}", "without: self-attention has no such thing here")
+        weight: Tensor = mha.in_proj_weight
+        biased = mha.in_proj_bias is not None
+        given: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
+        given |= {"dropout": mha.dropout, "bias": biased, "device": weight.device, "dtype": weight.dtype}
+        found = cls(mha.embed_dim, mha.num_heads, **given | options)
+        with torch.no_grad():
+            found.qkv.weight.copy_(weight)
+            found.out.weight.copy_(mha.out_proj.weight)
+            if biased:
+                found.qkv.bias.copy_(mha.in_proj_bias)
+                found.out.bias.copy_(mha.out_proj.bias)
+        return found.train(mha.training)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """Attend among the positions of each sequence.
+
+        Args:
+            x: (B, L, E); packed (T, E) with cu_seqlens; or jagged (B, j, E), layout torch.jagged.
+            lengths: (B,) integers in 0..L, real items per sequence; padding on the left if align is "right", else on the right.
+            key_padding_mask: (B, L) bool, True at padding, instead of lengths. Each sequence must be one run of items, on whichever
+                side the padding is; a mask with holes raises where it can be read for free (CPU, not compiled).
+            cu_seqlens: (B + 1,) integers from 0 to T: sequence b holds rows cu_seqlens[b] .. cu_seqlens[b+1] - 1.
+            max_seqlen: with cu_seqlens, the longest sequence or a bound on it.
+
+        Returns:
+            Like x. Attention at padding is 0, so the result there is the bias of the last linear map.
+
+        Raises:
+            ValueError, TypeError: an argument does not fit, or a sequence is longer than max_len.
+        """
+        if jagged.is_nested(x):
+            for name, value in (("lengths", lengths), ("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):
+                if value is not None:
+                    checks.refuse(name, "given", "None: x is jagged and knows its lengths")
+            return jagged.unpacked(self._packed(jagged.rows("x", x, "x", x, ragged=1), **jagged.bounds(x)), x)
+        if cu_seqlens is not None:
+            for name, value in (("lengths", lengths), ("key_padding_mask", key_padding_mask)):
+                if value is not None:
+                    checks.refuse(name, "given", "None beside cu_seqlens")
+            self._check(x, "(T, E)", 2)
+            return self._packed(x, cu_seqlens, max_seqlen)
+        self._check(x, "(B, L, E)", 3)
+        place = self._place(x, lengths, key_padding_mask)
+        rows = x if place.turn is None else _turned(x, place.turn)
+        q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
+        options = self._padded_tables(rows) | self._call() | self._training() | self._side()
+        out = refined_attention(q, k, v, lengths=place.lengths, **options)
+        out = self.out(out.transpose(1, 2).flatten(-2))
+        return out if place.turn is None else _turned(out, -place.turn)
+
+    def weights(self, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """First-order weights P and those that meet the values, M, each (B, H, L, L), of x (B, L, E): O(L^2) memory on purpose."""
+        self._check(x, "(B, L, E)", 3)
+        q, k, _ = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
+        options = self._padded_tables(x) | self._call() | self._side()
+        return attention_weights(q, k, lengths=lengths, **options)
+
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
+        q, k, v = self._split(self.qkv(x))
+        tables: list[Tensor | None] = [w if w is None or w.dim() == 2 else w[None] for w in (self.w_q, self.w_k)]
+        w_q, w_k = tables if self.to_tables is None else self._content(x)
+        options = self._call() | self._training()
+        out = refined_attention_varlen(q, k, v, w_q, w_k, cu_seqlens, max_seqlen, align=self.align, **options)
+        return self.out(out.flatten(-2))
+
+    def _call(self) -> dict[str, Any]:
+        return {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale, "causal": self.causal}
+
+    def _training(self) -> dict[str, Any]:
+        return {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}
+
+    def _side(self) -> dict[str, Any]:
+        return {"padding_side": "left" if self.align == "right" else "right"}
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        """(..., (H + 2 H_kv) D) -> (..., H, D) and twice (..., H_kv, D)."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        return [a.unflatten(-1, (-1, self.head_dim)) for a in x.split([h * self.head_dim for h in heads], -1)]
+
+    def _content(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., E) -> twice (..., H, R)."""
+        assert self.to_tables is not None
+        w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, -1, self.rank)).unbind(-3)
+        shape = (*x.shape[:-1], self.num_heads, self.rank)
+        return w_q.expand(shape), w_k.expand(shape)
+
+    def _padded_tables(self, x: Tensor) -> dict[str, Any]:
+        if self.to_tables is not None:
+            w_q, w_k = self._content(x)
+            return {"w_q": w_q.transpose(1, 2), "w_k": w_k.transpose(1, 2)}
+        if self.w_q is None or self.w_k is None:
+            return {"w_q": None, "w_k": None}
+        assert self.max_len is not None
+        size = x.shape[1]
+        if size > self.max_len:
+            checks.refuse("x", f"{size} positions long", f"at most max_len = {self.max_len} long with position tables")
+        first = self.max_len - size if self.align == "right" else 0
+        used = torch.arange(first, first + size, device=x.device)  # a slice would tie an exported program to one length
+        return {"w_q": self.w_q.index_select(-2, used), "w_k": self.w_k.index_select(-2, used)}
+
+    def _check(self, x: Tensor, form: str, dims: int) -> None:
+        if not isinstance(x, Tensor) or x.dim() != dims or x.shape[-1] != self.embed_dim:
+            was = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            checks.refuse("x", was, f"{form} with E = {self.embed_dim}")
+
+    def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
+        if key_padding_mask is None:
+            return _Place(lengths, None)
+        if lengths is not None:
+            checks.refuse("lengths", "given", "None beside key_padding_mask")
+        if key_padding_mask.dtype != torch.bool:
+            checks.refuse("key_padding_mask", str(key_padding_mask.dtype), "bool, True at padding", TypeError)
+        if key_padding_mask.shape != x.shape[:2]:
+            checks.refuse("key_padding_mask", f"of shape {tuple(key_padding_mask.shape)}", f"(B, L) = {tuple(x.shape[:2])}")
+        real, size = ~key_padding_mask, x.shape[1]
+        lengths = real.sum(1)
+        first = real.int().argmax(1)  # of the first item
+        turn = first - (size - lengths if self.align == "right" else 0)
+        if not checks.readable(real):
+            return _Place(lengths, turn)
+        position = torch.arange(size, device=x.device) - first[:, None]
+        if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):
+            checks.refuse("key_padding_mask", "with padding between items", "False in one run of items per sequence")
+        return _Place(lengths, turn if (turn[lengths > 0] != 0).any() else None)
+
+    def extra_repr(self) -> str:
+        tables = "" if self.refinement == "none" else f", tables={self.tables!r}, rank={self.rank}, max_len={self.max_len}"
+        way = f", causal={self.causal}, align={self.align!r}"
+        return f"{self.embed_dim}, {self.num_heads}, refinement={self.refinement!r}{tables}{way}"
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """(B, L, E), row i of entry b from row (i + turn[b]) % L."""
+    rows = (torch.arange(x.shape[1], device=x.device) + turn[:, None]) % x.shape[1]
+    return x.take_along_dim(rows[..., None], 1)

@@ -1,0 +1,205 @@
+"""RefinedMultiheadAttention: what it computes, in which forms it takes a batch, what it keeps of torch's own module."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from awrsr_kernels import RefinedMultiheadAttention, attention_weights, refined_attention
+
+from .conftest import DEVICE, ENGINES, cumulative
+
+B, L, E, H = 3, 7, 12, 3
+LENGTHS = [7, 2, 4]
+KINDS = [("none", "position"), ("simple", "position"), ("value", "content"), ("additive", "position"), ("additive", "content")]
+
+
+def make(refinement: str = "additive", tables: str = "position", **options: Any) -> RefinedMultiheadAttention:
+    """In float64, with every parameter away from where it starts."""
+    usual = {"max_len": 9, "rank": 5, "dtype": torch.float64, "device": DEVICE}
+    module = RefinedMultiheadAttention(E, H, **usual | {"refinement": refinement, "tables": tables} | options)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(torch.randn_like(weight) * 0.3)
+    return module
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, device=DEVICE)
+
+
+def padded(x: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, L) masks, True at padding and at items, of LENGTHS."""
+    lengths, place = torch.tensor(LENGTHS, device=DEVICE)[:, None], torch.arange(L, device=DEVICE)
+    real = place >= L - lengths if side == "left" else place < lengths
+    return ~real, real
+
+
+def test_computes_the_operator_between_linear_maps() -> None:
+    module, x = make(per_head=True), draw(B, L, E)
+    q, k, v = (a.unflatten(-1, (H, -1)).transpose(1, 2) for a in module.qkv(x).chunk(3, -1))
+    assert module.w_q is not None and module.w_k is not None
+    out = refined_attention(q, k, v, module.w_q[:, -L:], module.w_k[:, -L:], refinement="additive", gate=module.gate)
+    torch.testing.assert_close(module(x), module.out(out.transpose(1, 2).flatten(-2)))
+    first, refined = attention_weights(q, k, module.w_q[:, -L:], module.w_k[:, -L:], refinement="additive", gate=module.gate)
+    torch.testing.assert_close(module.weights(x), (first, refined))
+
+
+@pytest.mark.parametrize("align", ["left", "right"])
+@pytest.mark.parametrize("per_head", [True, False])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_padded_packed_and_jagged_batches_agree(kind: tuple[str, str], per_head: bool, align: str) -> None:
+    module = make(*kind, per_head=per_head, align=align, num_kv_heads=1)
+    side = "left" if align == "right" else "right"
+    x, lengths = draw(B, L, E), torch.tensor(LENGTHS, device=DEVICE)
+    _, real = padded(x, side)
+    expected = torch.cat([module(x[b : b + 1, real[b]])[0] for b in range(B)])  # each sequence alone
+    torch.testing.assert_close(module(x, lengths=lengths)[real], expected)
+    packed = x[real]
+    torch.testing.assert_close(module(packed, cu_seqlens=cumulative(LENGTHS)), expected)
+    jagged = torch.nested.nested_tensor_from_jagged(packed, cumulative(LENGTHS).long())
+    out = module(jagged)
+    torch.testing.assert_close(out.values(), expected)
+    assert (jagged + out).shape == jagged.shape  # one ragged structure: a residual is legal
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("align", ["left", "right"])
+def test_a_mask_may_pad_on_either_side(side: str, align: str) -> None:
+    module, x = make(align=align), draw(B, L, E)
+    mask, real = padded(x, side)
+    expected = torch.cat([module(x[b : b + 1, real[b]])[0] for b in range(B)])
+    x[mask] = torch.nan  # nobody looks
+    torch.testing.assert_close(module(x, key_padding_mask=mask)[real], expected)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")  # cannot read the mask
+    torch.testing.assert_close(compiled(x, key_padding_mask=mask)[real], expected)
+
+
+def test_a_wholly_padded_sequence_gives_the_bias() -> None:
+    module, x = make(), draw(2, L, E)
+    out = module(x, key_padding_mask=torch.tensor([[True] * L, [False] * L], device=DEVICE))
+    torch.testing.assert_close(out[0], module.out.bias.expand(L, E))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("refinement,tables", [("none", "position"), ("additive", "position"), ("additive", "content")])
+def test_from_multihead_reproduces_it(refinement: str, tables: str, causal: bool, bias: bool) -> None:
+    mha = nn.MultiheadAttention(E, H, batch_first=True, bias=bias, dropout=0.2, device=DEVICE).eval()
+    before, x = copy.deepcopy(mha.state_dict()), torch.randn(B, L, E, device=DEVICE)
+    module = RefinedMultiheadAttention.from_multihead(mha, max_len=L, refinement=refinement, tables=tables, causal=causal)
+    mask, real = padded(x, "right")
+    future = torch.ones(L, L, dtype=torch.bool, device=DEVICE).triu(1) if causal else None
+    expected, _ = mha(x, x, x, key_padding_mask=mask, attn_mask=future)
+    torch.testing.assert_close(module(x, key_padding_mask=mask)[real], expected[real])
+    assert not module.training and module.dropout == 0.2
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(1)
+    for name, value in before.items():
+        assert torch.equal(value, mha.state_dict()[name])  # nothing is shared
+
+
+def test_refinement_grows_from_nothing() -> None:
+    module = RefinedMultiheadAttention(E, H, max_len=L, device=DEVICE)
+    x, target = torch.randn(B, L, E, device=DEVICE), torch.randn(B, L, E, device=DEVICE)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    assert isinstance(module.gate, nn.Parameter) and module.w_q is not None and not module.gate.any()
+    first = module.w_q.detach().clone()
+    for step in range(2):
+        optimizer.zero_grad()
+        (module(x) - target).square().mean().backward()
+        optimizer.step()
+        assert module.gate.all() and torch.equal(first, module.w_q) == (step == 0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_state_does_not_depend_on_the_backend(engine: str, choose: Callable[[str], str]) -> None:
+    module, x = make(backend="reference"), draw(B, L, E)
+    other = make(backend=choose(engine))
+    assert set(module.state_dict()) == {"qkv.weight", "qkv.bias", "out.weight", "out.bias", "w_q", "w_k", "gate"}
+    other.load_state_dict(module.state_dict())
+    torch.testing.assert_close(other(x), module(x))
+
+
+def test_dropout_falls_while_training_alone() -> None:
+    module, x = make(dropout=0.5), draw(B, L, E)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_a_gate_may_be_fixed() -> None:
+    x = draw(B, L, E)
+    one, half = make(gate=False), make(gate=0.5)
+    assert "gate" not in one.state_dict() and half.gate == 0.5
+    half.load_state_dict(one.state_dict())
+    first, refined = one.weights(x)
+    torch.testing.assert_close(half.weights(x)[1], (first + refined) / 2)
+
+
+@pytest.mark.parametrize(
+    "change,name,error",
+    [
+        ({"embed_dim": 13}, "embed_dim", ValueError),
+        ({"num_heads": 0}, "num_heads", ValueError),
+        ({"num_kv_heads": 2}, "num_kv_heads", ValueError),
+        ({"num_kv_heads": 1.0}, "num_kv_heads", TypeError),
+        ({"max_len": None}, "max_len", ValueError),
+        ({"max_len": 0}, "max_len", ValueError),
+        ({"rank": 257}, "rank", ValueError),
+        ({"refinement": "stochastic"}, "refinement", ValueError),
+        ({"tables": "learned"}, "tables", ValueError),
+        ({"align": "top"}, "align", ValueError),
+        ({"dropout": 1.0}, "dropout", ValueError),
+        ({"causal": None}, "causal", TypeError),
+        ({"gate": "open"}, "gate", TypeError),
+    ],
+)
+def test_a_wrong_option_is_named(change: dict, name: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
+        RefinedMultiheadAttention(**{"embed_dim": E, "num_heads": H, "max_len": L} | change)
+
+
+def test_content_tables_limit_no_length() -> None:
+    assert make(tables="content", max_len=None)(draw(1, 40, E)).shape == (1, 40, E)
+
+
+HOLES = torch.tensor([[False, True, False, False, False, False, False]] * B)
+
+
+@pytest.mark.parametrize(
+    "x,where,name,error",
+    [
+        ((B, L, E + 1), {}, "x", ValueError),
+        ((B, 10, E), {}, "x", ValueError),
+        ((L, E), {}, "x", ValueError),
+        ((B, L, E), {"cu_seqlens": [L] * B}, "x", ValueError),
+        ((B * L, E), {"cu_seqlens": [L] * B, "lengths": LENGTHS}, "lengths", ValueError),
+        ((B, L, E), {"lengths": [L + 1] * B}, "lengths", ValueError),
+        ((B, L, E), {"lengths": LENGTHS, "key_padding_mask": ~HOLES}, "lengths", ValueError),
+        ((B, L, E), {"key_padding_mask": HOLES}, "key_padding_mask", ValueError),
+        ((B, L, E), {"key_padding_mask": HOLES[:1]}, "key_padding_mask", ValueError),
+        ((B, L, E), {"key_padding_mask": HOLES.float()}, "key_padding_mask", TypeError),
+        ("jagged", {"lengths": LENGTHS}, "lengths", ValueError),
+    ],
+)
+def test_a_wrong_input_is_named(x: Any, where: dict, name: str, error: type[Exception]) -> None:
+    if DEVICE != "cpu" and (where.get("key_padding_mask") is HOLES or where == {"lengths": [L + 1] * B}):
+        pytest.skip("values are read on the CPU only")
+    given = draw(*x) if x != "jagged" else torch.nested.nested_tensor([draw(2, E), draw(3, E)], layout=torch.jagged)
+    make_tensor = {"cu_seqlens": cumulative, "lengths": lambda n: torch.tensor(n, device=DEVICE)}
+    where = {key: make_tensor[key](value) if isinstance(value, list) else value.to(DEVICE) for key, value in where.items()}
+    with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
+        make()(given, **where)
+
+
+@pytest.mark.parametrize("options", [{"kdim": 5}, {"vdim": 5}, {"add_bias_kv": True}, {"add_zero_attn": True}], ids=str)
+def test_a_multihead_attention_that_cannot_be_taken_over_is_refused(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"\bmha\b is with .*must be without"):
+        RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H, **options), max_len=L, refinement="none")
+    with pytest.raises(TypeError, match=r"\bmha\b is Linear"):
+        RefinedMultiheadAttention.from_multihead(nn.Linear(E, E), max_len=L, refinement="none")  # type: ignore[arg-type]
