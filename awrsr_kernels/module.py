@@ -227,8 +227,8 @@ class RefinedMultiheadAttention(nn.Module):
         options = self._padded_tables(x) | self._call() | self._side()
         return attention_weights(q, k, lengths=lengths, **options)
 
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        q, k, v = self._split(self.qkv(x))
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, projected: Tensor | None = None) -> Tensor:
+        q, k, v = self._split(self.qkv(x) if projected is None else projected)
         tables: list[Tensor | None] = [w if w is None or w.dim() == 2 else w[None] for w in (self.w_q, self.w_k)]
         w_q, w_k = tables if self.to_tables is None else self._content(x)
         options = self._call() | self._training()
