@@ -59,5 +59,5 @@ gpu:
 
 .venv-libraries/ready: setup.py constraints-libraries.txt
 	$(PYTHON) -m venv .venv-libraries
-	.venv-libraries/bin/python -m pip install -q -c constraints-libraries.txt -e '.[rectools,replay,recbole]' pytest pytest-timeout
+	.venv-libraries/bin/python -m pip install -q -c constraints-libraries.txt -e '.[rectools,replay,recbole]' pytest pytest-timeout hypothesis
 	touch $@

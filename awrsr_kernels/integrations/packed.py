@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import checks
 from ..module import RefinedMultiheadAttention
 
 __all__ = ["Packed", "PackedAttention", "pack", "unpack"]
@@ -51,10 +52,14 @@ class PackedAttention(RefinedMultiheadAttention):
         key_padding_mask: None = None,
         need_weights: bool = False,
     ) -> tuple[Tensor, None]:
-        """query, key (1, T, E), value the same as key, attn_mask what `pack` gave -> (1, T, E) and no weights."""
+        """query, key (1, T, E), value the same as key, attn_mask what `pack` gave -> (1, T, E) and no weights.
+
+        Raises:
+            ValueError: a history is longer than max_len.
+        """
         assert value is key and not need_weights
-        if not query.shape[1]:  # a batch of empty histories
-            return torch.zeros_like(query), None
+        if self.max_len is not None and attn_mask.max_seqlen > self.max_len:
+            checks.refuse("max_len", str(self.max_len), f"at least the longest history, {attn_mask.max_seqlen} items")
         projected = None
         if query is not key:
             sizes = [self.embed_dim, self.qkv.out_features - self.embed_dim]

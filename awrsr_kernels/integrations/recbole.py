@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import recbole
-import yaml
 from recbole.model.layers import MultiHeadAttention, TransformerEncoder
 from recbole.model.sequential_recommender.sasrec import SASRec
 from torch import Tensor, nn
 
 from .packed import Packed, PackedAttention, pack, unpack
 
-__all__ = ["RefinedSASRec"]
+__all__ = ["DEFAULTS", "RefinedSASRec"]
+
+DEFAULTS = str(Path(recbole.__file__).parent / "properties/model/SASRec.yaml")
+"""File of RecBole's own settings of SASRec, which it reads by itself for its own classes alone."""
 
 
 class RefinedSASRec(SASRec):
     """RecBole's SASRec with refined attention.
 
     `refined` in the configuration holds arguments of `RefinedMultiheadAttention`; max_len is MAX_ITEM_LIST_LENGTH. RecBole pads
-    on the right; tables count from the last item all the same. Settings that the configuration lacks are those of its SASRec.
+    on the right; tables count from the last item all the same.
 
     Args:
         config, dataset: RecBole's.
@@ -31,10 +33,6 @@ class RefinedSASRec(SASRec):
     """
 
     def __init__(self, config: Any, dataset: Any) -> None:
-        defaults = Path(recbole.__file__).parent / "properties/model/SASRec.yaml"
-        for name, value in yaml.load(defaults.read_text(encoding="utf-8"), config.yaml_loader).items():
-            if config[name] is None:
-                config[name] = value
         super().__init__(config, dataset)
         self.trm_encoder = _RefinedEncoder(
             {"max_len": self.max_seq_length} | (config["refined"] or {}),

@@ -72,7 +72,10 @@ class RefinedEncoder(SasRecTransformerLayer):
         if attention_mask is not None and checks.readable(attention_mask):
             self._check_mask(attention_mask, padding_mask)
         rows, where = pack(input_embeddings, padding_mask)
-        return unpack(super().forward(feature_tensors, rows, rows.new_ones(rows.shape[:2], dtype=torch.bool), where), padding_mask)
+        items = rows.new_ones(rows.shape[:2], dtype=torch.bool)
+        if rows.shape[1]:  # RePlay's convolutions refuse a batch of empty histories
+            rows = super().forward(feature_tensors, rows, items, where)
+        return unpack(rows, padding_mask)
 
     def _check_mask(self, attention_mask: Tensor, real: Tensor) -> None:
         size = real.shape[1]
