@@ -2,7 +2,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu test-libraries test-rectools test-replay test-recbole
+.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: test-libraries test-rectools test-replay test-recbole
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
@@ -52,12 +53,17 @@ track: .venv/ready
 gpu:
 	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
 
+# The pages under docs/, with a reference from the docstrings: docs/_build/index.html.
+docs: .venv/ready
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,docs,dev]'
 	touch $@
 
 .venv-libraries/ready: setup.py constraints-libraries.txt
 	$(PYTHON) -m venv .venv-libraries
-	.venv-libraries/bin/python -m pip install -q -c constraints-libraries.txt -e '.[rectools,replay,recbole]' pytest pytest-timeout hypothesis
+	.venv-libraries/bin/python -m pip install -q -c constraints-libraries.txt -e '.[rectools,replay,recbole]' pytest pytest-timeout \
+	  hypothesis
 	touch $@

@@ -40,6 +40,11 @@ setup(
             "numpy<2",  # it sets numpy's old names, some of which numpy 2 has dropped
             "setuptools<81",  # pkg_resources, which its ray imports
         ],
+        "docs": [  # make docs, and the test that the pages build
+            "sphinx",  # what PyTorch's own pages are made with
+            "myst-parser",  # pages in Markdown
+            "furo",  # the theme
+        ],
         "dev": [
             "pytest",  # the tests
             "pytest-xdist",  # on every core
@@ -50,6 +55,6 @@ setup(
             "tqdm",  # its progress bar
             "ruff",  # lint
             "mypy",  # types
-        ]
+        ],
     },
 )

@@ -22,7 +22,7 @@ from tqdm import tqdm
 if __package__ is None:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import atomic, commit, device_name, versions  # noqa: E402
+from benchmarks.report import commit, device_name, versions, write_data  # noqa: E402
 
 KIND = "accuracy"
 BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 120 --patience 30"  # one negative overfits
@@ -160,10 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         "command": shown,
     }
     results["rows"] = rows
-    with atomic(options.out / "results.json") as file:
-        json.dump(results, file, indent=1)
-    with atomic(options.out / "results.md") as file:
-        file.write(markdown(results))
+    write_data(options.out, results, markdown(results))
     print(markdown(results))
     return 0
 

@@ -57,7 +57,8 @@ examples, from the repository root:
 
 providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
 call per value block, which lets flash kernels take it), flex2 (FlexAttention, GPU), varlen2 (varlen_attn, GPU, packed); sdpa
-(plain attention: the price floor, another result); reference, torch and triton (ours). Of the stochastic backbone: stosa (STOSA's
+(plain attention: the price floor, another result); reference, torch and triton (ours), torch-jagged and triton-jagged (the same,
+packed, as jagged tensors). Of the stochastic backbone: stosa (STOSA's
 formulation, L x L matrices), stosa+compile, sdpa2-squares (stock attention calls, CPU), flex2-squares (the same in FlexAttention,
 GPU); sdpa, which there is plain attention of the means; and ours.
 

@@ -10,6 +10,7 @@ flex2              sdpa2 in FlexAttention, compiled; needs a GPU
 varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a GPU, half precision, torch as new as that call
 sdpa               plain attention: the price floor, another result, never counted as a rival
 torch, triton      ours
+torch-jagged, triton-jagged  the same packed rows as jagged tensors of torch.nested, made and taken apart in each call
 
 Between Gaussians (`wasserstein.py`), beside ours and the floor, which there is plain attention of the means:
 
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nested import nested_tensor_from_jagged
 
 from awrsr_kernels import (
     refined_attention,
@@ -60,7 +62,7 @@ class Provider:
         return batch.plain if self.role == "floor" else batch
 
 
-def ours(batch: Batch, backend: str) -> Outputs:
+def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
     """The public call."""
     options: dict[str, Any] = {"refinement": batch.refinement, "dropout_p": batch.dropout_p, "dropout_seed": batch.dropout_seed}
     if batch.refinement == "additive":
@@ -72,6 +74,12 @@ def ours(batch: Batch, backend: str) -> Outputs:
         covs = (batch.w_q_cov, batch.w_k_cov) if batch.refinement == "stochastic" else (None, None)
         tensors = *tensors_of(batch)[0], batch.w_q, batch.w_k, *covs
         padded, packed = stochastic_refined_attention, stochastic_refined_attention_varlen
+    if jagged:
+        offsets = batch.bounds
+        rows = (x if x is None or x.dim() < 3 else nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tensors)
+        outs = padded(*rows, padding_side="right", backend=backend, **options)
+        found = tuple(x.values().transpose(0, 1) for x in (outs if isinstance(outs, tuple) else (outs,)))
+        return found if batch.gaussian else found[0]
     if batch.packed:
         return packed(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
     return padded(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)
@@ -217,6 +225,10 @@ def _varlen_refusal(batch: Batch) -> str | None:
         return "varlen_attn needs a GPU"
     if batch.dropout_p:
         return "varlen_attn has no dropout"
+    return _jagged_refusal(batch)
+
+
+def _jagged_refusal(batch: Batch) -> str | None:
     return None if batch.packed else "for packed batches only (--lengths)"
 
 
@@ -239,6 +251,14 @@ PROVIDERS = {
         Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(13, 13), backbones=BOTH),
         Provider("torch", "ours", functools.partial(ours, backend="torch"), backbones=BOTH),
         Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal, backbones=BOTH),
+        Provider("torch-jagged", "ours", functools.partial(ours, backend="torch", jagged=True), _jagged_refusal, backbones=BOTH),
+        Provider(
+            "triton-jagged",
+            "ours",
+            functools.partial(ours, backend="triton", jagged=True),
+            lambda b: _triton_refusal(b) or _jagged_refusal(b),
+            backbones=BOTH,
+        ),
         Provider("stosa", "rival", _stosa, _no_packed, squares=(16, 16), backbones=GAUSSIAN),
         Provider("stosa+compile", "rival", lambda b: _stosa(b, _compiled(stosa)), _no_packed, squares=(12, 12), backbones=GAUSSIAN),
         Provider("sdpa2-squares", "rival", lambda b: squares(b, flash_cpu), _flash_cpu_refusal, backbones=GAUSSIAN),

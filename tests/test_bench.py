@@ -161,7 +161,7 @@ def test_the_gate_passes_what_is_right(backbone: str, refinement: str, dropout_p
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_the_gate_on_histories(backbone: str, layout: str) -> None:
     gate, batches = Gate(), build(users_task("additive", backbone=backbone), layout)
-    for provider in (PROVIDERS[name] for name in RIGHT[backbone]):
+    for provider in (PROVIDERS[name] for name in (*RIGHT[backbone], "torch-jagged")):
         if not provider.refusal(batches[0]):
             gate.check(Entrant(provider, layout, batches))
     shifted = Provider("shifted", "ours", lambda b: ours(dataclasses.replace(b, w_q=b.w_q.roll(1, 0)), "torch"))

@@ -230,6 +230,7 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
 ARROWS = {  # module: those of the package that it may import
     "module": {"api", "checks", "jagged"},
+    "integrations": {"checks", "module"},
     "api": {"checks", "fallback", "jagged", "launch_config", "layout", "reference", "_triton"},
     "stochastic": {"api", "checks", "gaussian", "jagged", "layout", "reference"},
     "jagged": {"checks"},

@@ -15,7 +15,7 @@ from recbole.trainer import Trainer  # noqa: E402
 
 from awrsr_kernels.integrations.recbole import DEFAULTS, RefinedSASRec  # noqa: E402
 
-from .recommenders import ITEMS, WINDOW, histories, run_example  # noqa: E402
+from .recommenders import WINDOW, histories, run_example  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SETTINGS = {

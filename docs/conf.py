@@ -1,0 +1,33 @@
+"""Sphinx: the pages of this folder, and a reference from the docstrings. `make docs` builds it into docs/_build."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import awrsr_kernels  # noqa: E402
+
+project = "awrsr-kernels"
+copyright = "the authors of awrsr-kernels"
+version = release = awrsr_kernels.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+html_theme = "furo"
+html_title = "awrsr-kernels"
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+default_role = "code"  # `name` in a docstring is code, as in Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # shapes and dtypes stand in the text, which says more
+autodoc_mock_imports = ["rectools", "replay", "recbole"]  # in environments of their own
+napoleon_use_rtype = False
+
+
+def plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Docstrings are plain text with formulas: bars and stars mean themselves."""
+    lines[:] = [re.sub(r"(?<!\\)([|*])", r"\\\1", line) for line in lines]
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", plain_text, priority=100)  # before napoleon, which writes stars that mean something
