@@ -23,12 +23,14 @@ class Packed(NamedTuple):
     max_seqlen: int
 
 
+@torch.compiler.disable  # how many items there are is data: a compiled graph breaks here rather than inside
 def pack(x: Tensor, real: Tensor) -> tuple[Tensor, Packed]:
     """Items of x (B, L, E) alone, (1, T, E), and where they lie. real (B, L) bool is True at items, padding on either side."""
     lengths = real.sum(1)
     return x[real][None], Packed(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
 
 
+@torch.compiler.disable
 def unpack(rows: Tensor, real: Tensor) -> Tensor:
     """(1, T, E) -> (B, L, E), 0 at padding."""
     x = rows.new_zeros(*real.shape, rows.shape[-1])
