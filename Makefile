@@ -3,10 +3,17 @@ BIN := .venv/bin
 OUT ?= gpu-out
 
 .PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: test-libraries test-rectools test-replay test-recbole
 
 # The tests, without a GPU in Triton's interpreter.
 test: .venv/ready
 	$(BIN)/python -m pytest -q -n 2
+
+# The adapters, each against the real library; all three agree on one environment.
+test-libraries: test-rectools test-replay test-recbole
+
+test-rectools test-replay test-recbole: test-%: .venv-libraries/ready
+	.venv-libraries/bin/python -m pytest -q tests/test_$*.py
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/mypy
@@ -53,4 +60,10 @@ docs: .venv/ready
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,transformers,docs,dev]'
+	touch $@
+
+.venv-libraries/ready: setup.py constraints-libraries.txt
+	$(PYTHON) -m venv .venv-libraries
+	.venv-libraries/bin/python -m pip install -q -c constraints-libraries.txt -e '.[rectools,replay,recbole]' pytest pytest-timeout \
+	  hypothesis
 	touch $@

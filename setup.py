@@ -32,6 +32,15 @@ setup(
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
         "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone
         "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
+        # Libraries whose recommenders the adapters refine (`awrsr_kernels.integrations`); constraints-libraries.txt pins what works
+        # together.
+        "rectools": ["rectools[torch]==0.19.0"],
+        "replay": ["replay-rec[torch]==0.22.0"],
+        "recbole": [
+            "recbole==1.2.1",
+            "numpy<2",  # it sets numpy's old names, some of which numpy 2 has dropped
+            "setuptools<81",  # pkg_resources, which its ray imports
+        ],
         "docs": [  # make docs, and the test that the pages build
             "sphinx",  # what PyTorch's own pages are made with
             "myst-parser",  # pages in Markdown

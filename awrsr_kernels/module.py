@@ -264,8 +264,8 @@ class RefinedMultiheadAttention(nn.Module):
         options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
         return self.out(call(q, k, v, w_q, w_k, cache, **where, **options).transpose(1, 2).flatten(-2))
 
-    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> Tensor:
-        q, k, v = self._split(self.qkv(x))
+    def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, projected: Tensor | None = None) -> Tensor:
+        q, k, v = self._split(self.qkv(x) if projected is None else projected)
         tables: list[Tensor | None] = [w if w is None or w.dim() == 2 else w[None] for w in (self.w_q, self.w_k)]
         w_q, w_k = tables if self.to_tables is None else self._content(x)
         options = self._call() | self._training()

@@ -251,7 +251,7 @@ ARROWS = {  # module: those of the package that it may import
     "_tune_bench": {"api", "launch_config", "layout", "tolerance", "tuned"},
     "compile_report": {"launch_config", "layout", "_triton"},
     "_triton": {"dropout", "launch_config", "layout", "tuned"},
-    "integrations": {"api", "cache", "checks", "decoding", "_transformers_layer"},
+    "integrations": {"api", "cache", "checks", "decoding", "module"},
 }
 
 

@@ -12,7 +12,7 @@ import awrsr_kernels
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 NEEDS = {"transformers.md": "transformers"}
-ELSEWHERE = {"recommenders.md"}  # runs in the environment of those libraries: tests/test_recommenders.py
+ELSEWHERE = {"recommenders.md"}  # runs in the environment of those libraries: tests/test_rectools.py and so on
 
 
 @pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])

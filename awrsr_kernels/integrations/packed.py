@@ -1,0 +1,71 @@
+"""What the adapters for recommender libraries share: padding is dropped before the library's blocks and put back after them.
+
+B batch, L window, T items of all histories, E width. Blocks of recommenders are made of attention and of maps of single rows, so
+that they run on (1, T, E) as on (B, L, E), and padding costs them nothing.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import checks
+from ..module import RefinedMultiheadAttention
+
+__all__ = ["Packed", "PackedAttention", "pack", "unpack"]
+
+
+class Packed(NamedTuple):
+    """Where histories lie in packed rows; handed through a library's blocks in place of its attention mask."""
+
+    cu_seqlens: Tensor  # (B + 1,)
+    max_seqlen: int
+
+
+@torch.compiler.disable  # how many items there are is data: a compiled graph breaks here rather than inside
+def pack(x: Tensor, real: Tensor) -> tuple[Tensor, Packed]:
+    """Items of x (B, L, E) alone, (1, T, E), and where they lie. real (B, L) bool is True at items, padding on either side."""
+    lengths = real.sum(1)
+    return x[real][None], Packed(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
+
+
+@torch.compiler.disable
+def unpack(rows: Tensor, real: Tensor) -> Tensor:
+    """(1, T, E) -> (B, L, E), 0 at padding."""
+    x = rows.new_zeros(*real.shape, rows.shape[-1])
+    x[real] = rows[0]
+    return x
+
+
+class PackedAttention(RefinedMultiheadAttention):
+    """RefinedMultiheadAttention where a library's block calls torch.nn.MultiheadAttention; parameters are the same.
+
+    `from_multihead` makes one of the attention that a block has. Queries may come from rows of their own: SASRec normalises these
+    alone. Content tables are computed from the rows of the queries.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Packed,
+        key_padding_mask: None = None,
+        need_weights: bool = False,
+    ) -> tuple[Tensor, None]:
+        """query, key (1, T, E), value the same as key, attn_mask what `pack` gave -> (1, T, E) and no weights.
+
+        Raises:
+            ValueError: a history is longer than max_len.
+        """
+        assert value is key and not need_weights
+        if self.max_len is not None and attn_mask.max_seqlen > self.max_len:
+            checks.refuse("max_len", str(self.max_len), f"at least the longest history, {attn_mask.max_seqlen} items")
+        projected = None
+        if query is not key:
+            sizes = [self.embed_dim, self.qkv.out_features - self.embed_dim]
+            biases = [None, None] if self.qkv.bias is None else self.qkv.bias.split(sizes)
+            parts = zip((query, key), self.qkv.weight.split(sizes), biases, strict=True)
+            projected = torch.cat([F.linear(rows[0], weight, bias) for rows, weight, bias in parts], -1)
+        return self._packed(query[0], *attn_mask, projected)[None], None

@@ -1,0 +1,76 @@
+"""RecBole 1.2: SASRec with refined attention, a model class for its configuration and trainer.
+
+config = Config(model=RefinedSASRec, dataset="ml-100k", config_dict={"refined": {"refinement": "additive", "rank": 16}})
+"""
+
+from pathlib import Path
+from typing import Any
+
+import recbole
+from recbole.model.layers import MultiHeadAttention, TransformerEncoder
+from recbole.model.sequential_recommender.sasrec import SASRec
+from torch import Tensor, nn
+
+from .packed import Packed, PackedAttention, pack, unpack
+
+__all__ = ["DEFAULTS", "RefinedSASRec"]
+
+DEFAULTS = str(Path(recbole.__file__).parent / "properties/model/SASRec.yaml")
+"""File of RecBole's own settings of SASRec, which it reads by itself for its own classes alone."""
+
+
+class RefinedSASRec(SASRec):
+    """RecBole's SASRec with refined attention.
+
+    `refined` in the configuration holds arguments of `RefinedMultiheadAttention`; max_len is MAX_ITEM_LIST_LENGTH. RecBole pads
+    on the right; tables count from the last item all the same.
+
+    Args:
+        config, dataset: RecBole's.
+
+    Raises:
+        ValueError, TypeError: an option does not fit; the message names it.
+    """
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.trm_encoder = _RefinedEncoder(
+            {"max_len": self.max_seq_length} | (config["refined"] or {}),
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            hidden_size=self.hidden_size,
+            inner_size=self.inner_size,
+            hidden_dropout_prob=self.hidden_dropout_prob,
+            attn_dropout_prob=self.attn_dropout_prob,
+            hidden_act=self.hidden_act,
+            layer_norm_eps=self.layer_norm_eps,
+        )
+        self.trm_encoder.apply(self._init_weights)
+
+    def get_attention_mask(self, item_seq: Tensor, bidirectional: bool = False) -> Tensor:
+        """(B, L) bool, True at items: the encoder needs no more, so nothing of size L x L is built."""
+        return item_seq != 0
+
+
+class _RefinedEncoder(TransformerEncoder):
+    def __init__(self, options: dict[str, Any], **own: Any) -> None:
+        super().__init__(**own)
+        for layer in self.layer:
+            layer.multi_head_attention = _RefinedAttention(layer.multi_head_attention, options)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor, output_all_encoded_layers: bool = True) -> list[Tensor]:
+        rows, where = pack(hidden_states, attention_mask)
+        return [unpack(out, attention_mask) for out in super().forward(rows, where, output_all_encoded_layers)]
+
+
+class _RefinedAttention(nn.Module):
+    """Stands for RecBole's MultiHeadAttention, which adds the residual and normalises."""
+
+    def __init__(self, own: MultiHeadAttention, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.attention = PackedAttention(own.all_head_size, own.num_attention_heads, dropout=own.attn_dropout.p, **options)
+        self.out_dropout, self.LayerNorm = own.out_dropout, own.LayerNorm
+
+    def forward(self, rows: Tensor, where: Packed) -> Tensor:
+        attended, _ = self.attention(rows, rows, rows, attn_mask=where)
+        return self.LayerNorm(self.out_dropout(attended) + rows)

@@ -1,0 +1,110 @@
+"""RecTools 0.19: refined attention in its transformer models.
+
+SASRecModel(session_max_len=50, transformer_layers_type=RefinedTransformerLayers, transformer_layers_kwargs={"max_len": 50})
+"""
+
+from typing import Any
+
+from rectools.models.nn.transformers.ligr import LiGRLayers
+from rectools.models.nn.transformers.net_blocks import PreLNTransformerLayers, TransformerLayersBase
+from rectools.models.nn.transformers.sasrec import SASRecTransformerLayers
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .. import checks
+from .packed import PackedAttention, pack, unpack
+
+__all__ = ["RefinedLiGRLayers", "RefinedPreLNTransformerLayers", "RefinedTransformerLayers"]
+
+
+class _Flat(nn.Module):
+    """Keeps a table as a vector: RecTools draws every parameter of two dimensions or more anew as training starts."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, flat: Tensor) -> Tensor:
+        return flat.view(self.shape)
+
+    def right_inverse(self, table: Tensor) -> Tensor:
+        return table.flatten()
+
+
+class _Refined(TransformerLayersBase):
+    """Refines the blocks of the layers that it is mixed into."""
+
+    transformer_blocks: nn.ModuleList
+
+    def refine(self, options: dict[str, Any]) -> None:
+        self.causal = options.get("causal", True)
+        block: Any
+        for block in self.transformer_blocks:
+            attention = PackedAttention.from_multihead(block.multi_head_attn, **{"refinement": "additive"} | options)
+            for name in ("w_q", "w_k", "to_tables"):
+                table = getattr(attention, name)
+                if table is not None:
+                    parametrize.register_parametrization(attention, name, _Flat(table.shape))
+            block.multi_head_attn = attention
+
+    def forward(
+        self, seqs: Tensor, timeline_mask: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor:
+        """seqs (B, L, E), timeline_mask (B, L, 1) True at items -> (B, L, E), 0 at padding.
+
+        The masks are not read: padding is never attended, whatever the model's use_key_padding_mask.
+
+        Raises:
+            ValueError: the model's use_causal_attn is not this layer's `causal`, or a history is longer than `max_len`.
+        """
+        causal = attn_mask is not None
+        if causal != self.causal:
+            checks.refuse("use_causal_attn", str(causal), f"{self.causal}, as causal is in transformer_layers_kwargs")
+        real = timeline_mask.squeeze(-1)
+        rows, where = pack(seqs, real)
+        return unpack(super().forward(rows, real.new_ones(1), where, None, **kwargs), real)
+
+
+class RefinedTransformerLayers(_Refined, SASRecTransformerLayers):
+    """The blocks of RecTools' SASRecModel with refined attention, for its `transformer_layers_type`.
+
+    Args:
+        n_blocks, n_factors, n_heads, dropout_rate: given by the model.
+        options: in `transformer_layers_kwargs`: arguments of `RefinedMultiheadAttention`. Position tables need max_len, the model's
+            session_max_len.
+
+    Raises:
+        ValueError, TypeError: an option does not fit; the message names it.
+    """
+
+    def __init__(self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, **options: Any) -> None:
+        super().__init__(n_blocks, n_factors, n_heads, dropout_rate)
+        self.refine(options)
+
+
+class RefinedPreLNTransformerLayers(_Refined, PreLNTransformerLayers):
+    """The same for blocks that normalise first, BERT4RecModel's own. That model needs the option causal=False."""
+
+    def __init__(
+        self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, ff_factors_multiplier: int = 4, **options: Any
+    ) -> None:
+        super().__init__(n_blocks, n_factors, n_heads, dropout_rate, ff_factors_multiplier)
+        self.refine(options)
+
+
+class RefinedLiGRLayers(_Refined, LiGRLayers):
+    """The same for gated blocks, RecTools' LiGRLayers."""
+
+    def __init__(
+        self,
+        n_blocks: int,
+        n_factors: int,
+        n_heads: int,
+        dropout_rate: float,
+        ff_factors_multiplier: int = 4,
+        ff_activation: str = "swiglu",
+        bias_in_ff: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(n_blocks, n_factors, n_heads, dropout_rate, ff_factors_multiplier, ff_activation, bias_in_ff)
+        self.refine(options)
