@@ -91,8 +91,8 @@ STEP_TABLE: dict[tuple[int, int], Config] = {
     (128, 2): Config(1, 32, 8, 1),
     (256, 2): Config(1, 16, 8, 1),
     (64, 4): Config(1, 32, 4, 1),
-    (128, 4): Config(1, 32, 8, 1),
-    (256, 4): Config(1, 16, 8, 1),
+    (128, 4): Config(1, 16, 8, 1),
+    (256, 4): Config(1, 8, 8, 1),
 }
 
 

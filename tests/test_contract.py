@@ -230,6 +230,8 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
 ARROWS = {  # module: those of the package that it may import
     "api": {"checks", "fallback", "launch_config", "layout", "reference", "_triton"},
+    "cache": {"checks"},
+    "decoding": {"api", "cache", "checks", "launch_config", "layout", "reference", "_triton"},
     "stochastic": {"api", "checks", "gaussian", "layout", "reference"},
     "reference": {"dropout", "gaussian", "layout"},
     "gaussian": set(),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, report, train_report
+from benchmarks import accuracy, decode_bench, report, train_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +32,8 @@ def test_measured_tables_are_the_benchmarks() -> None:
     measured = {path: results for path, results in files.items() if results.get("kind") != "prediction"}
     assert measured
     for path, results in measured.items():
-        page = {train_report.KIND: train_report, accuracy.KIND: accuracy}.get(results.get("kind"), report)
+        pages = {train_report.KIND: train_report, accuracy.KIND: accuracy, decode_bench.KIND: decode_bench}
+        page = pages.get(results.get("kind"), report)
         column = "NDCG@10" if page is accuracy else "median_ms"
         assert results["rows"] and all(column in row for row in results["rows"]), path.name
         assert page.markdown(results) in README, path.name
