@@ -326,6 +326,19 @@ def test_a_step_compiles_into_one_graph(backend: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # one for so many rows, then one for any number
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_prompt_compiles_into_one_graph(side: str) -> None:
+    """Where lengths are not read: bounds are looser then, and the step that follows is right all the same."""
+    given = sequences("value", "shared", [3, 1], 2, heads=2, dtype=torch.float32)
+    cache, lengths = given.cache(8), torch.tensor(given.prompts, device=DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(refined_attention_prefill, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        compiled(**given.prompt(side), cache=cache, lengths=lengths, padding_side=side, backend="torch")
+    assert cache.ragged and cache.end_bound == 3
+    torch.testing.assert_close(given.step(cache, 0), given.row(given.full(2), 0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("table", ["shared", "content"])
 def test_the_kernel_is_a_wellformed_operator(table: str) -> None:
     needs("triton", torch.float32)
