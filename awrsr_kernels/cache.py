@@ -131,7 +131,8 @@ class RefinedCache:
             x[:, :, length : self.end_bound] = 0
         self.end.clamp_(max=length)
         self.first.clamp_(max=length)
-        self.end_bound, self.length_bound = length, min(length, self.length_bound)
+        self.end_bound = length
+        self.length_bound = checks.length_range(self.end - self.first, min(length, self.length_bound))[1]
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""

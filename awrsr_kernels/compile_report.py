@@ -28,7 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .launch_config import LENGTHS, TABLE, TILED, WIDTHS, Key, is_short
+from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
 from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 
@@ -56,13 +56,13 @@ KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEM
 
 
 class Case(NamedTuple):
-    """One call, compiled forward and backward, of the greatest sizes in its classes."""
+    """One call, compiled forward and backward, of the greatest sizes in its classes; or a step of decoding."""
 
     target: str
     refinement: str
     dtype: str
     dropout: bool
-    length: int  # class in LENGTHS, or TILED
+    length: int  # class in LENGTHS, TILED, or STEP
     width: int
     group: int = 1  # query heads per key head
     gaussian: bool = False  # sizes as `table_features` counts them
@@ -81,12 +81,14 @@ def cases(target: str) -> list[Case]:
                     short = is_short(length, (width, width, width), itemsize, shared, gaussian)
                     if tiled if length == TILED else short:
                         found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
+        found += [Case(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return found
 
 
 def sample() -> list[Case]:
     """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
     found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
+    found += [Case("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
@@ -100,13 +102,16 @@ def spill_budget(case: Case, kernel: str) -> int:
     too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
     632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too; and
     the tiled stage 2 of "additive" has P's tile beside R's, 32 to 88 bytes too many.
-    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches.
+    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches. A step of decoding
+    spills nothing on any target, but for a word or two in float32 with 256 features, whatever the tile.
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
     gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
     registers that sm_90 reads from shared memory: twice the warps spill as much, so that is left to `python -m awrsr_kernels.tune`.
     """
     half = case.dtype != "float32"
+    if case.length == STEP:
+        return 0 if half or case.width <= 128 else 8
     if case.target != "sm_90":
         return 512 if "fwd" in kernel else 2048
     if "fwd" in kernel and case.width <= 128:
@@ -145,7 +150,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from ._triton import short, tiled, tiled_bwd
+    from ._triton import decode, short, tiled, tiled_bwd
     from ._triton.launch import Problem
     from .layout import Call, Inputs
 
@@ -160,7 +165,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
         rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})
 
-    for module in (short, tiled, tiled_bwd):
+    for module in (decode, short, tiled, tiled_bwd):
         module.launch = compile_only  # type: ignore[attr-defined]
     dtype, heads, length = getattr(torch, case.dtype), 2 * case.group, window or case.length or 512
 
@@ -173,6 +178,9 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     v, dout = (new(batch, h, length, d_v) for h in (2, heads))
     table = None if case.refinement == "none" else new(1, 1, length, rank)
     gate = new(heads) if case.refinement == "additive" else None
+    if case.length == STEP:
+        decode.launch_step(*_step_arguments(new, case, batch, heads, window or 512))
+        return rows
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
     bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
@@ -186,6 +194,20 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     return rows
 
 
+def _step_arguments(new: Any, case: Case, batch: int, heads: int, capacity: int) -> list[Any]:
+    """Those of a step with position tables: the new item's tensors, the tables, the gate, the cache, and numbers."""
+    import torch
+
+    refined, width = case.refinement != "none", case.width
+    items = [new(batch, h, 1, width) for h in (heads, 2, 2)]
+    table = new(1, 1, capacity, width) if refined else None
+    gate = new(heads) if case.refinement == "additive" else None
+    k_a, y = (new(batch, heads, capacity, width) if there else None for there in (refined, case.refinement == "value"))
+    kept = [new(batch, 2, capacity, width) for _ in range(2)]
+    bounds = [new(batch, dtype=torch.int64) for _ in range(2)]
+    return [*items, table, table, gate, *kept, k_a, y, None, None, *bounds, case.refinement, 0.1, 0.1]
+
+
 def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
     target = TARGETS[case.target]
     found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
@@ -195,8 +217,9 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
     regime = kernel.split("_")[0]
     row: dict[str, Any] = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other"}
     row |= case._asdict() | {"config": config} | found
-    row |= {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": True}
-    return row | {"spill_budget": budget, "budget_ok": fits and found["tensor_core_instructions"] > 0}
+    row |= {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": case.length != STEP}
+    expected = row["tensor_cores_expected"] == (found["tensor_core_instructions"] > 0)
+    return row | {"spill_budget": budget, "budget_ok": fits and expected}
 
 
 def _occupancy(target: Target, found: dict[str, Any], warps: int) -> int:
@@ -299,7 +322,7 @@ COLUMNS = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':
 
 
 def _line(row: dict[str, Any]) -> str:
-    length = row["length"] or ">64"
+    length = {TILED: ">64", STEP: "1"}.get(row["length"], row["length"])
     name = row["refinement"] + (" W2" if row["gaussian"] else "")
     head = f"{row['target']:7}{row['dtype']:9}{length:>4}{row['width']:4} {name:14}{'drop' if row['dropout'] else '':5}"
     if "error" in row:
@@ -321,7 +344,14 @@ def main(argv: list[str] | None = None) -> int:
     backbones = ("dot", "stochastic")
     parser.add_argument("--backbone", nargs="+", default=list(backbones), choices=backbones, help="stochastic: between Gaussians")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--length", nargs="+", type=int, default=[*LENGTHS, TILED], choices=[*LENGTHS, TILED], help="0: tiled")
+    parser.add_argument(
+        "--length",
+        nargs="+",
+        type=int,
+        default=[*LENGTHS, TILED, STEP],
+        choices=[*LENGTHS, TILED, STEP],
+        help="0: tiled, 1: a step",
+    )
     parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), choices=WIDTHS, help="the widest of D, D_v, R")
     parser.add_argument("--group", type=int, default=1, help="query heads per key head")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")

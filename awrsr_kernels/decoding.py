@@ -78,8 +78,8 @@ def refined_attention_prefill(
     Raises:
         ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
     """
-    length = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
     given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    length = given.q.shape[2]
     if cache.end_bound:
         raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
     checks.choice("padding_side", padding_side, ("left", "right"))

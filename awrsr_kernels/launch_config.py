@@ -6,6 +6,7 @@ shared memory and what the tuner found for this GPU (`tuned.py`).
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -91,8 +92,8 @@ STEP_TABLE: dict[tuple[int, int], Config] = {
     (128, 2): Config(1, 32, 8, 1),
     (256, 2): Config(1, 16, 8, 1),
     (64, 4): Config(1, 32, 4, 1),
-    (128, 4): Config(1, 32, 8, 1),
-    (256, 4): Config(1, 16, 8, 1),
+    (128, 4): Config(1, 16, 8, 1),
+    (256, 4): Config(1, 8, 8, 1),
 }
 
 
@@ -111,7 +112,7 @@ def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) ->
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
     """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
-    if find_spec("triton") is None:
+    if sys.modules.get("triton") is None and find_spec("triton") is None:  # the search takes longer than a launch
         return "Triton is not installed (pip install triton, Linux only)"
     if max(features) > WIDTHS[-1]:
         return f"{features} features are more than {WIDTHS[-1]}; Gaussians count twice (use backend='torch')"

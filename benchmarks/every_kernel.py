@@ -1,4 +1,4 @@
-"""Every kernel once, forward and backward, padded and packed, with dropout: what sanitizers and profilers look at.
+"""Every kernel once, forward and backward, padded and packed, with dropout, and steps of decoding: for sanitizers and profilers.
 
 Between Gaussians packed alone: the layouts share their kernels, and sanitizers are slow.
 
@@ -10,6 +10,8 @@ Without a GPU it runs in Triton's interpreter, where it shows no more than that 
 """
 
 import argparse
+import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -26,6 +28,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
+from awrsr_kernels.layout import REFINEMENTS
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.report import atomic
@@ -53,6 +57,23 @@ def run(problem: tuple[Task, str]) -> None:
     for batch in build(*problem):
         found = gradients(ours(batch, "triton"), batch)
         assert all(torch.isfinite(x).all() for x in found)
+
+
+def decode(batch: int, heads: int, dim: int, dtype: str, device: str) -> None:
+    """A prompt and a step of every refinement with both kinds of tables; entries of different lengths, the first of 40 items."""
+    lengths = torch.tensor([40 - 7 * i % 40 for i in range(batch)], device=device)
+
+    def new(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(getattr(torch, dtype))
+
+    for refinement, tables in itertools.product(REFINEMENTS, ("position", "content")):
+        sizes: dict[str, Any] = {"heads": heads, "head_dim": dim, "rank": dim, "refinement": refinement, "tables": tables}
+        cache = RefinedCache(batch, 64, dtype=getattr(torch, dtype), device=device, **sizes)
+        position = new(64, dim), new(64, dim)
+        for length, call in ((40, functools.partial(refined_attention_prefill, lengths=lengths)), (1, refined_attention_step)):
+            q, k, v, *content = (new(batch, heads, length, dim) for _ in range(5))
+            w_q, w_k = content if tables == "content" else position
+            assert torch.isfinite(call(q, k, v, w_q, w_k, cache, backend="torch" if length > 1 else "triton")).all()
 
 
 def pretend(processors: int | None) -> None:
@@ -100,11 +121,13 @@ def main() -> int:
     else:
         for problem in todo:
             run(problem)
-    print(f"{len(todo)} calls, forward and backward")
+    decode(given.batch, given.heads, given.dim, dtype, device)
+    print(f"{len(todo)} calls, forward and backward, and steps of decoding")
     if given.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for problem in todo:
                 run(problem)
+            decode(given.batch, given.heads, given.dim, dtype, device)
             torch.cuda.synchronize()
         with atomic(given.profile) as file:
             json.dump(kernel_times(profile), file, indent=1)

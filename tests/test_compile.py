@@ -10,7 +10,18 @@ import pytest
 
 from awrsr_kernels import compile_report
 from awrsr_kernels.compile_report import KINDS, TARGETS, cases, spill_budget
-from awrsr_kernels.launch_config import SHORT_KERNELS, TABLE, TILED, TILED_KERNELS, Key, choose, key_of
+from awrsr_kernels.launch_config import (
+    SHORT_KERNELS,
+    STEP,
+    STEP_TABLE,
+    TABLE,
+    TILED,
+    TILED_KERNELS,
+    Key,
+    choose,
+    key_of,
+    step_config,
+)
 from awrsr_kernels.layout import REFINEMENTS
 
 COLUMNS = "kernel regime refinement dtype dropout config target registers spill_bytes shared_bytes tensor_core_instructions"
@@ -34,14 +45,16 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dict[str, Any]]) -> None:
     for row in sample:
         assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
-        assert row["budget_ok"] and row["tensor_cores_expected"] and row["tensor_core_instructions"] > 0
+        assert row["budget_ok"] and row["tensor_cores_expected"] == (row["kernel"] != "decode_step")
+        assert row["tensor_cores_expected"] == (row["tensor_core_instructions"] > 0)
         assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
     found = {(row["kernel"], row["refinement"], row["gaussian"]) for row in sample if row["target"] == "sm_90"}
     tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
     stages = {f"{kernel}_stage{i}" for kernel in tiled for i in (1, 2)} | {"tiled_bwd_tables"}
     short = {(kernel, *kind) for kernel in SHORT_KERNELS for kind in KINDS}
     plain, refined = [kind for kind in KINDS if kind[0] == "none"], [kind for kind in KINDS if kind[0] != "none"]
-    assert found == short | {(k, *kind) for k in tiled for kind in plain} | {(k, *kind) for k in stages for kind in refined}
+    steps = {("decode_step", refinement, False) for refinement in REFINEMENTS}
+    assert found == short | steps | {(k, *kind) for k in tiled for kind in plain} | {(k, *kind) for k in stages for kind in refined}
     assert {row["target"] for row in sample} == set(TARGETS)
 
 
@@ -50,6 +63,7 @@ def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]
     forward = [row for row in rows if "fwd" in row["kernel"]]
     backward = [row for row in rows if row["kernel"] == "short_bwd" and not row["gaussian"]]
     assert len(forward) == 11 + 14
+    assert not any(row["spill_bytes"] for row in rows if row["kernel"] == "decode_step")
     for row in forward:  # but where P is computed beside R
         beside = row["gaussian"] and row["refinement"] == "additive" and row["kernel"] == "tiled_fwd_stage2"
         assert row["spill_bytes"] <= 64 * beside, row
@@ -60,6 +74,8 @@ def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]
 
 def test_rows_are_read_and_written_16_bytes_at_a_time(sample: list[dict[str, Any]]) -> None:
     for row in sample:
+        if row["kernel"] == "decode_step":  # 16 bytes, but for the few new numbers
+            assert row["loads"]["16"] > sum(row["loads"].values()) / 2, row
         if row["target"] == "sm_90" and row["regime"] == "short":
             tensors = 3 + 2 * (row["refinement"] != "none") + ("bwd" in row["kernel"])  # values of Gaussians are two halves
             tile = 2 if row["gaussian"] and row["refinement"] == "additive" else 4  # its q, k and tables are half as wide, too
@@ -70,24 +86,29 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(sample: list[dict[str, Any
 
 def test_the_table_says_what_the_kernels_take(sample: list[dict[str, Any]]) -> None:
     for row in sample:
-        if row["target"] == "sm_90":
+        if row["length"] == STEP:
+            assert row["config"] == step_config((row["width"],) * 3, 2)._asdict() and row["shared_bytes"] < 4096
+        elif row["target"] == "sm_90":
             kernel = row["kernel"].split("_stage")[0]
             entry = TABLE[Key(kernel, row["length"], row["width"], 2)][0]
             assert row["config"] == entry.config._asdict() and row["shared_bytes"] <= entry.shared
 
 
 def test_the_report_leaves_out_no_row_of_the_table() -> None:
-    returned = set()
+    returned, steps = set(), set()
     for target, chip in TARGETS.items():
         for case in cases(target):
+            if case.length == STEP:
+                steps.add((case.width, 4 if case.dtype == "float32" else 2))
+                continue
             kernels = TILED_KERNELS if case.length == TILED else SHORT_KERNELS
             for kernel in kernels if case.refinement != "none" else kernels[:3]:
                 key = Key(kernel, case.length, case.width, 4 if case.dtype == "float32" else 2)
                 assert key_of(kernel, case.length or 1000, (case.width,) * 3, key.itemsize) == key
                 returned.add((key, choose(key, chip.shared)))
-    assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows}
+    assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows} and steps == set(STEP_TABLE)
     for target in TARGETS:
-        kinds = {(c.refinement, c.gaussian, c.dtype, c.dropout) for c in cases(target)}
+        kinds = {(c.refinement, c.gaussian, c.dtype, c.dropout) for c in cases(target) if c.length != STEP}
         assert len(kinds) == len(KINDS) * 3 * 2
 
 
@@ -108,7 +129,8 @@ def test_lengths_and_batches_compile_nothing_anew() -> None:
     code = """
 from awrsr_kernels.compile_report import Case, compile_case
 for refinement, length, sizes in (
-    ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7)))
+    ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7))),
+    ("value", 1, ((200, 4), (513, 1), (1024, 7))),
 ):
     case = Case("sm_90", refinement, "bfloat16", True, length, 64)
     rows = [compile_case(case, window, batch) for window, batch in sizes]
@@ -116,4 +138,4 @@ for refinement, length, sizes in (
 """
     done = run(["-c", code])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "3", "3"]  # kernels of a call, and binaries for all calls together
+    assert done.stdout.split() == ["2", "2", "3", "3", "1", "1"]  # kernels of a call, and binaries for all calls together

@@ -181,10 +181,10 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
     pytest.importorskip("triton", reason="needs Triton")
-    from awrsr_kernels._triton import short, tiled, tiled_bwd
+    from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
 
     reached, there = set(), set()
-    for module in (short, tiled, tiled_bwd):
+    for module in (decode, short, tiled, tiled_bwd):
         there |= {name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
 
         def watch(kernel: Any, *rest: Any, launch: Any = module.launch, **arguments: Any) -> None:
@@ -195,6 +195,7 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = every_kernel.problems(2, (4, 130), 1, 16, "float32", "cpu")
     for problem in problems:
         every_kernel.run(problem)
+    every_kernel.decode(2, 1, 16, "float32", "cpu")
     assert len(problems) == 2 * 4 * 2 and all(task.dropout_p > 0 for task, _ in problems)
     assert reached == there
 

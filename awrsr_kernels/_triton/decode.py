@@ -5,8 +5,8 @@ D, D_v, R features of q, v and the tables; N rows of the cache.
 The row of `decoding.py` in two sweeps over the items before it: first softmax(q K^T) meets the tables and, where it must, V; then
 softmax(q_a K_A^T) meets V or Y. The new item itself never leaves registers between the two, so no program waits for what another
 appends. Nothing here is a product of matrices: every number of the cache is read once and used once, and what counts is that loads
-never wait. So each of the BLOCK_N places of a tile keeps a softmax of its own (its peak, total and sums, all in float32), and places
-are only put together after the sweep.
+never wait. So each of the BLOCK_N places of a tile keeps a softmax of its own (peak, total, sums, in float32), and places are put
+together after the sweep alone.
 """
 
 import triton
@@ -46,7 +46,7 @@ def sweep(
 ):  # fmt: skip
     """softmax(query keys^T) of the rows from `first` to `end` and the new item, times the tables and the values.
 
-    Row j meets row j - table_first of the tables. Returns [1, BLOCK_R] twice and [1, BLOCK_DV]; what is not wanted is the item's own.
+    Row j meets row j - table_first of the tables. Returns [1, BLOCK_R] twice and [1, BLOCK_DV]; what is not wanted comes back.
     """
     ACC: tl.constexpr = query.dtype
     own = tl.sum(query * own_key) * (scale * LOG2E)
@@ -150,8 +150,7 @@ def _decode_step_kernel(
     store_row(out, entry, head, end * 0, 1, result, DV, BLOCK_DV)
 
 
-@custom_op("awrsr_kernels::refined_attention_step", mutates_args=("k", "v", "k_a", "y", "w_q", "w_k"))
-def triton_step(
+def launch_step(
     q: Tensor,
     new_k: Tensor,
     new_v: Tensor,
@@ -195,6 +194,9 @@ def triton_step(
         BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=triton.next_power_of_2(d_v), BLOCK_R=triton.next_power_of_2(rank),
     )  # fmt: skip
     return out
+
+
+triton_step = custom_op("awrsr_kernels::refined_attention_step", launch_step, mutates_args=("k", "v", "k_a", "y", "w_q", "w_k"))
 
 
 @triton_step.register_fake
