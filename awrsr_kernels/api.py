@@ -55,14 +55,18 @@ def refined_attention(
         dropout_seed: int, or int64 tensor of one element; drawn with torch.randint on q's device when None. Every backend and
             layout draws the same mask from the same seed.
         backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition, L x L matrices, any
-            number of derivatives), or "auto": triton where it can run on a GPU, otherwise torch.
+            number of derivatives, torch.func), or "auto": triton where it can run on a GPU, otherwise torch. torch.export with
+            dynamic sizes, or in its strict mode, gets the definition from "torch", too; from "triton" it gets an operator that
+            AOTInductor's packages cannot hold, and whose programs need `import awrsr_kernels._triton` before they are loaded.
 
     Returns:
         (B, H, L, D_v) in v's dtype. "triton" and "torch" are differentiable once. Entries are independent; but "triton" and, where
         there are lengths, "torch" let short ones share a tile, where a NaN or Inf in a real item of one reaches the others.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.
+        ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
+            torch.func (vmap, grad, jvp ...) meets another one than "reference". RuntimeError: a second derivative of "triton" or
+            "torch". NotImplementedError: their forward mode.
     """
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
@@ -193,13 +197,13 @@ def packed_call(
     """What a packed call comes to, beside its tensors."""
     checks.choice("align", align, ("left", "right"))
     cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
-    window = q.shape[0] if w_q is None or per_entry else w_q.shape[2]
+    table_rows = None if w_q is None or per_entry else w_q.shape[2]
     return Call(
         refinement=refinement,
         causal=checks.flag("causal", causal),
         varlen=True,
         align_right=align == "right",
-        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], window),
+        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows),
         per_entry=per_entry,
         softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
         refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
@@ -223,6 +227,10 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
         if backend == "triton" and reason is not None:
             raise ValueError(f'backend is "triton", which cannot run here: {reason}')
         backend = "triton" if reason is None and (backend == "triton" or q.is_cuda) else "torch"
+    if backend != "reference":
+        checks.no_transform(backend)
+    if backend == "torch" and checks.exports_any_size(q, given.bounds):
+        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand
     if call.dropout_p:
         given = given._replace(seed=checks.seed(dropout_seed, q.device))
     with checks.without_autocast(q.device):

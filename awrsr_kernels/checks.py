@@ -1,7 +1,7 @@
 """Argument checks of the public call. Every message names the argument, what it was and what it must be.
 
 Shapes, dtypes, devices and Python numbers are checked always. The values inside `lengths` and `cu_seqlens` are checked where
-that is free: on the CPU, outside torch.compile.
+that is free: on the CPU, outside torch.compile and torch.func.
 """
 
 import math
@@ -157,13 +157,19 @@ def cu_seqlens(value: Tensor | None, q: Tensor) -> Tensor:
     return value
 
 
-def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> int:
-    """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory."""
+def max_seqlen(value: int | None, bounds: Tensor, total: int, table_rows: int | None) -> int:
+    """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory.
+
+    table_rows: of tables by position, None if rows come with the `total` items.
+    """
     if value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             _refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
         if value < 0:
             _refuse("max_seqlen", str(value), "0 or more")
+        if table_rows is None and torch.compiler.is_compiling():
+            return max(1, value)  # a graph for it serves any total
+    window = total if table_rows is None else table_rows
     bound = window if value is None else value
     if _readable(bounds):
         longest = int(bounds.diff().max().item()) if bounds.numel() > 1 else 0
@@ -235,8 +241,30 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, outside torch.compile, which says so itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def no_transform(backend: str) -> None:
+    if _transformed():
+        raise ValueError(
+            f'backend is "{backend}"; it must be "reference" under torch.func (vmap, grad, jvp ...). Or leave that out: instead of '
+            "vmap, fold the mapped dimension into the batch B or the heads H, over which the operator goes anyway (packed: more "
+            "sequences); instead of grad, call torch.autograd.grad"
+        )
+
+
+def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
+    """Whether torch.export traces sizes that are open, which in strict mode look like any others."""
+    if not torch.compiler.is_exporting():
+        return False
+    sizes = [*q.shape, *(() if bounds is None else bounds.shape)]
+    return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def _readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not _transformed()
 
 
 def _tensor(name: str, x: Any) -> None:
