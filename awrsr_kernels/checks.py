@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .dropout import quantise
 from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 Names = tuple[str, str, str]  # of queries, keys and values
@@ -192,7 +191,7 @@ def probability(name: str, value: float) -> float:
     p = _number(name, value)
     if not 0 <= p < 1:
         _refuse(name, str(value), "in [0, 1)")
-    return p if quantise(p)[0] else 0.0
+    return p if p * 65536 > 0.5 else 0.0  # as `dropout.quantise` rounds, and torch.compile can follow
 
 
 def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
@@ -236,7 +235,7 @@ def _shape(x: Any) -> str:
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _refuse(name, type(value).__name__, "a number", TypeError)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         _refuse(name, str(value), "finite")
     return float(value)
 
