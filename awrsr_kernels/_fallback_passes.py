@@ -66,9 +66,7 @@ def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: Named) -> Chunk:
     return Chunk(place, q, k, values, tables, gate, *hidden, loaded.seed, keep, kept, term)
 
 
-def forward_pass(
-    plan: Plan, loaded: Inputs, dtype: torch.dtype, save: Callable[[Named], None] | None = None
-) -> tuple[Tensor, ...]:
+def forward_pass(plan: Plan, loaded: Inputs, dtype: torch.dtype, save: Callable[[Named], None] | None = None) -> tuple[Tensor, ...]:
     """The outputs in rows form and `dtype`; `save` gets what the backward needs of each chunk, one after another."""
     outs = [plan.buffer(plan.heads, x.shape[-1], dtype) for x in values_of(loaded)]
     for place, keep in zip(plan.places, weights_kept(plan, loaded), strict=True):

@@ -233,7 +233,7 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
     if backend == "torch" and checks.exports_any_size(q, given.bounds):
         backend = "reference"  # chunks and blocks of rows are made for the sizes at hand
     if torch.compiler.is_compiling():  # which wants every input of an autograd Function to be another tensor
-        given = Inputs(*(x if x is None else x.view_as(x) for x in given))
+        given = Inputs._make(x if x is None else x.view_as(x) for x in given)
     if call.dropout_p:
         given = given._replace(seed=checks.seed(dropout_seed, q.device))
     with checks.without_autocast(q.device):

@@ -42,8 +42,8 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # type: ignore[no-untyped-def]
-        size, plan = len(Inputs._fields), ctx.plan
-        given, saved = Inputs(*ctx.saved_tensors[:size]), iter(ctx.saved_tensors[size:])
+        size, plan, tensors = len(Inputs._fields), ctx.plan, ctx.saved_tensors  # read once: a checkpoint gives them once
+        given, saved = Inputs(*tensors[:size]), iter(tensors[size:])
         loaded = given if plan.ragged else plan.load_inputs(given)
         named = ({name: next(saved) for name in names} for names in ctx.names)
         found = backward_pass(plan, ctx.kinds, loaded, douts, named)

@@ -67,7 +67,8 @@ def register(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-            given, saved = Inputs(*ctx.saved_tensors[:_SIZE]), list(ctx.saved_tensors[_SIZE:])
+            tensors = ctx.saved_tensors  # read once: a checkpoint gives them once
+            given, saved = Inputs(*tensors[:_SIZE]), list(tensors[_SIZE:])
             found = iter(backward_op(list(douts), saved, *given, *ctx.call))
             has_gradient = given._replace(bounds=None, seed=None)
             return *(None if x is None else next(found) for x in has_gradient), None

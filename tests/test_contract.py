@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import awrsr_kernels
 from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
 
-from .conftest import DEVICE, ENGINES, cumulative
+from .conftest import DEVICE, cumulative
 from .problems import Kind
 
 STOCHASTIC = Kind("stochastic", True)
@@ -235,7 +234,12 @@ ARROWS = {  # module: those of the package that it may import
     "gaussian": set(),
     "fallback": {"layout", "_fallback_chunks", "_fallback_operator", "_fallback_passes", "_fallback_stock", "_fallback_sweeps"},
     "_fallback_operator": {
-        "layout", "operators", "_fallback_chunks", "_fallback_passes", "_fallback_selection", "_fallback_sweeps",
+        "layout",
+        "operators",
+        "_fallback_chunks",
+        "_fallback_passes",
+        "_fallback_selection",
+        "_fallback_sweeps",
     },
     "_fallback_passes": {"layout", "_fallback_chunks", "_fallback_sweeps"},
     "_fallback_sweeps": {"layout", "_fallback_chunks", "_fallback_selection"},

@@ -16,7 +16,7 @@ from .conftest import DEVICE, ENGINES, cumulative
 from .problems import Kind
 
 STOCHASTIC = Kind("stochastic", True)
-LENGTHS = (6, 9, 17, 23, 40)
+LENGTHS, SHORT = (6, 9, 17, 23, 40), (3, 4, 5, 17, 6)  # the latter for the interpreter, which takes its time
 
 
 @pytest.fixture(autouse=True)
@@ -46,11 +46,13 @@ def gradients(loss: Tensor, given: dict[str, Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(given.values())))
 
 
+ROUTES = [("torch", "plain"), ("torch", "lengths"), ("torch", "packed"), ("short", "packed"), ("tiled", "lengths")]
 OPERATORS = [Kind("none"), Kind("simple"), Kind("value"), Kind("additive"), Kind("additive", True), STOCHASTIC]
 
 
-@pytest.mark.parametrize("layout", ["plain", "lengths", "packed", "content"])
-@pytest.mark.parametrize("kind", OPERATORS, ids=str)
+@pytest.mark.parametrize(
+    "kind,layout", [(Kind("value"), x) for x in ("plain", "lengths", "packed", "content")] + [(k, "packed") for k in OPERATORS]
+)
 def test_the_torch_backend_is_a_wellformed_operator(kind: Kind, layout: str) -> None:
     packed, rows = layout == "packed", 9 if layout == "packed" else 6
     q = torch.randn(1 if packed else 2, 2, rows, 8, device=DEVICE)
@@ -60,8 +62,9 @@ def test_the_torch_backend_is_a_wellformed_operator(kind: Kind, layout: str) -> 
     bounds = cumulative([6, 3]) if packed else torch.tensor([6, 2], device=DEVICE) if layout == "lengths" else None
     tensors = (q, q.clone(), q.clone(), *tables, gate, bounds, None, q.clone() if kind.gaussian else None)
     call = (kind.refinement, True, packed, True, 6, layout == "content", 0.3, 0.5, 0.0, kind.gaussian)
-    for keep in (True, False):
-        torch.library.opcheck(_fallback_operator._forward_op, (*tensors, *call, keep))
+    torch.library.opcheck(_fallback_operator._forward_op, (*tensors, *call, False))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # another would compare memory nobody wrote to
+    torch.library.opcheck(_fallback_operator._forward_op, (*tensors, *call, True), test_utils=checks)
     *outs, state = _fallback_operator._forward_op(*tensors, *call, True)
     douts = [torch.randn_like(out) for out in outs]
     torch.library.opcheck(_fallback_operator._backward_op, (douts, [state], *tensors, *call))
@@ -110,7 +113,7 @@ def test_a_chunk_without_room_is_computed_again(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", [Kind("value"), Kind("additive"), Kind("value", True), STOCHASTIC], ids=str)
+@pytest.mark.parametrize("kind", [Kind("value"), STOCHASTIC], ids=str)
 def test_compiles_into_one_graph_forward_and_backward(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
     backend = choose(engine)
     given, bounds = draw(kind, "lengths")
@@ -121,7 +124,7 @@ def test_compiles_into_one_graph_forward_and_backward(engine: str, kind: Kind, c
 
 
 @pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("engine,layout", [(e, x) for e in ENGINES for x in ("plain", "lengths", "packed")])
+@pytest.mark.parametrize("engine,layout", ROUTES)
 def test_any_length_and_batch_is_one_dynamic_graph(engine: str, layout: str, marked: bool, choose: Callable[[str], str]) -> None:
     backend, kind = choose(engine), Kind("simple")
     options = {"max_seqlen": 50} if layout == "packed" else {}
@@ -131,7 +134,7 @@ def test_any_length_and_batch_is_one_dynamic_graph(engine: str, layout: str, mar
         return summed(kind, given, **bounds, **options, backend=backend)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for extra, length in enumerate(LENGTHS):
+    for extra, length in enumerate(LENGTHS if with_gradient else SHORT):
         given, bounds = draw(kind, layout, length, extra)
         if not with_gradient:
             given = {name: x.detach() for name, x in given.items()}
@@ -146,16 +149,15 @@ def test_any_length_and_batch_is_one_dynamic_graph(engine: str, layout: str, mar
     assert counters["stats"]["unique_graphs"] == (1 if marked else 2)
 
 
-def test_numbers_may_change_between_calls_of_one_graph() -> None:
+def test_a_graph_takes_numbers_that_change() -> None:
     x, w = torch.randn(2, 2, 6, 4, device=DEVICE), torch.randn(6, 3, device=DEVICE)
 
     def function(p: float, scale: float) -> Tensor:
         return refined_attention(x, x, x, w, w, dropout_p=p, dropout_seed=3, softmax_scale=scale, backend="torch")
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for p, scale in ((0.1, 0.2), (0.2, 0.3), (0.3, 0.5), (0.4, 0.7)):
+    for p, scale in ((0.1, 0.2), (0.2, 0.3), (0.3, 0.5)):
         torch.testing.assert_close(compiled(p, scale), function(p, scale))
-    assert counters["stats"]["unique_graphs"] == 2
 
 
 class Block(nn.Module):
@@ -177,7 +179,9 @@ class Block(nn.Module):
 
 
 def of(block: nn.Module, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(block.parameters())))
+    block.zero_grad()
+    loss.backward()
+    return [x.grad for x in block.parameters() if x.grad is not None]
 
 
 def test_a_block_compiles_with_inductor() -> None:
@@ -190,8 +194,7 @@ def test_a_block_compiles_with_inductor() -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant,compiled", [(True, False), (False, False), (False, True)])  # reentrant ones do not compile
 def test_a_checkpoint_draws_the_same_mask_again(use_reentrant: bool, compiled: bool) -> None:
     block, x = Block(dropout_p=0.5).to(DEVICE), torch.randn(2, 9, 16, device=DEVICE, requires_grad=True)
     lengths = torch.tensor([9, 5], device=DEVICE)
@@ -199,8 +202,6 @@ def test_a_checkpoint_draws_the_same_mask_again(use_reentrant: bool, compiled: b
     def run(x: Tensor) -> Tensor:
         return checkpoint(block, x, lengths, use_reentrant=use_reentrant)
 
-    if compiled and use_reentrant:
-        pytest.skip("torch.compile takes checkpoints with use_reentrant=False only")
     torch.manual_seed(1)
     run_or_compiled = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
     found = of(block, (loss := run_or_compiled(x).square().sum()))
@@ -361,13 +362,12 @@ def test_an_aotinductor_package_gives_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine,compiled", [("torch", False), ("torch", True), ("short", True), ("tiled", False)])
 @pytest.mark.filterwarnings("error:.*deterministic")
 def test_results_repeat_bit_for_bit_in_deterministic_mode(engine: str, compiled: bool, choose: Callable[[str], str]) -> None:
     assert torch.are_deterministic_algorithms_enabled()
     kind, backend = Kind("additive", True), choose(engine)
-    given, bounds = draw(kind, "packed", 20, 2)
+    given, bounds = draw(kind, "packed", 6, 1)
 
     def function(given: dict[str, Tensor]) -> Tensor:
         return summed(kind, given, **bounds, dropout_p=0.2, dropout_seed=7, backend=backend)
