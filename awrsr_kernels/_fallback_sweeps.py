@@ -40,6 +40,7 @@ from ._fallback_selection import LANES
 from .layout import Call
 
 Named = dict[tuple[str, int], Tensor]  # by name and first row of the block
+Shapes = dict[tuple[str, int], tuple[int, int]]  # rows and columns, for each window and head
 
 
 @dataclass
@@ -184,19 +185,30 @@ def _multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, 
         total.baddbmm_(left, right, beta=int(add), alpha=scale)
 
 
-def _products(chunk: Chunk) -> Named:
-    """Room for P times W_q, by first row of the block; P times W_k; for "value", P times V and P^2 times V_cov.
+def product_shapes(place: Place, widths: dict[str, int]) -> Shapes:
+    """Of P times W_q, by first row of the block; P times W_k; for "value", P times V and P^2 times V_cov; widths: features of each.
 
-    For "stochastic" the first two hold correlation points instead, beside the `key_term` of the second.
+    For "stochastic" the first two are correlation points instead, beside the `key_term` of the second.
     """
-    empty = chunk.place.empty
-    found: Named = {}
-    for name, factor in chunk.factors.items():
-        rows = chunk.blocks if name == "q_a" else [(0, chunk.length)]
-        found |= {(name, lo): empty(factor.shape[-1], hi - lo) for lo, hi in rows}
-    if chunk.call.refinement == "stochastic":
-        found["term", 0] = empty(chunk.length, 1)
+    found: Shapes = {}
+    for name, width in widths.items():
+        rows = place.blocks if name == "q_a" else [(0, place.length)]
+        found |= {(name, lo): (hi - lo, width) for lo, hi in rows}
+    if place.call.refinement == "stochastic":
+        found["term", 0] = (1, place.length)
     return found
+
+
+def weight_shapes(place: Place) -> Shapes:
+    """Of P and R, block by block."""
+    names = ("first",) if place.call.refinement == "none" else ("first", "higher")
+    return {(name, lo): (hi - lo, hi if place.call.causal else place.length) for lo, hi in place.blocks for name in names}
+
+
+def _products(chunk: Chunk) -> Named:
+    """Room for what `product_shapes` says."""
+    shapes = product_shapes(chunk.place, {name: factor.shape[-1] for name, factor in chunk.factors.items()})
+    return {name: chunk.place.empty(width, rows) for name, (rows, width) in shapes.items()}
 
 
 def _rows(products: Named, name: str, lo: int, hi: int) -> Tensor:

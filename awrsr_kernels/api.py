@@ -4,6 +4,7 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
+import torch
 from torch import Tensor
 
 from . import checks, jagged
@@ -11,6 +12,7 @@ from .fallback import fallback_attention
 from .launch_config import table_features, unsupported_reason
 from .layout import Call, Inputs
 from .reference import reference_attention, reference_weights
+from .state import exports_any_size, without_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -57,7 +59,9 @@ def refined_attention(
         dropout_seed: int, or int64 tensor of one element; drawn with torch.randint on q's device when None. Every backend and
             layout draws the same mask from the same seed.
         backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition, L x L matrices, any
-            number of derivatives), or "auto": triton where it can run on a GPU, otherwise torch.
+            number of derivatives, torch.func), or "auto": triton where it can run on a GPU, otherwise torch. torch.export with
+            dynamic sizes, or in its strict mode, gets the definition from "torch", too; from "triton" it gets an operator that
+            AOTInductor's packages cannot hold, and whose programs need `import awrsr_kernels._triton` before they are loaded.
 
     Returns:
         (B, H, L, D_v) in v's dtype; jagged as q is. "triton" and "torch" are differentiable once. Entries are independent; but
@@ -65,7 +69,9 @@ def refined_attention(
         reaches the others.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run.
+        ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
+            torch.func (vmap, grad, jvp ...) meets another one than "reference". RuntimeError: a second derivative of "triton" or
+            "torch". NotImplementedError: their forward mode.
     """
     if jagged.is_nested(q):
         packed = jagged.packed({"q": q, "k": k, "v": v}, {"w_q": w_q, "w_k": w_k}, lengths, padding_side)
@@ -152,7 +158,7 @@ def attention_weights(
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
     call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0)
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    with checks.without_autocast(q.device):
+    with without_autocast(q.device):
         return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, None), call)
 
 
@@ -203,13 +209,13 @@ def packed_call(
     """What a packed call comes to, beside its tensors."""
     checks.choice("align", align, ("left", "right"))
     cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
-    window = q.shape[0] if w_q is None or per_entry else w_q.shape[2]
+    table_rows = None if w_q is None or per_entry else w_q.shape[2]
     return Call(
         refinement=refinement,
         causal=checks.flag("causal", causal),
         varlen=True,
         align_right=align == "right",
-        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], window),
+        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows),
         per_entry=per_entry,
         softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
         refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
@@ -228,9 +234,15 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
     q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
     features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
     backend = choose_backend(backend, q, features)
+    if backend != "reference":
+        checks.no_transform(backend)
+    if backend == "torch" and exports_any_size(q, given.bounds):
+        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand
+    if torch.compiler.is_compiling():  # which wants every input of an autograd Function to be another tensor
+        given = Inputs._make(x if x is None else x.view_as(x) for x in given)
     if call.dropout_p:
         given = given._replace(seed=checks.seed(dropout_seed, q.device))
-    with checks.without_autocast(q.device):
+    with without_autocast(q.device):
         if backend == "reference":
             return reference_attention(given, call)
         if backend == "torch":

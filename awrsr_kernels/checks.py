@@ -1,19 +1,18 @@
 """Argument checks of the public call. Every message names the argument, what it was and what it must be.
 
 Shapes, dtypes, devices and Python numbers are checked always. The values inside `lengths` and `cu_seqlens` are checked where
-that is free: on the CPU, outside torch.compile.
+that is free: on the CPU, outside torch.compile and torch.func.
 """
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from .dropout import quantise
 from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from .state import autocast, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
@@ -47,7 +46,7 @@ def covariance(name: str, cov: Tensor, mean: Tensor) -> Tensor:
     """Diagonal covariances beside their checked means, under autocast in its dtype."""
     _tensor(name, cov)
     _same_device(name, cov, mean)
-    cov, beside = _autocast(cov), name.replace("cov", "mean")
+    cov, beside = autocast(cov), name.replace("cov", "mean")
     if cov.shape != mean.shape:
         refuse(name, _shape(cov), f"of {beside}'s shape, {tuple(mean.shape)}")
     if cov.dtype != mean.dtype:
@@ -159,13 +158,19 @@ def cu_seqlens(value: Tensor | None, q: Tensor) -> Tensor:
     return value
 
 
-def max_seqlen(value: int | None, bounds: Tensor, total: int, window: int) -> int:
-    """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory."""
+def max_seqlen(value: int | None, bounds: Tensor, total: int, table_rows: int | None) -> int:
+    """A bound on the length of every sequence: the tightest that is known without reading a GPU's memory.
+
+    table_rows: of tables by position, None if rows come with the `total` items.
+    """
     if value is not None:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
         if value < 0:
             refuse("max_seqlen", str(value), "0 or more")
+        if table_rows is None and torch.compiler.is_compiling():
+            return max(1, value)  # a graph for it serves any total
+    window = total if table_rows is None else table_rows
     bound = window if value is None else value
     if readable(bounds):
         longest = int(bounds.diff().max().item()) if bounds.numel() > 1 else 0
@@ -280,7 +285,7 @@ def probability(name: str, value: float) -> float:
     p = _number(name, value)
     if not 0 <= p < 1:
         refuse(name, str(value), "in [0, 1)")
-    return p if quantise(p)[0] else 0.0
+    return p if p * 65536 > 0.5 else 0.0  # as `dropout.quantise` rounds, and torch.compile can follow
 
 
 def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
@@ -324,13 +329,18 @@ def _shape(x: Any) -> str:
 def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(name, type(value).__name__, "a number", TypeError)
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:
         refuse(name, str(value), "finite")
     return float(value)
 
 
-def readable(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def no_transform(backend: str) -> None:
+    if transformed():
+        raise ValueError(
+            f'backend is "{backend}"; it must be "reference" under torch.func (vmap, grad, jvp ...). Or leave that out: instead of '
+            "vmap, fold the mapped dimension into the batch B or the heads H, over which the operator goes anyway (packed: more "
+            "sequences); instead of grad, call torch.autograd.grad"
+        )
 
 
 def _tensor(name: str, x: Any) -> None:
@@ -358,7 +368,7 @@ def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, name
         if x.dim() != dims:
             refuse(name, _shape(x), f"{form}, of {dims} dimensions")
         _same_device(name, x, q)
-    q, k, v = _autocast(q), _autocast(k), _autocast(v)
+    q, k, v = autocast(q), autocast(k), autocast(v)
     for name, x in zip(names, (q, k, v), strict=True):
         if x.dtype not in DTYPES:
             refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
@@ -384,7 +394,7 @@ def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tu
     for name, w in zip(names, (w_q, w_k), strict=True):
         _tensor(name, w)
     assert w_q is not None and w_k is not None
-    w_q, w_k = (w if w.dtype == torch.float32 else _autocast(w) for w in (w_q, w_k))
+    w_q, w_k = (w if w.dtype == torch.float32 else autocast(w) for w in (w_q, w_k))
     for name, w in zip(names, (w_q, w_k), strict=True):
         _same_device(name, w, q)
         half = q.dtype in (torch.bfloat16, torch.float16)
@@ -396,16 +406,3 @@ def _pair_of_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, names: tu
     if w_k.shape != w_q.shape or w_k.dtype != w_q.dtype:
         refuse(names[1], f"{_shape(w_k)}, {w_k.dtype}", f"like {names[0]} {_shape(w_q)}, {w_q.dtype}")
     return w_q, w_k
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Arithmetic as the dtypes say; the arguments were cast already."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
-    kind = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -23,6 +23,7 @@ from .cache import RefinedCache
 from .launch_config import table_features
 from .layout import Call, Inputs
 from .reference import masked_softmax
+from .state import without_autocast
 
 
 class _Step(NamedTuple):
@@ -95,7 +96,7 @@ def refined_attention_prefill(
         cache.first.copy_(length - lengths) if left else cache.first.zero_()
     else:
         cache.end.fill_(length)
-    with checks.without_autocast(given.q.device):
+    with without_autocast(given.q.device):
         out = _prefill(given, cache, lengths, left)
     cache.end_bound, cache.length_bound = (length if left else most), most
     cache.ragged = least < (length if left else most)
@@ -141,7 +142,7 @@ def refined_attention_step(
     if given.w_q is not None and cache.tables == "position":
         checks.enough_rows(given.w_q, cache.length_bound + 1)
     cache.make_room(1)
-    with checks.without_autocast(given.q.device):
+    with without_autocast(given.q.device):
         if given.backend == "reference":
             out = _reference_step(given, cache)
         elif given.backend == "torch":

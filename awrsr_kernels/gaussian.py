@@ -18,11 +18,15 @@ SMALLEST = 2.0**-20
 class _Points(torch.autograd.Function):
     """The backward is made of differentiable operations, so that there are any number of derivatives."""
 
+    generate_vmap_rule = True  # for torch.func
+
     @staticmethod
-    def forward(ctx: Any, mean: Tensor, cov: Tensor) -> Tensor:
-        found = torch.cat([mean, cov.clamp(min=SMALLEST).sqrt_()], -1)  # NaN stays NaN
-        ctx.save_for_backward(cov, found)
-        return found
+    def forward(mean: Tensor, cov: Tensor) -> Tensor:
+        return torch.cat([mean, cov.clamp(min=SMALLEST).sqrt()], -1)  # NaN stays NaN
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1], output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

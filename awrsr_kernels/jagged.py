@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .checks import choice, readable, refuse
+from .checks import choice, refuse
+from .state import readable
 
 
 def is_nested(x: Any) -> TypeGuard[Tensor]:

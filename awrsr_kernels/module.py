@@ -13,6 +13,7 @@ from . import checks, jagged
 from .api import attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
+from .state import readable
 
 
 class _Place(NamedTuple):
@@ -325,7 +326,7 @@ class RefinedMultiheadAttention(nn.Module):
         lengths = real.sum(1)
         first = real.int().argmax(1)  # of the first item
         turn = first - (size - lengths if self.align == "right" else 0)
-        if not checks.readable(real):
+        if not readable(real):
             return _Place(lengths, turn)
         position = torch.arange(size, device=x.device) - first[:, None]
         if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):

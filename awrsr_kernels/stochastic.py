@@ -11,6 +11,7 @@ from .api import as_rows, packed_call, padded_call, run
 from .gaussian import points
 from .layout import Inputs
 from .reference import reference_weights
+from .state import without_autocast
 
 _MEANS = ("q_mean", "k_mean", "v_mean")
 
@@ -80,7 +81,7 @@ def stochastic_refined_attention(
         q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
     )
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    with checks.without_autocast(q.device):
+    with without_autocast(q.device):
         given = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, None, v_cov)
     mean, cov = run(given, dropout_seed, call, backend)
     return mean, cov
@@ -127,7 +128,7 @@ def stochastic_refined_attention_varlen(
         q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
     )
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    with checks.without_autocast(q.device):
+    with without_autocast(q.device):
         x_q, x_k = as_rows(points(q, q_cov)), as_rows(points(k, k_cov))
     given = Inputs(x_q, x_k, as_rows(v), w_q, w_k, gate, cu_seqlens, None, as_rows(v_cov))
     mean, cov = (x.squeeze(0).transpose(0, 1) for x in run(given, dropout_seed, call, backend))
@@ -165,7 +166,7 @@ def stochastic_attention_weights(
         q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0, gaussian=True
     )
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    with checks.without_autocast(q.device):
+    with without_autocast(q.device):
         return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths, None), call)
 
 

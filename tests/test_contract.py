@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import awrsr_kernels
 from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
 
-from .conftest import DEVICE, ENGINES, cumulative
+from .conftest import DEVICE, cumulative
 from .problems import Kind
 
 STOCHASTIC = Kind("stochastic", True)
@@ -230,21 +229,32 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
 
 ARROWS = {  # module: those of the package that it may import
-    "module": {"api", "cache", "checks", "decoding", "jagged"},
-    "api": {"checks", "fallback", "jagged", "launch_config", "layout", "reference", "_triton"},
+    "module": {"api", "cache", "checks", "decoding", "jagged", "state"},
+    "api": {"checks", "fallback", "jagged", "launch_config", "layout", "reference", "state", "_triton"},
     "cache": {"checks"},
-    "decoding": {"api", "cache", "checks", "launch_config", "layout", "reference", "_triton"},
-    "stochastic": {"api", "checks", "gaussian", "jagged", "layout", "reference"},
-    "jagged": {"checks"},
+    "decoding": {"api", "cache", "checks", "launch_config", "layout", "reference", "state", "_triton"},
+    "stochastic": {"api", "checks", "gaussian", "jagged", "layout", "reference", "state"},
+    "jagged": {"checks", "state"},
     "reference": {"dropout", "gaussian", "layout"},
     "gaussian": set(),
-    "fallback": {"layout", "_fallback_chunks", "_fallback_stock", "_fallback_sweeps"},
+    "fallback": {"layout", "_fallback_chunks", "_fallback_operator", "_fallback_passes", "_fallback_stock", "_fallback_sweeps"},
+    "_fallback_operator": {
+        "layout",
+        "operators",
+        "_fallback_chunks",
+        "_fallback_passes",
+        "_fallback_selection",
+        "_fallback_sweeps",
+    },
+    "_fallback_passes": {"layout", "_fallback_chunks", "_fallback_sweeps"},
     "_fallback_sweeps": {"layout", "_fallback_chunks", "_fallback_selection"},
     "_fallback_chunks": {"dropout", "layout", "_fallback_selection"},
     "_fallback_selection": {"dropout", "layout"},
     "_fallback_stock": {"layout"},
-    "checks": {"dropout", "layout"},
+    "checks": {"layout", "state"},
+    "state": set(),
     "layout": set(),
+    "operators": {"layout"},
     "dropout": set(),
     "tolerance": set(),
     "launch_config": set(),
@@ -253,8 +263,8 @@ ARROWS = {  # module: those of the package that it may import
     "_tune_search": {"launch_config", "tuned", "_tune_bench"},
     "_tune_bench": {"api", "launch_config", "layout", "tolerance", "tuned"},
     "compile_report": {"launch_config", "layout", "_triton"},
-    "_triton": {"dropout", "launch_config", "layout", "tuned"},
-    "integrations": {"api", "cache", "checks", "decoding", "module"},
+    "_triton": {"dropout", "launch_config", "layout", "operators", "tuned"},
+    "integrations": {"api", "cache", "checks", "decoding", "module", "state"},
 }
 
 
@@ -297,62 +307,6 @@ w = torch.randn(5, 3)
 assert awrsr_kernels.refined_attention(x, x, x, w, w).shape == x.shape
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
-
-
-@pytest.mark.parametrize("engine", ["short", "tiled"])
-@pytest.mark.parametrize("kind", [Kind("none"), Kind("simple"), Kind("additive"), Kind("additive", True)], ids=str)
-def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
-    choose(engine)
-    import awrsr_kernels._triton as kernels
-
-    q, w = torch.randn(2, 2, 6, 8, device=DEVICE), torch.randn(1, 1, 6, 4, device=DEVICE)
-    tables = (None, None) if kind.refinement == "none" else (w, w.clone())
-    gate = torch.ones(1, device=DEVICE) if kind.refinement == "additive" else None
-    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None, q.clone() if kind.gaussian else None)
-    call = (kind.refinement, True, False, True, 6, False, 0.3, 0.5, 0.0, kind.gaussian)
-    torch.library.opcheck(kernels._forward_op, (*tensors, *call))
-    found, outputs = kernels._forward_op(*tensors, *call), 1 + kind.gaussian
-    saved = found if len(found) > outputs else []
-    assert len(saved) == {"short": 0, "tiled": {"none": 2, "simple": 5, "additive": 7 + 3 * kind.gaussian}[kind.refinement]}[engine]
-    assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
-    douts = [torch.randn_like(q) for _ in range(outputs)]
-    torch.library.opcheck(kernels._backward_op, (douts, saved, *tensors, *call))
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", [Kind("value"), Kind("additive"), Kind("value", True), STOCHASTIC], ids=str)
-def test_compiles_into_one_graph_forward_and_backward(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
-    backend = choose(engine)
-    given = {name: x.requires_grad_() for name, x in kind.draw((2, 4, 6, 8), (6, 5)).items()}
-    leaves, lengths = list(given.values()), torch.tensor([6, 2], device=DEVICE)
-
-    def function(*t: torch.Tensor) -> torch.Tensor:
-        outs = kind.call(**dict(zip(given, t, strict=True)), lengths=lengths, backend=backend)
-        return sum(out.square().sum() for out in outs.values())
-
-    torch._dynamo.reset()  # or a graph of the other regime would be found again
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    expected = torch.autograd.grad(function(*leaves), leaves)
-    found = torch.autograd.grad(compiled(*leaves), leaves)
-    for a, b in zip(expected, found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
-def test_a_second_derivative_is_refused(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
-    given = {name: x.requires_grad_() for name, x in kind.draw((2, 4, 6, 8), (6, 5)).items()}
-    out, *_ = kind.call(**given, backend=choose(engine)).values()
-    (dq,) = torch.autograd.grad(out.square().sum(), [given[kind.items[0]]], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dq.sum().backward()
-
-
-@pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
-def test_autocast_runs_in_its_dtype(kind: Kind) -> None:
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        outs = kind.call(**kind.draw((2, 4, 6, 8), (6, 5)), backend="torch")
-    assert all(out.dtype == torch.bfloat16 for out in outs.values())
 
 
 @pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)

@@ -71,9 +71,11 @@ class Problem:
 
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
-        sizes = [self.call.max_len, *(reversed(LENGTHS) if self.bounds is not None and self.group == 1 else ())]
         call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
-        return next((n for n in sizes if is_short(n, *call)), 0)
+        reach = next((n for n in reversed(LENGTHS) if is_short(n, *call)), 0)
+        if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
+            return self.call.max_len
+        return reach if self.bounds is not None and self.group == 1 else 0
 
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""

@@ -13,6 +13,7 @@ from replay.nn.sequential.sasrec import SasRecTransformerLayer
 from torch import Tensor, nn
 
 from .. import checks
+from ..state import readable
 from .packed import PackedAttention, pack, unpack
 
 __all__ = ["NoAttentionMask", "RefinedEncoder"]
@@ -69,7 +70,7 @@ class RefinedEncoder(SasRecTransformerLayer):
         Raises:
             ValueError: attention_mask hides something else, or a history is longer than `max_len`.
         """
-        if attention_mask is not None and checks.readable(attention_mask):
+        if attention_mask is not None and readable(attention_mask):
             self._check_mask(attention_mask, padding_mask)
         rows, where = pack(input_embeddings, padding_mask)
         items = rows.new_ones(rows.shape[:2], dtype=torch.bool)

@@ -1,0 +1,37 @@
+"""What torch is doing at the moment: tracing, exporting, transforming functions, casting by autocast."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor may be looked at for free."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, outside torch.compile, which says so itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
+    """Whether torch.export traces sizes that are open, which in strict mode look like any others."""
+    if not torch.compiler.is_exporting():
+        return False
+    sizes = [*q.shape, *(() if bounds is None else bounds.shape)]
+    return torch.compiler.is_dynamo_compiling() or any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Arithmetic as the dtypes say; the arguments were cast already."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
+    kind = x.device.type
+    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
