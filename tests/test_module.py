@@ -225,3 +225,11 @@ def test_a_multihead_attention_that_cannot_be_taken_over_is_refused(options: dic
         RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H, **options), max_len=L, refinement="none")
     with pytest.raises(TypeError, match=r"\bmha\b is Linear"):
         RefinedMultiheadAttention.from_multihead(nn.Linear(E, E), max_len=L, refinement="none")  # type: ignore[arg-type]
+
+
+def test_an_exported_module_takes_other_batches_and_lengths() -> None:
+    module, x = make().eval(), draw(5, L, E)
+    open_sizes = {"x": {0: torch.export.Dim("B"), 1: torch.export.Dim("L", min=2, max=9)}}
+    with torch.no_grad():
+        program = torch.export.export(module, (x[:3, :5].contiguous(),), dynamic_shapes=open_sizes).module()
+        torch.testing.assert_close(program(x), module(x))
