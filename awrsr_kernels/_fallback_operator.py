@@ -7,6 +7,7 @@ but odd cases: memory that nothing is written to is not taken from the system. A
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from ._fallback_selection import LANES
 from ._fallback_sweeps import Named
 from .layout import Call, Inputs
 from .operators import register
+
+_last: dict[tuple[Any, ...], Plan] = {}  # one at most
 
 
 def _room(given: Inputs, call: Call) -> int:
@@ -48,10 +51,27 @@ def _parts(state: Tensor, plan: Plan, given: Inputs) -> Iterator[Named]:
 
 
 def _plan(given: Inputs, call: Call) -> Plan:
-    """The eager one: packed rows are read for the longest sequence, which could not be done while tracing."""
-    if call.varlen and given.bounds is not None and given.bounds.device.type == "cpu" and given.bounds.shape[0] > 1:
-        call = call._replace(max_len=max(1, min(int(given.bounds.diff().max()), call.max_len)))
-    return Plan(given, call)
+    """As in eager mode: packed rows are read for the longest sequence, which could not be done while tracing.
+
+    Forward and backward, and the layers of a model, ask for the same plan one after another: the last one is kept. Under dropout
+    it holds masks, and is made anew.
+    """
+    bounds = given.bounds
+    if bounds is None or bounds.device.type != "cpu":
+        return Plan(given, call)
+    read = bounds.tolist()
+    if call.varlen:
+        longest = max((end - begin for begin, end in zip(read, read[1:], strict=False)), default=1)
+        call = call._replace(max_len=max(1, min(longest, call.max_len)))
+    if call.dropout_p:
+        return Plan(given, call)
+    key = call, tuple(read), given.q.dtype, *(x.shape for x in items_of(given).values()), torch.get_num_threads()
+    plan = _last.get(key)
+    if plan is None:
+        plan = Plan(given, call)
+        _last.clear()
+        _last[key] = plan
+    return plan
 
 
 def _forward(given: Inputs, call: Call, keep: bool) -> list[Tensor]:
@@ -60,13 +80,7 @@ def _forward(given: Inputs, call: Call, keep: bool) -> list[Tensor]:
     if not keep:
         return list(forward_pass(plan, loaded, given.v.dtype))
     state = given.q.new_empty(_room(given, call), dtype=plan.dtype)
-    parts = _parts(state, plan, given)
-
-    def save(named: Named) -> None:
-        for name, part in next(parts).items():
-            part.copy_(named[name])
-
-    return [*forward_pass(plan, loaded, given.v.dtype, save), state]
+    return [*forward_pass(plan, loaded, given.v.dtype, rooms=_parts(state, plan, given)), state]
 
 
 def _rows(given: Inputs, call: Call, like: Tensor, heads: int) -> Tensor:

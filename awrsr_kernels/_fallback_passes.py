@@ -4,17 +4,15 @@ H query heads, L window length.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._fallback_chunks import Place, Plan
-from ._fallback_sweeps import Chunk, ChunkGradients, Named, Shapes, forward_chunk, key_term, product_shapes, weight_shapes
+from ._fallback_sweeps import WEIGHTS, Chunk, ChunkGradients, Named, Shapes, forward_chunk, key_term, product_shapes, weight_shapes
 from .layout import Call, Inputs
-
-WEIGHTS = ("first", "higher")
 
 
 def values_of(given: Inputs) -> list[Tensor]:
@@ -56,25 +54,29 @@ def saved_shapes(place: Place, given: Inputs, keep: bool) -> Shapes:
     return found | weight_shapes(place) if keep else found
 
 
-def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: Named) -> Chunk:
+def _load_chunk(place: Place, loaded: Inputs, keep: bool, kept: Named, room: Named) -> Chunk:
     q, k, values = place.load(loaded.q), place.load(loaded.k), [place.load(x) for x in values_of(loaded)]
     tables, gate = [place.load_table(w) for w in tables_of(loaded, place.call).values()], loaded.gate
     if gate is not None:
         gate = gate.to(place.dtype).expand(place.heads).repeat(place.count).view(-1, 1, 1)
     hidden = (None, None, None) if kept else (place.future(), place.padding(), place.owner())
     term = key_term(k) if place.call.gaussian and not kept else None
-    return Chunk(place, q, k, values, tables, gate, *hidden, loaded.seed, keep, kept, term)
+    return Chunk(place, q, k, values, tables, gate, *hidden, loaded.seed, keep, kept, room, term)
 
 
-def forward_pass(plan: Plan, loaded: Inputs, dtype: torch.dtype, save: Callable[[Named], None] | None = None) -> tuple[Tensor, ...]:
-    """The outputs in rows form and `dtype`; `save` gets what the backward needs of each chunk, one after another."""
+def forward_pass(
+    plan: Plan, loaded: Inputs, dtype: torch.dtype, saved: list[Named] | None = None, rooms: Iterable[Named] | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs in rows form and `dtype`. What the backward needs of each chunk is appended to `saved`, or put where `rooms`
+    says, if there is any for the chunk."""
     outs = [plan.buffer(plan.heads, x.shape[-1], dtype) for x in values_of(loaded)]
-    for place, keep in zip(plan.places, weights_kept(plan, loaded), strict=True):
-        chunk = _load_chunk(place, loaded, save is not None and keep, {})
+    rooms = [{}] * len(plan.places) if rooms is None else rooms
+    for place, keep, room in zip(plan.places, weights_kept(plan, loaded), rooms, strict=True):
+        chunk = _load_chunk(place, loaded, (saved is not None and keep) or any(name[0] in WEIGHTS for name in room), {}, room)
         values = [place.result(out) for out in outs]
         products = forward_chunk(chunk, values)
-        if save is not None:
-            save(products | chunk.kept)
+        if saved is not None:
+            saved.append(products | chunk.kept)
         for out, value in zip(outs, values, strict=True):
             place.store(out, value)
     return tuple(plan.collect(out, dtype) for out in outs)
@@ -109,7 +111,7 @@ def backward_pass(
     for place, named in zip(plan.places, saved, strict=True):
         kept = {name: x for name, x in named.items() if name[0] in WEIGHTS}
         products = {name: x for name, x in named.items() if name not in kept}
-        chunk = _load_chunk(place, loaded, bool(kept), kept)
+        chunk = _load_chunk(place, loaded, bool(kept), kept, {})
         if chunk.tables and not products:
             products = forward_chunk(chunk, [place.empty(x.shape[-1]) for x in chunk.values])
         results = [place.result(x) for x in buffers] + [place.table_result(x) for x in dtables]

@@ -39,6 +39,7 @@ from ._fallback_chunks import Place
 from ._fallback_selection import LANES
 from .layout import Call
 
+WEIGHTS = ("first", "higher")  # P and R
 Named = dict[tuple[str, int], Tensor]  # by name and first row of the block
 Shapes = dict[tuple[str, int], tuple[int, int]]  # rows and columns, for each window and head
 
@@ -59,6 +60,7 @@ class Chunk:
     seed: Tensor | None
     keep: bool  # whether weights stay for the backward
     kept: Named
+    room: Named = field(default_factory=dict)  # where products and kept weights go; if it is empty, anywhere
     term: Tensor | None = None  # (n * H, 1, L): `key_term` of k, where P of Gaussians is computed
     _strangers: dict[int, Tensor] = field(default_factory=dict)  # of the block where they were asked for last
 
@@ -106,12 +108,12 @@ class Chunk:
             scores += self.padding[..., :columns]
         if self.owner is not None:
             scores.unflatten(0, (-1, self.place.heads)).add_(self.strangers(lo, hi, columns))
+        room = self.room.get((name, lo))
         if columns >= LANES:
-            scores = torch.softmax(scores, -1)  # in place it is slower
-        else:  # torch's softmax goes number by number here, and its exp is slow where the result is zero
-            scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
-            scores.div_(scores.sum(-1, keepdim=True))
-        return self._found(name, lo, scores)
+            return self._found(name, lo, torch.softmax(scores, -1, out=room))  # in place it is slower
+        # torch's softmax goes number by number here, and its exp is slow where the result is zero
+        scores.sub_(scores.amax(-1, keepdim=True)).exp2_()
+        return self._found(name, lo, torch.div(scores, scores.sum(-1, keepdim=True), out=scores if room is None else room))
 
     def _found(self, name: str, lo: int, weights: Tensor) -> Tensor:
         if self.keep:
@@ -201,12 +203,14 @@ def product_shapes(place: Place, widths: dict[str, int]) -> Shapes:
 
 def weight_shapes(place: Place) -> Shapes:
     """Of P and R, block by block."""
-    names = ("first",) if place.call.refinement == "none" else ("first", "higher")
+    names = WEIGHTS[:1] if place.call.refinement == "none" else WEIGHTS
     return {(name, lo): (hi - lo, hi if place.call.causal else place.length) for lo, hi in place.blocks for name in names}
 
 
 def _products(chunk: Chunk) -> Named:
     """Room for what `product_shapes` says."""
+    if chunk.room:
+        return {name: x for name, x in chunk.room.items() if name[0] not in WEIGHTS}
     shapes = product_shapes(chunk.place, {name: factor.shape[-1] for name, factor in chunk.factors.items()})
     return {name: chunk.place.empty(width, rows) for name, (rows, width) in shapes.items()}
 

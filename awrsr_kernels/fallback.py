@@ -33,7 +33,7 @@ class _RefinedAttention(torch.autograd.Function):
         given = Inputs(*tensors)
         plan = Plan(given, call)
         loaded = plan.load_inputs(given)
-        outs = forward_pass(plan, loaded, given.v.dtype, saved.append)
+        outs = forward_pass(plan, loaded, given.v.dtype, saved)
         ctx.plan, ctx.kinds, ctx.names = plan, kinds_of(given, call), [list(named) for named in saved]  # no tensor of the caller
         # Rows once picked are not picked again
         ctx.save_for_backward(*(loaded if plan.ragged else given), *(x for named in saved for x in named.values()))

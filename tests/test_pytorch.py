@@ -71,7 +71,7 @@ def test_the_torch_backend_is_a_wellformed_operator(kind: Kind, layout: str) -> 
 
 
 @pytest.mark.parametrize("engine", ["short", "tiled"])
-@pytest.mark.parametrize("kind", [Kind("none"), Kind("simple"), Kind("additive"), Kind("additive", True)], ids=str)
+@pytest.mark.parametrize("kind", [Kind("none"), Kind("additive", True)], ids=str)
 def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
     choose(engine)
     import awrsr_kernels._triton as kernels
@@ -85,14 +85,14 @@ def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Calla
     found, outputs = kernels._forward_op(*tensors, *call, True), 1 + kind.gaussian
     assert len(kernels._forward_op(*tensors, *call, False)) == outputs
     saved = found if len(found) > outputs else []
-    assert len(saved) == {"short": 0, "tiled": {"none": 2, "simple": 5, "additive": 7 + 3 * kind.gaussian}[kind.refinement]}[engine]
+    assert len(saved) == {"short": 0, "tiled": {"none": 2, "additive": 10}[kind.refinement]}[engine]
     assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
     douts = [torch.randn_like(q) for _ in range(outputs)]
     torch.library.opcheck(kernels._backward_op, (douts, saved, *tensors, *call))
 
 
-@pytest.mark.parametrize("layout", ["plain", "lengths", "packed"])
-@pytest.mark.parametrize("kind", OPERATORS, ids=str)
+@pytest.mark.parametrize("layout", ["lengths", "packed"])
+@pytest.mark.parametrize("kind", OPERATORS[2:], ids=str)
 def test_compiled_torch_is_the_eager_one_bit_for_bit(kind: Kind, layout: str) -> None:
     given, bounds = draw(kind, layout)
     options = bounds | {"dropout_p": 0.3, "dropout_seed": 5, "backend": "torch"}
@@ -123,8 +123,7 @@ def test_compiles_into_one_graph_forward_and_backward(engine: str, kind: Kind, c
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("marked", [False, True])
-@pytest.mark.parametrize("engine,layout", ROUTES)
+@pytest.mark.parametrize("engine,layout,marked", [(*route, route[0] == "tiled") for route in ROUTES] + [("torch", "packed", True)])
 def test_any_length_and_batch_is_one_dynamic_graph(engine: str, layout: str, marked: bool, choose: Callable[[str], str]) -> None:
     backend, kind = choose(engine), Kind("simple")
     options = {"max_seqlen": 50} if layout == "packed" else {}
@@ -390,3 +389,14 @@ def test_one_tensor_may_be_several_arguments_of_a_graph() -> None:
     found = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(x, w), (x, w))
     for a, b in zip(torch.autograd.grad(function(x, w), (x, w)), found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_serves_the_lengths_it_was_made_for() -> None:
+    """The operator keeps the last plan: other lengths, and the first ones again, get their own."""
+    compiled = torch.compile(lambda given, bounds: summed(Kind("simple"), given, **bounds, backend="torch"), fullgraph=True)
+    given, _ = draw(Kind("simple"), "lengths", 9, 1)
+    for lengths in ([9, 2, 4], [9, 2, 4], [0, 9, 1], [9, 2, 4]):
+        bounds = {"lengths": torch.tensor(lengths, device=DEVICE)}
+        expected = gradients(summed(Kind("simple"), given, **bounds, backend="torch"), given)
+        for a, b in zip(expected, gradients(compiled(given, bounds), given), strict=True):
+            torch.testing.assert_close(a, b)
