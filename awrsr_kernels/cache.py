@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .state import readable
 
 
 class RefinedCache:
@@ -121,6 +122,10 @@ class RefinedCache:
         checks.indices("index", index, self.batch, self.k)
         self.first, self.end = self._fill(self.first, self.first[index]), self._fill(self.end, self.end[index])
         self._move(index.shape[0], self.capacity, lambda x: x[index])
+        if readable(index):
+            lengths = (self.end - self.first).tolist()
+            self.end_bound, self.length_bound = max(self.end.tolist(), default=0), max(lengths, default=0)
+            self.ragged = any(n < self.end_bound for n in lengths)
 
     def crop(self, length: int) -> None:
         """Forget what lies in rows from `length` on, 0 or more; with padding on the left these count, too."""
@@ -136,14 +141,16 @@ class RefinedCache:
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
-        self.crop(0)
-        self.ragged = False
+        for x in (*self.rows().values(), self.first, self.end):
+            x.zero_()
+        self.end_bound, self.length_bound, self.ragged = 0, 0, False
 
-    def make_room(self, rows: int) -> None:
-        """Grow, at least to twice the capacity, unless so many rows fit after `end_bound`."""
-        needed = self.end_bound + rows
+    def make_room(self, rows: int, most: int | None = None) -> None:
+        """Grow, to twice the capacity or as far as `most` items per entry can fill it, unless `rows` more fit after `end_bound`."""
+        needed, padding = self.end_bound + rows, self.end_bound - self.length_bound
         if needed > self.capacity:
-            self.grow(max(2 * self.capacity, needed))
+            enough = 2 * self.capacity if most is None else min(2 * self.capacity, padding + most)
+            self.grow(max(enough, needed))
 
     @staticmethod
     def _fill(old: Tensor, new: Tensor) -> Tensor:

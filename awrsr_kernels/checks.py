@@ -121,7 +121,7 @@ def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -
     if refinement != "additive":
         refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
     if not isinstance(value, Tensor):
-        return torch.full((1,), _number("gate", value), device=q.device)
+        return torch.full((1,), _number("gate", value), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     if not value.is_floating_point():
         refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
     if value.dim() > 1 or value.numel() not in (1, heads):

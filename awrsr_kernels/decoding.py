@@ -90,17 +90,17 @@ def refined_attention_prefill(
     if given.w_q is not None and cache.tables == "position":
         checks.enough_rows(given.w_q, most)
     cache.make_room(length)
+    cache.end_bound, cache.length_bound = (length if left else most), most  # first, so that a call that fails leaves it in use
+    cache.ragged = least < cache.end_bound
     if lengths is not None:
         lengths = lengths.long().clamp(0, length)
         cache.end.copy_(lengths) if not left else cache.end.fill_(length)
         cache.first.copy_(length - lengths) if left else cache.first.zero_()
     else:
         cache.end.fill_(length)
+        cache.first.zero_()
     with without_autocast(given.q.device):
-        out = _prefill(given, cache, lengths, left)
-    cache.end_bound, cache.length_bound = (length if left else most), most
-    cache.ragged = least < (length if left else most)
-    return out
+        return _prefill(given, cache, lengths, left)
 
 
 def refined_attention_step(
@@ -139,9 +139,11 @@ def refined_attention_step(
             position tables have no row for this item; the named backend cannot run.
     """
     given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
+    table_rows = None
     if given.w_q is not None and cache.tables == "position":
         checks.enough_rows(given.w_q, cache.length_bound + 1)
-    cache.make_room(1)
+        table_rows = given.w_q.shape[2]
+    cache.make_room(1, table_rows)
     with without_autocast(given.q.device):
         if given.backend == "reference":
             out = _reference_step(given, cache)
@@ -202,17 +204,19 @@ def _prefill(given: _Step, cache: RefinedCache, lengths: Tensor | None, left: bo
             kept |= {"w_q": w_q, "w_k": w_k}
         else:
             w_q, w_k = (_rows_by_item(w, cache.first if left else None, length) for w in (w_q, w_k))
-        wide = v.repeat_interleave(group, 1) if group > 1 else v
+        per_query = v.repeat_interleave(group, 1) if group > 1 else v
         shared = w_q.shape[1] == 1  # then a key head's query heads read the same values
-        keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), wide)
+        keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), per_query)
         tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
         direct = [values] if cache.refinement in ("value", "additive") else []
         q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, given.backend, lengths)
         kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
         call = call._replace(softmax_scale=given.refine_scale)
-        out = _attend(q_a, k_a, [kept.get("y", wide)], call, given.backend, lengths)[0]
+        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, given.backend, lengths)[0]
         if cache.refinement == "additive":
-            out = weighted[0] + (out if gate is None else gate.to(out.dtype).view(-1, 1, 1) * out)
+            wide = torch.promote_types(out.dtype, torch.float32)
+            higher = out.to(wide) if gate is None else gate.to(wide).view(-1, 1, 1) * out
+            out = (weighted[0] + higher).to(out.dtype)
     for name, x in kept.items():
         rows = getattr(cache, name).narrow(2, 0, length)
         rows.copy_(x)

@@ -23,6 +23,7 @@ from ._fallback_passes import backward_pass, forward_pass, kinds_of
 from ._fallback_stock import stock_attention, takes
 from ._fallback_sweeps import Named
 from .layout import Call, Inputs
+from .state import without_autocast
 
 
 class _RefinedAttention(torch.autograd.Function):
@@ -46,7 +47,8 @@ class _RefinedAttention(torch.autograd.Function):
         given, saved = Inputs(*tensors[:size]), iter(tensors[size:])
         loaded = given if plan.ragged else plan.load_inputs(given)
         named = ({name: next(saved) for name in names} for names in ctx.names)
-        found = backward_pass(plan, ctx.kinds, loaded, douts, named)
+        with without_autocast(given.q.device):
+            found = backward_pass(plan, ctx.kinds, loaded, douts, named)
         return *(found.get(name) for name in Inputs._fields), None
 
 

@@ -40,7 +40,7 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
     form = {1: "(B, j, E), jagged in dimension 1", 2: "(B, H, j, F), jagged in dimension 2"}[ragged]
     if not is_nested(x) or x.layout != torch.jagged:
         was = type(x).__name__ if not isinstance(x, Tensor) else f"nested, of layout {x.layout}" if x.is_nested else "not nested"
-        refuse(name, was, f"jagged, of layout torch.jagged, as {first} is", TypeError)
+        refuse(name, was, "jagged, of layout torch.jagged" + ("" if x is like else f", as {first} is"), TypeError)
     if x.dim() != 2 + ragged or x._ragged_idx != ragged:  # type: ignore[attr-defined]
         refuse(name, f"of {x.dim()} dimensions, jagged in dimension {x._ragged_idx}", form)  # type: ignore[attr-defined]
     if x.lengths() is not None:  # type: ignore[attr-defined]

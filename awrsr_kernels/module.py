@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, jagged
-from .api import attention_weights, refined_attention, refined_attention_varlen
+from .api import BACKENDS, attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
-from .state import readable
+from .state import autocast, readable
 
 
 class _Place(NamedTuple):
@@ -85,13 +85,21 @@ class RefinedMultiheadAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             checks.whole(name, number, 1)
-        if embed_dim % num_heads:
-            checks.refuse("embed_dim", str(embed_dim), f"a multiple of num_heads = {num_heads}")
+        if embed_dim % num_heads or embed_dim > num_heads * checks.MAX_FEATURES:
+            must = f"a multiple of num_heads = {num_heads}, {checks.MAX_FEATURES} times that at most"
+            checks.refuse("embed_dim", str(embed_dim), must)
         checks.divisor("num_kv_heads", num_kv_heads, num_heads)
         checks.refinement(refinement)
         checks.choice("tables", tables, ("position", "content"))
         checks.choice("align", align, ("left", "right"))
+        checks.choice("backend", backend, BACKENDS)
         checks.probability("dropout", dropout)
+        for name, value in (("gate_init", gate_init), ("table_std", table_std), ("refine_scale", refine_scale)):
+            checks.scale(name, value, 1)
+        if table_std < 0:
+            checks.refuse("table_std", str(table_std), "0 or more")
+        if refinement != "additive" and gate is not True and gate is not False:
+            checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.rank = checks.whole("rank", self.head_dim if rank is None else rank, 1, checks.MAX_FEATURES)
@@ -153,11 +161,12 @@ class RefinedMultiheadAttention(nn.Module):
         of a batch-first x (under a causal mask, if causal). Other refinements change the result at once.
 
         Args:
-            mha: with keys and values of its own width, without bias_k, bias_v and add_zero_attn.
-            options: further arguments of this class.
+            mha: with keys and values of its own width, without bias_k, bias_v and add_zero_attn. Its batch_first does not matter:
+                the new module is batch first. Weights that do not require a gradient go on so.
+            options: further arguments of this class, but those that `mha` decides: bias, num_kv_heads, device, dtype.
 
         Raises:
-            ValueError: `mha` has what this class has not; the message says what.
+            ValueError: `mha` has what this class has not, or an option does not fit it; the message says what.
         """
         if not isinstance(mha, nn.MultiheadAttention):
             checks.refuse("mha", type(mha).__name__, "a torch.nn.MultiheadAttention", TypeError)
@@ -165,17 +174,18 @@ class RefinedMultiheadAttention(nn.Module):
         for name, fits in own.items():
             if not fits:
                 checks.refuse("mha", f"with {name}", "without: self-attention has no such thing here")
+        for name in ("bias", "num_kv_heads", "device", "dtype"):
+            if name in options:
+                checks.refuse(name, str(options[name]), "left to mha, whose weights the module takes over")
         weight: Tensor = mha.in_proj_weight
         biased = mha.in_proj_bias is not None
         given: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
         given |= {"dropout": mha.dropout, "bias": biased, "device": weight.device, "dtype": weight.dtype}
         found = cls(mha.embed_dim, mha.num_heads, **given | options)
-        with torch.no_grad():
-            found.qkv.weight.copy_(weight)
-            found.out.weight.copy_(mha.out_proj.weight)
-            if biased:
-                found.qkv.bias.copy_(mha.in_proj_bias)
-                found.out.bias.copy_(mha.out_proj.bias)
+        pairs = [(found.qkv.weight, weight), (found.out.weight, mha.out_proj.weight)]
+        pairs += [(found.qkv.bias, mha.in_proj_bias), (found.out.bias, mha.out_proj.bias)] if biased else []
+        for mine, its in pairs:
+            mine.requires_grad_(its.requires_grad).data.copy_(its.detach())
         return found.train(mha.training)
 
     def forward(
@@ -195,7 +205,7 @@ class RefinedMultiheadAttention(nn.Module):
             key_padding_mask: (B, L) bool, True at padding, instead of lengths. Each sequence must be one run of items, on whichever
                 side the padding is; a mask with holes raises where it can be read for free (CPU, not compiled).
             cu_seqlens: (B + 1,) integers from 0 to T: sequence b holds rows cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            max_seqlen: with cu_seqlens, the longest sequence or a bound on it.
+            max_seqlen: with cu_seqlens alone, the longest sequence or a bound on it.
 
         Returns:
             Like x. Attention at padding is 0, so the result there is the bias of the last linear map.
@@ -204,16 +214,21 @@ class RefinedMultiheadAttention(nn.Module):
             ValueError, TypeError: an argument does not fit, or a sequence is longer than max_len.
         """
         if jagged.is_nested(x):
-            for name, value in (("lengths", lengths), ("key_padding_mask", key_padding_mask), ("cu_seqlens", cu_seqlens)):
+            given = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            for name, value in given.items():
                 if value is not None:
                     checks.refuse(name, "given", "None: x is jagged and knows its lengths")
-            return jagged.unpacked(self._packed(jagged.rows("x", x, "x", x, ragged=1), **jagged.bounds(x)), x)
+            rows = jagged.rows("x", x, "x", x, ragged=1)
+            self._check_width(rows)
+            return jagged.unpacked(self._packed(rows, **jagged.bounds(x)), x)
         if cu_seqlens is not None:
             for name, value in (("lengths", lengths), ("key_padding_mask", key_padding_mask)):
                 if value is not None:
                     checks.refuse(name, "given", "None beside cu_seqlens")
             self._check(x, "(T, E)", 2)
             return self._packed(x, cu_seqlens, max_seqlen)
+        if max_seqlen is not None:
+            checks.refuse("max_seqlen", "given", "None without cu_seqlens")
         self._check(x, "(B, L, E)", 3)
         place = self._place(x, lengths, key_padding_mask)
         rows = x if place.turn is None else _turned(x, place.turn)
@@ -230,8 +245,10 @@ class RefinedMultiheadAttention(nn.Module):
         options = self._padded_tables(x) | self._call() | self._side()
         return attention_weights(q, k, lengths=lengths, **options)
 
-    def make_cache(self, batch: int, capacity: int) -> RefinedCache:
+    def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> RefinedCache:
         """An empty cache for decoding `batch` sequences; it grows beyond `capacity` positions where the tables allow that.
+
+        dtype: of what the linear maps give; default that of their weights, or where autocast is on its dtype.
 
         Raises:
             ValueError: the module is not causal, or has position tables and align "right", whose rows move with every new position.
@@ -243,15 +260,18 @@ class RefinedMultiheadAttention(nn.Module):
         weight = self.qkv.weight
         return RefinedCache(
             batch, capacity, heads=self.num_heads, kv_heads=self.num_kv_heads, head_dim=self.head_dim, rank=self.rank,
-            refinement=self.refinement, tables=self.tables, dtype=weight.dtype, device=weight.device,
+            refinement=self.refinement, tables=self.tables, dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
         )  # fmt: skip
 
-    def prefill(self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str = "right") -> Tensor:
-        """What `forward` gives for prompts x (B, L, E), which fill an empty cache; not while gradients are recorded.
+    def prefill(
+        self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None
+    ) -> Tensor:
+        """What `forward` gives in evaluation for prompts x (B, L, E), which fill an empty cache; not while gradients are recorded.
 
-        lengths: (B,) real items per prompt; the rest is padding on `padding_side`.
+        lengths: (B,) real items per prompt; the rest is padding on `padding_side`, by default where `forward` expects it.
         """
         self._check(x, "(B, L, E)", 3)
+        padding_side = self._side()["padding_side"] if padding_side is None else padding_side
         return self._decode(refined_attention_prefill, x, cache, lengths=lengths, padding_side=padding_side)
 
     def step(self, x: Tensor, cache: RefinedCache) -> Tensor:
@@ -260,6 +280,10 @@ class RefinedMultiheadAttention(nn.Module):
         return self._decode(refined_attention_step, x, cache)
 
     def _decode(self, call: Callable[..., Tensor], x: Tensor, cache: RefinedCache, **where: Any) -> Tensor:
+        mine = self.refinement, "" if self.refinement == "none" else self.tables
+        if isinstance(cache, RefinedCache) and (cache.refinement, "" if cache.refinement == "none" else cache.tables) != mine:
+            must = f"for {self.refinement}, tables {self.tables}, as make_cache makes it"
+            checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
         w_q, w_k = (self.w_q, self.w_k) if self.to_tables is None else (w.transpose(1, 2) for w in self._content(x))
         options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
@@ -304,22 +328,36 @@ class RefinedMultiheadAttention(nn.Module):
         size = x.shape[1]
         if size > self.max_len:
             checks.refuse("x", f"{size} positions long", f"at most max_len = {self.max_len} long with position tables")
+        if not torch.compiler.is_compiling() and size == self.max_len:
+            return {"w_q": self.w_q, "w_k": self.w_k}
         first = self.max_len - size if self.align == "right" else 0
         used = torch.arange(first, first + size, device=x.device)  # a slice would tie an exported program to one length
         return {"w_q": self.w_q.index_select(-2, used), "w_k": self.w_k.index_select(-2, used)}
 
     def _check(self, x: Tensor, form: str, dims: int) -> None:
-        if not isinstance(x, Tensor) or x.dim() != dims or x.shape[-1] != self.embed_dim:
-            was = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-            checks.refuse("x", was, f"{form} with E = {self.embed_dim}")
+        if not isinstance(x, Tensor) or x.is_nested:
+            checks.refuse("x", "nested" if isinstance(x, Tensor) else type(x).__name__, f"a tensor {form}", TypeError)
+        if x.dim() != dims or (dims == 3 and not x.shape[1]):
+            checks.refuse("x", f"of shape {tuple(x.shape)}", f"{form} with E = {self.embed_dim}, one position at least")
+        self._check_width(x)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.embed_dim:
+            checks.refuse("x", f"of shape {tuple(x.shape)}", f"of width E = {self.embed_dim}")
+        weight = self.qkv.weight
+        if autocast(weight[:0]).dtype == weight.dtype != x.dtype:
+            checks.refuse("x", str(x.dtype), f"of the weights' dtype, {weight.dtype}", TypeError)
 
     def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
         if key_padding_mask is None:
             return _Place(lengths, None)
         if lengths is not None:
             checks.refuse("lengths", "given", "None beside key_padding_mask")
-        if key_padding_mask.dtype != torch.bool:
-            checks.refuse("key_padding_mask", str(key_padding_mask.dtype), "bool, True at padding", TypeError)
+        if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
+            was = str(key_padding_mask.dtype) if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
+            checks.refuse("key_padding_mask", was, "a bool tensor, True at padding", TypeError)
+        if key_padding_mask.device != x.device:
+            checks.refuse("key_padding_mask", f"on {key_padding_mask.device}", f"on x's device, {x.device}")
         if key_padding_mask.shape != x.shape[:2]:
             checks.refuse("key_padding_mask", f"of shape {tuple(key_padding_mask.shape)}", f"(B, L) = {tuple(x.shape[:2])}")
         real, size = ~key_padding_mask, x.shape[1]

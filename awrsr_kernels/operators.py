@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .layout import Call, Inputs
+from .state import without_autocast
 
 Attention = Callable[[Inputs, Call], tuple[Tensor, ...]]
 Forward = Callable[[Inputs, Call, bool], list[Tensor]]
@@ -69,7 +70,8 @@ def register(
         def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
             tensors = ctx.saved_tensors  # read once: a checkpoint gives them once
             given, saved = Inputs(*tensors[:_SIZE]), list(tensors[_SIZE:])
-            found = iter(backward_op(list(douts), saved, *given, *ctx.call))
+            with without_autocast(given.q.device):
+                found = iter(backward_op(list(douts), saved, *given, *ctx.call))
             has_gradient = given._replace(bounds=None, seed=None)
             return *(None if x is None else next(found) for x in has_gradient), None
 

@@ -190,7 +190,7 @@ def test_scales_and_gates(backend: str, gate: Any, scales: dict[str, float]) -> 
     cache, exact = given.cache(), given._replace(gate=gate).full(2, **scales)
     for i in range(2):
         out = given.step(cache, i, backend=backend, gate=gate, **scales)
-        torch.testing.assert_close(out, given.row(exact, i), rtol=0, atol=1e-6 if gate == 0.3 else 1e-12)
+        torch.testing.assert_close(out, given.row(exact, i), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("table", TABLES)

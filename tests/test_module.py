@@ -49,6 +49,43 @@ def test_computes_the_operator_between_linear_maps() -> None:
 
 
 @pytest.mark.parametrize("align", ["left", "right"])
+def test_weights_know_padding(align: str) -> None:
+    module, x = make(align=align), draw(B, L, E)
+    _, real = padded(x, "left" if align == "right" else "right")
+    found = module.weights(x, lengths=torch.tensor(LENGTHS, device=DEVICE))
+    for b in range(B):
+        alone = module.weights(x[b : b + 1, real[b]])
+        for whole, part in zip(found, alone, strict=True):
+            torch.testing.assert_close(whole[b][:, real[b]][:, :, real[b]], part[0])
+            assert not whole[b][:, ~real[b]].any()
+
+
+@pytest.mark.parametrize("call", ["padded", "packed", "decoded"])
+def test_the_refine_scale_is_passed_on(call: str) -> None:
+    found = []
+    for scale in (0.3, 3.0):
+        torch.manual_seed(1)
+        module, x = make(align="left", refine_scale=scale, gate=False).eval(), draw(1, L, E)
+        with torch.no_grad():
+            cache = module.make_cache(1, L)
+            padded_out = module(x)
+            outs = {"padded": padded_out, "packed": module(x[0], cu_seqlens=cumulative([L]))[None]}
+            if call == "decoded":
+                outs[call] = torch.cat([module.prefill(x[:, :-1], cache), module.step(x[:, -1:], cache)], 1)
+        torch.testing.assert_close(outs[call], padded_out)
+        found.append(padded_out)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_tables_start_with_the_scale_they_are_given() -> None:
+    torch.manual_seed(0)
+    position = RefinedMultiheadAttention(64, 2, max_len=100, table_std=0.5)
+    content = RefinedMultiheadAttention(64, 2, tables="content", table_std=0.5)
+    assert position.w_q is not None and content.to_tables is not None
+    assert abs(position.w_q.std() - 0.5) < 0.03 and abs((torch.randn(500, 64) @ content.to_tables).std() - 0.5) < 0.03
+
+
+@pytest.mark.parametrize("align", ["left", "right"])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_padded_packed_and_jagged_batches_agree(kind: tuple[str, str], per_head: bool, align: str) -> None:
@@ -78,6 +115,13 @@ def test_a_mask_may_pad_on_either_side(side: str, align: str) -> None:
     torch.testing.assert_close(compiled(x, key_padding_mask=mask)[real], expected)
 
 
+def test_a_bound_that_is_too_small_is_named() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("lengths are read on the CPU only")
+    with pytest.raises(ValueError, match=r"\bmax_seqlen\b is 2; it must be at least the longest sequence"):
+        make()(draw(L, E), cu_seqlens=cumulative([L]), max_seqlen=2)
+
+
 def test_a_wholly_padded_sequence_gives_the_bias() -> None:
     module, x = make(), draw(2, L, E)
     out = module(x, key_padding_mask=torch.tensor([[True] * L, [False] * L], device=DEVICE))
@@ -100,6 +144,29 @@ def test_decoding_gives_the_rows_of_the_full_call(kind: tuple[str, str], side: s
             torch.testing.assert_close(rows[b], module(alone)[0, -2:])
 
 
+def test_prompts_are_padded_where_the_module_expects_it() -> None:
+    module, x, lengths = make(tables="content", align="right"), draw(B, L, E), torch.tensor(LENGTHS, device=DEVICE)
+    with torch.no_grad():
+        torch.testing.assert_close(module.prefill(x, module.make_cache(B, L), lengths=lengths), module(x, lengths=lengths))
+
+
+@pytest.mark.parametrize("other", [{"refinement": "simple"}, {"tables": "content"}], ids=str)
+def test_the_cache_of_another_module_is_refused(other: dict) -> None:
+    cache = make(align="left", **other).make_cache(B, L)
+    with pytest.raises(ValueError, match=r"\bcache\b is for .*must be for additive, tables position"), torch.no_grad():
+        make(align="left").prefill(draw(B, L, E), cache)
+
+
+def test_decodes_under_autocast() -> None:
+    module = RefinedMultiheadAttention(E, H, max_len=L, align="left", device=DEVICE).eval()
+    x = torch.randn(B, L, E, device=DEVICE)
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        cache = module.make_cache(B, L)
+        rows = torch.cat([module.prefill(x[:, :-1], cache), module.step(x[:, -1:], cache)], 1)
+        assert cache.dtype == rows.dtype == torch.bfloat16
+        torch.testing.assert_close(rows, module(x), rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("options,name", [({"align": "right"}, "align"), ({"align": "left", "causal": False}, "causal")])
 def test_what_cannot_decode_says_so(options: dict, name: str) -> None:
     with pytest.raises(ValueError, match=rf"\b{name}\b is .*must be .*for decoding"):
@@ -118,11 +185,18 @@ def test_from_multihead_reproduces_it(refinement: str, tables: str, causal: bool
     expected, _ = mha(x, x, x, key_padding_mask=mask, attn_mask=future)
     torch.testing.assert_close(module(x, key_padding_mask=mask)[real], expected[real])
     assert not module.training and module.dropout == 0.2
+    assert RefinedMultiheadAttention.from_multihead(mha.train(), max_len=L, refinement=refinement).training
     with torch.no_grad():
         for weight in module.parameters():
             weight.add_(1)
     for name, value in before.items():
         assert torch.equal(value, mha.state_dict()[name])  # nothing is shared
+
+
+def test_what_is_frozen_stays_so() -> None:
+    mha = nn.MultiheadAttention(E, H).requires_grad_(False)
+    module = RefinedMultiheadAttention.from_multihead(mha, max_len=L, refinement="additive")
+    assert {name for name, x in module.named_parameters() if x.requires_grad} == {"w_q", "w_k", "gate"}
 
 
 def test_refinement_grows_from_nothing() -> None:
@@ -179,6 +253,12 @@ def test_a_gate_may_be_fixed() -> None:
         ({"dropout": 1.0}, "dropout", ValueError),
         ({"causal": None}, "causal", TypeError),
         ({"gate": "open"}, "gate", TypeError),
+        ({"gate": 0.5, "refinement": "simple"}, "gate", ValueError),
+        ({"gate_init": float("nan")}, "gate_init", ValueError),
+        ({"table_std": -1.0}, "table_std", ValueError),
+        ({"refine_scale": "1"}, "refine_scale", TypeError),
+        ({"backend": "cuda"}, "backend", ValueError),
+        ({"embed_dim": 1024}, "embed_dim", ValueError),
     ],
 )
 def test_a_wrong_option_is_named(change: dict, name: str, error: type[Exception]) -> None:
@@ -206,15 +286,30 @@ HOLES = torch.tensor([[False, True, False, False, False, False, False]] * B)
         ((B, L, E), {"key_padding_mask": HOLES}, "key_padding_mask", ValueError),
         ((B, L, E), {"key_padding_mask": HOLES[:1]}, "key_padding_mask", ValueError),
         ((B, L, E), {"key_padding_mask": HOLES.float()}, "key_padding_mask", TypeError),
+        ((B, L, E), {"key_padding_mask": [False]}, "key_padding_mask", TypeError),
+        ((B, 0, E), {}, "x", ValueError),
+        ((B, L, E), {"max_seqlen": 2}, "max_seqlen", ValueError),
+        ("float32", {}, "x", TypeError),
         ("jagged", {"lengths": LENGTHS}, "lengths", ValueError),
+        ("jagged", {"max_seqlen": 3}, "max_seqlen", ValueError),
+        ("wide", {}, "x", ValueError),
+        ("strided", {}, "x", TypeError),
     ],
 )
 def test_a_wrong_input_is_named(x: Any, where: dict, name: str, error: type[Exception]) -> None:
     if DEVICE != "cpu" and (where.get("key_padding_mask") is HOLES or where == {"lengths": [L + 1] * B}):
         pytest.skip("values are read on the CPU only")
-    given = draw(*x) if x != "jagged" else torch.nested.nested_tensor([draw(2, E), draw(3, E)], layout=torch.jagged)
-    make_tensor = {"cu_seqlens": cumulative, "lengths": lambda n: torch.tensor(n, device=DEVICE)}
-    where = {key: make_tensor[key](value) if isinstance(value, list) else value.to(DEVICE) for key, value in where.items()}
+    nested = torch.nested.nested_tensor
+    special = {
+        "float32": lambda: draw(B, L, E).float(),
+        "jagged": lambda: nested([draw(2, E), draw(3, E)], layout=torch.jagged),
+        "wide": lambda: nested([draw(2, E + 1), draw(3, E + 1)], layout=torch.jagged),
+        "strided": lambda: nested([draw(2, E), draw(3, E)], layout=torch.strided),
+    }
+    given = special[x]() if isinstance(x, str) else draw(*x)
+    lists = {"cu_seqlens": cumulative, "lengths": lambda n: torch.tensor(n, device=DEVICE)}
+    where = {key: lists[key](value) if isinstance(value, list) and key in lists else value for key, value in where.items()}
+    where = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in where.items()}
     with pytest.raises(error, match=rf"\b{name}\b is .*must be"):
         make()(given, **where)
 
@@ -223,6 +318,8 @@ def test_a_wrong_input_is_named(x: Any, where: dict, name: str, error: type[Exce
 def test_a_multihead_attention_that_cannot_be_taken_over_is_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=r"\bmha\b is with .*must be without"):
         RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H, **options), max_len=L, refinement="none")
+    with pytest.raises(ValueError, match=r"\bnum_kv_heads\b is 1; it must be left to mha"):
+        RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H), max_len=L, refinement="none", num_kv_heads=1)
     with pytest.raises(TypeError, match=r"\bmha\b is Linear"):
         RefinedMultiheadAttention.from_multihead(nn.Linear(E, E), max_len=L, refinement="none")  # type: ignore[arg-type]
 
