@@ -225,6 +225,18 @@ def test_saved_models_come_back(make: Any, tables: str, tmp_path: Path) -> None:
     assert other(ids).logits.equal(model(ids).logits)
 
 
+def test_loading_takes_what_from_pretrained_takes(tmp_path: Path) -> None:
+    model = trained(llama())
+    model.save_pretrained(tmp_path)
+    options: dict[str, Any] = {"attention_dropout": 0.25, "dtype": torch.float64, "local_files_only": True}
+    restored, report = load(str(tmp_path), output_loading_info=True, **options)
+    assert not report["missing_keys"] and restored.config.attention_dropout == 0.25 and restored.dtype == torch.float64
+    assert restored.model.layers[0].self_attn.attention_dropout == 0.25
+    assert load(str(tmp_path), config=str(tmp_path)).config.refined_attention == model.config.refined_attention
+    config = AutoConfig.from_pretrained(tmp_path, attention_dropout=0.5)
+    assert load(str(tmp_path), config=config).config.attention_dropout == 0.5
+
+
 def test_the_base_model_loads_from_a_whole_one(tmp_path: Path) -> None:
     model, ids = trained(llama()), tokens(2, WINDOW)
     model.save_pretrained(tmp_path)
@@ -258,6 +270,57 @@ def test_checkpointing_keeps_the_gradients(make: Any) -> None:
         close(checkpointed, plain)
     eval_loss = trained(make())(**given, labels=given["input_ids"]).loss
     assert abs(eval_loss - found[0][0]) > 1e-3  # dropout was there
+
+
+def test_a_layer_uses_the_tables_that_it_has() -> None:
+    model, other, ids = trained(llama()), trained(llama()), tokens(2, WINDOW)
+    for layer, its in zip(model.model.layers, other.model.layers, strict=True):
+        layer.self_attn.refined = its.self_attn.refined
+    assert model(ids).logits.equal(other(ids).logits)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path: Path) -> None:
+    model, ids = trained(llama()), tokens(2, WINDOW)
+    torch.save({"model": model, "ids": ids, "logits": model(ids).logits.detach()}, tmp_path / "model.pt")
+    code = "import sys, torch; x = torch.load(sys.argv[1], weights_only=False); assert x['model'](x['ids'])[0].equal(x['logits'])"
+    root = str(Path(__file__).resolve().parents[1])
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], check=True, timeout=300, cwd=root)
+
+
+@TABLES
+def test_tables_may_be_wider_than_the_model(tables: str) -> None:
+    """A model in bfloat16 whose tables are trained in float32."""
+    model, ids = trained(llama(), tables=tables).bfloat16(), tokens(2, WINDOW)
+    narrow = model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.refined.float()
+    found = model(ids, labels=ids)
+    torch.testing.assert_close(found.logits, narrow, rtol=0.05, atol=0.05 * narrow.abs().max().item())
+    found.loss.backward()
+    assert model.model.layers[0].self_attn.refined.w_q.grad.dtype == torch.float32
+    assert model.generate(ids, max_new_tokens=3, min_new_tokens=3).shape == (2, WINDOW + 3)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count_against_position_tables(side: str) -> None:
+    model, given = trained(llama(), tables="position", max_positions=6), padded([6, 4, 1], side)
+    for use_cache in (True, False):
+        with torch.no_grad():
+            logits = model(**given, use_cache=use_cache).logits
+            for ids, row, real in zip(given["input_ids"], logits, given["attention_mask"].bool(), strict=True):
+                close(row[real], model(ids[real][None]).logits[0])
+    with pytest.raises(ValueError, match="max_positions is 6; it must be at least the 7 positions"):
+        model(**padded([7, 1], side), use_cache=False)
+
+
+def test_attention_functions_return_contiguous_outputs() -> None:
+    model, shapes = trained(llama()), []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: shapes.append(args[0].is_contiguous()))
+    model(tokens(2, WINDOW), use_cache=False)
+    with torch.no_grad():
+        cache = model(tokens(2, WINDOW)).cache
+        model(tokens(2, 2), cache=cache)
+    assert shapes == [True] * 3
 
 
 def test_training_under_autocast() -> None:
@@ -309,6 +372,10 @@ def test_what_cannot_be_refined_is_refused() -> None:
         refine(gpt2(add_cross_attention=True))
     with pytest.raises(ValueError, match='layer 0 has "sliding_attention"; it must be of full attention: \\[1\\]'):
         refine(qwen2_with_a_sliding_layer())
+    for kind, changes in {"gemma2": {"attn_logit_softcapping": 50.0}, "gpt_oss": {"num_local_experts": 2}}.items():
+        config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"head_dim": 8, "max_position_embeddings": 64} | changes))
+        with pytest.raises(ValueError, match="whose attention has (attn_logit_softcapping|sinks)"):
+            refine(AutoModelForCausalLM.from_config(config))
     model = refine(llama())
     with pytest.raises(ValueError, match="model is refined already; it must be refined once"):
         refine(model)
@@ -365,20 +432,36 @@ def test_caches_that_cannot_serve_are_refused() -> None:
     with torch.no_grad():
         refused("cache is StaticCache of StaticLayer, of another kind", StaticCache(config=model.config, max_cache_len=8))
         refused("cache is DynamicCache of DynamicLayer, filled by a plain model", llama()(ids).cache)
+        with pytest.raises(ValueError, match="cache is static; it must be a DynamicCache"):
+            model.generate(ids, max_new_tokens=3, cache_implementation="static")
         offloaded = DynamicCache(config=model.config)
         offloaded.offloading = True  # as if made so, which takes a GPU
         refused("cache is DynamicCache of DynamicLayer, offloaded", offloaded)
     learning = model(ids).cache
     with torch.no_grad():
-        refused("cache is of a pass with gradients or dropout", learning)
+        refused("cache is empty, as its first pass recorded gradients or had dropout; .* model.eval", learning)
         cache = model(ids).cache
         if DEVICE == "cpu":  # values on a GPU are not read
             refused("attention_mask is another than that", cache, attention_mask=torch.tensor([[1] * 6, [0] + [1] * 5]))
         right = model(ids, attention_mask=torch.tensor([[1] * 4 + [0], [1, 0, 0, 0, 0]], device=DEVICE)).cache
+        refused("cache began with padding on the right", right)
+        chunk = torch.tensor([[1] * 5, [0] * 5], device=DEVICE)
+        refused("cache began with .* a row of padding alone", model(ids, attention_mask=chunk).cache)
         with pytest.raises(ValueError, match="cache is of a batch padded on the right"):
             right.crop(-1)
         with pytest.raises(ValueError, match="tokens_to_remove is 1; it must be 0 or negative"):
             cache.crop(1)
+        dropping = trained(llama(attention_dropout=0.2))
+        cache = dropping(ids).cache
+        dropping.train()
+        with pytest.raises(ValueError, match=r"dropout is 0.2 while tokens follow a cache; it must be 0, .* model.eval"):
+            dropping(ids[:, :1], cache=cache)
+        cache = dropping(ids).cache
+        with pytest.raises(ValueError, match="cache is empty, as its first pass .* had dropout"):
+            dropping.eval()(ids[:, :1], cache=cache)
+        twice = AutoConfig.for_model("diffllama", **(COMMON | WIDTHS | {"max_position_embeddings": 64}))
+        with pytest.raises(ValueError, match="attends more than once per layer"):
+            refine(AutoModelForCausalLM.from_config(twice)).eval()(ids)
 
 
 def test_what_was_not_saved_refined_does_not_load(tmp_path: Path) -> None:

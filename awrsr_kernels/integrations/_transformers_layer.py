@@ -41,43 +41,36 @@ class RefinedTables(nn.Module):
         for w in (self.w_q, self.w_k):
             nn.init.normal_(w, std=config.hidden_size**-0.5 if self.content else 1.0)
 
-    def hand_over(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before the attention module runs: have it pass on what the attention function needs."""
-        if (used := attention.config._attn_implementation) != IMPLEMENTATION:  # type: ignore[union-attr]
-            raise ValueError(f'the attention implementation is "{used}"; it must stay "{IMPLEMENTATION}" in a refined model')
-        cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-        layer = None if cache is None else cache_layer(cache, attention.layer_idx)  # type: ignore[arg-type]
-        return args, kwargs | {"refined": Refined(self, args[0] if args else kwargs["hidden_states"], layer)}
+    def rows(self, hidden: Tensor, padding: "Padding") -> tuple[Tensor, Tensor]:
+        """W_q and W_k for the positions of a window.
 
-    def rows(self, hidden: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """W_q and W_k for the positions of a window whose real tokens start at `first` (B,), default 0.
-
-        hidden: (B, L, E), the attention module's input. Returns (B, H, L, R); or from position tables without `first`, which is
-        for all entries the same, (H, L, R) or (L, R).
+        hidden: (B, L, E), the attention module's input. Returns (B, H, L, R); or from position tables without padding on the left,
+        which is for all entries the same, (H, L, R) or (L, R).
         """
         if self.content:
-            return self._computed(self.w_q, hidden), self._computed(self.w_k, hidden)
+            return self._computed(hidden)
         length, limit = hidden.shape[1], self.w_q.shape[1]
-        if length > limit:
-            raise ValueError(f"max_positions is {limit}; it must be at least the {length} positions of the input")
-        w_q, w_k = self.whole()
-        if first is None:
+        if padding.longest > limit:
+            raise ValueError(f"max_positions is {limit}; it must be at least the {padding.longest} positions of the input")
+        if padding.first is None and length <= limit:
+            w_q, w_k = self.whole()
             return w_q[..., :length, :], w_k[..., :length, :]
-        item = (torch.arange(length, device=first.device) - first[:, None]).clamp(min=0)
+        first = hidden.new_zeros(hidden.shape[0], dtype=torch.int64) if padding.first is None else padding.first
+        item = (torch.arange(length, device=first.device) - first[:, None]).clamp(0, limit - 1)
         shape = (first.shape[0], self.heads, length, -1)
         return tuple(w[:, item].transpose(0, 1).expand(shape) for w in (self.w_q, self.w_k))  # type: ignore[return-value]
 
     def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """W_q and W_k as a `RefinedCache` takes them: the rows of the new positions, or the whole position tables."""
-        return self.rows(hidden) if self.content else self.whole()
+        return self._computed(hidden) if self.content else self.whole()
 
     def whole(self) -> tuple[Tensor, Tensor]:
         """Position tables: (H, N, R), or (N, R) shared by the heads."""
         return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
 
-    def _computed(self, w: Tensor, hidden: Tensor) -> Tensor:
-        found = F.linear(hidden, w.flatten(0, 1)).unflatten(-1, (-1, w.shape[1])).transpose(1, 2)
-        return found.expand(-1, self.heads, -1, -1)
+    def _computed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        found = (F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2]) for w in (self.w_q, self.w_k))
+        return tuple(x.transpose(1, 2).expand(-1, self.heads, -1, -1) for x in found)  # type: ignore[return-value]
 
 
 class Refined(NamedTuple):
@@ -94,6 +87,8 @@ class Padding(NamedTuple):
     lengths: Tensor | None  # (B,) int64; None: everything is real
     side: str
     first: Tensor | None  # (B,) int64, position of the first real token; None: 0
+    longest: int  # of lengths
+    empty: bool = False  # whether a row has no real token
 
 
 class LazyMask:
@@ -114,6 +109,11 @@ class LazyMask:
             )
         return self._padding
 
+    @property
+    def ndim(self) -> int:
+        """What transformers asks of a mask that it is handed; `generate` makes one ahead of the model for these caches alone."""
+        raise ValueError("cache is static; it must be a DynamicCache for refined layers")
+
     def dense(self) -> Any:
         if self._dense is None:
             self._dense = (AttentionMaskInterface()["sdpa"](**self.arguments),)
@@ -124,8 +124,8 @@ def _read_padding(arguments: dict[str, Any]) -> Padding | None:
     """Of the whole window. On a GPU this waits for the device, but not where a cache knows: then None."""
     mask, window = arguments["attention_mask"], arguments["kv_length"]
     started = window > arguments["q_length"]
-    if mask is None:
-        return Padding(None, "right", None)
+    if mask is None or not len(mask):
+        return Padding(None, "right", None, window)
     if tuple(mask.shape) != (arguments["batch_size"], window):
         raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) with L = {window}")
     if started and mask.device.type != "cpu":
@@ -133,16 +133,17 @@ def _read_padding(arguments: dict[str, Any]) -> Padding | None:
     lengths = mask.sum(1)
     first, last = mask.int().argmax(1), mask.flip(1).int().argmax(1)  # `last` counts from the end
     empty = lengths == 0
-    runs = [lengths == window, empty | (first + lengths + last == window), first == 0, empty | (last == 0)]
-    full, one_run, right, left = (bool(x) for x in torch.stack(runs).all(1).int().tolist())
+    runs = [lengths == window, empty | (first + lengths + last == window), first == 0, empty | (last == 0), ~empty]
+    full, one_run, right, left, filled, longest = torch.stack([*torch.stack(runs).all(1).long(), lengths.amax()]).tolist()
     if full:
-        return Padding(None, "right", None)
+        return Padding(None, "right", None, window)
     if not one_run or not (left or (right and not started)):
         side = "on the left, as tokens follow" if started else "on one side of the batch"
         raise ValueError(
             f"attention_mask is irregular; it must be one run of real tokens per row for refined layers, padded {side}"
         )
-    return Padding(lengths, "left", window - lengths) if left else Padding(lengths, "right", None)
+    first = window - lengths if left else None
+    return Padding(lengths, "left" if left else "right", first, longest, not filled)
 
 
 class RefinedCacheLayer(CacheLayerMixin):
@@ -156,6 +157,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         super().__init__()
         self.length = 0  # positions seen, padding included
         self.rows: RefinedCache | None = None
+        self.can_go_on = True  # whether tokens may follow those of the first pass
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True  # the rest waits for the queries and tables
@@ -179,6 +181,9 @@ class RefinedCacheLayer(CacheLayerMixin):
         self, q: Tensor, k: Tensor, v: Tensor, tables: RefinedTables, hidden: Tensor, padding: Padding, scale: float
     ) -> Tensor:
         """Attention of a prompt, after `update` has counted it."""
+        if self.rows is not None and self.rows.end_bound:
+            raise ValueError("model attends more than once per layer; for refined layers to keep a cache, it must attend once")
+        self.can_go_on = padding.lengths is None or (padding.side == "left" and not padding.empty)
         w_q, w_k = tables.cached(hidden)
         self.rows = RefinedCache(
             q.shape[0],
@@ -202,7 +207,13 @@ class RefinedCacheLayer(CacheLayerMixin):
         """Attention of the positions after those, one by one; `padding`, where it is known, is that of all positions."""
         if self.rows is None:
             raise ValueError(
-                "cache is of a pass with gradients or dropout, which keeps nothing; it must be filled in eval mode under no_grad"
+                "cache is empty, as its first pass recorded gradients or had dropout; it must be filled under no_grad, in eval mode: "
+                "model.eval()"
+            )
+        if not self.can_go_on:
+            raise ValueError(
+                "cache began with padding on the right, or with a row of padding alone; for tokens to follow, it must begin with "
+                "padding on the left and a token in every row"
             )
         if padding is not None and not self.rows.first.equal(self.rows.first * 0 if padding.first is None else padding.first):
             raise ValueError("attention_mask is another than that of the positions in the cache; it must hide the same ones")
@@ -215,7 +226,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         return torch.cat(outs, 2)
 
     def reset(self) -> None:
-        self.length, self.rows, self.is_initialized = 0, None, False
+        self.length, self.rows, self.is_initialized, self.can_go_on = 0, None, False, True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.rows is not None:

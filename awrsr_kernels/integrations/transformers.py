@@ -15,17 +15,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from .. import checks
 from ..api import refined_attention
-from ._transformers_layer import IMPLEMENTATION, LazyMask, Padding, Refined, RefinedTables
+from ._transformers_layer import IMPLEMENTATION, LazyMask, Padding, Refined, RefinedTables, cache_layer
 
 __all__ = ["RefinedTables", "load", "refine"]
 
 MODULES = ("self_attn", "attn", "attention", "self_attention")  # what decoder layers call their attention
 HEAD_DIMS = ("head_dim", "head_size", "qk_head_dim")  # what these call the width of a query head
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # of some models' attention; None where unused
+UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "sinks")  # the same, where they show before a call
 
 
 def refine(
@@ -86,7 +87,7 @@ def refine(
     return model
 
 
-def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> PreTrainedModel:
+def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
     """The refined model that `save_pretrained` wrote.
 
     Other ways to load (`AutoModel...`) know nothing of the tables: they leave them out and warn of unexpected weights.
@@ -94,13 +95,18 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
     Args:
         path: a folder, or a name on the Hugging Face Hub.
         model_class: class of the model, such as `transformers.LlamaModel`; default the one it was saved from.
-        kwargs: those of `PreTrainedModel.from_pretrained`, such as dtype or device_map.
+        kwargs: those of `PreTrainedModel.from_pretrained`: dtype, device_map, config, settings of the config to change, ...
+
+    Returns:
+        The model; with output_loading_info=True also the report of what was loaded.
 
     Raises:
         ValueError: the model was not refined when it was saved, or its tables are missing.
     """
-    places = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **{k: v for k, v in kwargs.items() if k in places})
+    places = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs}
+    config, wants_report = kwargs.pop("config", None), kwargs.pop("output_loading_info", False)
+    if not isinstance(config, PreTrainedConfig):
+        config, kwargs = AutoConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
     settings = getattr(config, IMPLEMENTATION, None)
     if settings is None:
         raise ValueError(f"path is {path}, whose config has no refined_attention; it must be a refined model, saved")
@@ -112,11 +118,11 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
 
     # Weights are loaded into what __init__ builds. The name stays: transformers keeps records by it.
     building: Any = type(plain.__name__, (plain,), {"__init__": __init__, "__module__": plain.__module__})
-    model, report = building.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
+    model, report = building.from_pretrained(path, config=config, output_loading_info=True, **kwargs | places)
     if missing := sorted(key for key in report["missing_keys"] if ".refined." in key):
         raise ValueError(f"path is {path}, without {', '.join(missing)}; it must hold every table of the refined layers")
     model.__class__ = plain
-    return model
+    return (model, report) if wants_report else model
 
 
 def _attention(
@@ -144,29 +150,33 @@ def _attention(
     parts, length = (query, key, value), query.shape[2]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache is not None and cache.length > length:
-        return cache.go_on(*parts, tables, hidden, _padding(attention_mask, cache.length), scale).transpose(1, 2), None
+        if dropout:
+            raise ValueError(f"dropout is {dropout} while tokens follow a cache; it must be 0, as in eval mode: model.eval()")
+        out = cache.go_on(*parts, tables, hidden, _padding(attention_mask, cache.length), scale)
+        return out.transpose(1, 2).contiguous(), None
     padding = _padding(attention_mask, length)
     assert padding is not None  # it is read where nothing precedes the window
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, hidden, *tables.parameters()))
     if cache is not None and not learning and not dropout:
-        return cache.start(*parts, tables, hidden, padding, scale).transpose(1, 2), None
-    out = refined_attention(
-        *parts,
-        *tables.rows(hidden, padding.first),
-        refinement=tables.refinement,
-        gate=tables.gate,
-        lengths=padding.lengths,
-        padding_side=padding.side,
-        softmax_scale=scale,
-        dropout_p=dropout,
-    )
-    return out.transpose(1, 2), None
+        out = cache.start(*parts, tables, hidden, padding, scale)
+    else:
+        out = refined_attention(
+            *parts,
+            *tables.rows(hidden, padding),
+            refinement=tables.refinement,
+            gate=tables.gate,
+            lengths=padding.lengths,
+            padding_side=padding.side,
+            softmax_scale=scale,
+            dropout_p=dropout,
+        )
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _padding(mask: Any, window: int) -> Padding | None:
     """What the mask says of the window; None where only the cache knows."""
     if mask is None:
-        return Padding(None, "right", None)
+        return Padding(None, "right", None, window)
     if not isinstance(mask, LazyMask):
         raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) for refined layers, or None")
     if (length := mask.arguments["kv_length"]) != window:
@@ -195,6 +205,9 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
         raise ValueError(f"model is {type(model).__name__}, not causal or with cross-attention; it must be a decoder alone")
     if first.config is not model.config:
         raise ValueError(f"model is {type(model).__name__}, of several parts; it must be the language model inside it")
+    for name in UNSUPPORTED_SETTINGS:
+        if getattr(model.config, name, None) is not None or hasattr(first, name):
+            raise ValueError(f"model is {type(model).__name__}, whose attention has {name}; it must be a plain softmax of scores")
     return [found[index] for index in sorted(found)]
 
 
@@ -204,18 +217,32 @@ def _head_dim(attention: Any) -> int:
 
 def _install(model: PreTrainedModel, found: list[Any], settings: dict[str, Any]) -> None:
     """Tables where the settings say, and the attention implementation that reads them."""
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     for index in settings["layers"]:
-        tables = found[index].refined = RefinedTables(found[index], settings, model.dtype)
-        found[index].register_forward_pre_hook(tables.hand_over, with_kwargs=True)
+        found[index].refined = RefinedTables(found[index], settings, model.dtype)
+        found[index].register_forward_pre_hook(_hand_over, with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
     setattr(model.config, IMPLEMENTATION, settings)
+
+
+def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Before an attention module runs: have it pass on what the attention function needs.
+
+    Pickled models find it by name, for which this file is imported, which registers the rest.
+    """
+    if (used := attention.config._attn_implementation) != IMPLEMENTATION:
+        raise ValueError(f'the attention implementation is "{used}"; it must stay "{IMPLEMENTATION}" in a refined model')
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+    layer = None if cache is None else cache_layer(cache, attention.layer_idx)
+    return args, kwargs | {"refined": Refined(attention.refined, args[0] if args else kwargs["hidden_states"], layer)}
 
 
 def _mask(**arguments: Any) -> LazyMask:
     """The mask function as transformers calls it."""
     return LazyMask(arguments)
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) -> list[int]:
