@@ -207,8 +207,8 @@ class RefinedCacheLayer(CacheLayerMixin):
         """Attention of the positions after those, one by one; `padding`, where it is known, is that of all positions."""
         if self.rows is None:
             raise ValueError(
-                "cache is empty, as its first pass recorded gradients or had dropout; it must be filled under no_grad, in eval mode: "
-                "model.eval()"
+                "cache is empty, as its first pass recorded gradients or had dropout; it must be filled under no_grad, in eval "
+                "mode: model.eval()"
             )
         if not self.can_go_on:
             raise ValueError(
