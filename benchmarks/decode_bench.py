@@ -31,8 +31,8 @@ examples, from the repository root:
 
 providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
 calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
-values, nothing joined). Every one must give the last row of the definition, or it is not timed. Taking the new item back out of a
-cache between two samples is not timed.
+values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
+out of a cache between two samples is not timed.
 """
 
 
@@ -103,19 +103,26 @@ def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     new_q, keys = q[:, :, at:], cache.k.clone()
     tables = [] if refinement == "none" else [w_q, w_k]
     direct = [] if refinement == "simple" else [v]
-    blocks = [x if split else x.contiguous() for x in (*tables, *direct)]
-    if not split:
-        blocks = [torch.cat(blocks, -1)]
+    growing = [*(tables if problem.content else []), *direct]  # a step brings a row of each
+    blocks = [*tables, *direct]
+    if split:
+        blocks = [x.clone() if any(x is each for each in growing) else x for x in blocks]
+    else:
+        blocks, fresh = [torch.cat(blocks, -1)], torch.cat([x[:, :, at:] for x in growing] or [v[:, :, at:, :0]], -1)
     values = None if cache.y is None and cache.k_a is None else (cache.v if cache.y is None else cache.y).clone()
     k_a = None if cache.k_a is None else cache.k_a.clone()
-    appended = [(keys, k)] + ([(values, v)] if values is not None and cache.y is None else [])
-    if not split:
-        fresh = torch.cat([x[:, :, at:] for x in (*(tables if problem.content else []), *direct)] or [v[:, :, :0]], -1)
+    appended = [(keys, k)]
+    if split:
+        appended += [(rows, x) for rows, x in zip(blocks, (*tables, *direct), strict=True) if rows is not x]
+    if refinement == "additive" and split:
+        values = blocks[-1]
+    elif values is not None and cache.y is None:
+        appended.append((values, v))
 
     def call() -> Tensor:
         for rows, new in appended:
             rows[:, :, at] = new[:, :, at]
-        if not split and fresh.shape[2]:
+        if not split and growing:
             blocks[0][:, :, at:, blocks[0].shape[-1] - fresh.shape[-1] :] = fresh
         parts = [F.scaled_dot_product_attention(new_q, keys, x) for x in blocks]
         if not split:

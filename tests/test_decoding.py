@@ -246,8 +246,34 @@ def test_beams_are_reordered(table: str, index: list[int]) -> None:
     picked = given._replace(
         q=given.q[index], k=given.k[index], v=given.v[index], prompts=[given.prompts[i] for i in index], **tables
     )
+    if DEVICE == "cpu":
+        lengths = picked.prompts
+        assert cache.end_bound == 4 and cache.length_bound == max(lengths) and cache.ragged == (min(lengths) < 4)
     for i in range(2):
         torch.testing.assert_close(picked.step(cache, i), picked.row(picked.full(2), i), rtol=0, atol=1e-12)
+
+
+def test_a_prompt_that_fails_leaves_a_cache_that_can_be_reset() -> None:
+    given = sequences("additive", "shared", [3, 2], 2)
+    cache = given.cache()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("awrsr_kernels.decoding._prefill", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            given.decode(cache, 0, "right", "torch")
+    with pytest.raises(ValueError, match="cache is in use"):
+        given.decode(cache, 0, "right", "torch")
+    cache.reset()
+    torch.testing.assert_close(given.decode(cache, 2, "right", "torch"), given.full(2), rtol=0, atol=1e-12)
+
+
+def test_crop_into_the_padding_of_a_window_leaves_empty_entries() -> None:
+    given = sequences("additive", "content", [4, 1], 1)
+    cache = given.cache()
+    given.decode(cache, 0, "left", "torch")
+    cache.crop(2)  # the second prompt lay in row 3
+    assert cache.first.tolist() == [0, 2] and cache.end.tolist() == [2, 2]
+    shorter = given._replace(prompts=[2, 0])
+    torch.testing.assert_close(shorter.step(cache, 0), shorter.row(shorter.full(1), 0), rtol=0, atol=1e-12)
 
 
 def test_reset_and_crop_leave_nothing_behind() -> None:

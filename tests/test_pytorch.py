@@ -252,6 +252,22 @@ def test_autocast_runs_in_its_dtype(kind: Kind, compiled: bool) -> None:
     assert all(grad.dtype == torch.float32 for grad in grads)
 
 
+@pytest.mark.parametrize("kind", OPERATORS, ids=str)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_backward_inside_autocast_is_that_outside(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
+    given, bounds = draw(kind, "lengths")
+    found = []
+    half = torch.float16 if DEVICE == "cpu" and engine != "torch" else torch.bfloat16  # what the interpreter multiplies right
+    for inside in (False, True):
+        with torch.autocast(DEVICE, dtype=half):
+            loss = summed(kind, given, **bounds, backend=choose(engine))
+            if inside:
+                found.append(gradients(loss, given))
+        if not inside:
+            found.append(gradients(loss, given))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", [Kind("simple"), STOCHASTIC], ids=str)
 def test_a_second_derivative_is_refused(engine: str, kind: Kind, choose: Callable[[str], str]) -> None:
