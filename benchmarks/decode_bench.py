@@ -20,7 +20,9 @@ from awrsr_kernels.layout import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
 from benchmarks import report
 from benchmarks.arguments import number, whole
+from benchmarks.launches import step_launch
 from benchmarks.measure import Clock, WrongResult, quantiles, turns
+from benchmarks.workloads import Shape, Task
 
 KIND = "decoding"  # of a results.json, so that its table is made here
 TABLES = ("position", "content")
@@ -32,7 +34,7 @@ examples, from the repository root:
 providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
 calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
 values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
-out of a cache between two samples is not timed.
+out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
 """
 
 
@@ -78,15 +80,19 @@ class Provider(NamedTuple):
     undo: Callable[[], None]
 
 
-def step(problem: Problem) -> tuple[Provider, RefinedCache]:
+def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCache]:
     (batch, heads, length, d), refinement = problem.q.shape, problem.refinement
+    sizes: dict[str, Any] = {"kv_heads": problem.k.shape[1], "head_dim": d, "value_dim": problem.v.shape[-1], "rank": problem.w_q.shape[-1]}
     options: dict[str, Any] = {"refinement": refinement, "tables": TABLES[problem.content], "dtype": problem.q.dtype}
-    cache = RefinedCache(batch, length, heads=heads, head_dim=d, rank=d, device=problem.q.device, **options)
+    cache = RefinedCache(batch, length, heads=heads, device=problem.q.device, **sizes, **options)
     q, k, v, w_q, w_k = problem.rows(0, length - 1)
     refined_attention_prefill(q, k, v, w_q, w_k, cache)
     q, k, v, w_q, w_k = problem.rows(length - 1)
-    provider = Provider("step", "ours", lambda: refined_attention_step(q, k, v, w_q, w_k, cache), lambda: cache.crop(length - 1))
-    return provider, cache
+
+    def call() -> Tensor:
+        return refined_attention_step(q, k, v, w_q, w_k, cache, backend=backend)
+
+    return Provider("step", "ours", call, lambda: cache.crop(length - 1)), cache
 
 
 def full(problem: Problem) -> Provider:
@@ -168,6 +174,8 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
         named = {"provider": provider.name, "role": provider.role, "refinement": problem.refinement, "task": problem.label}
         times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(found)}
         rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
+    task = Task(Shape(batch, heads, heads, length, d, d, d), problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)
+    rows[0]["bytes"] = step_launch(task, problem.content).bytes
     for row in rows:
         row["ratio_to_full"] = rows[1]["median_ms"] / row["median_ms"]
     return rows
@@ -177,6 +185,7 @@ COLUMNS: list[report.Column] = [
     ("provider", -12, lambda r: r["provider"]),
     ("median ms", 10, lambda r: f"{r['median_ms']:.3f}"),
     ("p20..p80", 19, lambda r: f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"),
+    ("GB/s", 7, lambda r: f"{r['bytes'] / r['median_ms'] / 1e6:.1f}" if "bytes" in r else "-"),
     ("vs full", 8, lambda r: f"{r['ratio_to_full']:.1f}x"),
 ]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from awrsr_kernels.launch_config import LENGTHS, Config, choose, is_short, key_of
+from awrsr_kernels.launch_config import LENGTHS, Config, choose, is_short, key_of, step_config
 
 from .workloads import Task, calls
 
@@ -114,6 +114,27 @@ def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS
         few = replace(call, lengths=tuple(n * (n <= reach) for n in call.lengths), window=reach, packed=True)  # no padding written
         found += [*short_launches(few, tiles(reach), processors), *_additions(call)]
     return sorted(found, key=lambda launch: launch.pass_ != "fwd")
+
+
+def step_launch(task: Task, content: bool) -> Launch:
+    """A decoding step: in each of B entries the item L - 1 meets those before it. No product of it is one of matrices."""
+    s, size, before = task.shape, task.itemsize, task.shape.L - 1
+    d, d_v, r = task.features
+    refined = task.refinement != "none"
+    # Numbers per program of a row: the new item's and, for each before it, those of P and of R
+    own, first, second = 2 * d + d_v + 2 * r * refined, d + 2 * r * refined, r + d_v
+    if task.refinement in ("none", "value", "additive"):
+        first += d_v
+    loaded = s.B * s.H * (own + before * (first + second * refined))
+    tables = (s.B * s.H if content else 1) * s.L * 2 * r * refined
+    kept = s.B * (s.H_kv * (d + d_v) + s.H * ((r + d_v * (task.refinement == "value")) * refined + 2 * r * (refined and content)))
+    read = s.B * (s.H * d + s.H_kv * (d + d_v) * s.L) + tables + s.B * s.H * before * r * refined
+    if task.refinement == "value":
+        read += s.B * s.H * before * d_v
+    return Launch(
+        kernel="decode_step", stage=0, pass_="fwd", tile=step_config(task.features, size), programs=s.B * s.H,
+        loaded=loaded * size, read=read * size, written=(kept + s.B * s.H * d_v) * size,
+    )  # fmt: skip
 
 
 # The short regime

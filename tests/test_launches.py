@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from awrsr_kernels.launch_config import Config
-from benchmarks.launches import Call, Launch, columns_walk, rows_walk, seat, short_launches, task_launches, tiled_launches
+from benchmarks.decode_bench import Problem, step
+from benchmarks.launches import (
+    Call,
+    Launch,
+    columns_walk,
+    rows_walk,
+    seat,
+    short_launches,
+    step_launch,
+    task_launches,
+    tiled_launches,
+)
 from benchmarks.measure import gradients
 from benchmarks.providers import ours
 from benchmarks.roofline import ideal_bytes
@@ -59,7 +70,7 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
     pytest.importorskip("triton", reason="needs Triton")
     from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
-    from awrsr_kernels._triton import short, tiled, tiled_bwd
+    from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
 
     found: list[Meter] = []
     load, store, dot = (getattr(InterpreterBuilder, f"create_{x}") for x in ("masked_load", "masked_store", "dot"))
@@ -94,7 +105,7 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> list[Meter]:
 
         monkeypatch.setattr(module, "launch", metered)
 
-    for module in (short, tiled, tiled_bwd):
+    for module in (decode, short, tiled, tiled_bwd):
         watch(module)
     return found
 
@@ -125,6 +136,18 @@ def test_counts_are_what_the_kernels_do(
     hold_to(meters, counted)
 
 
+@pytest.mark.parametrize("content", [False, True])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_counts_of_a_decoding_step(refinement: str, content: bool, meters: list[Meter]) -> None:
+    s = replace(SHAPE, L=35)
+    sizes = [(s.B, s.H, s.L, s.D), (s.B, s.H_kv, s.L, s.D), (s.B, s.H_kv, s.L, s.D_v)]
+    tables = [(s.B, s.H, s.L, s.R) if content else (s.L, s.R)] * 2
+    problem = Problem(*(torch.randn(size) for size in sizes + tables), refinement)
+    provider, _ = step(problem, "triton")
+    provider.call()
+    hold_to(meters[-1:], [step_launch(Task(s, refinement, "float32", 0.0, "cpu"), content)])
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("refinement", ["none", "additive"])
 def test_counts_where_both_regimes_share_a_call(
@@ -149,12 +172,12 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
     pytest.importorskip("triton", reason="needs Triton")
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from awrsr_kernels._triton import short, tiled, tiled_bwd
+    from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
     from awrsr_kernels._triton.launch import Problem
     from awrsr_kernels.layout import Call as KernelCall
     from awrsr_kernels.layout import Inputs
 
-    for module in (short, tiled, tiled_bwd):
+    for module in (decode, short, tiled, tiled_bwd):
         monkeypatch.setattr(module, "launch", lambda *_, **arguments: None)
     names = {"sum": "torch_sum", "_to_copy": "torch_cast", "copy_": "torch_copy"}
     ran: list[tuple[str, int, int]] = []
