@@ -82,7 +82,8 @@ class Provider(NamedTuple):
 
 def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCache]:
     (batch, heads, length, d), refinement = problem.q.shape, problem.refinement
-    sizes: dict[str, Any] = {"kv_heads": problem.k.shape[1], "head_dim": d, "value_dim": problem.v.shape[-1], "rank": problem.w_q.shape[-1]}
+    d_v, r = problem.v.shape[-1], problem.w_q.shape[-1]
+    sizes: dict[str, Any] = {"kv_heads": problem.k.shape[1], "head_dim": d, "value_dim": d_v, "rank": r}
     options: dict[str, Any] = {"refinement": refinement, "tables": TABLES[problem.content], "dtype": problem.q.dtype}
     cache = RefinedCache(batch, length, heads=heads, device=problem.q.device, **sizes, **options)
     q, k, v, w_q, w_k = problem.rows(0, length - 1)
@@ -174,7 +175,8 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
         named = {"provider": provider.name, "role": provider.role, "refinement": problem.refinement, "task": problem.label}
         times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(found)}
         rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
-    task = Task(Shape(batch, heads, heads, length, d, d, d), problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)
+    sizes = Shape(batch, heads, heads, length, d, d, d)
+    task = Task(sizes, problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)
     rows[0]["bytes"] = step_launch(task, problem.content).bytes
     for row in rows:
         row["ratio_to_full"] = rows[1]["median_ms"] / row["median_ms"]
