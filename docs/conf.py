@@ -1,11 +1,14 @@
 """Sphinx: the pages of this folder, and a reference from the docstrings. `make docs` builds it into docs/_build."""
 
+import inspect
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sphinx.util.inspect import stringify_signature  # noqa: E402
 
 import awrsr_kernels  # noqa: E402
 
@@ -29,5 +32,15 @@ def plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = [re.sub(r"(?<!\\)([|*])", r"\\\1", line) for line in lines]
 
 
+def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> tuple[str, str] | None:
+    """A class on a mocked one takes what its own __init__ takes; autodoc sees the arguments of the mock."""
+    if what != "class" or signature != "(*args, **kwargs)":
+        return None
+    own = inspect.signature(obj.__init__)
+    taken = list(own.parameters.values())[1:] if "__init__" in vars(obj) else []
+    return stringify_signature(own.replace(parameters=taken), show_annotation=False, show_return_annotation=False), returns
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-process-signature", own_signature)
     app.connect("autodoc-process-docstring", plain_text, priority=100)  # before napoleon, which writes stars that mean something

@@ -1,5 +1,6 @@
 """Rows without padding, which the adapters for recommender libraries share."""
 
+import pytest
 import torch
 
 from awrsr_kernels import RefinedMultiheadAttention, refined_attention
@@ -51,6 +52,32 @@ def test_queries_may_come_from_rows_of_their_own() -> None:
         (rows, where), (queries, _) = pack(x, mask), pack(other, mask)
         found, _ = attention(queries, rows, rows, attn_mask=where)
         torch.testing.assert_close(unpack(found, mask)[mask], attention.out(expected.transpose(1, 2).flatten(-2))[mask])
+
+
+def test_the_mask_may_be_numbers() -> None:
+    x, mask = torch.randn(B, L, E, device=DEVICE), real("left")
+    for kind in (torch.float32, torch.int64, torch.uint8):
+        (rows, where), (expected, same) = pack(x, mask.to(kind)), pack(x, mask)
+        assert torch.equal(rows, expected) and torch.equal(where.cu_seqlens, same.cu_seqlens) and where.max_seqlen == 7
+        assert torch.equal(unpack(rows, mask.to(kind)), unpack(rows, mask))
+
+
+def test_there_may_be_no_histories() -> None:
+    attention = PackedAttention(E, H, max_len=9, device=DEVICE)
+    nobody = torch.zeros(0, L, dtype=torch.bool, device=DEVICE)
+    rows, where = pack(torch.randn(0, L, E, device=DEVICE), nobody)
+    assert rows.shape == (1, 0, E) and where.cu_seqlens.tolist() == [0] and where.max_seqlen == 0
+    found = unpack(attention(rows, rows, rows, attn_mask=where)[0], nobody)
+    found.sum().backward()
+    assert found.shape == (0, L, E)
+    assert all(value.grad is not None and not value.grad.any() for value in attention.parameters())
+
+
+def test_longer_histories_are_refused_unless_tables_come_from_content() -> None:
+    rows, where = pack(torch.randn(B, L, E, device=DEVICE), real("left"))
+    with pytest.raises(ValueError, match="max_len is 6; it must be at least the longest history, 7 items"):
+        PackedAttention(E, H, max_len=6, device=DEVICE)(rows, rows, rows, attn_mask=where)
+    PackedAttention(E, H, max_len=6, tables="content", device=DEVICE)(rows, rows, rows, attn_mask=where)
 
 
 def test_a_batch_may_be_all_padding() -> None:

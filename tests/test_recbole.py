@@ -15,7 +15,7 @@ from recbole.trainer import Trainer  # noqa: E402
 
 from awrsr_kernels.integrations.recbole import DEFAULTS, RefinedSASRec  # noqa: E402
 
-from .recommenders import WINDOW, histories, run_example  # noqa: E402
+from .recommenders import WINDOW, check_autocast, check_nothing_to_encode, histories, run_example  # noqa: E402
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 SETTINGS = {
@@ -64,9 +64,26 @@ def test_learns_saves_and_loads(options: dict[str, Any]) -> None:
     assert trainer.evaluate(test)["hit@10"] > 0.9  # chance is 1/3; evaluate loads the best checkpoint
     for name, value in attention.named_parameters():
         assert not torch.equal(value, before[name]), name
-    again, *_ = make(**options)
-    again.load_state_dict(torch.load(trainer.saved_model_file)["state_dict"])
+    again, config, _ = make(**options)
+    Trainer(config, again).resume_checkpoint(trainer.saved_model_file)
     torch.testing.assert_close(again.eval()(*sequences(3, 5)), model.eval()(*sequences(3, 5)))
+
+
+def test_nothing_to_encode() -> None:
+    encoder = make()[0].trm_encoder
+    check_nothing_to_encode(encoder, lambda x, real: encoder(x, real)[-1])
+
+
+def test_the_mask_may_be_numbers() -> None:
+    encoder, real = make()[0].trm_encoder.eval(), sequences(3, 5)[0] != 0
+    x = torch.randn(2, WINDOW, 32)
+    torch.testing.assert_close(encoder(x, real.float())[-1], encoder(x, real)[-1])
+
+
+def test_half_precision() -> None:
+    model, *_ = make(gate_init=0.5)
+    attention = model.trm_encoder.layer[0].multi_head_attention.attention
+    check_autocast(model, attention, lambda: model(*sequences(WINDOW, 1, 6)))
 
 
 @pytest.mark.parametrize("refinement", ["none", "additive"])

@@ -1,5 +1,6 @@
 """The adapter for RecTools, against RecTools."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,23 @@ from rectools.models.nn.transformers.ligr import LiGRLayers  # noqa: E402
 from rectools.models.nn.transformers.net_blocks import PreLNTransformerLayers  # noqa: E402
 from rectools.models.nn.transformers.sasrec import SASRecTransformerLayers  # noqa: E402
 
+from awrsr_kernels import RefinedMultiheadAttention  # noqa: E402
+from awrsr_kernels.integrations.packed import Packed  # noqa: E402
 from awrsr_kernels.integrations.rectools import (  # noqa: E402
     RefinedLiGRLayers,
     RefinedPreLNTransformerLayers,
     RefinedTransformerLayers,
 )
 
-from .recommenders import WINDOW, as_refined, following, histories, run_example  # noqa: E402
+from .recommenders import (  # noqa: E402
+    WINDOW,
+    as_refined,
+    check_autocast,
+    check_nothing_to_encode,
+    following,
+    histories,
+    run_example,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 PAST = histories()
@@ -57,6 +68,14 @@ def hits(model: Any, dataset: Dataset) -> float:
     return float((first.set_index("user_id")["item_id"].reindex(range(len(PAST))) == following(PAST)).mean())
 
 
+def recommendations(model: Any, dataset: Dataset) -> pd.DataFrame:
+    return model.recommend(users=range(20), dataset=dataset, k=5, filter_viewed=True)
+
+
+def attention_of(model: Any) -> Any:
+    return model.torch_model.transformer_layers.transformer_blocks[0].multi_head_attn
+
+
 @pytest.mark.parametrize(
     "options", [{"refinement": "simple", "per_head": True}, {"refinement": "value"}, {"tables": "content"}, {}]
 )
@@ -64,11 +83,53 @@ def test_learns_and_keeps_its_tables(options: dict[str, Any], dataset: Dataset) 
     model = make(**options)
     model.fit(dataset)
     assert hits(model, dataset) > 0.9  # chance is 1/30
-    attention = model.torch_model.transformer_layers.transformer_blocks[0].multi_head_attn
+    attention = attention_of(model)
     if attention.w_q is not None:  # as drawn: RecTools' own drawing would leave a third of that, or less
         assert all(0.7 < table.std() < 1.5 for table in (attention.w_q, attention.w_k))
     if not options:
         assert attention.gate.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("options", [{"per_head": True, "gate_init": 0.5}, {"tables": "content"}])
+def test_tables_and_gate_stay_as_drawn(options: dict[str, Any], dataset: Dataset) -> None:
+    """As training starts, RecTools draws all it knows of two dimensions or more: linear maps, but no tables."""
+    model = make(epochs=1, **options)
+    model.fit(dataset)
+    module, attention = model.lightning_model, attention_of(model)
+    before = {name: value.clone() for name, value in attention.state_dict().items()}
+    module.is_fitted = False
+    module.on_train_start()
+    kept = {name for name, value in attention.state_dict().items() if torch.equal(value, before[name])}
+    assert kept == set(before) - {"qkv.weight", "out.weight"} and {"w_q", "to_tables"} & kept
+
+
+@pytest.mark.parametrize("tables", ["position", "content"])
+def test_state_dict_is_that_of_the_module(tables: str) -> None:
+    layers = RefinedTransformerLayers(1, 32, 2, 0.2, max_len=WINDOW, rank=8, per_head=True, tables=tables)
+    attention = layers.transformer_blocks[0].multi_head_attn
+    plain = RefinedMultiheadAttention(32, 2, max_len=WINDOW, rank=8, per_head=True, tables=tables)
+    rows = torch.randn(1, 7, 32)
+    expected, where = plain.eval()(rows), Packed(torch.tensor([0, 7]), 7)
+    for assign in (False, True):
+        attention.load_state_dict({name: value.clone() for name, value in plain.state_dict().items()}, assign=assign)
+        torch.testing.assert_close(attention.eval()(rows, rows, rows, attn_mask=where)[0], expected)
+        assert all(value.dim() == 1 for name, value in attention.named_parameters() if "w" in name[:2] or "tables" in name)
+    found = attention.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {n: v.shape for n, v in plain.state_dict().items()}
+    plain.load_state_dict(found)
+    with pytest.raises(RuntimeError, match="size mismatch for (w_q|to_tables)"):
+        attention.load_state_dict(RefinedMultiheadAttention(32, 2, max_len=9, rank=4, tables=tables).state_dict(), strict=False)
+
+
+def test_the_whole_network_is_copied_and_pickled(dataset: Dataset, tmp_path: Path) -> None:
+    model = make(epochs=1)
+    model.fit(dataset)
+    network = model.torch_model.eval()
+    torch.save(network, tmp_path / "network.pt")
+    sessions = {"x": torch.tensor([[0] * (WINDOW - n) + list(range(1, n + 1)) for n in (2, 7)])}
+    for again in (torch.load(tmp_path / "network.pt", weights_only=False), copy.deepcopy(network)):
+        assert torch.equal(again(sessions), network(sessions))
+        assert again.state_dict().keys() == network.state_dict().keys()
 
 
 def test_rows_count_from_the_last_item(dataset: Dataset) -> None:
@@ -78,7 +139,7 @@ def test_rows_count_from_the_last_item(dataset: Dataset) -> None:
     backbone.zero_grad()
     backbone({"x": torch.tensor([[0] * (WINDOW - 3) + [4, 5, 6], [0] * (WINDOW - 1) + [9]])}).square().sum().backward()
     attention = backbone.transformer_layers.transformer_blocks[0].multi_head_attn
-    grad = attention.parametrizations.w_q.original.grad.view(WINDOW, -1).abs().amax(1)
+    grad = dict(attention.named_parameters())["w_q"].grad.view(WINDOW, -1).abs().amax(1)
     assert (grad[-3:] > 0).all() and (grad[:-3] == 0).all()
 
 
@@ -93,7 +154,7 @@ def test_without_refinement_it_is_the_library(own: type, refined: type, causal: 
     ours = refined(2, 32, 2, 0.2, refinement=refinement, max_len=WINDOW, causal=causal).eval()
     weights = {as_refined(name): value for name, value in backbone.transformer_layers.state_dict().items()}
     missing, unexpected = ours.load_state_dict(weights, strict=False)
-    assert not unexpected and all("parametrizations" in name or "gate" in name for name in missing)
+    assert not unexpected and all(name.rsplit(".")[-1] in ("w_q", "w_k", "gate") for name in missing)
     sessions = torch.tensor([[0] * (WINDOW - n) + list(range(1, n + 1)) for n in (WINDOW, 1, 5)])
     embeddings = backbone.item_model.get_all_embeddings()
     expected = backbone.encode_sessions({"x": sessions}, embeddings)
@@ -115,8 +176,33 @@ def test_saved_and_loaded(dataset: Dataset, tmp_path: Path) -> None:
     model.fit(dataset)
     model.save(tmp_path / "model.pkl")
     loaded = SASRecModel.load(tmp_path / "model.pkl")
-    found, again = (m.recommend(users=range(20), dataset=dataset, k=5, filter_viewed=True) for m in (model, loaded))
-    pd.testing.assert_frame_equal(found, again)
+    model.fit_trainer.save_checkpoint(tmp_path / "model.ckpt")
+    resumed, fresh = SASRecModel.load_from_checkpoint(tmp_path / "model.ckpt"), make(epochs=1)
+    fresh.fit(dataset).load_weights_from_checkpoint(tmp_path / "model.ckpt")
+    expected, *others = (recommendations(m, dataset) for m in (model, loaded, resumed, fresh))
+    for found in others:
+        pd.testing.assert_frame_equal(found, expected)
+    resumed.fit_partial(dataset, min_epochs=1, max_epochs=1)
+    assert hits(resumed, dataset) > 0.5
+
+
+def test_nothing_to_encode() -> None:
+    layers, future = RefinedTransformerLayers(2, 32, 2, 0.2, max_len=WINDOW), torch.ones(WINDOW, WINDOW).triu(1).bool()
+    check_nothing_to_encode(layers, lambda x, real: layers(x, real[..., None], future, None))
+
+
+def test_the_timeline_mask_may_be_numbers() -> None:
+    layers, future = RefinedTransformerLayers(2, 32, 2, 0.2, max_len=WINDOW).eval(), torch.ones(7, 7).triu(1).bool()
+    x, real = torch.randn(2, 7, 32), torch.arange(7).expand(2, -1)[..., None] >= torch.tensor([3, 5])[:, None, None]
+    torch.testing.assert_close(layers(x, real.float(), future, None), layers(x, real, future, None))
+
+
+@pytest.mark.parametrize("layers", [RefinedTransformerLayers, RefinedPreLNTransformerLayers, RefinedLiGRLayers])
+def test_half_precision(layers: type, dataset: Dataset) -> None:
+    model = make(layers, epochs=1, gate_init=0.5)
+    model.fit(dataset)
+    sessions = {"x": torch.tensor([[0] * (WINDOW - n) + list(range(1, n + 1)) for n in (WINDOW, 1, 5)])}
+    check_autocast(model.torch_model, attention_of(model), lambda: model.torch_model(sessions)[sessions["x"] > 0])
 
 
 def test_serves_the_bidirectional_model_too(dataset: Dataset) -> None:

@@ -22,7 +22,16 @@ from replay.nn.transform.template import make_default_sasrec_transforms  # noqa:
 
 from awrsr_kernels.integrations.replay import NoAttentionMask, RefinedEncoder  # noqa: E402
 
-from .recommenders import ITEMS, WINDOW, as_refined, following, histories, run_example  # noqa: E402
+from .recommenders import (  # noqa: E402
+    ITEMS,
+    WINDOW,
+    as_refined,
+    check_autocast,
+    check_nothing_to_encode,
+    following,
+    histories,
+    run_example,
+)  # fmt: skip
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 PAST = histories()
@@ -112,6 +121,32 @@ def test_a_history_may_be_empty() -> None:
     assert make(refinement="simple").eval()(*batch(0))["logits"].isfinite().all()
 
 
+def test_nothing_to_encode() -> None:
+    encoder, own = make().body.encoder, DefaultAttentionMask("item_id", num_heads=2)
+    check_nothing_to_encode(encoder, lambda x, real: encoder({}, x, real, None))
+    check_nothing_to_encode(encoder, lambda x, real: encoder({}, x, real, own({"item_id": real}, real)))
+
+
+def test_a_step_of_empty_histories_has_gradients() -> None:
+    """As with RePlay's own encoder: no parameter is left without a gradient."""
+    features, real = batch(0, 0)
+    for model in (make(), make(refined=False)):
+        model.train().body(features, real).sum().backward()
+        assert all(value.grad is not None for value in model.body.parameters())
+
+
+def test_the_padding_mask_may_be_numbers() -> None:
+    encoder, (_, real) = make().eval().body.encoder, batch(3, 5)
+    x = torch.randn(2, WINDOW, 32)
+    torch.testing.assert_close(encoder({}, x, real.float(), None), encoder({}, x, real, None))
+
+
+def test_half_precision() -> None:
+    model = make(gate_init=0.5)
+    features, real = batch(WINDOW, 1, 6)
+    check_autocast(model, model.body.encoder.attention_layers[0], lambda: model.body(features, real)[real])
+
+
 def test_saved_and_loaded(data: ParquetModule, tmp_path: Path) -> None:
     module, trainer, _ = trained(make(), data, epochs=2)
     trainer.save_checkpoint(tmp_path / "model.ckpt")
@@ -126,6 +161,9 @@ def test_says_what_does_not_fit() -> None:
     model = make()
     with pytest.raises(ValueError, match="attention_mask is another"):
         model.body.encoder(features, torch.zeros(2, WINDOW, 32), real, torch.zeros(4, WINDOW, WINDOW))  # sees the future
+    for shape in ((WINDOW, WINDOW), (3, WINDOW, WINDOW), (4, 5, 5)):
+        with pytest.raises(ValueError, match="attention_mask is of shape .* with B = 2, L = 16"):
+            model.body.encoder(features, torch.zeros(2, WINDOW, 32), real, torch.zeros(shape))
     with pytest.raises(ValueError, match="max_len is 5; it must be at least the longest history, 9 items"):
         make(max_len=5).body(features, real)
     with pytest.raises(TypeError, match="ranks"):

@@ -25,16 +25,20 @@ class Packed(NamedTuple):
 
 @torch.compiler.disable  # how many items there are is data: a compiled graph breaks here rather than inside
 def pack(x: Tensor, real: Tensor) -> tuple[Tensor, Packed]:
-    """Items of x (B, L, E) alone, (1, T, E), and where they lie. real (B, L) bool is True at items, padding on either side."""
+    """Items of x (B, L, E) alone, (1, T, E), and where they lie; B and T may be 0.
+
+    real (B, L), bool or numbers, is True or not 0 at items; padding on either side.
+    """
+    real = real.bool()
     lengths = real.sum(1)
-    return x[real][None], Packed(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()))
+    return x[real][None], Packed(F.pad(lengths.cumsum(0), (1, 0)).int(), int(lengths.max()) if len(lengths) else 0)
 
 
 @torch.compiler.disable
 def unpack(rows: Tensor, real: Tensor) -> Tensor:
-    """(1, T, E) -> (B, L, E), 0 at padding."""
+    """(1, T, E) -> (B, L, E), 0 at padding, real as for `pack`."""
     x = rows.new_zeros(*real.shape, rows.shape[-1])
-    x[real] = rows[0]
+    x[real.bool()] = rows[0]
     return x
 
 

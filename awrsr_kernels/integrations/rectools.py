@@ -3,32 +3,54 @@
 SASRecModel(session_max_len=50, transformer_layers_type=RefinedTransformerLayers, transformer_layers_kwargs={"max_len": 50})
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from rectools.models.nn.transformers.ligr import LiGRLayers
 from rectools.models.nn.transformers.net_blocks import PreLNTransformerLayers, TransformerLayersBase
 from rectools.models.nn.transformers.sasrec import SASRecTransformerLayers
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .. import checks
 from .packed import PackedAttention, pack, unpack
 
 __all__ = ["RefinedLiGRLayers", "RefinedPreLNTransformerLayers", "RefinedTransformerLayers"]
 
+TABLES = ("w_q", "w_k", "to_tables")
 
-class _Flat(nn.Module):
-    """Keeps a table as a vector: RecTools draws every parameter of two dimensions or more anew as training starts."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape = shape
+class _FlatAttention(PackedAttention):
+    """PackedAttention whose tables are vectors among its parameters; as attributes and in `state_dict` they are tables.
 
-    def forward(self, flat: Tensor) -> Tensor:
-        return flat.view(self.shape)
+    RecTools draws every parameter of two dimensions or more anew as training starts.
+    """
 
-    def right_inverse(self, table: Tensor) -> Tensor:
-        return table.flatten()
+    shapes: Mapping[str, torch.Size] = MappingProxyType({})
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        tables = {name: table for name, table in self._parameters.items() if table is not None and name in TABLES}
+        self.shapes = {name: table.shape for name, table in tables.items()}
+        for name, table in tables.items():
+            setattr(self, name, nn.Parameter(table.detach().flatten()))
+
+    def __getattr__(self, name: str) -> Any:
+        found: Any = super().__getattr__(name)
+        return found.view(self.shapes[name]) if name in self.shapes else found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, shape in self.shapes.items():
+            destination[prefix + name] = destination[prefix + name].view(shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, shape in self.shapes.items():
+            table = state_dict.get(prefix + name)
+            if table is not None and table.shape == shape:
+                state_dict[prefix + name] = table.flatten()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class _Refined(TransformerLayersBase):
@@ -40,19 +62,15 @@ class _Refined(TransformerLayersBase):
         self.causal = options.get("causal", True)
         block: Any
         for block in self.transformer_blocks:
-            attention = PackedAttention.from_multihead(block.multi_head_attn, **{"refinement": "additive"} | options)
-            for name in ("w_q", "w_k", "to_tables"):
-                table = getattr(attention, name)
-                if table is not None:
-                    parametrize.register_parametrization(attention, name, _Flat(table.shape))
-            block.multi_head_attn = attention
+            block.multi_head_attn = _FlatAttention.from_multihead(block.multi_head_attn, **{"refinement": "additive"} | options)
 
     def forward(
         self, seqs: Tensor, timeline_mask: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, **kwargs: Any
     ) -> Tensor:
-        """seqs (B, L, E), timeline_mask (B, L, 1) True at items -> (B, L, E), 0 at padding.
+        """seqs (B, L, E), timeline_mask (B, L, 1), bool or numbers, True at items -> (B, L, E), 0 at padding.
 
-        The masks are not read: padding is never attended, whatever the model's use_key_padding_mask.
+        The other masks are not read, but for whether attn_mask is None: attention is causal or both ways, and padding is never
+        attended, whatever the model's use_key_padding_mask.
 
         Raises:
             ValueError: the model's use_causal_attn is not this layer's `causal`, or a history is longer than `max_len`.
@@ -60,7 +78,7 @@ class _Refined(TransformerLayersBase):
         causal = attn_mask is not None
         if causal != self.causal:
             checks.refuse("use_causal_attn", str(causal), f"{self.causal}, as causal is in transformer_layers_kwargs")
-        real = timeline_mask.squeeze(-1)
+        real = timeline_mask.squeeze(-1).bool()
         rows, where = pack(seqs, real)
         return unpack(super().forward(rows, real.new_ones(1), where, None, **kwargs), real)
 

@@ -9,12 +9,13 @@ model.reset_parameters()
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from replay.nn.sequential.sasrec import SasRecTransformerLayer
 from torch import Tensor, nn
 
 from .. import checks
 from ..state import readable
-from .packed import PackedAttention, pack, unpack
+from .packed import Packed, PackedAttention, pack, unpack
 
 __all__ = ["NoAttentionMask", "RefinedEncoder"]
 
@@ -64,26 +65,35 @@ class RefinedEncoder(SasRecTransformerLayer):
     ) -> Tensor:
         """input_embeddings (B, L, E), padding_mask (B, L) True at items, on either side -> (B, L, E), 0 at padding.
 
-        attention_mask is None from `NoAttentionMask`, or what RePlay's own builder makes of causality and padding. Any other
-        mask is refused where reading it is free (CPU, not compiled); elsewhere it has no effect.
+        padding_mask may be bool or numbers. attention_mask is None from `NoAttentionMask`, or what RePlay's own builder makes of
+        causality and padding, (B H, L, L) or (B, H, L, L), 0 where attention goes. Any other mask is refused where reading it is
+        free (CPU, not compiled); elsewhere it has no effect.
 
         Raises:
-            ValueError: attention_mask hides something else, or a history is longer than `max_len`.
+            ValueError: attention_mask has another shape or hides something else, or a history is longer than `max_len`.
         """
-        if attention_mask is not None and readable(attention_mask):
-            self._check_mask(attention_mask, padding_mask)
-        rows, where = pack(input_embeddings, padding_mask)
+        real = padding_mask.bool()
+        if attention_mask is not None:
+            self._check_mask(attention_mask, real)
+        rows, where = pack(input_embeddings, real)
+        count = rows.shape[1]
+        if not count:  # RePlay's convolutions refuse no rows: one of zeros passes, so that every parameter has a gradient, 0
+            rows, where = F.pad(rows, (0, 0, 0, 1)), Packed(where.cu_seqlens.new_tensor([0, 1]), 1)
         items = rows.new_ones(rows.shape[:2], dtype=torch.bool)
-        if rows.shape[1]:  # RePlay's convolutions refuse a batch of empty histories
-            rows = super().forward(feature_tensors, rows, items, where)
-        return unpack(rows, padding_mask)
+        return unpack(super().forward(feature_tensors, rows, items, where)[:, :count], real)
 
     def _check_mask(self, attention_mask: Tensor, real: Tensor) -> None:
-        size = real.shape[1]
+        entries, size = real.shape
+        fits = attention_mask.dim() in (3, 4) and attention_mask.shape[-2:] == (size, size)
+        if not fits or attention_mask.shape[0] % max(entries, 1):
+            must = f"(B H, L, L) or (B, H, L, L) with B = {entries}, L = {size}"
+            checks.refuse("attention_mask", f"of shape {tuple(attention_mask.shape)}", must)
+        if not entries or not readable(attention_mask):
+            return
         seen = real[:, None].expand(-1, size, -1)
         if self.causal:
             seen = seen.tril()
-        found = (attention_mask == 0).view(len(real), -1, size, size)
+        found = (attention_mask == 0).view(entries, -1, size, size)
         wrong = (found != seen[:, None]) & real[:, None, :, None]  # rows of padding attend as they like
         if wrong.any():
             way = "padding and the future" if self.causal else "padding"
