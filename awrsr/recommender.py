@@ -244,5 +244,6 @@ class Recommender(nn.Module):
                 f"{folder / WEIGHTS} is of another configuration than {CONFIG}: {differs} is {found.get(differs, 'absent')}, "
                 f"must be {want.get(differs, 'absent')}"
             )
-        model.load_state_dict(weights, assign=True)  # as they were saved, float64 too
+        # As they were saved, float64 too; copied to where torch aligns memory, on which the last bits of products may depend
+        model.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
         return model.eval()
