@@ -236,8 +236,9 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
     backend = choose_backend(backend, q, features)
     if backend != "reference":
         checks.no_transform(backend)
-    if backend == "torch" and exports_any_size(q, given.bounds):
-        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand
+    learns = given.need_gradient() and torch.compiler.is_exporting()
+    if backend == "torch" and (learns or exports_any_size(q, given.bounds)):
+        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand, and written in place
     if torch.compiler.is_compiling():  # which wants every input of an autograd Function to be another tensor
         given = Inputs._make(x if x is None else x.view_as(x) for x in given)
     if call.dropout_p:

@@ -59,11 +59,12 @@ def fallback_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
         call = call._replace(softmax_scale=2 * call.softmax_scale, refine_scale=factor * call.refine_scale)
     if takes(given, call):
         return (stock_attention(given, call),)
-    exporting = torch.compiler.is_exporting()
-    if torch.compiler.is_compiling() and not exporting:
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         return operator_attention(given, call)
-    if given.need_gradient() and not exporting:
+    if given.need_gradient():
         found: tuple[Tensor, ...] = _RefinedAttention.apply(*given, call)
         return found
+    if torch.compiler.is_exporting():  # what is written in place must have no gradient, wherever the program runs
+        given = Inputs._make(x if x is None else x.detach() for x in given)
     plan = Plan(given, call)
     return forward_pass(plan, plan.load_inputs(given), given.v.dtype)

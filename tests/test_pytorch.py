@@ -353,13 +353,29 @@ def test_exports_for_any_batch_and_length(kind: Kind, strict: bool, layout: str)
 def test_a_fixed_size_exports_in_blocks_of_rows() -> None:
     """As the torch backend computes it: no tensor of the size of L x L."""
     module = Attention(Kind("simple"))
-    program = torch.export.export(module, module.draw("lengths", 60, 1))
+    with torch.no_grad():
+        program = torch.export.export(module, module.draw("lengths", 60, 1))
     sizes = [node.meta["val"].numel() for node in program.graph.nodes if isinstance(node.meta.get("val"), Tensor)]
     assert not own_nodes(program) and len(program.graph.nodes) > 0
     example = module.draw("lengths", 60, 1)
-    for a, b in zip(module(*example), program.module()(*example), strict=True):
+    for a, b in zip(module(*example), program.module()(*example), strict=True):  # gradients are recorded, and there are none
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert not b.requires_grad
     assert max(sizes) < 3 * 4 * 2 * 60 * 60
+
+
+@pytest.mark.parametrize("kind", [Kind("none"), Kind("simple"), STOCHASTIC], ids=str)
+def test_a_program_exported_with_gradients_has_them(kind: Kind) -> None:
+    module = Attention(kind).to(DEVICE)
+    example = module.draw("lengths", 9, 1)
+    for x in example[0].values():
+        x.requires_grad_()
+    program, found = torch.export.export(module, example).module(), []
+    for function in (module, program):
+        loss = sum((out.sum() for out in function(*example)), torch.zeros((), device=DEVICE))
+        found.append(torch.autograd.grad(loss, [*example[0].values(), *function.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the package is built for the CPU")
