@@ -100,6 +100,8 @@ class RefinedMultiheadAttention(nn.Module):
             checks.refuse("table_std", str(table_std), "0 or more")
         if refinement != "additive" and gate is not True and gate is not False:
             checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
+        if refinement != "additive" and gate_init:
+            checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.rank = checks.whole("rank", self.head_dim if rank is None else rank, 1, checks.MAX_FEATURES)
@@ -257,7 +259,7 @@ class RefinedMultiheadAttention(nn.Module):
             checks.refuse("causal", "False", "True for decoding")
         if self.max_len is not None and self.align == "right":
             checks.refuse("align", '"right"', '"left" for decoding with position tables, or tables="content"')
-        weight = self.qkv.weight
+        weight = self._weight()
         return RefinedCache(
             batch, capacity, heads=self.num_heads, kv_heads=self.num_kv_heads, head_dim=self.head_dim, rank=self.rank,
             refinement=self.refinement, tables=self.tables, dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
@@ -344,9 +346,14 @@ class RefinedMultiheadAttention(nn.Module):
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.embed_dim:
             checks.refuse("x", f"of shape {tuple(x.shape)}", f"of width E = {self.embed_dim}")
-        weight = self.qkv.weight
+        weight = self._weight()
         if autocast(weight[:0]).dtype == weight.dtype != x.dtype:
             checks.refuse("x", str(x.dtype), f"of the weights' dtype, {weight.dtype}", TypeError)
+
+    def _weight(self) -> Tensor:
+        """One that has the module's dtype and device: of `qkv`, unless that was replaced (LoRA, quantized)."""
+        weight = getattr(self.qkv, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.out.weight
 
     def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
         if key_padding_mask is None:
@@ -380,4 +387,4 @@ class RefinedMultiheadAttention(nn.Module):
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """(B, L, E), row i of entry b from row (i + turn[b]) % L."""
     rows = (torch.arange(x.shape[1], device=x.device) + turn[:, None]) % x.shape[1]
-    return x.take_along_dim(rows[..., None], 1)
+    return x.gather(1, rows[..., None].expand_as(x))  # take_along_dim would fix open sizes under torch.compile

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from awrsr_kernels import RefinedMultiheadAttention, attention_weights, refined_attention
 
@@ -113,6 +113,54 @@ def test_a_mask_may_pad_on_either_side(side: str, align: str) -> None:
     torch.testing.assert_close(module(x, key_padding_mask=mask)[real], expected)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")  # cannot read the mask
     torch.testing.assert_close(compiled(x, key_padding_mask=mask)[real], expected)
+
+
+@pytest.mark.parametrize("align", ["left", "right"])
+def test_masks_of_any_size_share_a_graph_and_a_program(align: str) -> None:
+    torch._dynamo.reset()
+    module, graphs = RefinedMultiheadAttention(E, H, max_len=40, align=align, device=DEVICE).eval(), []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def given(batch: int, length: int) -> tuple[Tensor, dict[str, Tensor]]:
+        mask = torch.zeros(batch, length, dtype=torch.bool, device=DEVICE)
+        mask[0, :2] = True
+        return torch.randn(batch, length, E, device=DEVICE), {"key_padding_mask": mask}
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=count)
+    batch, length = torch.export.Dim("B"), torch.export.Dim("L", min=3, max=40)
+    x, where = given(3, 9)
+    sizes = {0: batch, 1: length}
+    with torch.no_grad():
+        dynamic = {"x": sizes, "key_padding_mask": sizes}
+        program = torch.export.export(module, (x,), kwargs=where, dynamic_shapes=dynamic).module()
+        for size in ((2, 9), (5, 14), (3, 17)):
+            x, where = given(*size)
+            torch.testing.assert_close(compiled(x, **where), module(x, **where))
+            torch.testing.assert_close(program(x, **where), module(x, **where))
+    assert len(graphs) == 1
+
+
+class Wrapped(nn.Module):
+    """As adapters of weights wrap a linear map: no `weight`."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_linear_maps_may_be_replaced() -> None:
+    module, x = make(align="left").eval(), draw(B, L, E)
+    expected = module(x)
+    module.qkv = Wrapped(module.qkv)
+    assert module(x).equal(expected)
+    with torch.no_grad():
+        torch.testing.assert_close(module.prefill(x, module.make_cache(B, L)), expected)
 
 
 def test_a_bound_that_is_too_small_is_named() -> None:
@@ -254,6 +302,7 @@ def test_a_gate_may_be_fixed() -> None:
         ({"causal": None}, "causal", TypeError),
         ({"gate": "open"}, "gate", TypeError),
         ({"gate": 0.5, "refinement": "simple"}, "gate", ValueError),
+        ({"gate_init": 1.0, "refinement": "none"}, "gate_init", ValueError),
         ({"gate_init": float("nan")}, "gate_init", ValueError),
         ({"table_std": -1.0}, "table_std", ValueError),
         ({"refine_scale": "1"}, "refine_scale", TypeError),

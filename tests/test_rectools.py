@@ -206,7 +206,7 @@ def test_half_precision(layers: type, dataset: Dataset) -> None:
 
 
 def test_serves_the_bidirectional_model_too(dataset: Dataset) -> None:
-    model = make(RefinedPreLNTransformerLayers, BERT4RecModel, epochs=15, causal=False)
+    model = make(RefinedPreLNTransformerLayers, BERT4RecModel, epochs=60, causal=False)
     model.fit(dataset)
     assert hits(model, dataset) > 0.15
     with pytest.raises(ValueError, match="use_causal_attn is False; it must be True"):

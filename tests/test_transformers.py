@@ -361,8 +361,13 @@ def test_a_model_learns_to_recall(make: Any) -> None:
 def test_compiled_layers_have_no_graph_break() -> None:
     model, given = trained(llama(num_hidden_layers=1)), padded([9, 4, 6], "left")
     expected = model(**given, use_cache=False).logits
+    token = {"input_ids": tokens(3, 1), "attention_mask": torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)}
+    with torch.no_grad():
+        one_more = model(**token, cache=model(**given).cache).logits
     model.model.layers[0].compile(fullgraph=True, backend="eager")
     close(model(**given, use_cache=False).logits, expected)
+    with torch.no_grad():
+        close(model(**token, cache=model(**given).cache).logits, one_more)
 
 
 def test_what_cannot_be_refined_is_refused() -> None:
@@ -434,6 +439,9 @@ def test_caches_that_cannot_serve_are_refused() -> None:
         refused("cache is DynamicCache of DynamicLayer, filled by a plain model", llama()(ids).cache)
         with pytest.raises(ValueError, match="cache is static; it must be a DynamicCache"):
             model.generate(ids, max_new_tokens=3, cache_implementation="static")
+        with pytest.raises(ValueError, match="a static cache counts all it has room for"):
+            mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5], device=DEVICE)
+            model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
         offloaded = DynamicCache(config=model.config)
         offloaded.offloading = True  # as if made so, which takes a GPU
         refused("cache is DynamicCache of DynamicLayer, offloaded", offloaded)

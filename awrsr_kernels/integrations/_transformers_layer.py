@@ -14,6 +14,7 @@ from transformers.masking_utils import causal_mask_function
 
 from ..cache import RefinedCache
 from ..decoding import refined_attention_prefill, refined_attention_step
+from ..state import readable
 
 IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key of the settings in a model's config
 
@@ -127,7 +128,8 @@ def _read_padding(arguments: dict[str, Any]) -> Padding | None:
     if mask is None or not len(mask):
         return Padding(None, "right", None, window)
     if tuple(mask.shape) != (arguments["batch_size"], window):
-        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) with L = {window}")
+        must = f"(B, L) with L = {window}, the positions of input and cache (a static cache counts all it has room for)"
+        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be {must}")
     if started and mask.device.type != "cpu":
         return None
     lengths = mask.sum(1)
@@ -215,7 +217,8 @@ class RefinedCacheLayer(CacheLayerMixin):
                 "cache began with padding on the right, or with a row of padding alone; for tokens to follow, it must begin with "
                 "padding on the left and a token in every row"
             )
-        if padding is not None and not self.rows.first.equal(self.rows.first * 0 if padding.first is None else padding.first):
+        first = self.rows.first
+        if padding is not None and readable(first) and not first.equal(first * 0 if padding.first is None else padding.first):
             raise ValueError("attention_mask is another than that of the positions in the cache; it must hide the same ones")
         w_q, w_k = tables.cached(hidden)
         outs = []
