@@ -18,6 +18,7 @@ Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_FEATURES = 256
+ROWS = "; what decides rows: max_len of RefinedMultiheadAttention, max_positions of a refined transformers model"
 
 
 def batch(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +178,7 @@ def max_seqlen(value: int | None, bounds: Tensor, total: int, table_rows: int | 
         if value is not None and longest > value:
             refuse("max_seqlen", str(value), f"at least the longest sequence, which cu_seqlens says has {longest} items")
         if longest > window:
-            refuse("w_q", f"of {window} rows", f"at least as long as the longest sequence, {longest} items")
+            refuse("w_q", f"of {window} rows", f"at least as long as the longest sequence, {longest} items{ROWS}")
         bound = longest
     elif value is not None and value > window and window < total:
         refuse("w_q", f"of {window} rows", f"at least max_seqlen = {value} rows")
@@ -237,7 +238,8 @@ def cached_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, cache: Any,
 def enough_rows(w_q: Tensor, items: int) -> None:
     """A position table has a row for every item that the cache may hold."""
     if w_q.shape[2] < items:
-        must = f"of a row for each of up to {items} items (a cache ends where its position tables do; content tables do not end)"
+        end = "a cache ends where its position tables do; content tables do not end"
+        must = f"of a row for each of up to {items} items ({end}){ROWS}"
         refuse("w_q", f"of {w_q.shape[2]} rows", must)
 
 

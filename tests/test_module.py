@@ -170,6 +170,18 @@ def test_a_bound_that_is_too_small_is_named() -> None:
         make()(draw(L, E), cu_seqlens=cumulative([L]), max_seqlen=2)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="lengths are read on the CPU alone")
+def test_more_items_than_max_len_name_it() -> None:
+    module = make(align="left", max_len=L)
+    with pytest.raises(ValueError, match=rf"\bw_q\b is of {L} rows; .*max_len of RefinedMultiheadAttention"):
+        module(draw(L + 1, E), cu_seqlens=cumulative([L + 1]))
+    cache = module.make_cache(1, L)
+    with torch.no_grad():
+        module.prefill(draw(1, L, E), cache)
+        with pytest.raises(ValueError, match=rf"\bw_q\b is of {L} rows; .*max_len of RefinedMultiheadAttention"):
+            module.step(draw(1, 1, E), cache)
+
+
 def test_a_wholly_padded_sequence_gives_the_bias() -> None:
     module, x = make(), draw(2, L, E)
     out = module(x, key_padding_mask=torch.tensor([[True] * L, [False] * L], device=DEVICE))
