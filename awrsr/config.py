@@ -58,6 +58,9 @@ class AWRSRConfig:
         "of stosa: attended; or published, as in the code published with STOSA, whose blocks give means back as they came",
         choices=("attended", "published"),
     )
+    temperature: float = option(
+        0.0, "of scores: 0 takes dot products of state and item; above 0, cosines divided by it (0.05 to 0.1 is usual)", least=0
+    )
     hidden_dropout: float = option(0.5, "of embeddings and of what each layer adds", least=0, below=1)
     attention_dropout: float = option(0.3, "of attention weights", least=0, below=1)
     backend: str = option(
@@ -74,6 +77,8 @@ class AWRSRConfig:
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:
                     raise ValueError(f"{name} is {value!r}, must be another with backbone {self.backbone!r}: it is of stosa alone")
+        elif self.temperature:
+            raise ValueError(f"temperature is {self.temperature}, must be 0 with backbone 'stosa', whose scores are distances")
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,15 @@ class TrainingOptions:
         "of the learning rate: constant, or falling to 0 over all epochs by half a cosine",
         choices=("constant", "cosine"),
     )
+    table_rate: float = option(1.0, "learning rate of the tables of the correlation space, as a multiple of that of the rest", least=0)
     weight_decay: float = option(0.0, "of AdamW", least=0)
+    average: float = option(
+        0.0,
+        "keep a running average of the weights, which is what is evaluated and saved: the share of it that stays in a step, such as "
+        "0.999; 0 keeps the weights themselves",
+        least=0,
+        below=1,
+    )
     clip: float = option(0.0, "largest norm of the gradient; 0 does not clip", least=0)
     epochs: int = option(100, "passes over the data, at most", least=1)
     patience: int = option(10, f"stop after so many epochs without a better validation {WATCHED}; 0 never stops early", least=0)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Packed, Padded, RefinedAttention, StochasticAttention, positive
+from .attention import TABLES, Packed, Padded, RefinedAttention, StochasticAttention, positive
 from .config import AWRSRConfig
 from .distance import distance_columns, distance_rows, gaussian_points
 from .recommender import Recommender
@@ -30,6 +30,7 @@ class AWRSR(Recommender):
         self.config = config or AWRSRConfig()
         c, parts = self.config, BACKBONES[self.config.backbone]
         self.parts, self.by_distance = parts, parts.by_distance
+        self.computes_table = parts.by_distance or c.temperature > 0
         self.items = nn.Embedding(c.num_items, parts.width * c.hidden)  # read by events and, tied, by scores
         self.positions = nn.Embedding(c.max_len, parts.width * c.hidden)  # the last row is the event before the prediction
         self.blocks: Sequence[Block] = nn.ModuleList(parts.block(c) for _ in range(c.layers))  # type: ignore[assignment]
@@ -68,7 +69,9 @@ class AWRSR(Recommender):
         x = self.embed(items, position)
         for block in self.blocks:
             x = block(x, where)
-        return self.parts.rows(self.norm(x) if self.config.norm == "pre" else x)
+        rows = self.parts.rows(self.norm(x) if self.config.norm == "pre" else x)
+        temperature = self.config.temperature
+        return F.normalize(rows, dim=-1) / temperature if temperature else rows
 
     def embed(self, items: Tensor, position: Tensor) -> Tensor:
         """(...) -> (..., F)."""
@@ -77,11 +80,15 @@ class AWRSR(Recommender):
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
         """What a hidden state is multiplied with for scores: (N, S), or only the rows of some items."""
-        return self.parts.columns(self.items.weight if items is None else self.items(items))
+        columns = self.parts.columns(self.items.weight if items is None else self.items(items))
+        return F.normalize(columns, dim=-1) if self.config.temperature else columns
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """Scores of all items as the next one, (B, L), (B,) -> (B, N): the path that is exported."""
         return self.forward_padded(items, lengths)[:, -1] @ self.item_table().T
+
+    def correlation_tables(self) -> list[nn.Parameter]:
+        return [weight for name, weight in self.named_parameters() if name.rpartition(".")[2] in (*TABLES, "to_tables")]
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""

@@ -44,6 +44,7 @@ class Recommender(nn.Module):
     items: nn.Embedding
     item_ids: np.ndarray | None = None
     by_distance = False  # whether scores are negative squared distances, whose products are those of `distance`
+    computes_table = False  # whether `item_table` is something computed rather than the embeddings as they are
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
         """What hidden states are multiplied with for scores: (N, S), or only the rows of some items."""
@@ -172,6 +173,10 @@ class Recommender(nn.Module):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         raise NotImplementedError
+
+    def correlation_tables(self) -> list[nn.Parameter]:
+        """The parameters that span the correlation space, which may learn at a rate of their own."""
+        return []
 
     def known_items(self) -> int:
         """N. Raises ValueError where there are none yet."""

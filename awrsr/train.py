@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .batches import Batch, Windows
 from .config import WATCHED, AWRSRConfig, TrainingOptions
@@ -42,6 +43,8 @@ class Training(L.LightningModule):
     def __init__(self, model: Recommender, split: Split, options: TrainingOptions, folder: Path, sections: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.options, self.folder, self.sections = model, options, folder, sections
+        self.average = running_average(model, options.average) if options.average else None
+        self.evaluated: Recommender = self.average.module if self.average else model  # type: ignore[assignment]
         self.windows = Windows(split, model.config.max_len, options.windows)
         self.validation = Targets(split, "validation", model.config.max_len, options.filters_seen(split))
         world = options.devices * options.nodes
@@ -96,7 +99,7 @@ class Training(L.LightningModule):
     def table_of(self, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Targets, item table and negatives as losses take them. Rows that are computed are those of these items alone, where the
         loss asks for no others; targets and negatives then are places among them."""
-        if not self.model.by_distance or self.options.loss == "cross_entropy":
+        if not self.model.computes_table or self.options.loss == "cross_entropy":
             return targets, self.model.item_table(), negatives
         needed, place = torch.cat([targets, negatives.flatten()]).unique(return_inverse=True)
         return place[: len(targets)], self.model.item_table(needed), place[len(targets) :].view_as(negatives)
@@ -114,12 +117,21 @@ class Training(L.LightningModule):
     def configure_optimizers(self) -> "OptimizerLRScheduler":
         o = self.options
         fused = o.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(self.parameters(), o.learning_rate, weight_decay=o.weight_decay, fused=fused)
+        weights: list[Any] = list(self.model.parameters())
+        if o.table_rate != 1:
+            tables = self.model.correlation_tables()
+            rest = [weight for weight in weights if all(weight is not table for table in tables)]
+            weights = [{"params": rest}, {"params": tables, "lr": o.table_rate * o.learning_rate}]
+        optimizer = torch.optim.AdamW(weights, o.learning_rate, weight_decay=o.weight_decay, fused=fused)
         if o.schedule == "constant":
             return optimizer
         steps = o.epochs * len(self.windows.batches(o.batch_size, o.seed, 0))
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / steps, 1))) / 2)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": falling, "interval": "step"}}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.average:
+            self.average.update_parameters(self.model)
 
     # ---- validation after it
 
@@ -131,11 +143,11 @@ class Training(L.LightningModule):
         self.record["cpu_seconds"] += time.process_time() - self.began[1]
         self.record["sequences"] += len(self.windows)
         self.found.zero_()
-        self.table = self.model.item_table().detach()  # once for all batches; what is a parameter would count as this module's
+        self.table = self.evaluated.item_table().detach()  # once for all batches; what is a parameter would count as this module's
 
     def validation_step(self, batch: Any, _: int) -> None:
         chosen, inputs = batch
-        self.found[torch.from_numpy(chosen)] = rank_batch(self.model, inputs, self.table).cpu()
+        self.found[torch.from_numpy(chosen)] = rank_batch(self.evaluated, inputs, self.table).cpu()
 
     def on_validation_epoch_end(self) -> None:
         found = self.trainer.strategy.reduce(self.found.to(self.device), reduce_op="sum")
@@ -152,7 +164,7 @@ class Training(L.LightningModule):
         if values[WATCHED] > self.record["best"]:
             self.record |= {"best": values[WATCHED], "best_epoch": self.current_epoch + 1}
             if self.trainer.is_global_zero:
-                self.model.save(self.folder, **self.sections)
+                self.evaluated.save(self.folder, **self.sections)
         self.trainer.should_stop = finished(self.record, self.options)
 
     # ---- what a checkpoint holds beside weights and optimizer
@@ -165,6 +177,13 @@ class Training(L.LightningModule):
         if not whole or shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
             raise ValueError(f"{self.folder / STATE} is no state of this run; remove it to begin anew")
         self.record, self.curve = checkpoint["awrsr"]["record"], checkpoint["awrsr"]["curve"]
+
+
+def running_average(model: Recommender, decay: float) -> AveragedModel:
+    """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging)."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+    average.module.item_ids = model.item_ids
+    return average.requires_grad_(False)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
