@@ -54,6 +54,7 @@ class RefinedAttention(nn.Module):
         tables: str = "position",
         per_head: bool = True,
         table_std: float = 1.0,
+        table_init: str = "normal",
         refine_scale: float = 0.0,
         gate: float = 1.0,
         learned_gate: bool = False,
@@ -78,6 +79,8 @@ class RefinedAttention(nn.Module):
             shape = (heads, max_len, rank) if per_head else (max_len, rank)
             for name in self.table_names:
                 setattr(self, name, nn.Parameter(torch.randn(shape) * table_std))
+            if table_init == "shifted":
+                self.shift_keys()
 
     def make_maps(self, hidden: int) -> int:
         """The linear maps; the number of features that the layer reads and gives."""
@@ -105,6 +108,13 @@ class RefinedAttention(nn.Module):
     def match_keys(self) -> None:
         """Draw queries of unit scale and make the keys equal to them: events attend to events like them."""
         match(self.qkv)
+
+    @torch.no_grad()
+    def shift_keys(self) -> None:
+        """Make row j of w_k row j - 1 of w_q: whoever attends to j - 1 by first-order weights attends to j by higher-order ones."""
+        for query, key in zip(self.table_names[::2], self.table_names[1::2], strict=True):
+            w_q, w_k = getattr(self, query), getattr(self, key)
+            w_k[..., 1:, :] = w_q[..., :-1, :]
 
     def refining(self) -> dict[str, Any]:
         """Options of the operator that weights depend on."""

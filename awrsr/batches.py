@@ -51,22 +51,24 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
-    def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> "Batches":
-        """The batches of an epoch, this process's part of each."""
-        order = np.random.default_rng((seed, epoch)).permutation(len(self))
+    def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, reverse: float = 0.0) -> "Batches":
+        """The batches of an epoch, this process's part of each. reverse: the share of sequences that run backwards in it."""
+        rng = np.random.default_rng((seed, epoch))
+        order = rng.permutation(len(self))
+        backwards = rng.random(len(self)) < reverse
         count = max(1, round(len(self) / batch_size))
         if len(self) // count < world:
             raise ValueError(
                 f"batch_size is {batch_size} for {len(self)} training sequences, must leave one for each of {world} processes"
             )
-        return Batches(self, np.array_split(order, count), rank, world)
+        return Batches(self, np.array_split(order, count), backwards, rank, world)
 
 
 class Batches:
     """An epoch, for a training loop to iterate over."""
 
-    def __init__(self, windows: Windows, parts: list[np.ndarray], rank: int, world: int) -> None:
-        self.windows, self.parts, self.rank, self.world = windows, parts, rank, world
+    def __init__(self, windows: Windows, parts: list[np.ndarray], backwards: np.ndarray, rank: int, world: int) -> None:
+        self.windows, self.parts, self.backwards, self.rank, self.world = windows, parts, backwards, rank, world
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -80,7 +82,9 @@ class Batches:
     def pack(self, chosen: np.ndarray, first: int, events: int) -> Batch:
         start, length = self.windows.start[chosen], self.windows.length[chosen]
         place, cu_seqlens = spans(start, length)
-        items, targets = self.windows.items[place], self.windows.items[place + 1]
+        step = np.repeat(1 - 2 * self.backwards[chosen], length)
+        place = np.where(step > 0, place, np.repeat(2 * start + length, length) - place)
+        items, targets = self.windows.items[place], self.windows.items[place + step]
         return Batch(
             torch.from_numpy(items), torch.from_numpy(targets), torch.from_numpy(cu_seqlens), int(length.max()), first, events
         )

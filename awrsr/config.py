@@ -41,6 +41,12 @@ class AWRSRConfig:
     )
     per_head: bool = option(True, "position tables for each head rather than one for all")
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
+    table_init: str = option(
+        "normal",
+        "position tables at the start: normal, all drawn; shifted, w_k is w_q moved on by one position, so that events attend to what "
+        "followed the events they would attend to",
+        choices=("normal", "shifted"),
+    )
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     gate: float = option(1.0, "factor of the higher-order weights in additive", least=0)
     learned_gate: bool = option(False, "whether additive learns that factor for each head, beginning there")
@@ -101,6 +107,12 @@ class TrainingOptions:
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )
+    reverse: float = option(
+        0.0,
+        "share of the training sequences that run backwards in an epoch, for data where order says little",
+        least=0,
+        below=1,
+    )
     batch_size: int = option(128, "sequences per step, over all processes; steps are made alike, so a few more or less", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
     schedule: str = option(
@@ -108,7 +120,9 @@ class TrainingOptions:
         "of the learning rate: constant, or falling to 0 over all epochs by half a cosine",
         choices=("constant", "cosine"),
     )
-    table_rate: float = option(1.0, "learning rate of the tables of the correlation space, as a multiple of that of the rest", least=0)
+    table_rate: float = option(
+        1.0, "learning rate of the tables of the correlation space, as a multiple of that of the rest", least=0
+    )
     weight_decay: float = option(0.0, "of AdamW", least=0)
     average: float = option(
         0.0,

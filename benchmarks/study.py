@@ -1,0 +1,191 @@
+"""The study: does refining attention help, when, and what does it cost? Every run of a plan, kept in one file.
+
+    python benchmarks/study.py --folder data                       # all of it; hours
+    python benchmarks/study.py --only core --datasets wikipedia    # some cells
+    python benchmarks/study.py --budget 60 --jobs 2                # what an hour allows; the same command goes on later
+    python benchmarks/study.py --list                              # what is done and what is missing
+
+A cell is a command of `awrsr train`, its runs differ in their seed. A finished run becomes an entry of study.json and its ranks of the
+held-out events one of study_ranks.parquet; what is there is not run again, a run that was stopped goes on from its last epoch.
+Validation NDCG@10 chooses the epoch, the test events are ranked once. `study_report.py` makes tables and pictures of both files.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+
+if __package__ is None:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from awrsr.files import atomic, write_json  # noqa: E402
+from benchmarks.arguments import whole  # noqa: E402
+from benchmarks.report import commit, device_name, versions  # noqa: E402
+from benchmarks.study_plan import GROUPS, Cell, plan  # noqa: E402
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ENTRIES, RANKS, TARGETS = "study.json", "study_ranks.parquet", "study_targets.parquet"
+DEEPEST = 21  # ranks from there on are kept as this one: no metric up to @20 tells them apart
+KEY = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss", "seed")
+
+
+class Results:
+    """The files of the study in a folder: entries by key, ranks beside them. Each write replaces a file whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.lock = folder, threading.Lock()
+        path = folder / ENTRIES
+        self.entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        self.ranks = pl.read_parquet(folder / RANKS) if (folder / RANKS).exists() else None
+        self.targets = pl.read_parquet(folder / TARGETS) if (folder / TARGETS).exists() else None
+
+    def holds(self, cell: Cell, seed: int) -> bool:
+        key = (*cell.key(), seed)
+        return any(tuple(entry[name] for name in KEY) == key and entry["options"] == cell.options for entry in self.entries)
+
+    def add(self, entry: dict[str, Any], test: pl.DataFrame, history: np.ndarray, popularity: np.ndarray) -> None:
+        """An entry, the ranks of its test targets, and of each target how long its history is and how often its item is trained on."""
+        key = {name: entry[name] for name in KEY}
+        with self.lock:
+            self.entries = [old for old in self.entries if any(old[name] != key[name] for name in KEY)] + [entry]
+            self.entries.sort(key=lambda e: [str(e[name]).zfill(4) for name in KEY])
+            ranks = pl.DataFrame([key | {"ranks": test["rank"].clip(upper_bound=DEEPEST).to_list()}])
+            ranks = ranks.with_columns(pl.col("ranks").cast(pl.List(pl.UInt8)))
+            if self.ranks is not None:
+                ranks = pl.concat([self.ranks.join(ranks, on=KEY, how="anti"), ranks]).sort(KEY)
+            self.ranks = ranks
+            if self.targets is None or entry["dataset"] not in self.targets["dataset"]:
+                columns = {"dataset": entry["dataset"], "history": history.tolist(), "popularity": popularity.tolist()}
+                found = pl.DataFrame([columns])
+                self.targets = found if self.targets is None else pl.concat([self.targets, found]).sort("dataset")
+            for table, name in ((self.ranks, RANKS), (self.targets, TARGETS)):
+                with atomic(self.folder / name) as temporary:
+                    table.write_parquet(temporary, compression="zstd", compression_level=19)
+            write_json(self.folder / ENTRIES, self.entries)
+
+
+def source(dataset: str, folder: Path | None) -> Path:
+    """The file of a data set: in the folder if one is given, else fetched."""
+    if folder is not None:
+        return folder / f"{dataset}.txt"
+    from awrsr.data.fetch import fetch
+
+    return fetch(dataset)
+
+
+def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
+    """Train a cell with a seed and add what comes out of it. Raises RuntimeError where training ends badly."""
+    out = runs / f"{cell.name}_{seed}"
+    shown = ["train", *cell.arguments(seed)]
+    data = [] if cell.dataset == "synthetic" else ["--data", str(source(cell.dataset, folder))]
+    out.mkdir(parents=True, exist_ok=True)
+    began = out / "commit"
+    if not began.exists():
+        began.write_text(f"{commit()}\n", encoding="utf-8")
+    with (out / "output.txt").open("a", encoding="utf-8") as log:
+        arguments = [*shown, *data, "--threads", "1", "--no-progress", "--out", str(out)]
+        done = subprocess.run([sys.executable, "-m", "awrsr", *arguments], stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"awrsr {shlex.join(arguments)} ended with status {done.returncode}; see {out / 'output.txt'}")
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    if data:
+        shown[1:1] = ["--data", f"data/{cell.dataset}.txt"]
+    entry = cell.described(seed) | {
+        "epochs": metrics["epochs"],
+        "best_epoch": metrics["best_epoch"],
+        "params": metrics["parameters"],
+        "train_seconds": metrics["train_seconds"],
+        "train_cpu_seconds": metrics["train_cpu_seconds"],
+        "validation": metrics["validation"],
+        "test": metrics["test"],
+        "recall": metrics.get("recall"),
+        "curve": [round(epoch["NDCG@10"], 5) for epoch in metrics["curve"]],
+        "command": shlex.join(["awrsr", *shown]),
+        "commit": began.read_text(encoding="utf-8").strip(),
+        "device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)",
+        "versions": versions(),
+    }
+    test = pl.read_parquet(out / "ranks_test.parquet").with_columns(pl.col("user", "item").cast(pl.String)).sort("user", "position")
+    results.add(entry, test, test["position"].to_numpy(), popularity(cell, source(cell.dataset, folder) if data else None, test))
+
+
+def popularity(cell: Cell, file: Path | None, test: pl.DataFrame) -> np.ndarray:
+    """(M,) how often the item of each target is among the training events."""
+    from awrsr.data.prepare import DataOptions, divide, histories
+
+    options = DataOptions(data=str(file or ""), **cell.data_options())
+    split = divide(histories(options), options)
+    h = split.histories
+    trained = np.concatenate([h.items[first : first + n] for first, n in zip(h.offsets[:-1], split.train_end, strict=True)])
+    counts = dict(zip(h.item_ids.astype(str).tolist(), np.bincount(trained, minlength=h.num_items).tolist(), strict=True))
+    return np.array([counts[item] for item in test["item"].to_list()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="folder with beauty.txt, lastfm.txt, wikipedia.txt; default: they are fetched")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="parts of the plan; default all, in this order"
+    )
+    parser.add_argument("--datasets", nargs="+", default=[], help="of these data sets alone")
+    parser.add_argument("--cells", nargs="+", default=[], help="cells alone whose name holds one of these words")
+    parser.add_argument(
+        "--seeds", type=whole(0), default=0, help="at most so many of each cell; default as planned, five for claims"
+    )
+    parser.add_argument("--budget", type=float, default=0.0, help="begin no run after so many minutes; default: no limit")
+    parser.add_argument("--jobs", type=whole(1), default=1, help="runs at a time, a thread each; default %(default)s")
+    parser.add_argument("--runs", type=Path, default=Path("bench-out/study"), help="folder of the runs; default %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of study.json; default %(default)s")
+    parser.add_argument("--list", action="store_true", help="show what is done and what is missing, run nothing")
+    options = parser.parse_args(arguments)
+    cells = [cell for cell in plan() if cell.group in options.only and (not options.datasets or cell.dataset in options.datasets)]
+    cells = [cell for cell in cells if not options.cells or any(word in cell.name for word in options.cells)]
+    if not cells:
+        parser.error("no cell of the plan is left by only, datasets and cells; --list shows them all")
+    results = Results(options.out)
+    wanted = [(cell, seed) for cell in cells for seed in range(min(cell.seeds, options.seeds or cell.seeds))]
+    wanted.sort(key=lambda each: (options.only.index(each[0].group), each[1] > 0, each[1] > 2))  # a first look at all cells first
+    missing = [(cell, seed) for cell, seed in wanted if not results.holds(cell, seed)]
+    if options.list:
+        for cell in cells:
+            done = [seed for seed in range(cell.seeds) if results.holds(cell, seed)]
+            print(f"{cell.group:8} {cell.name:64} {len(done)} of {cell.seeds} seeds")
+        return 0
+    return run_all(missing, len(wanted), options, results)
+
+
+def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Namespace, results: Results) -> int:
+    """Run what is missing while the budget lasts. 1 where a run failed: the others go on, failures are told at the end."""
+    end = time.monotonic() + 60 * options.budget if options.budget else float("inf")
+    failed: list[str] = []
+    with tqdm(total=total, initial=total - len(missing), unit="run", disable=None) as bar:
+
+        def work(cell: Cell, seed: int) -> None:
+            if time.monotonic() > end:
+                return
+            bar.set_description(f"{cell.name} seed {seed}")
+            try:
+                run(cell, seed, options.folder, options.runs, results)
+                bar.update()
+            except (RuntimeError, OSError, ValueError) as error:
+                failed.append(f"{cell.name} seed {seed}: {error}")
+
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda each: work(*each), missing))
+        left = total - bar.n
+    print("\n".join([*failed, f"{total - left} of {total} runs are done" + (", the same command goes on" if left else "")]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

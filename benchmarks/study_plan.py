@@ -1,0 +1,69 @@
+"""What the study runs: cells of data, model and loss, in groups by the question they answer."""
+
+import shlex
+from typing import Any, NamedTuple
+
+GROUPS = ("core", "depth", "why", "stosa", "losses")
+SEEDS = 5  # of a cell that a claim rests on
+LOOK = 3  # of one that only shows where to look
+
+# How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
+DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
+BASE = {
+    "beauty": "",
+    "lastfm": "",
+    "wikipedia": "",
+    "synthetic": "--no-baseline",
+}
+
+
+class Cell(NamedTuple):
+    """A row of the table: everything but the seed."""
+
+    group: str
+    dataset: str  # beauty, lastfm, wikipedia or synthetic
+    refinement: str
+    layers: int
+    variant: str = "default"  # what the table calls it
+    options: str = ""  # of awrsr train: what the variant is
+    backbone: str = "sasrec"
+    tables: str = "position"
+    loss: str = "sampled_softmax"
+    seeds: int = SEEDS
+
+    @property
+    def name(self) -> str:
+        parts = (self.dataset, self.backbone, self.refinement, f"{self.layers}", self.tables, self.loss, self.variant)
+        usual = ("sasrec", "position", "sampled_softmax", "default")
+        return "_".join(part.replace(" ", "-") for part in parts if part not in usual)
+
+    def key(self) -> tuple[Any, ...]:
+        return self.dataset, self.backbone, self.variant, self.refinement, self.tables, self.layers, self.loss
+
+    def described(self, seed: int) -> dict[str, Any]:
+        """The part of an entry that the plan decides."""
+        names = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss")
+        return dict(zip(names, self.key(), strict=True)) | {"seed": seed, "group": self.group, "options": self.options}
+
+    def data_options(self) -> dict[str, Any]:
+        return DATA.get(self.dataset, {})
+
+    def arguments(self, seed: int) -> list[str]:
+        """Of `awrsr train`, but for where the data lie and where the run goes."""
+        found = shlex.split(BASE[self.dataset])
+        for name, value in self.data_options().items():
+            found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        for name in ("backbone", "refinement", "layers", "tables", "loss"):
+            found += [f"--{name}", str(getattr(self, name))]
+        return [*found, *shlex.split(self.options), "--seed", str(seed)]
+
+
+def plan() -> list[Cell]:
+    return [*core()]
+
+
+def core() -> list[Cell]:
+    """Each refinement beside plain attention, one layer and two."""
+    datasets = ("wikipedia", "lastfm", "synthetic", "beauty")
+    kinds = ("none", "simple", "value", "additive")
+    return [Cell("core", dataset, kind, layers) for dataset in datasets for layers in (1, 2) for kind in kinds]

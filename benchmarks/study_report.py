@@ -1,0 +1,302 @@
+"""Tables and pictures of the study, from its two files alone.
+
+    python benchmarks/study_report.py          # benchmarks/results/study.md and study_*.png
+
+Gains are differences on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is held to. p is
+the larger of the paired t-test's and the sign-flip test's, corrected by Holm for all comparisons of all tables; intervals are
+bootstrapped over users and seeds. A gain is called better or worse where p < 0.05, the interval leaves 0 out, and both cells have
+five seeds.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if __package__ is None:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from awrsr import significance  # noqa: E402
+from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
+from awrsr.files import atomic  # noqa: E402
+from awrsr.ranking import metric  # noqa: E402
+from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
+from benchmarks.study_plan import GROUPS, Cell, plan  # noqa: E402
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+METRIC = "NDCG@10"
+RESAMPLES = 2000
+LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
+POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
+QUESTIONS = {
+    "core": "Refinements beside plain attention, one layer and two",
+    "depth": "Depth: refined layers beside more plain ones",
+    "why": "What decides: tables, gates, rates",
+    "stosa": "Between Gaussians (STOSA)",
+    "losses": "Other losses",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cell with what its runs reached."""
+
+    cell: Cell
+    entries: list[dict[str, Any]]  # by seed
+    values: np.ndarray  # (M, S) NDCG@10 of each target in each run
+
+    def mean(self, part: str = "test", name: str = METRIC) -> float:
+        return float(np.mean([entry[part][name] for entry in self.entries]))
+
+    def sd(self, name: str = METRIC) -> float | None:
+        return float(np.std([entry["test"][name] for entry in self.entries], ddof=1)) if len(self.entries) > 1 else None
+
+    def average(self, name: str) -> float:
+        return float(np.mean([entry[name] for entry in self.entries]))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A cell minus the one it is held to."""
+
+    found: Found
+    base: Found
+    difference: float
+    low: float
+    high: float
+    p_raw: float
+    p: float = 1.0  # corrected
+
+    @property
+    def relative(self) -> float:
+        return self.difference / max(self.base.mean(), 1e-12)
+
+    @property
+    def verdict(self) -> str:
+        if min(len(self.found.entries), len(self.base.entries)) < FEWEST_SEEDS:
+            return "no claim"
+        if self.p >= LEVEL or self.low <= 0 <= self.high:
+            return "not shown"
+        return "better" if self.difference > 0 else "worse"
+
+
+def gather(results: Results) -> list[Found]:
+    """Cells of the plan that have runs, in its order."""
+    ranks = (
+        {}
+        if results.ranks is None
+        else {tuple(row[name] for name in KEY): row["ranks"] for row in results.ranks.iter_rows(named=True)}
+    )
+    found = []
+    for cell in plan():
+        entries = [e for e in results.entries if tuple(e[name] for name in KEY[:-1]) == cell.key() and e["options"] == cell.options]
+        if entries:
+            values = [metric(METRIC, np.array(ranks[tuple(e[name] for name in KEY)])) for e in entries]
+            found.append(Found(cell, entries, np.stack(values, 1)))
+    return found
+
+
+def held_to(found: Found, others: list[Found]) -> Found | None:
+    """The plain cell that a cell is held to: of the same layers, loss and backbone; in "why", the default of its refinement."""
+    c = found.cell
+
+    def first(test: Callable[[Cell], bool]) -> Found | None:
+        return next((other for other in others if other.cell.dataset == c.dataset and test(other.cell)), None)
+
+    if c.group == "why":
+        return first(lambda o: o.group == "core" and (o.refinement, o.layers) == (c.refinement, c.layers))
+    if c.refinement == "none":
+        return None
+    like = (c.layers, c.loss, c.backbone, c.variant)
+    return first(lambda o: o.refinement == "none" and (o.layers, o.loss, o.backbone, o.variant) == like)
+
+
+def contrast(found: Found, base: Found, rng: np.random.Generator) -> Gain:
+    """The gain on the same users, not corrected yet."""
+    paired = (found.values.mean(1) - base.values.mean(1))[:, None]
+    draws = significance.resampled_means(paired, RESAMPLES, rng)
+    for each, sign in ((found, 1), (base, -1)):
+        draws = draws + sign * significance.seed_deviations(each.values.mean(0)[:, None], RESAMPLES, rng)
+    low, high = significance.interval(draws)
+    p = max(float(significance.t_test(paired)[0]), float(significance.sign_flip_test(paired, RESAMPLES, rng)[0]))
+    return Gain(found, base, float(paired.mean()), float(low[0]), float(high[0]), p)
+
+
+def gains(cells: list[Found]) -> list[Gain]:
+    """Every comparison of the study, corrected for their number."""
+    rng = np.random.default_rng(0)
+    pairs = [(found, base) for found in cells if (base := held_to(found, cells)) is not None]
+    raw = [contrast(found, base, rng) for found, base in pairs]
+    corrected = significance.holm([gain.p_raw for gain in raw])
+    return [Gain(g.found, g.base, g.difference, g.low, g.high, g.p_raw, float(p)) for g, p in zip(raw, corrected, strict=True)]
+
+
+def table(cells: list[Found], compared: list[Gain]) -> list[str]:
+    """Rows of a group: what each cell reached, and its gain."""
+    columns = [
+        "data",
+        "model",
+        "layers",
+        "seeds",
+        "NDCG@10",
+        "HR@10",
+        "MRR",
+        "gain",
+        "95 % interval",
+        "p",
+        "",
+        "parameters",
+        "CPU s",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
+    for found in cells:
+        c, gain = found.cell, next((g for g in compared if g.found is found), None)
+        sd = found.sd()
+        shown = f"{found.mean():.4f}" + ("" if sd is None else f" ± {sd:.4f}")
+        row = [c.dataset, label(c), str(c.layers), str(len(found.entries)), shown]
+        row += [f"{found.mean(name=name):.4f}" for name in ("HR@10", "MRR")]
+        if gain is None:
+            row += ["", "", "", ""]
+        else:
+            row += [f"{gain.relative:+.1%}", f"{gain.low:+.4f} .. {gain.high:+.4f}", p_text(gain.p), gain.verdict]
+        row += [f"{found.average('params'):,.0f}", f"{found.average('train_cpu_seconds'):.0f}"]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
+
+
+def label(c: Cell) -> str:
+    name = "plain" if c.refinement == "none" else c.refinement
+    beside = [x for x, usual in ((c.tables, "position"), (c.loss, "sampled_softmax"), (c.variant, "default")) if x != usual]
+    return ", ".join([name, *beside])
+
+
+def p_text(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+
+
+def buckets(results: Results, compared: list[Gain]) -> list[str]:
+    """Gains of the additive cells of the core by length of history and by popularity of the target."""
+    if results.targets is None:
+        return []
+    targets = {row["dataset"]: row for row in results.targets.iter_rows(named=True)}
+    lines = ["| data | layers | by | " + " | ".join(["targets and gain"] * len(LENGTHS)) + " |", "|--" * (3 + len(LENGTHS)) + "|"]
+    rng = np.random.default_rng(1)
+    for gain in compared:
+        c = gain.found.cell
+        if c.group != "core" or c.refinement != "additive":
+            continue
+        difference = gain.found.values.mean(1) - gain.base.values.mean(1)
+        for name, ends in (("history", LENGTHS), ("popularity", POPULAR)):
+            of = np.array(targets[c.dataset][name])
+            cells = [bucket(difference[(of >= low) & (of <= high)], low, high, rng) for low, high in ends]
+            lines.append(f"| {c.dataset} | {c.layers} | {name} | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []
+
+
+def bucket(difference: np.ndarray, low: int, high: int, rng: np.random.Generator) -> str:
+    span = f"{low}-{high}" if high < 10**9 else f"{low}+"
+    if len(difference) < 30:
+        return f"{span}: {len(difference)}, too few"
+    ends = significance.interval(significance.resampled_means(difference[:, None], 500, rng))
+    return f"{span}: {len(difference)}, {difference.mean():+.4f} ({ends[0][0]:+.4f} .. {ends[1][0]:+.4f})"
+
+
+def missing(results: Results) -> list[str]:
+    """Cells with fewer seeds than planned."""
+    lines = []
+    for cell in plan():
+        done = sum(results.holds(cell, seed) for seed in range(cell.seeds))
+        if done < cell.seeds:
+            lines.append(f"| {cell.group} | {cell.dataset} | {label(cell)} | {cell.layers} | {done} of {cell.seeds} |")
+    head = ["Not run yet:", "", "| part | data | model | layers | seeds |", "|--|--|--|--|--|"]
+    return [*head, *lines] if lines else ["Every cell of the plan has all its seeds."]
+
+
+def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
+    """The page of the study's tables."""
+    devices = sorted({entry["device"] for entry in results.entries})
+    commits = sorted({entry["commit"][:12] for entry in results.entries})
+    lines = [
+        f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; {len(compared)} "
+        f"comparisons, Holm-corrected together. {'; '.join(devices)}; commits {', '.join(commits)}.",
+    ]
+    for group in GROUPS:
+        of = [found for found in cells if found.cell.group == group]
+        if of:
+            lines += ["", f"**{QUESTIONS[group]}**", "", *table(of, compared)]
+    by = buckets(results, compared)
+    if by:
+        lines += [
+            "",
+            "**Where the gain of additive refinement lies**: NDCG@10 over plain attention, by events before the target and by ",
+        ]
+        lines[-1] += "how often its item was trained on; intervals over users alone, not corrected"
+        lines += ["", *by]
+    return "\n".join([*lines, "", *missing(results)]) + "\n"
+
+
+def forest(compared: list[Gain], group: str) -> "Figure | None":
+    """Gains with their intervals, a panel per data set."""
+    from matplotlib.figure import Figure
+
+    of = [g for g in compared if g.found.cell.group == group]
+    datasets = list(dict.fromkeys(g.found.cell.dataset for g in of))
+    if not of:
+        return None
+    heights = [sum(g.found.cell.dataset == name for g in of) for name in datasets]
+    figure = Figure(figsize=(7.5, 0.9 + 0.34 * sum(heights) + 0.5 * len(datasets)), layout="constrained")
+    axes = figure.subplots(len(datasets), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
+    for axis, name in zip(axes, datasets, strict=True):
+        rows = [g for g in of if g.found.cell.dataset == name][::-1]
+        for y, g in enumerate(rows):
+            base = g.base.mean()
+            color = {"better": "#1b7f5c", "worse": "#d1495b"}.get(g.verdict, "#777777")
+            axis.plot([100 * g.low / base, 100 * g.high / base], [y, y], color=color, linewidth=2, solid_capstyle="round")
+            axis.plot([100 * g.relative], [y], "o", color=color, markersize=6)
+        axis.set_yticks(range(len(rows)), [f"{label(g.found.cell)}, {layers_text(g.found.cell.layers)}" for g in rows], fontsize=8)
+        axis.set_ylim(-0.6, len(rows) - 0.4)
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_title(f"{name}: plain {' and '.join(sorted({f'{g.base.mean():.4f}' for g in rows}))}", fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[-1].set_xlabel(
+        "gain in test NDCG@10 over plain attention of as many layers, %, and 95 % interval over users and seeds", fontsize=8
+    )
+    return figure
+
+
+def layers_text(layers: int) -> str:
+    return f"{layers} layer" + ("s" if layers > 1 else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of study.json, where tables and pictures go; default %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    results = Results(options.out)
+    cells = gather(results)
+    if not cells:
+        parser.error(f"{options.out} holds no run of the plan; python benchmarks/study.py makes them")
+    compared = gains(cells)
+    page = markdown(results, cells, compared)
+    with atomic(options.out / "study.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    for group in GROUPS:
+        figure = forest(compared, group)
+        if figure is not None:
+            with atomic(options.out / f"study_{group}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
