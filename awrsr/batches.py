@@ -61,14 +61,17 @@ class Windows:
             raise ValueError(
                 f"batch_size is {batch_size} for {len(self)} training sequences, must leave one for each of {world} processes"
             )
-        return Batches(self, np.array_split(order, count), backwards, rank, world)
+        return Batches(self, np.array_split(order, count), rank, world, backwards)
 
 
 class Batches:
     """An epoch, for a training loop to iterate over."""
 
-    def __init__(self, windows: Windows, parts: list[np.ndarray], backwards: np.ndarray, rank: int, world: int) -> None:
-        self.windows, self.parts, self.backwards, self.rank, self.world = windows, parts, backwards, rank, world
+    def __init__(
+        self, windows: Windows, parts: list[np.ndarray], rank: int, world: int, backwards: np.ndarray | None = None
+    ) -> None:
+        self.windows, self.parts, self.rank, self.world = windows, parts, rank, world
+        self.backwards = np.zeros(len(windows), dtype=bool) if backwards is None else backwards
 
     def __len__(self) -> int:
         return len(self.parts)

@@ -43,8 +43,8 @@ class AWRSRConfig:
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
     table_init: str = option(
         "normal",
-        "position tables at the start: normal, all drawn; shifted, w_k is w_q moved on by one position, so that events attend to what "
-        "followed the events they would attend to",
+        "position tables at the start: normal, all drawn; shifted, w_k is w_q moved on by one position, so that events attend to "
+        "what followed the events they would attend to",
         choices=("normal", "shifted"),
     )
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
@@ -126,8 +126,8 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "of AdamW", least=0)
     average: float = option(
         0.0,
-        "keep a running average of the weights, which is what is evaluated and saved: the share of it that stays in a step, such as "
-        "0.999; 0 keeps the weights themselves",
+        "keep a running average of the weights, which is what is evaluated and saved: the share of it that stays in a step, such "
+        "as 0.998; 0 keeps the weights themselves",
         least=0,
         below=1,
     )

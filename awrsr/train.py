@@ -182,7 +182,6 @@ class Training(L.LightningModule):
 def running_average(model: Recommender, decay: float) -> AveragedModel:
     """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging)."""
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    average.module.item_ids = model.item_ids
     return average.requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ import json
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ if __package__ is None:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import optuna  # noqa: E402
+from optuna.storages import JournalStorage  # noqa: E402
+from optuna.storages.journal import JournalFileBackend  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from benchmarks.arguments import whole  # noqa: E402
@@ -115,12 +118,12 @@ def objective(trial: optuna.Trial, model: str, options: argparse.Namespace) -> f
 def study_of(model: str, options: argparse.Namespace) -> optuna.Study:
     """The search of a model, with whatever trials its journal holds."""
     options.out.mkdir(parents=True, exist_ok=True)
-    journal = optuna.storages.journal.JournalFileBackend(str(options.out / "journal.log"))
+    journal = JournalFileBackend(str(options.out / "journal.log"))
     name = f"{options.dataset} {model} {options.set}"
     sampler = optuna.samplers.TPESampler(
         seed=options.seed, n_startup_trials=max(5, options.trials // 3), multivariate=True, group=True
     )
-    storage = optuna.storages.JournalStorage(journal)
+    storage = JournalStorage(journal)
     return optuna.create_study(storage=storage, study_name=name, sampler=sampler, direction="maximize", load_if_exists=True)
 
 
@@ -190,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         for turn in range(options.trials):
             for model, study in studies.items():
                 if len(finished(study)) <= turn:
-                    study.optimize(lambda trial, model=model: objective(trial, model, options), n_trials=1)
+                    study.optimize(partial(objective, model=model, options=options), n_trials=1)
                     bar.update()
                     bar.set_description(f"{model} best {finished(study)[0].value if finished(study) else 0:.4f}")
     shown = shlex.join(["python", "benchmarks/search.py", *(arguments if arguments is not None else sys.argv[1:])])

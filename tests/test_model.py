@@ -265,6 +265,27 @@ def test_matched_keys_begin_at_equal_items(backbone: str) -> None:
     assert maps[0][0][0, -1, [4, 8]].sum() < 0.5  # the first block does not
 
 
+def test_shifted_tables_begin_at_what_followed() -> None:
+    """Where first-order weights find earlier occurrences of the current item, the higher-order ones then find what followed them."""
+    torch.manual_seed(0)
+    options = {"refinement": "simple", "init": "match", "heads": 1, "layers": 1, "refine_scale": 3.0}
+    shares = {}
+    for start in ("normal", "shifted"):
+        model = AWRSR(AWRSRConfig(num_items=ITEMS, table_init=start, **options)).eval()
+        with torch.no_grad():
+            model.positions.weight.zero_()
+        shares[start] = model.attention_maps([3, 1, 4, 7, 5, 9, 2, 6, 5])[0][1][0, -1, 5].item()
+    assert shares["shifted"] > 0.3 > shares["normal"]
+
+
+def test_scores_are_cosines_where_there_is_a_temperature() -> None:
+    model, lists = make_model(temperature=0.1).double(), make_lists(5, most=WINDOW)
+    rows = model(*packed(lists))
+    torch.testing.assert_close(rows.norm(dim=-1), torch.full((len(rows),), 10.0, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(model.item_table().norm(dim=-1), torch.ones(ITEMS, dtype=torch.float64), **EXACT)
+    assert model.scores_padded(*padded(lists)).abs().max() <= 10
+
+
 def test_the_scale_of_refinement_reaches_the_operator_and_the_maps() -> None:
     usual, sharp = (make_model(refine_scale=scale, refinement="simple") for scale in (0.0, 40.0))
     lists = make_lists(3, least=5, most=WINDOW)
@@ -318,6 +339,8 @@ def test_only_training_drops(backbone: str) -> None:
         ("num_items", -1, ValueError),
         ("per_head", 1, TypeError),
         ("learned_gate", "yes", TypeError),
+        ("temperature", -0.1, ValueError),
+        ("table_init", "identity", ValueError),
         ("hidden_dropout", 1.0, ValueError),
         ("hidden_dropout", -0.1, ValueError),
         ("hidden_dropout", float("nan"), ValueError),
@@ -394,3 +417,8 @@ def test_scores_are_products_with_the_item_table(backbone: str) -> None:
     torch.testing.assert_close(model.scores_padded(*padded(lists)), last @ table.T, **EXACT)
     assert torch.equal(model.item_table(torch.tensor([4, 0])), table[[4, 0]])
     assert backbone == "stosa" or table is model.items.weight
+
+
+def test_distances_have_no_temperature() -> None:
+    with pytest.raises(ValueError, match="temperature is 0.1, must be 0 with backbone 'stosa'"):
+        AWRSRConfig(num_items=ITEMS, backbone="stosa", temperature=0.1)

@@ -120,6 +120,43 @@ def test_more_epochs_are_another_run_where_the_rate_falls(data: Path, tmp_path: 
     assert "holds another run: training.epochs was 1 and is 2" in error
 
 
+def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins as the weights after the first step; training goes on with the weights themselves."""
+    best_without = fit(parts, epochs=1)[1]["best"]
+    after: list[dict[str, torch.Tensor]] = []
+
+    def watched(self: training.Training, outputs: Any, batch: Any, batch_idx: int) -> None:
+        after.append({name: weight.detach().clone() for name, weight in self.model.state_dict().items()})
+        follow(self, outputs, batch, batch_idx)
+
+    follow = training.Training.on_train_batch_end
+    monkeypatch.setattr(training.Training, "on_train_batch_end", watched)
+    model, record = fit(parts, epochs=1, average=0.75)
+    for name, kept in model.state_dict().items():
+        expected = after[0][name]
+        for weights in after[1:]:
+            expected = 0.75 * expected + 0.25 * weights[name]
+        torch.testing.assert_close(kept, expected)
+    assert len(after) > 2 and not torch.equal(model.items.weight, after[-1]["items.weight"])
+    assert record["best"] != best_without
+
+
+@pytest.mark.parametrize("tables", ["position", "content"])
+def test_tables_learn_at_a_rate_of_their_own(tables: str, parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: dict[int, float] = {}
+    step = torch.optim.AdamW.step
+
+    def watched(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        rates.update({id(weight): group["lr"] for group in self.param_groups for weight in group["params"]})
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    model, _ = fit(parts, {"tables": tables}, epochs=1, learning_rate=0.01, table_rate=3.0)
+    own = {name for name, weight in model.named_parameters() if rates[id(weight)] == pytest.approx(0.03)}
+    assert own == {name for name, _ in model.named_parameters() if name.endswith(("w_q", "w_k", "to_tables"))} != set()
+    assert {rates[id(weight)] for name, weight in model.named_parameters() if name not in own} == {0.01}
+
+
 def test_weight_decay_shrinks_what_no_event_touches() -> None:
     lists = {user: [item for item in items if item != "i7"] + ["i7"] for user, items in histories().items()}
     parts = split(Histories.from_lists(lists))  # i7 is a test target alone: its embedding gets no gradient from bpr on the others
