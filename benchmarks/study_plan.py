@@ -12,7 +12,7 @@ DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_eve
 BASE = {
     "beauty": "",
     "lastfm": "",
-    "wikipedia": "",
+    "wikipedia": "--batch-size 32 --epochs 60 --hidden-dropout 0.2 --attention-dropout 0",
     "synthetic": "--no-baseline",
 }
 
