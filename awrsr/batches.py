@@ -51,27 +51,22 @@ class Windows:
     def __len__(self) -> int:
         return len(self.start)
 
-    def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, reverse: float = 0.0) -> "Batches":
-        """The batches of an epoch, this process's part of each. reverse: the share of sequences that run backwards in it."""
-        rng = np.random.default_rng((seed, epoch))
-        order = rng.permutation(len(self))
-        backwards = rng.random(len(self)) < reverse
+    def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> "Batches":
+        """The batches of an epoch, this process's part of each."""
+        order = np.random.default_rng((seed, epoch)).permutation(len(self))
         count = max(1, round(len(self) / batch_size))
         if len(self) // count < world:
             raise ValueError(
                 f"batch_size is {batch_size} for {len(self)} training sequences, must leave one for each of {world} processes"
             )
-        return Batches(self, np.array_split(order, count), rank, world, backwards)
+        return Batches(self, np.array_split(order, count), rank, world)
 
 
 class Batches:
     """An epoch, for a training loop to iterate over."""
 
-    def __init__(
-        self, windows: Windows, parts: list[np.ndarray], rank: int, world: int, backwards: np.ndarray | None = None
-    ) -> None:
+    def __init__(self, windows: Windows, parts: list[np.ndarray], rank: int, world: int) -> None:
         self.windows, self.parts, self.rank, self.world = windows, parts, rank, world
-        self.backwards = np.zeros(len(windows), dtype=bool) if backwards is None else backwards
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -85,9 +80,7 @@ class Batches:
     def pack(self, chosen: np.ndarray, first: int, events: int) -> Batch:
         start, length = self.windows.start[chosen], self.windows.length[chosen]
         place, cu_seqlens = spans(start, length)
-        step = np.repeat(1 - 2 * self.backwards[chosen], length)
-        place = np.where(step > 0, place, np.repeat(2 * start + length, length) - place)
-        items, targets = self.windows.items[place], self.windows.items[place + step]
+        items, targets = self.windows.items[place], self.windows.items[place + 1]
         return Batch(
             torch.from_numpy(items), torch.from_numpy(targets), torch.from_numpy(cu_seqlens), int(length.max()), first, events
         )

@@ -164,7 +164,7 @@ def add_data(add: Callable[..., ArgumentParser]) -> None:
     actions = data.add_subcommands(dest="action", metavar="ACTION")
     fetch = add("data fetch", to=actions)
     fetch.add_argument("name", choices=tuple(REGISTRY), help="which")
-    fetch.add_argument("--base-url", type=str, default="", help="where the files lie (default: the repository of S3-Rec)")
+    fetch.add_argument("--base-url", type=str, default="", help="where the files lie (default: the repositories they are from)")
     fetch.add_argument("--cache", type=str, default="", help="folder to keep it in (default: the user's cache, or $AWRSR_CACHE)")
     make = add("data make", to=actions)
     make.add_argument("--output", type=str, default="synthetic.txt", help="file to write, one user per line")

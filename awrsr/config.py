@@ -107,12 +107,6 @@ class TrainingOptions:
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )
-    reverse: float = option(
-        0.0,
-        "share of the training sequences that run backwards in an epoch, for data where order says little",
-        least=0,
-        below=1,
-    )
     batch_size: int = option(128, "sequences per step, over all processes; steps are made alike, so a few more or less", least=1)
     learning_rate: float = option(1e-3, "of AdamW", least=1e-12)
     schedule: str = option(

@@ -75,7 +75,7 @@ class Training(L.LightningModule):
 
     def train_dataloader(self) -> Iterable[Batch]:
         o, t = self.options, self.trainer
-        return self.windows.batches(o.batch_size, o.seed, t.current_epoch, t.global_rank, t.world_size, o.reverse)
+        return self.windows.batches(o.batch_size, o.seed, t.current_epoch, t.global_rank, t.world_size)
 
     def on_train_epoch_start(self) -> None:
         self.losses, self.began = [], (time.perf_counter(), time.process_time())

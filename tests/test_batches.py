@@ -73,27 +73,6 @@ def test_every_pair_is_trained_on_once_per_epoch(parts: Split, max_len: int, kin
     assert sorted(found) == sorted(sequences(parts, max_len, kind))
 
 
-@given(splits(), st.integers(1, 6), kinds, st.sampled_from([0.0, 0.5, 0.999]), st.integers(0, 3))
-def test_a_sequence_runs_forwards_or_backwards(parts: Split, max_len: int, kind: str, reverse: float, epoch: int) -> None:
-    windows = windows_of(parts, max_len, kind)
-    if windows is None:
-        return
-    found = [each for batch in windows.batches(3, 0, epoch, reverse=reverse) for each in sequences_of(batch)]
-    backwards = [pairs[0][0] > pairs[0][1] for pairs in found]
-    forwards = [[(b, a) for a, b in pairs[::-1]] if back else pairs for pairs, back in zip(found, backwards, strict=True)]
-    assert sorted(forwards) == sorted(sequences(parts, max_len, kind))
-    assert not any(backwards) or reverse
-
-
-def test_another_half_runs_backwards_in_each_epoch() -> None:
-    windows = Windows(split(as_numbered([[4, 3, 2, 1, 0]] * 400)), 4)
-    turned = []
-    for epoch in range(2):
-        found = [pairs for batch in windows.batches(50, 0, epoch, reverse=0.5) for pairs in sequences_of(batch)]
-        turned.append([pairs[0][0] < pairs[0][1] for pairs in found])
-    assert all(150 < sum(each) < 250 for each in turned) and turned[0] != turned[1]
-
-
 @given(splits(), st.integers(1, 6), kinds)
 def test_what_is_held_out_is_never_trained_on(parts: Split, max_len: int, kind: str) -> None:
     windows = windows_of(parts, max_len, kind)
@@ -103,7 +82,7 @@ def test_what_is_held_out_is_never_trained_on(parts: Split, max_len: int, kind: 
     for part in ("validation", "test"):
         users, places = parts.targets(part)
         held_out |= set((parts.histories.offsets[users] + places).tolist())
-    for batch in windows.batches(3, 0, 0, reverse=0.5):
+    for batch in windows.batches(3, 0, 0):
         assert not held_out & set(batch.items.tolist()) and not held_out & set(batch.targets.tolist())
 
 

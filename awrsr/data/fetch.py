@@ -1,4 +1,5 @@
-"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them."""
+"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them; edits of Wikipedia
+(JODIE) as a port of SASRec has them, which hold what the others lack: users who take items again."""
 
 import os
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import pooch
 import requests
 
-BASE_URL = "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/master/data/"
+S3REC = "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/master/data/"
+SASREC = "https://raw.githubusercontent.com/pmixer/SASRec.pytorch/777cccb3a39bef017d576bd669f3241ee43055bb/data/"
 CACHE_VARIABLE = "AWRSR_CACHE"
 
 
@@ -20,10 +22,11 @@ class FetchError(OSError):
 
 @dataclass(frozen=True)
 class Remote:
-    """A file below the base address, and the SHA-256 it must have."""
+    """A file below a base address, and the SHA-256 it must have."""
 
     file: str
     sha256: str
+    base_url: str = S3REC
 
 
 REGISTRY: Mapping[str, Remote] = {
@@ -32,6 +35,7 @@ REGISTRY: Mapping[str, Remote] = {
     "sports": Remote("Sports_and_Outdoors.txt", "2a095e0648872beb9982408958290f5d655db5be2911c3756b5446de9f0b8de2"),
     "yelp": Remote("Yelp.txt", "724b219106b81dd2349027da997334ddb6da9fe2f152ad6e0d97a93170f7caed"),
     "lastfm": Remote("LastFM.txt", "9ded486adb5b0fe9dc761950afa0a9a05e93ff018992e0c52bf11afec529f802"),
+    "wikipedia": Remote("wikipedia.txt", "ab5d5addedafb496a212d939cb595637f580e436f640916ba337edb03aa02bed", SASREC),
 }
 
 
@@ -39,7 +43,7 @@ def fetch(
     name: str,
     *,
     cache: str | os.PathLike[str] | None = None,
-    base_url: str = BASE_URL,
+    base_url: str = "",
     progress: bool = True,
     registry: Mapping[str, Remote] = REGISTRY,
     timeout: float = 30.0,
@@ -50,7 +54,7 @@ def fetch(
         name: one of REGISTRY.
         cache: the folder that keeps the files; otherwise the one named by the environment variable AWRSR_CACHE, otherwise the
             system's usual place for caches.
-        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests.
+        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests; otherwise where each is from.
         progress: show a bar on standard error, if that is a terminal.
         registry: what there is to fetch.
         timeout: seconds without an answer after which to give up.
@@ -66,7 +70,7 @@ def fetch(
     target = folder / f"{name}.txt"
     if target.is_file() and pooch.file_hash(str(target)) == remote.sha256:
         return target
-    url = base_url.rstrip("/") + "/" + remote.file
+    url = (base_url or remote.base_url).rstrip("/") + "/" + remote.file
     by_hand = f"or fetch {url} by other means and put it at {target}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,170 @@
+"""The study: every run once, kept with its ranks; tables that follow from the two files; equal searches."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from awrsr.data.synthetic import make, write
+from benchmarks import study, study_plan, study_report
+from benchmarks.study import Results
+from benchmarks.study_plan import Cell
+
+USERS = 200
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    found = [Cell("core", "lastfm", kind, layers, seeds=5) for layers in (1, 2) for kind in ("none", "additive")]
+    for module in (study, study_report):
+        monkeypatch.setattr(module, "plan", lambda: found)
+    return found
+
+
+def metrics(ranks: np.ndarray) -> dict[str, Any]:
+    from awrsr.ranking import metrics
+
+    test = metrics(ranks)
+    found = {"test": test, "validation": test, "epochs": 4, "best_epoch": 3, "train_cpu_seconds": 2.0, "train_seconds": 1.0}
+    return found | {"parameters": 10, "curve": [{"NDCG@10": 0.1}]}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Commands that were run instead of trained: additive ranks every target one better, where it can."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> object:
+        commands.append(command)
+        option = dict(zip(command, command[1:], strict=False))
+        rng = np.random.default_rng(int(option["--seed"]))
+        ranks = rng.integers(2, 40, size=USERS) - (option["--refinement"] == "additive" and option["--layers"] == "1")
+        out = Path(option["--out"])
+        users = [str(user) for user in range(1, USERS + 1)]
+        table = {"user": users, "item": ["1"] * USERS, "position": [9] * USERS, "rank": ranks}
+        pl.DataFrame(table).write_parquet(out / "ranks_test.parquet")
+        (out / "metrics.json").write_text(json.dumps(metrics(ranks)), encoding="utf-8")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run, STDOUT=-2))
+    write(make(users=USERS, length=10, items=24), tmp_path / "lastfm.txt")
+    return commands
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    return ["--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *more]
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_every_run_is_trained_once(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    assert study.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(trained) == 8
+    assert study.main(arguments(tmp_path)) == 0 and len(trained) == 20
+    assert study.main(arguments(tmp_path, "--jobs", "2")) == 0 and len(trained) == 20
+    entries = json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))
+    wanted = {"dataset", "backbone", "variant", "refinement", "tables", "layers", "loss", "seed", "epochs", "params"}
+    wanted |= {"train_seconds", "validation", "test", "command", "commit"}
+    assert len(entries) == 20 and all(wanted <= entry.keys() and "NDCG@10" in entry["test"] for entry in entries)
+    assert not any(str(tmp_path) in json.dumps(entry) for entry in entries)
+    ranks = pl.read_parquet(out / study.RANKS)
+    assert ranks.height == 20 and set(ranks["ranks"].list.len()) == {USERS} and ranks["ranks"].list.max().max() == study.DEEPEST
+
+
+def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    """An entry made with other options than the plan has now is made anew and takes the old one's place."""
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    cells[0] = cells[0]._replace(options="--rank 8")
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    assert len(trained) == 5 and "--rank" in trained[-1]
+    assert len(json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))) == 4
+
+
+def test_what_the_targets_are_is_kept_beside(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "1", "--cells", "additive"))
+    (row,) = pl.read_parquet(out / study.TARGETS).iter_rows(named=True)
+    lines = [line.split()[1:-2] for line in (tmp_path / "lastfm.txt").read_text().splitlines()]
+    assert row["history"] == [9] * USERS and row["popularity"] == [sum(line.count("1") for line in lines)] * USERS
+
+
+def test_a_budget_that_is_spent_begins_nothing(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(arguments(tmp_path, "--budget", "1e-9")) == 0 and not trained
+    assert "0 of 20 runs are done, the same command goes on" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert study.main(arguments(tmp_path, "--seeds", "1", "--cells", "lastfm_none_1")) == 1  # there is no lastfm.txt
+    printed = capsys.readouterr().out
+    assert "lastfm_none_1 seed 0: awrsr train" in printed and "output.txt" in printed and "0 of 1 runs" in printed
+
+
+def test_the_list_says_what_is_missing(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.main(arguments(tmp_path, "--seeds", "2", "--cells", "additive_1"))
+    assert study.main(arguments(tmp_path, "--list")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("core")]
+    assert [row[2] for row in rows] == ["0", "2", "0", "0"]
+
+
+def test_names_of_cells_are_names_of_folders_and_differ() -> None:
+    found = study_plan.plan()
+    assert len({cell.name for cell in found}) == len(found) == len({cell.key() for cell in found})
+    assert not any(set(cell.name) & set(" ,/") for cell in found) and {cell.group for cell in found} <= set(study_plan.GROUPS)
+
+
+def test_every_cell_is_a_command_that_training_takes() -> None:
+    from awrsr.cli import parser
+
+    takes = parser()
+    for cell in study_plan.plan():
+        parsed = takes.parse_args(["train", *cell.arguments(3)])
+        assert parsed.train.refinement == cell.refinement and parsed.train.seed == 3
+
+
+def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path))
+    found = study_report.gather(Results(out))
+    one, two = study_report.gains(found)
+    assert one.verdict == "better" and one.low > 0 and one.p < 0.01
+    assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
+    by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
+    assert one.found.mean() - one.base.mean() == pytest.approx(one.difference) and one.found.mean() == pytest.approx(np.mean(by_hand))
+    assert one.p >= one.p_raw
+
+
+def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "4"))
+    assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
+
+
+def test_the_page_and_the_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path))
+    assert study_report.main(["--out", str(out)]) == 0
+    page = (out / "study.md").read_text(encoding="utf-8")
+    assert "| lastfm | additive | 1 | 5 |" in page and "better" in page and "Every cell of the plan has all its seeds." in page
+    assert "| lastfm | 1 | history | " in page and "20 runs" in page and (out / "study_core.png").stat().st_size > 10_000
+    before = page
+    assert study_report.main(["--out", str(out)]) == 0 and (out / "study.md").read_text(encoding="utf-8") == before
+
+
+def test_missing_cells_are_shown_as_missing(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "3", "--cells", "_1"))
+    results = Results(out)
+    page = study_report.markdown(results, study_report.gather(results), [])
+    assert "| core | lastfm | plain | 1 | 3 of 5 |" in page and "| core | lastfm | additive | 2 | 0 of 5 |" in page
+
+
+def test_a_report_of_nothing_is_refused(cells: list[Cell], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        study_report.main(["--out", str(out)])
+    assert "holds no run of the plan" in capsys.readouterr().err
