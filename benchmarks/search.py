@@ -5,8 +5,8 @@
 
 A trial is one training with settings that Optuna's tree-structured Parzen estimator proposes; its value is the best NDCG@10 on the
 validation events, test events decide nothing. Both models get as many trials, over the same settings; the refined one chooses its
-refinement and tables within them, too. Trials are kept in a journal: a search that was stopped goes on. How much a setting decides is
-PED-ANOVA's importance (Watanabe et al. 2023): how far its distribution among the best quarter of the trials is from all of them.
+refinement and tables within them, too. Trials are kept in a journal: a search that was stopped goes on. How much a setting decides
+is PED-ANOVA's importance (Watanabe et al. 2023): how far its distribution among the best quarter of the trials is from all of them.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from tqdm import tqdm  # noqa: E402
 from benchmarks.arguments import whole  # noqa: E402
 from benchmarks.report import commit, device_name, versions, write_data  # noqa: E402
 from benchmarks.study import source  # noqa: E402
-from benchmarks.study_plan import Cell  # noqa: E402
+from benchmarks.study_plan import reading  # noqa: E402
 
 KIND = "search"
 MODELS = ("plain", "refined")
@@ -71,44 +71,25 @@ def as_flags(found: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in found.items():
         flag = name.replace("_", "-")
-        flags += (
-            [f"--{flag}" if value else f"--no-{flag}"]
-            if isinstance(value, bool)
-            else [f"--{flag}", f"{value:.6g}" if isinstance(value, float) else str(value)]
-        )
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", f"{value:.6g}" if isinstance(value, float) else str(value)]
     return flags
 
 
 def objective(trial: optuna.Trial, model: str, options: argparse.Namespace) -> float:
+    """Best validation NDCG@10 of one training."""
     out = options.runs / f"{options.dataset}_{model}_{trial.number}"
-    cell = Cell("search", options.dataset, "", 0)
     data = [] if options.dataset == "synthetic" else ["--data", str(source(options.dataset, options.folder))]
-    reading = [
-        f
-        for name, value in cell.data_options().items()
-        for f in ([f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)]))
-    ]
-    flags = [*as_flags(settings(trial, model)), *shlex.split(options.set), "--seed", str(options.seed)]
-    trial.set_user_attr("options", shlex.join([*reading, *flags]))
+    flags = [*reading(options.dataset), *as_flags(settings(trial, model)), *shlex.split(options.set), "--seed", str(options.seed)]
+    trial.set_user_attr("options", shlex.join(flags))
     out.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "awrsr",
-        "train",
-        *data,
-        *reading,
-        *flags,
-        "--threads",
-        "1",
-        "--no-progress",
-        "--out",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "awrsr", "train", *data, *flags, "--threads", "1", "--no-progress", "--out", str(out)]
     with (out / "output.txt").open("w", encoding="utf-8") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise optuna.TrialPruned(f"status {done.returncode}, see {out / 'output.txt'}")
+        raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}; see {out / 'output.txt'}")
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     trial.set_user_attr("test", metrics["test"]["NDCG@10"])
     trial.set_user_attr("cpu_seconds", metrics["train_cpu_seconds"])
@@ -158,13 +139,13 @@ def markdown(results: dict[str, Any]) -> str:
     """The best trials of each search, and what decided."""
     lines = [f"Searches of equal length; {results['device']}, commit {results['commit'][:12]}. Test figures decided nothing.", ""]
     lines += ["| data | model | trials | place | validation NDCG@10 | test NDCG@10 | settings |", "|--|--|--|--|--|--|--|"]
-    for (dataset, model), count in {(r["dataset"], r["model"]): r["place"] for r in results["rows"]}.items():
-        for row in results["rows"]:
-            if (row["dataset"], row["model"]) == (dataset, model) and row["place"] <= SHOWN:
-                chosen = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["settings"].items())
-                lines.append(
-                    f"| {dataset} | {model} | {count} | {row['place']} | {row['validation NDCG@10']:.4f} | {row['test']:.4f} | {chosen} |"
-                )
+    count = {(row["dataset"], row["model"]): row["place"] for row in results["rows"]}
+    for row in results["rows"]:
+        if row["place"] <= SHOWN:
+            chosen = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["settings"].items())
+            cells = [row["dataset"], row["model"], count[row["dataset"], row["model"]], row["place"]]
+            cells += [f"{row['validation NDCG@10']:.4f}", f"{row['test']:.4f}", chosen]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "What decided, by PED-ANOVA's importance:", "", "| data | model | settings |", "|--|--|--|"]
     for name, found in results["importances"].items():
         lines.append(f"| {' | '.join(name.split('/'))} | {', '.join(f'{k} {v:.2f}' for k, v in found.items())} |")

@@ -5,9 +5,9 @@
     python benchmarks/study.py --budget 60 --jobs 2                # what an hour allows; the same command goes on later
     python benchmarks/study.py --list                              # what is done and what is missing
 
-A cell is a command of `awrsr train`, its runs differ in their seed. A finished run becomes an entry of study.json and its ranks of the
-held-out events one of study_ranks.parquet; what is there is not run again, a run that was stopped goes on from its last epoch.
-Validation NDCG@10 chooses the epoch, the test events are ranked once. `study_report.py` makes tables and pictures of both files.
+A cell is a command of `awrsr train`, its runs differ in their seed. A finished run becomes an entry of study.json, and its ranks of
+the held-out events a row of study_ranks.parquet; what is there is not run again, one that was stopped goes on from its last epoch.
+Validation NDCG@10 chooses the epoch, test events are ranked once. `study_report.py` makes tables and pictures of these files.
 """
 
 import argparse
@@ -31,7 +31,7 @@ if __package__ is None:  # run as a script
 from awrsr.files import atomic, write_json  # noqa: E402
 from benchmarks.arguments import whole  # noqa: E402
 from benchmarks.report import commit, device_name, versions  # noqa: E402
-from benchmarks.study_plan import GROUPS, Cell, plan  # noqa: E402
+from benchmarks.study_plan import DATA, GROUPS, Cell, plan  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENTRIES, RANKS, TARGETS = "study.json", "study_ranks.parquet", "study_targets.parquet"
@@ -54,7 +54,7 @@ class Results:
         return any(tuple(entry[name] for name in KEY) == key and entry["options"] == cell.options for entry in self.entries)
 
     def add(self, entry: dict[str, Any], test: pl.DataFrame, history: np.ndarray, popularity: np.ndarray) -> None:
-        """An entry, the ranks of its test targets, and of each target how long its history is and how often its item is trained on."""
+        """An entry, the ranks of its targets, and of each target the length of its history and how often its item is trained on."""
         key = {name: entry[name] for name in KEY}
         with self.lock:
             self.entries = [old for old in self.entries if any(old[name] != key[name] for name in KEY)] + [entry]
@@ -123,7 +123,7 @@ def popularity(cell: Cell, file: Path | None, test: pl.DataFrame) -> np.ndarray:
     """(M,) how often the item of each target is among the training events."""
     from awrsr.data.prepare import DataOptions, divide, histories
 
-    options = DataOptions(data=str(file or ""), **cell.data_options())
+    options = DataOptions(data=str(file or ""), **DATA.get(cell.dataset, {}))
     split = divide(histories(options), options)
     h = split.histories
     trained = np.concatenate([h.items[first : first + n] for first, n in zip(h.offsets[:-1], split.train_end, strict=True)])

@@ -45,17 +45,20 @@ class Cell(NamedTuple):
         names = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss")
         return dict(zip(names, self.key(), strict=True)) | {"seed": seed, "group": self.group, "options": self.options}
 
-    def data_options(self) -> dict[str, Any]:
-        return DATA.get(self.dataset, {})
-
     def arguments(self, seed: int) -> list[str]:
         """Of `awrsr train`, but for where the data lie and where the run goes."""
-        found = shlex.split(BASE[self.dataset])
-        for name, value in self.data_options().items():
-            found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        found = [*reading(self.dataset), *shlex.split(BASE[self.dataset])]
         for name in ("backbone", "refinement", "layers", "tables", "loss"):
             found += [f"--{name}", str(getattr(self, name))]
         return [*found, *shlex.split(self.options), "--seed", str(seed)]
+
+
+def reading(dataset: str) -> list[str]:
+    """How a data set is read, as options of `awrsr train`."""
+    found: list[str] = []
+    for name, value in DATA.get(dataset, {}).items():
+        found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return found
 
 
 def plan() -> list[Cell]:

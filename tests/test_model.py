@@ -266,7 +266,7 @@ def test_matched_keys_begin_at_equal_items(backbone: str) -> None:
 
 
 def test_shifted_tables_begin_at_what_followed() -> None:
-    """Where first-order weights find earlier occurrences of the current item, the higher-order ones then find what followed them."""
+    """Where first-order weights find earlier occurrences of the current item, higher-order ones then find what followed them."""
     torch.manual_seed(0)
     options = {"refinement": "simple", "init": "match", "heads": 1, "layers": 1, "refine_scale": 3.0}
     shares = {}

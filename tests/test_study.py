@@ -101,7 +101,9 @@ def test_a_budget_that_is_spent_begins_nothing(
     assert "0 of 20 runs are done, the same command goes on" in capsys.readouterr().out
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert study.main(arguments(tmp_path, "--seeds", "1", "--cells", "lastfm_none_1")) == 1  # there is no lastfm.txt
     printed = capsys.readouterr().out
     assert "lastfm_none_1 seed 0: awrsr train" in printed and "output.txt" in printed and "0 of 1 runs" in printed
@@ -138,7 +140,7 @@ def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: lis
     assert one.verdict == "better" and one.low > 0 and one.p < 0.01
     assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
     by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
-    assert one.found.mean() - one.base.mean() == pytest.approx(one.difference) and one.found.mean() == pytest.approx(np.mean(by_hand))
+    assert one.found.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
     assert one.p >= one.p_raw
 
 
@@ -147,7 +149,7 @@ def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]],
     assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
 
 
-def test_the_page_and_the_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path))
     assert study_report.main(["--out", str(out)]) == 0
     page = (out / "study.md").read_text(encoding="utf-8")
@@ -168,3 +170,50 @@ def test_a_report_of_nothing_is_refused(cells: list[Cell], out: Path, capsys: py
     with pytest.raises(SystemExit):
         study_report.main(["--out", str(out)])
     assert "holds no run of the plan" in capsys.readouterr().err
+
+
+# Searches
+
+
+def test_both_models_search_as_long_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna = pytest.importorskip("optuna")
+    from benchmarks import search
+
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> object:
+        ran.append(command)
+        option = dict(zip(command, command[1:], strict=False))
+        found = {"validation": {"NDCG@10": float(option["--hidden-dropout"])}, "test": {"NDCG@10": 0.5}, "train_cpu_seconds": 1.0}
+        (Path(option["--out"]) / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(search, "subprocess", SimpleNamespace(run=run, STDOUT=-2))
+    given = ["--dataset", "wikipedia", "--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert search.main([*given, "--trials", "3"]) == 0 and len(ran) == 6
+    assert search.main([*given, "--trials", "10"]) == 0 and len(ran) == 20
+    assert sum("none" in command for command in ran) == 10 and all("--collapse" in command for command in ran)
+    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    for model in search.MODELS:
+        rows = [row for row in results["rows"] if row["model"] == model]
+        values = [row["validation NDCG@10"] for row in rows]
+        assert values == sorted(values, reverse=True) and [row["place"] for row in rows] == list(range(1, 11))
+        assert (
+            max(results["importances"][f"wikipedia/{model}"], key=results["importances"][f"wikipedia/{model}"].get)
+            == "hidden_dropout"
+        )
+    assert (tmp_path / "out/results.md").read_text(encoding="utf-8") == search.markdown(results)
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+
+
+def test_settings_are_options_that_training_takes() -> None:
+    optuna = pytest.importorskip("optuna")
+    from awrsr.cli import parser
+    from benchmarks import search
+
+    takes = parser()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for model in search.MODELS:
+        for _ in range(20):
+            flags = search.as_flags(search.settings(study.ask(), model))
+            assert (takes.parse_args(["train", *flags]).train.refinement == "none") == (model == "plain")

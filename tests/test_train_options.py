@@ -134,8 +134,8 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypa
     model, record = fit(parts, epochs=1, average=0.75)
     for name, kept in model.state_dict().items():
         expected = after[0][name]
-        for weights in after[1:]:
-            expected = 0.75 * expected + 0.25 * weights[name]
+        for later in after[1:]:
+            expected = 0.75 * expected + 0.25 * later[name]
         torch.testing.assert_close(kept, expected)
     assert len(after) > 2 and not torch.equal(model.items.weight, after[-1]["items.weight"])
     assert record["best"] != best_without

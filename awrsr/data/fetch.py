@@ -1,5 +1,5 @@
-"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them; edits of Wikipedia
-(JODIE) as a port of SASRec has them, which hold what the others lack: users who take items again."""
+"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them; edits of
+Wikipedia (JODIE) as a port of SASRec has them, which hold what the others lack: users who take items again."""
 
 import os
 import sys
@@ -54,7 +54,7 @@ def fetch(
         name: one of REGISTRY.
         cache: the folder that keeps the files; otherwise the one named by the environment variable AWRSR_CACHE, otherwise the
             system's usual place for caches.
-        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests; otherwise where each is from.
+        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests. Empty: where each is from.
         progress: show a bar on standard error, if that is a terminal.
         registry: what there is to fetch.
         timeout: seconds without an answer after which to give up.
