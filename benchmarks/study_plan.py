@@ -62,7 +62,7 @@ def reading(dataset: str) -> list[str]:
 
 
 def plan() -> list[Cell]:
-    return [*core()]
+    return [*core(), *depth(), *why()]
 
 
 def core() -> list[Cell]:
@@ -70,3 +70,28 @@ def core() -> list[Cell]:
     datasets = ("wikipedia", "lastfm", "synthetic", "beauty")
     kinds = ("none", "simple", "value", "additive")
     return [Cell("core", dataset, kind, layers) for dataset in datasets for layers in (1, 2) for kind in kinds]
+
+
+def depth() -> list[Cell]:
+    """More layers of plain attention, to hold refined ones to."""
+    return [Cell("depth", dataset, "none", layers) for dataset in ("wikipedia", "lastfm") for layers in (3, 4)]
+
+
+def why() -> list[Cell]:
+    """One thing changed at a time, where training is quick and users repeat themselves."""
+    changes = {
+        "gate learned from 0": "--gate 0 --learned-gate",
+        "gate learned from 1": "--gate 1 --learned-gate",
+        "tables of deviation 0.02": "--table-std 0.02",
+        "tables of deviation 0.3": "--table-std 0.3",
+        "rank 8": "--rank 8",
+        "one table for all heads": "--no-per-head",
+        "tables learn 3 times as fast": "--table-rate 3",
+        "shifted tables": "--init match --table-init shifted --table-std 0.5 --refine-scale 2.8",
+        "sharp": "--refine-scale 1",
+        "window 20": "--max-len 20",
+    }
+    cells = [Cell("why", "wikipedia", "additive", 1, variant, options) for variant, options in changes.items()]
+    content = {"default": "", "gate learned from 0": changes["gate learned from 0"]}
+    cells += [Cell("why", "wikipedia", "additive", 1, name, options, tables="content") for name, options in content.items()]
+    return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20")]

@@ -10,8 +10,7 @@ five seeds.
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +64,7 @@ class Found:
 class Gain:
     """A cell minus the one it is held to."""
 
+    question: str  # the part of the study that asks
     found: Found
     base: Found
     difference: float
@@ -102,22 +102,26 @@ def gather(results: Results) -> list[Found]:
     return found
 
 
-def held_to(found: Found, others: list[Found]) -> Found | None:
-    """The plain cell that a cell is held to: of the same layers, loss and backbone; in "why", the default of its refinement."""
-    c = found.cell
+def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
+    """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
+    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many."""
+    found = []
+    for refined in cells:
+        c = refined.cell
+        like = (c.dataset, c.backbone, c.loss)
+        plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
+        if c.refinement == "none":
+            continue
+        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default")]
+        found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
+        if c.group == "core" and c.refinement == "additive":
+            found += [
+                ("depth", refined, o) for o in plain if o.cell.variant == "default" and c.layers < o.cell.layers <= 2 * c.layers
+            ]
+    return found
 
-    def first(test: Callable[[Cell], bool]) -> Found | None:
-        return next((other for other in others if other.cell.dataset == c.dataset and test(other.cell)), None)
 
-    if c.group == "why":
-        return first(lambda o: o.group == "core" and (o.refinement, o.layers) == (c.refinement, c.layers))
-    if c.refinement == "none":
-        return None
-    like = (c.layers, c.loss, c.backbone, c.variant)
-    return first(lambda o: o.refinement == "none" and (o.layers, o.loss, o.backbone, o.variant) == like)
-
-
-def contrast(found: Found, base: Found, rng: np.random.Generator) -> Gain:
+def contrast(question: str, found: Found, base: Found, rng: np.random.Generator) -> Gain:
     """The gain on the same users, not corrected yet."""
     paired = (found.values.mean(1) - base.values.mean(1))[:, None]
     draws = significance.resampled_means(paired, RESAMPLES, rng)
@@ -125,16 +129,15 @@ def contrast(found: Found, base: Found, rng: np.random.Generator) -> Gain:
         draws = draws + sign * significance.seed_deviations(each.values.mean(0)[:, None], RESAMPLES, rng)
     low, high = significance.interval(draws)
     p = max(float(significance.t_test(paired)[0]), float(significance.sign_flip_test(paired, RESAMPLES, rng)[0]))
-    return Gain(found, base, float(paired.mean()), float(low[0]), float(high[0]), p)
+    return Gain(question, found, base, float(paired.mean()), float(low[0]), float(high[0]), p)
 
 
 def gains(cells: list[Found]) -> list[Gain]:
     """Every comparison of the study, corrected for their number."""
     rng = np.random.default_rng(0)
-    pairs = [(found, base) for found in cells if (base := held_to(found, cells)) is not None]
-    raw = [contrast(found, base, rng) for found, base in pairs]
+    raw = [contrast(*each, rng) for each in pairs(cells)]
     corrected = significance.holm([gain.p_raw for gain in raw])
-    return [Gain(g.found, g.base, g.difference, g.low, g.high, g.p_raw, float(p)) for g, p in zip(raw, corrected, strict=True)]
+    return [replace(gain, p=float(p)) for gain, p in zip(raw, corrected, strict=True)]
 
 
 def table(cells: list[Found], compared: list[Gain]) -> list[str]:
@@ -156,7 +159,7 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
     ]
     lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
     for found in cells:
-        c, gain = found.cell, next((g for g in compared if g.found is found), None)
+        c, gain = found.cell, next((g for g in compared if g.found is found and g.question == found.cell.group), None)
         sd = found.sd()
         shown = f"{found.mean():.4f}" + ("" if sd is None else f" ± {sd:.4f}")
         row = [c.dataset, label(c), str(c.layers), str(len(found.entries)), shown]
@@ -168,6 +171,33 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
         row += [f"{found.average('params'):,.0f}", f"{found.average('train_cpu_seconds'):.0f}"]
         lines.append(f"| {' | '.join(row)} |")
     return lines
+
+
+def trade(compared: list[Gain]) -> list[str]:
+    """Rows of refined layers beside more plain ones: quality, parameters and time."""
+    columns = [
+        "data",
+        "refined",
+        "plain",
+        "NDCG@10 refined, plain",
+        "gain",
+        "95 % interval",
+        "p",
+        "",
+        "parameters",
+        "CPU s an epoch",
+    ]
+    lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
+    for g in compared:
+        if g.question == "depth":
+            both = (g.found, g.base)
+            row = [g.found.cell.dataset, *(layers_text(each.cell.layers) for each in both)]
+            row.append(", ".join(f"{each.mean():.4f}" for each in both))
+            row += [f"{g.relative:+.1%}", f"{g.low:+.4f} .. {g.high:+.4f}", p_text(g.p), g.verdict]
+            row.append(", ".join(f"{each.average('params'):,.0f}" for each in both))
+            row.append(", ".join(f"{each.average('train_cpu_seconds') / each.average('epochs'):.2f}" for each in both))
+            lines.append(f"| {' | '.join(row)} |")
+    return lines if len(lines) > 2 else []
 
 
 def label(c: Cell) -> str:
@@ -189,7 +219,7 @@ def buckets(results: Results, compared: list[Gain]) -> list[str]:
     rng = np.random.default_rng(1)
     for gain in compared:
         c = gain.found.cell
-        if c.group != "core" or c.refinement != "additive":
+        if gain.question != "core" or c.refinement != "additive":
             continue
         difference = gain.found.values.mean(1) - gain.base.values.mean(1)
         for name, ends in (("history", LENGTHS), ("popularity", POPULAR)):
@@ -230,6 +260,7 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
         of = [found for found in cells if found.cell.group == group]
         if of:
             lines += ["", f"**{QUESTIONS[group]}**", "", *table(of, compared)]
+            lines += ["", *trade(compared)] if group == "depth" else []
     by = buckets(results, compared)
     if by:
         lines += [
@@ -245,7 +276,7 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
     """Gains with their intervals, a panel per data set."""
     from matplotlib.figure import Figure
 
-    of = [g for g in compared if g.found.cell.group == group]
+    of = [g for g in compared if g.question == group]
     datasets = list(dict.fromkeys(g.found.cell.dataset for g in of))
     if not of:
         return None
@@ -265,9 +296,7 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
         axis.set_title(f"{name}: plain {' and '.join(sorted({f'{g.base.mean():.4f}' for g in rows}))}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    axes[-1].set_xlabel(
-        "gain in test NDCG@10 over plain attention of as many layers, %, and 95 % interval over users and seeds", fontsize=8
-    )
+    axes[-1].set_xlabel("gain in test NDCG@10 over plain attention, %, and 95 % interval over users and seeds", fontsize=8)
     return figure
 
 

@@ -136,7 +136,8 @@ def test_every_cell_is_a_command_that_training_takes() -> None:
 def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path))
     found = study_report.gather(Results(out))
-    one, two = study_report.gains(found)
+    one, deep, two = study_report.gains(found)
+    assert (deep.question, deep.found.cell.layers, deep.base.cell.layers) == ("depth", 1, 2) and deep.verdict == "better"
     assert one.verdict == "better" and one.low > 0 and one.p < 0.01
     assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
     by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
