@@ -110,6 +110,11 @@ class RefinedAttention(nn.Module):
         match(self.qkv)
 
     @torch.no_grad()
+    def pass_values(self) -> None:
+        """Make values the events themselves, and what is attended to the output."""
+        copy(self.qkv, self.out)
+
+    @torch.no_grad()
     def shift_keys(self) -> None:
         """Make row j of w_k row j - 1 of w_q: whoever attends to j - 1 by first-order weights attends to j by higher-order ones."""
         for query, key in zip(self.table_names[::2], self.table_names[1::2], strict=True):
@@ -182,6 +187,12 @@ class StochasticAttention(RefinedAttention):
         for qkv in (self.mean_qkv, self.cov_qkv):
             match(qkv)
 
+    @torch.no_grad()
+    def pass_values(self) -> None:
+        """Of means; covariances learn what to pass on."""
+        if self.mean_out is not None:
+            copy(self.mean_qkv, self.mean_out)
+
     def project(self, x: Tensor) -> dict[str, Any]:
         """Means and covariances of queries, keys and values, each (..., H, D), by the operator's names."""
         mean, cov = x.chunk(2, -1)
@@ -200,3 +211,8 @@ def match(qkv: nn.Linear) -> None:
     hidden = qkv.in_features
     nn.init.normal_(qkv.weight[:hidden], std=hidden**-0.5)
     qkv.weight[hidden : 2 * hidden] = qkv.weight[:hidden]
+
+
+def copy(qkv: nn.Linear, out: nn.Linear) -> None:
+    nn.init.eye_(qkv.weight[-qkv.in_features :])
+    nn.init.eye_(out.weight)

@@ -56,8 +56,8 @@ class AWRSRConfig:
     init: str = option(
         "normal",
         "weights at the start: normal, all small; match, Xavier's, and in the last block keys equal to queries, so that events "
-        "attend to events like them",
-        choices=("normal", "match"),
+        "attend to events like them; copy, that, and what they attend to is passed on as it is, so that it ranks first",
+        choices=("normal", "match", "copy"),
     )
     mean_branch: str = option(
         "attended",
@@ -119,9 +119,9 @@ class TrainingOptions:
     )
     weight_decay: float = option(0.0, "of AdamW", least=0)
     average: float = option(
-        0.0,
-        "keep a running average of the weights, which is what is evaluated and saved: the share of it that stays in a step, such "
-        "as 0.998; 0 keeps the weights themselves",
+        0.998,
+        "a running average of the weights is what is evaluated and saved: the share of it that stays in a step, less in the first "
+        "ones; 0 takes the weights themselves",
         least=0,
         below=1,
     )

@@ -37,9 +37,11 @@ class AWRSR(Recommender):
         self.norm = parts.norm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
-        if c.init == "match":
+        if c.init != "normal":
             self.apply(xavier)
             self.blocks[-1].attention.match_keys()
+        if c.init == "copy":
+            self.blocks[-1].attention.pass_values()
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t.

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from .batches import Batch, Windows
 from .config import WATCHED, AWRSRConfig, TrainingOptions
@@ -180,9 +180,14 @@ class Training(L.LightningModule):
 
 
 def running_average(model: Recommender, decay: float) -> AveragedModel:
-    """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging)."""
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    return average.requires_grad_(False)
+    """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging), the closer the
+    fewer steps there were: after n of them it keeps (1 + n) / (10 + n) of itself, `decay` at most."""
+
+    def follow(average: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:
+        n = int(steps)
+        return average.lerp(weight, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, avg_fn=follow).requires_grad_(False)
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -47,7 +47,7 @@ def settings(trial: optuna.Trial, model: str) -> dict[str, Any]:
         "batch_size": trial.suggest_categorical("batch_size", [32, 64, 128]),
         "temperature": trial.suggest_categorical("temperature", [0.0, 0.05, 0.1]),
         "average": trial.suggest_categorical("average", [0.0, 0.998]),
-        "init": trial.suggest_categorical("init", ["normal", "match"]),
+        "init": trial.suggest_categorical("init", ["normal", "match", "copy"]),
     }
     if model == "plain":
         return {"refinement": "none"} | found

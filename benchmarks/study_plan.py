@@ -10,9 +10,9 @@ LOOK = 3  # of one that only shows where to look
 # How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
 DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
 BASE = {
-    "beauty": "",
-    "lastfm": "",
-    "wikipedia": "--batch-size 32 --epochs 60 --hidden-dropout 0.2 --attention-dropout 0",
+    "beauty": "--epochs 25 --patience 5",
+    "lastfm": "--batch-size 32 --epochs 60",
+    "wikipedia": "--batch-size 32 --epochs 60 --hidden-dropout 0.2 --attention-dropout 0 --init copy",
     "synthetic": "--no-baseline",
 }
 
@@ -87,7 +87,7 @@ def why() -> list[Cell]:
         "rank 8": "--rank 8",
         "one table for all heads": "--no-per-head",
         "tables learn 3 times as fast": "--table-rate 3",
-        "shifted tables": "--init match --table-init shifted --table-std 0.5 --refine-scale 2.8",
+        "shifted tables": "--table-init shifted --table-std 0.5 --refine-scale 2.8",
         "sharp": "--refine-scale 1",
         "window 20": "--max-len 20",
     }

@@ -265,6 +265,14 @@ def test_matched_keys_begin_at_equal_items(backbone: str) -> None:
     assert maps[0][0][0, -1, [4, 8]].sum() < 0.5  # the first block does not
 
 
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_copying_model_begins_by_ranking_what_is_like_the_current_item(backbone: str) -> None:
+    torch.manual_seed(0)
+    history = [3, 1, 4, 7, 5, 9, 2, 6, 5]
+    model = AWRSR(AWRSRConfig(num_items=ITEMS, backbone=backbone, init="copy", heads=1, layers=1, refinement="none"))
+    assert model.recommend([history], k=1, filter_seen=False)["item"].to_list() == [5]
+
+
 def test_shifted_tables_begin_at_what_followed() -> None:
     """Where first-order weights find earlier occurrences of the current item, higher-order ones then find what followed them."""
     torch.manual_seed(0)
