@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: test lint train accuracy study bench bench-stochastic bench-train track compile-report gpu docs
 .PHONY: test-libraries test-rectools test-replay test-recbole
 
 # The tests, without a GPU in Triton's interpreter.
@@ -25,6 +25,12 @@ train: .venv/ready
 # What models reach on real data, over seeds; one to two hours on one core. DATA: folder with beauty.txt and lastfm.txt.
 accuracy: .venv/ready
 	$(BIN)/python benchmarks/accuracy.py --out bench-out/accuracy $(if $(DATA),--folder $(DATA))
+
+# Does refinement help, when, and why: every run of the study that benchmarks/results/ lacks, then its tables and pictures. Hours; what
+# is done is kept. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt, wikipedia.txt, otherwise they are fetched.
+study: .venv/ready
+	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
+	$(BIN)/python benchmarks/study_report.py
 
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready

@@ -180,8 +180,8 @@ class Training(L.LightningModule):
 
 
 def running_average(model: Recommender, decay: float) -> AveragedModel:
-    """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging), the closer the
-    fewer steps there were: after n of them it keeps (1 + n) / (10 + n) of itself, `decay` at most."""
+    """A copy of the model that begins as its weights after the first step and then follows them (Polyak's averaging), closely at
+    first: after n steps it keeps (1 + n) / (10 + n) of itself, `decay` at most."""
 
     def follow(average: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:
         n = int(steps)

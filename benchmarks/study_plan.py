@@ -17,6 +17,12 @@ BASE = {
 }
 
 
+# Of STOSA's authors, but for the loss and the window
+STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5"
+# One negative overfits without
+BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosine --epochs 120 --patience 30"
+
+
 class Cell(NamedTuple):
     """A row of the table: everything but the seed."""
 
@@ -62,7 +68,7 @@ def reading(dataset: str) -> list[str]:
 
 
 def plan() -> list[Cell]:
-    return [*core(), *depth(), *why()]
+    return [*core(), *depth(), *why(), *stosa(), *losses()]
 
 
 def core() -> list[Cell]:
@@ -95,3 +101,21 @@ def why() -> list[Cell]:
     content = {"default": "", "gate learned from 0": changes["gate learned from 0"]}
     cells += [Cell("why", "wikipedia", "additive", 1, name, options, tables="content") for name, options in content.items()]
     return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20")]
+
+
+def stosa() -> list[Cell]:
+    """Between Gaussians: corrected, and as published, where means pass the blocks unattended."""
+    found = []
+    for dataset in ("wikipedia", "lastfm", "beauty"):
+        for kind in ("none", "simple", "value", "additive", "stochastic"):
+            found.append(Cell("stosa", dataset, kind, 1, options=STOSA, backbone="stosa"))
+        for kind in ("none", "stochastic"):
+            published = f"{STOSA} --mean-branch published"
+            found.append(Cell("stosa", dataset, kind, 1, "published", published, backbone="stosa", seeds=LOOK))
+    return found
+
+
+def losses() -> list[Cell]:
+    """Binary cross-entropy with one negative, as SASRec was published with."""
+    datasets = ("wikipedia", "lastfm", "beauty")
+    return [Cell("losses", dataset, kind, 2, options=BCE, loss="bce") for dataset in datasets for kind in ("none", "additive")]
