@@ -27,6 +27,7 @@ HELP = {
     "recommend": "the best next items for histories",
     "compare": "are the differences between runs more than chance?",
     "explain": "a picture of what a model pays attention to in one history",
+    "analyse": "a report on what attention does over many histories, and which predictions refinement changes",
     "export": "the scoring path for other runtimes: torch.export or ONNX",
 }
 MORE = {  # what --help of a command begins with
@@ -105,6 +106,13 @@ the last event attends to most.
 
   awrsr explain --run runs/beauty --user 17 --output attention.svg
   awrsr explain --run runs/beauty --history 4 8 15 16 23""",
+    "analyse": """Write a report, one HTML page, about the attention of a run: how many events its heads
+attend to and how far back, what refinement moves and where to, and which
+predictions it changes, beside a baseline run or, without one, beside the same
+model with its refinement switched off.
+
+  awrsr analyse runs/refined --baseline runs/plain
+  awrsr analyse runs/refined --users 2000 --output report.html --json report.json""",
     "export": """Write the scoring path as a file that runs without this package, and compare its
 scores with the model's first.
 
@@ -216,6 +224,17 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     explain.add_argument("--layer", type=int, default=1, help="which block, from 1")
     explain.add_argument("--output", type=str, default="attention.png", help=".png, .svg or .pdf")
 
+    analyse = add("analyse")
+    analyse.add_argument("run", type=str, help="run folder that awrsr train wrote")
+    analyse.add_argument("--baseline", type=str, default="", help="run folder of the model to hold it to, such as a plain one")
+    add_source(analyse, "file of histories, divided as in the run (default: the run's own)")
+    analyse.add_argument("--part", choices=("validation", "test"), default="test", help="which held-out events")
+    analyse.add_argument("--users", type=int, default=512, help="histories whose attention is looked at")
+    analyse.add_argument("--examples", type=int, default=3, help="histories to show of those that got better, and of the others")
+    analyse.add_argument("--output", type=str, default="", help="page to write (default: analysis.html in the run folder)")
+    analyse.add_argument("--json", type=str, default="", help="file for the numbers")
+    add_seen(analyse)
+
     export = add("export")
     export.add_argument("--run", type=str, required=True, help="run folder")
     export.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export or ONNX")
@@ -224,6 +243,10 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
 
 def add_run(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--run", type=str, required=True, help="run folder that awrsr train wrote")
+    add_source(to, data_help)
+
+
+def add_source(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--data", type=str, default="", help=data_help)
     add_format(to)
     to.add_argument("--threads", type=int, default=0, help="of torch on the CPU; 0 leaves it to torch")

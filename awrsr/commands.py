@@ -165,6 +165,25 @@ def of_user(found: Histories, user: str) -> list[Any]:
     return found.item_ids[found.of(int(places[0]))].tolist()
 
 
+def run_analyse(options: Any) -> None:
+    from .analyse import analyse
+    from .analysis_page import page
+    from .files import atomic
+    from .model import AWRSR
+
+    model, data, config = open_run(options)
+    baseline = AWRSR.load(options.baseline).to(model.items.weight.device) if options.baseline else None
+    split, _ = divide(histories_of(options, data, config), data).numbered_as(model.ids())
+    settings = {name: options[name] for name in ("part", "users", "examples")}
+    found = analyse(model, split, baseline=baseline, filter_seen=filters(options, config), progress=True, **settings)
+    output = Path(options.output or Path(options.run) / "analysis.html")
+    with atomic(output) as temporary:
+        temporary.write_text(page(found, f"Attention of {Path(options.run).name}"), encoding="utf-8")
+    if options.json:
+        write_json(options.json, found.to_json())
+    print(f"Report: {output}")
+
+
 def run_export(options: Any) -> None:
     from .export import export
     from .model import AWRSR
@@ -207,6 +226,7 @@ COMMANDS: dict[str, Callable[[Any], None]] = {
     "recommend": run_recommend,
     "compare": run_compare,
     "explain": run_explain,
+    "analyse": run_analyse,
     "export": run_export,
     "data fetch": run_fetch,
     "data make": run_make,

@@ -24,6 +24,8 @@ ARROWS = {  # module: those of the package that it may import, at its head or in
     "significance": set(),
     "compare": {"files", "ranking", "significance"},
     "explain": {"files"},
+    "analyse": {"config", "data", "model", "ranking", "recommender", "significance"},
+    "analysis_page": {"analyse", "config"},
     "export": {"attention", "files", "model"},
 }
 COMMANDS = {"cli", "commands", "__main__", "__init__"}  # these put the others together

@@ -20,7 +20,7 @@ from . import runs
 from .runs import ITEMS, SMALL, command, everything, train, write
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("train", "evaluate", "recommend", "compare", "explain", "export", "data fetch", "data make", "data stats")
+COMMANDS = ("train", "evaluate", "recommend", "compare", "explain", "analyse", "export", "data fetch", "data make", "data stats")
 
 
 @pytest.fixture(scope="module")
