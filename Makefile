@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy study bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: test lint train accuracy study cost bench bench-stochastic bench-train track compile-report gpu docs
 .PHONY: test-libraries test-rectools test-replay test-recbole
 
 # The tests, without a GPU in Triton's interpreter.
@@ -31,6 +31,10 @@ accuracy: .venv/ready
 study: .venv/ready
 	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py
+
+# Where each kernel stands under the roof of its device, and quality against training time, from committed results.
+cost: .venv/ready
+	$(BIN)/python benchmarks/cost_report.py
 
 # The CPU paths side by side; on a machine with a GPU, everything.
 bench: .venv/ready

@@ -238,14 +238,17 @@ def bucket(difference: np.ndarray, low: int, high: int, rng: np.random.Generator
 
 
 def missing(results: Results) -> list[str]:
-    """Cells with fewer seeds than planned."""
-    lines = []
+    """What the plan has and the results lack, a row per part and data set."""
+    lacking: dict[tuple[str, str], list[str]] = {}
     for cell in plan():
         done = sum(results.holds(cell, seed) for seed in range(cell.seeds))
         if done < cell.seeds:
-            lines.append(f"| {cell.group} | {cell.dataset} | {label(cell)} | {cell.layers} | {done} of {cell.seeds} |")
-    head = ["Not run yet:", "", "| part | data | model | layers | seeds |", "|--|--|--|--|--|"]
-    return [*head, *lines] if lines else ["Every cell of the plan has all its seeds."]
+            text = f"{label(cell)}, {layers_text(cell.layers)} ({done} of {cell.seeds})"
+            lacking.setdefault((cell.group, cell.dataset), []).append(text)
+    if not lacking:
+        return ["Every cell of the plan has all its seeds."]
+    rows = [f"| {group} | {dataset} | {'; '.join(cells)} |" for (group, dataset), cells in lacking.items()]
+    return ["Not run yet (seeds done):", "", "| part | data | cells |", "|--|--|--|", *rows]
 
 
 def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:

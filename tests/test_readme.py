@@ -31,7 +31,8 @@ def test_nothing_is_left_to_fill_in() -> None:
 
 def test_measured_tables_are_the_benchmarks() -> None:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
-    measured = {path: results for path, results in files.items() if results.get("kind") != "prediction"}
+    tables = {path: results for path, results in files.items() if isinstance(results, dict)}  # study.json is a list of runs
+    measured = {path: results for path, results in tables.items() if results.get("kind") != "prediction"}
     assert measured
     for path, results in measured.items():
         page, column = {
@@ -42,6 +43,11 @@ def test_measured_tables_are_the_benchmarks() -> None:
         assert page.markdown(results) in PAGES, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
+
+
+@pytest.mark.parametrize("name", ["study", "cost"])
+def test_reports_stand_on_their_pages(name: str) -> None:
+    assert (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8") in PAGES
 
 
 def test_predictions_never_pass_for_measurements() -> None:
