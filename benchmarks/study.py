@@ -49,9 +49,11 @@ class Results:
         self.ranks = pl.read_parquet(folder / RANKS) if (folder / RANKS).exists() else None
         self.targets = pl.read_parquet(folder / TARGETS) if (folder / TARGETS).exists() else None
 
-    def holds(self, cell: Cell, seed: int) -> bool:
-        key = (*cell.key(), seed)
-        return any(tuple(entry[name] for name in KEY) == key and entry["options"] == cell.options for entry in self.entries)
+    def of(self, cell: Cell, seed: int) -> dict[str, Any] | None:
+        """The entry of a run, made by the command that the plan has now."""
+        key, command = (*cell.key(), seed), cell.command(seed)
+        same = (entry for entry in self.entries if tuple(entry[name] for name in KEY) == key and entry["command"] == command)
+        return next(same, None)
 
     def add(self, entry: dict[str, Any], test: pl.DataFrame, history: np.ndarray, popularity: np.ndarray) -> None:
         """An entry, the ranks of its targets, and of each target the length of its history and how often its item is trained on."""
@@ -86,20 +88,17 @@ def source(dataset: str, folder: Path | None) -> Path:
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
     """Train a cell with a seed and add what comes out of it. Raises RuntimeError where training ends badly."""
     out = runs / f"{cell.name}_{seed}"
-    shown = ["train", *cell.arguments(seed)]
     data = [] if cell.dataset == "synthetic" else ["--data", str(source(cell.dataset, folder))]
     out.mkdir(parents=True, exist_ok=True)
     began = out / "commit"
     if not began.exists():
         began.write_text(f"{commit()}\n", encoding="utf-8")
     with (out / "output.txt").open("a", encoding="utf-8") as log:
-        arguments = [*shown, *data, "--threads", "1", "--no-progress", "--out", str(out)]
+        arguments = ["train", *cell.arguments(seed), *data, "--threads", "1", "--no-progress", "--out", str(out)]
         done = subprocess.run([sys.executable, "-m", "awrsr", *arguments], stdout=log, stderr=subprocess.STDOUT)
     if done.returncode:
         raise RuntimeError(f"awrsr {shlex.join(arguments)} ended with status {done.returncode}; see {out / 'output.txt'}")
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
-    if data:
-        shown[1:1] = ["--data", f"data/{cell.dataset}.txt"]
     entry = cell.described(seed) | {
         "epochs": metrics["epochs"],
         "best_epoch": metrics["best_epoch"],
@@ -110,7 +109,7 @@ def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results
         "test": metrics["test"],
         "recall": metrics.get("recall"),
         "curve": [round(epoch["NDCG@10"], 5) for epoch in metrics["curve"]],
-        "command": shlex.join(["awrsr", *shown]),
+        "command": cell.command(seed),
         "commit": began.read_text(encoding="utf-8").strip(),
         "device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)",
         "versions": versions(),
@@ -155,10 +154,10 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results(options.out)
     wanted = [(cell, seed) for cell in cells for seed in range(min(cell.seeds, options.seeds or cell.seeds))]
     wanted.sort(key=lambda each: (options.only.index(each[0].group), each[1] > 0, each[1] > 2))  # a first look at all cells first
-    missing = [(cell, seed) for cell, seed in wanted if not results.holds(cell, seed)]
+    missing = [(cell, seed) for cell, seed in wanted if results.of(cell, seed) is None]
     if options.list:
         for cell in cells:
-            done = [seed for seed in range(cell.seeds) if results.holds(cell, seed)]
+            done = [seed for seed in range(cell.seeds) if results.of(cell, seed)]
             print(f"{cell.group:8} {cell.name:64} {len(done)} of {cell.seeds} seeds")
         return 0
     return run_all(missing, len(wanted), options, results)

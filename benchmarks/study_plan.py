@@ -3,7 +3,7 @@
 import shlex
 from typing import Any, NamedTuple
 
-GROUPS = ("core", "depth", "why", "stosa", "losses")
+GROUPS = ("core", "depth", "recipe", "why", "stosa", "losses")
 SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
 
@@ -58,6 +58,11 @@ class Cell(NamedTuple):
             found += [f"--{name}", str(getattr(self, name))]
         return [*found, *shlex.split(self.options), "--seed", str(seed)]
 
+    def command(self, seed: int) -> str:
+        """What makes the run, for whoever has the data in a folder of that name."""
+        data = [] if self.dataset == "synthetic" else ["--data", f"data/{self.dataset}.txt"]
+        return shlex.join(["awrsr", "train", *data, *self.arguments(seed)])
+
 
 def reading(dataset: str) -> list[str]:
     """How a data set is read, as options of `awrsr train`."""
@@ -68,7 +73,7 @@ def reading(dataset: str) -> list[str]:
 
 
 def plan() -> list[Cell]:
-    return [*core(), *depth(), *why(), *stosa(), *losses()]
+    return [*core(), *depth(), *recipe(), *why(), *stosa(), *losses()]
 
 
 def core() -> list[Cell]:
@@ -81,6 +86,14 @@ def core() -> list[Cell]:
 def depth() -> list[Cell]:
     """More layers of plain attention, to hold refined ones to."""
     return [Cell("depth", dataset, "none", layers) for dataset in ("wikipedia", "lastfm") for layers in (3, 4)]
+
+
+def recipe() -> list[Cell]:
+    """What any model gains from, whatever its attention: options of plain attention, one changed at a time."""
+    changes = {"weights not averaged": "--average 0", "4096 negatives": "--negatives 4096", "cosines": "--temperature 0.07"}
+    cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in changes.items()]
+    changes = {"weights not averaged": "--average 0", "normal start": "--init normal"}
+    return [*cells, *(Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in changes.items())]
 
 
 def why() -> list[Cell]:

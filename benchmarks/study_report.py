@@ -35,6 +35,7 @@ LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the 
 POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
 QUESTIONS = {
     "core": "Refinements beside plain attention, one layer and two",
+    "recipe": "What plain attention gains from, too",
     "depth": "Depth: refined layers beside more plain ones",
     "why": "What decides: tables, gates, rates",
     "stosa": "Between Gaussians (STOSA)",
@@ -95,7 +96,7 @@ def gather(results: Results) -> list[Found]:
     )
     found = []
     for cell in plan():
-        entries = [e for e in results.entries if tuple(e[name] for name in KEY[:-1]) == cell.key() and e["options"] == cell.options]
+        entries = [entry for seed in range(cell.seeds) if (entry := results.of(cell, seed))]
         if entries:
             values = [metric(METRIC, np.array(ranks[tuple(e[name] for name in KEY)])) for e in entries]
             found.append(Found(cell, entries, np.stack(values, 1)))
@@ -104,15 +105,16 @@ def gather(results: Results) -> list[Found]:
 
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
-    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many."""
+    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "recipe"
+    plain attention to itself without the change."""
     found = []
     for refined in cells:
         c = refined.cell
         like = (c.dataset, c.backbone, c.loss)
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
-        if c.refinement == "none":
+        if c.refinement == "none" and c.group != "recipe":
             continue
-        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default")]
+        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
         found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
         if c.group == "core" and c.refinement == "additive":
             found += [
@@ -241,7 +243,7 @@ def missing(results: Results) -> list[str]:
     """What the plan has and the results lack, a row per part and data set."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for cell in plan():
-        done = sum(results.holds(cell, seed) for seed in range(cell.seeds))
+        done = sum(results.of(cell, seed) is not None for seed in range(cell.seeds))
         if done < cell.seeds:
             text = f"{label(cell)}, {layers_text(cell.layers)} ({done} of {cell.seeds})"
             lacking.setdefault((cell.group, cell.dataset), []).append(text)
