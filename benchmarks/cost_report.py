@@ -1,12 +1,12 @@
 """What refinement costs, from committed results alone: operator, training, decoding, and each kernel under the roof of its device.
 
-    python benchmarks/cost_report.py     # benchmarks/results/: cost.md, cost.json, cost_operator.png, cost_roofline.png, cost_quality.png
+    python benchmarks/cost_report.py          # benchmarks/results/cost.md, cost.json, cost_{operator,roofline,quality}.png
 
 The roof of a device is what it copies and what it multiplies at best: a kernel that does I operations per byte of device memory
-gets no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and above
-it arithmetic. On a CPU points are measured, by whole calls: bytes and operations are those of the problem (`roofline.py`), rates those
-of the very run. On a GPU they are PREDICTIONS, kernel by kernel: bytes and operations as `launches.py` counts them, times by
-`gpu_model.py`. A file of results that names a GPU is taken up as it lies there; its calls then stand beside the predictions.
+gets no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and
+above it arithmetic. On a CPU points are measured, by whole calls: bytes and operations are those of the problem (`roofline.py`),
+rates those of the very run. On a GPU they are PREDICTIONS, kernel by kernel: bytes and operations as `launches.py` counts them,
+times by `gpu_model.py`. A file of results that names a GPU is taken up as it lies there; its calls then stand beside the predictions.
 """
 
 import argparse
@@ -109,8 +109,8 @@ def passes(results: Row) -> Iterator[Point]:
         where = f"{row['source']}, {row['layout']}, {row['B']} users" if row["source"] else f"B {row['B']}"
         problem = f"{where} H {row['H']} L {row['L']} D {row['D']} R {row['R']}"
         call = f"`{row['provider']}`, {row['refinement']}{' between Gaussians' * gaussian}"
-        counts = float(row["bytes"]), float(row["operations"])
-        yield Point(results["device"], group, problem, call, row["pass"], *counts, row["median_ms"], rates_of(results), measured=True)
+        counts, rates = (float(row["bytes"]), float(row["operations"])), rates_of(results)
+        yield Point(results["device"], group, problem, call, row["pass"], *counts, row["median_ms"], rates, measured=True)
 
 
 def steps(results: Row, rates: Rates) -> Iterator[Point]:
@@ -220,9 +220,9 @@ def roof(points: list[Point]) -> list[str]:
 
 def markdown(files: list[Row], points: list[Point]) -> str:
     """The page's tables: those of every benchmark, as it writes them, then the roofs."""
-    parts = {"Operator": (None, report), "Training": (train_report.KIND, train_report), "Decoding": (decode_bench.KIND, decode_bench)}
+    benchmarks = ("Operator", None, report), ("Training", train_report.KIND, train_report), ("Decoding", decode_bench.KIND, decode_bench)
     lines: list[str] = []
-    for title, (kind, page) in parts.items():
+    for title, kind, page in benchmarks:
         of = [results for results in files if results.get("kind") == kind]
         lines += ["", f"## {title}"]
         for results in of:
@@ -230,8 +230,8 @@ def markdown(files: list[Row], points: list[Point]) -> str:
         if not any(is_gpu(results["device"]) for results in of):
             lines += ["", f"On a GPU: {NOT_YET}."]
     lines += ["", "## Under the roof", *roof(points), ""]
-    lines += [f"What each refinement makes a kernel move and multiply in {gpu_model.DTYPE}: MB, operations per byte. Counted, not timed."]
-    lines += ["Between Gaussians the kernels are not counted yet.", "", *counted_table()]
+    lines += [f"What each refinement makes a kernel move and multiply in {gpu_model.DTYPE}: MB, operations per byte; counted, not"]
+    lines += ["timed. Between Gaussians the kernels are not counted yet.", "", *counted_table()]
     return "\n".join(lines).strip() + "\n"
 
 
