@@ -6,7 +6,7 @@ The roof of a device is what it copies and what it multiplies at best: a kernel 
 gets no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and
 above it arithmetic. On a CPU points are measured, by whole calls: bytes and operations are those of the problem (`roofline.py`),
 rates those of the very run. On a GPU they are PREDICTIONS, kernel by kernel: bytes and operations as `launches.py` counts them,
-times by `gpu_model.py`. A file of results that names a GPU is taken up as it lies there; its calls then stand beside the predictions.
+times by `gpu_model.py`. A file of results that names a GPU is taken up as it is; its calls then stand beside the predictions.
 """
 
 import argparse
@@ -220,9 +220,9 @@ def roof(points: list[Point]) -> list[str]:
 
 def markdown(files: list[Row], points: list[Point]) -> str:
     """The page's tables: those of every benchmark, as it writes them, then the roofs."""
-    benchmarks = ("Operator", None, report), ("Training", train_report.KIND, train_report), ("Decoding", decode_bench.KIND, decode_bench)
+    pages = ("Operator", None, report), ("Training", train_report.KIND, train_report), ("Decoding", decode_bench.KIND, decode_bench)
     lines: list[str] = []
-    for title, kind, page in benchmarks:
+    for title, kind, page in pages:
         of = [results for results in files if results.get("kind") == kind]
         lines += ["", f"## {title}"]
         for results in of:

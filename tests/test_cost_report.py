@@ -33,7 +33,7 @@ def test_what_a_short_forward_moves_and_multiplies_by_hand() -> None:
 
 
 def test_what_a_decoding_step_multiplies_by_hand() -> None:
-    """Two earlier items per head: a key, a row of both tables, one of K_A, a value, of 4 each; the new one: q, k, v, both tables."""
+    """Two earlier items per head: a key, rows of both tables, of K_A and values, of 4 each; the new one: q, k, v, both tables."""
     task = Task(Shape(2, 1, 1, 3, 4, 4, 4), "simple", "bfloat16", 0.0, "cpu")
     assert step_operations(task) == 2 * 2 * (2 * (4 + 8 + 4 + 4) + (4 + 4 + 4 + 8))
 
