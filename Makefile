@@ -32,7 +32,8 @@ study: .venv/ready
 	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py
 
-# Where each kernel stands under the roof of its device, and quality against training time, from committed results.
+# What refinement costs beside every rival, each kernel under the roof of its device, quality against training time: from committed
+# results, in seconds.
 cost: .venv/ready
 	$(BIN)/python benchmarks/cost_report.py
 

@@ -137,6 +137,11 @@ def step_launch(task: Task, content: bool) -> Launch:
     )  # fmt: skip
 
 
+def step_operations(task: Task) -> int:
+    """Of a decoding step, two per multiply-add, none on matrix units: every number that a program loads takes part in one."""
+    return 2 * step_launch(task, content=False).loaded // task.itemsize
+
+
 # The short regime
 
 

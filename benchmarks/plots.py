@@ -37,7 +37,7 @@ def plot(rows: list[Row], column: str, axis: str, device: str) -> bytes:
     for line, (title, members) in zip(axes, panels.items(), strict=True):
         for ax, p in zip(line, passes, strict=True):
             chosen = [r for r in members if r["pass"] == p]
-            (_bars if members[0]["source"] else _lines)(ax, chosen, column)
+            (_bars if members[0]["source"] else lines)(ax, chosen, column)
             ax.set_title(f"{title}\n{p}", fontsize=8)
             ax.set_ylabel(axis)
     named = {name: handle for ax in axes.flat for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
@@ -71,7 +71,7 @@ def _colour(provider: str) -> str:
     return f"C{list(PROVIDERS).index(provider) % 10}"  # no backbone has two of a colour
 
 
-def _lines(ax: Any, rows: list[Row], column: str) -> None:
+def lines(ax: Any, rows: list[Row], column: str) -> None:
     from matplotlib.ticker import LogLocator
 
     for name in dict.fromkeys(r["provider"] for r in rows):
