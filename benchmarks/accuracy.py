@@ -23,6 +23,7 @@ if __package__ is None:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import commit, device_name, versions, write_data  # noqa: E402
+from benchmarks.study import source  # noqa: E402
 
 KIND = "accuracy"
 BCE = "--loss bce --norm post --attention-dropout 0.5 --schedule cosine --epochs 120 --patience 30"  # one negative overfits
@@ -66,15 +67,6 @@ def plan() -> list[Cell]:
 def command(cell: Cell, seed: int, threads: int, folder: Path | None, out: Path) -> list[str]:
     data = [] if cell.dataset == "synthetic" else ["--data", str(source(cell.dataset, folder))]
     return ["train", *data, *shlex.split(cell.options), "--seed", str(seed), "--threads", str(threads), "--out", str(out)]
-
-
-def source(dataset: str, folder: Path | None) -> Path:
-    """The file of a data set: in the folder if one is given, else fetched."""
-    if folder is not None:
-        return folder / f"{dataset}.txt"
-    from awrsr.data.fetch import fetch
-
-    return fetch(dataset)
 
 
 def run(cell: Cell, seed: int, threads: int, folder: Path | None, out: Path) -> dict[str, Any]:
