@@ -25,7 +25,7 @@ WEIGHTS_HELD = 1 << 22  # weights of a batch held at a time
 RESAMPLES = 1000
 LENGTHS = (3, 5, 10, 20, 50)  # upper ends of buckets: events before the target
 COUNTS = (5, 10, 20, 50, 100)  # likewise: training events of the target's item
-ROLES = ("itself", "earlier occurrences of its item", "what followed those", "the event before", "others")
+ROLES = ("the event itself", "earlier occurrences of its item", "what followed those", "the event before", "others")
 
 
 @dataclass

@@ -267,7 +267,7 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder holds a state of the same run to go on from. Raises ValueError where it is another run's."""
     resume = (folder / STATE).exists() and (folder / CONFIG).exists()
     if resume:
-        usual = {"model": asdict(AWRSRConfig()), "training": asdict(TrainingOptions())}  # what older versions left out
+        usual = {"model": asdict(AWRSRConfig()), "training": asdict(TrainingOptions(average=0))}  # as of older versions
         old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
         fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
         differs = sorted(

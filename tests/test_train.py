@@ -166,6 +166,11 @@ def test_a_run_of_an_older_version_goes_on(finished: Path, run: Path) -> None:
     (run / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"training.loss was .*; training.pvn_weight was 0.0 and is 0.5"):
         training.holds(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
+    without = stored | {"training": {name: value for name, value in stored["training"].items() if name != "average"}}
+    (run / "config.json").write_text(json.dumps(without))
+    with pytest.raises(ValueError, match=r"training.average was 0 and is 0.998"):  # the weights themselves, then
+        training.holds(run, stored)
+    (run / "config.json").write_text(json.dumps(stored))
     assert train(finished / "data.txt", run, epochs=3)["epochs"] == 3
 
 
