@@ -263,9 +263,10 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
     ]
     for group in GROUPS:
         of = [found for found in cells if found.cell.group == group]
-        if of:
-            lines += ["", f"**{QUESTIONS[group]}**", "", *table(of, compared)]
-            lines += ["", *trade(compared)] if group == "depth" else []
+        rows = table(of, compared) if of else []
+        beside = trade(compared) if group == "depth" else []
+        if rows or beside:
+            lines += ["", f"**{QUESTIONS[group]}**", "", *rows, *([""] if rows and beside else []), *beside]
     by = buckets(results, compared)
     if by:
         lines += [
@@ -295,7 +296,10 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
             color = {"better": "#1b7f5c", "worse": "#d1495b"}.get(g.verdict, "#777777")
             axis.plot([100 * g.low / base, 100 * g.high / base], [y, y], color=color, linewidth=2, solid_capstyle="round")
             axis.plot([100 * g.relative], [y], "o", color=color, markersize=6)
-        axis.set_yticks(range(len(rows)), [f"{label(g.found.cell)}, {layers_text(g.found.cell.layers)}" for g in rows], fontsize=8)
+        names = [f"{label(g.found.cell)}, {layers_text(g.found.cell.layers)}" for g in rows]
+        if group == "depth":
+            names = [f"{name}, over {g.base.cell.layers} plain" for name, g in zip(names, rows, strict=True)]
+        axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.axvline(0, color="#333333", linewidth=0.8)
         axis.set_title(f"{name}: plain {' and '.join(sorted({f'{g.base.mean():.4f}' for g in rows}))}", fontsize=9, loc="left")
