@@ -18,7 +18,7 @@ from awrsr_kernels import (
 )
 from awrsr_kernels.gaussian import points
 
-__all__ = ["Packed", "Padded", "RefinedAttention", "StochasticAttention", "points", "positive"]
+__all__ = ["NormedAttention", "Packed", "Padded", "RefinedAttention", "StochasticAttention", "points", "positive"]
 
 TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")
 
@@ -146,6 +146,68 @@ class RefinedAttention(nn.Module):
         size = tables["w_q"].shape[-2]
         last = torch.arange(size - x.shape[1], size, device=x.device)  # a slice would tie an exported program to one window
         return {name: w.index_select(-2, last) for name, w in tables.items()}
+
+
+class NormedAttention(RefinedAttention):
+    """The same with a layer norm in the correlation space: R compares directions of Q_A and K_A, scaled by learned factors.
+
+    The operator has no such norm, so this is a composition of plain attention calls, three or four instead of one: for asking
+    whether a norm would help, not for speed. Weights and their dropout are as there.
+    """
+
+    def __init__(self, hidden: int, heads: int, *, rank: int, **options: Any) -> None:
+        super().__init__(hidden, heads, rank=rank, **options)
+        self.query_norm, self.key_norm = nn.LayerNorm(rank), nn.LayerNorm(rank)
+        self.refine_scale = self.refine_scale or rank**-0.5
+
+    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
+        q, k, v = self.split(self.qkv(x))
+        w_q, w_k = self.rows(x, where)
+        q_a = self.query_norm(self.plain(q, k, w_q, where))
+        k_a = self.key_norm(self.plain(q, k, w_k, where))
+        dropping = {"dropout_p": self.dropout if self.training else 0.0}
+        if self.refinement == "value":
+            v = self.plain(q, k, v, where)
+        if self.refinement == "additive":  # one mask for P and R
+            dropping["dropout_seed"] = torch.randint(1 << 62, (), device=x.device)
+        out = self.plain(q_a, k_a, v, where, softmax_scale=self.refine_scale, **dropping)
+        if self.refinement == "additive":
+            out = self.plain(q, k, v, where, **dropping) + out * torch.as_tensor(self.gate, device=x.device)[..., None]
+        return self.out(out.flatten(-2))
+
+    def plain(self, q: Tensor, k: Tensor, v: Tensor, where: Packed | Padded, **options: Any) -> Tensor:
+        """Plain attention between (..., H, D), with values (..., H, D_v)."""
+        options = {"refinement": "none", "backend": self.backend, "w_q": None, "w_k": None} | where._asdict() | options
+        if isinstance(where, Packed):
+            return refined_attention_varlen(q, k, v, **options)
+        return refined_attention(*(a.transpose(1, 2) for a in (q, k, v)), **options).transpose(1, 2)
+
+    def rows(self, x: Tensor, where: Packed | Padded) -> list[Tensor]:
+        """W_q and W_k as a row per event and head, each (..., H, R)."""
+        if self.to_tables is not None:
+            return list((x @ self.to_tables).unflatten(-1, (len(self.table_names), self.heads, -1)).unbind(-3))
+        size = getattr(self, self.table_names[0]).shape[-2]
+        if isinstance(where, Packed):
+            ends = where.cu_seqlens[1:].repeat_interleave(where.cu_seqlens.diff(), output_size=len(x))
+            place = torch.arange(size, size + len(x), device=x.device) - ends
+        else:
+            place = torch.arange(size - x.shape[1], size, device=x.device).expand(x.shape[:2])
+        tables = (getattr(self, name) for name in self.table_names)
+        each = [w if w.dim() == 3 else w.expand(self.heads, -1, -1) for w in tables]
+        return [w.transpose(0, 1)[place] for w in each]
+
+    def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:
+        q, k, _ = (a.transpose(1, 2) for a in self.split(self.qkv(x)))
+        first, _ = attention_weights(q, k, None, None, refinement="none", lengths=where.lengths)
+        w_q, w_k = (w.transpose(1, 2) for w in self.rows(x, where))
+        q_a, k_a = self.query_norm(first @ w_q), self.key_norm(first @ w_k)
+        scale = {"softmax_scale": self.refine_scale, "lengths": where.lengths}
+        second, _ = attention_weights(q_a, k_a, None, None, refinement="none", **scale)
+        if self.refinement == "value":
+            return first, second @ first
+        if self.refinement == "additive":
+            return first, first + second * torch.as_tensor(self.gate, device=x.device)[..., None, None]
+        return first, second
 
 
 class StochasticAttention(RefinedAttention):

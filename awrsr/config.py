@@ -48,6 +48,11 @@ class AWRSRConfig:
         choices=("normal", "shifted"),
     )
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
+    correlation_norm: bool = option(
+        False,
+        "layer norm in the correlation space, on what the higher-order scores multiply; by a composition of plain attention calls, "
+        "which is slower",
+    )
     gate: float = option(1.0, "factor of the higher-order weights in additive", least=0)
     learned_gate: bool = option(False, "whether additive learns that factor for each head, beginning there")
     feedforward: int = option(1, "width of the feed-forward layer as a multiple of hidden", least=1)
@@ -79,10 +84,14 @@ class AWRSRConfig:
         check(self)
         if self.hidden % self.heads or self.hidden // self.heads > 256:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+        if self.correlation_norm and self.refinement == "none":
+            raise ValueError("correlation_norm is True, must be False with refinement 'none', which has no correlation space")
         if self.backbone != "stosa":
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:
                     raise ValueError(f"{name} is {value!r}, must be another with backbone {self.backbone!r}: it is of stosa alone")
+        elif self.correlation_norm:
+            raise ValueError("correlation_norm is True, must be False with backbone 'stosa': it is of sasrec alone")
         elif self.temperature:
             raise ValueError(f"temperature is {self.temperature}, must be 0 with backbone 'stosa', whose scores are distances")
 

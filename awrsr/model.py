@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import TABLES, Packed, Padded, RefinedAttention, StochasticAttention, positive
+from .attention import TABLES, NormedAttention, Packed, Padded, RefinedAttention, StochasticAttention, positive
 from .config import AWRSRConfig
 from .distance import distance_columns, distance_rows, gaussian_points
 from .recommender import Recommender
@@ -136,7 +136,8 @@ class Block(Branch):
     attention: RefinedAttention
 
     def __init__(self, c: AWRSRConfig) -> None:
-        super().__init__(c, RefinedAttention(c.hidden, c.heads, **attention_options(c)))
+        attention = NormedAttention if c.correlation_norm else RefinedAttention
+        super().__init__(c, attention(c.hidden, c.heads, **attention_options(c)))
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         return self.after_attention(x, self.attention(self.before_attention(x), where))

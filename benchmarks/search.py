@@ -46,7 +46,6 @@ def settings(trial: optuna.Trial, model: str) -> dict[str, Any]:
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 5e-3, log=True),
         "batch_size": trial.suggest_categorical("batch_size", [32, 64, 128]),
         "temperature": trial.suggest_categorical("temperature", [0.0, 0.05, 0.1]),
-        "average": trial.suggest_categorical("average", [0.0, 0.998]),
         "init": trial.suggest_categorical("init", ["normal", "match", "copy"]),
     }
     if model == "plain":
@@ -62,6 +61,7 @@ def settings(trial: optuna.Trial, model: str) -> dict[str, Any]:
     found["table_std"] = trial.suggest_float("table_std", 0.02, 2.0, log=True)
     found["rank"] = trial.suggest_categorical("rank", [8, 32, 64])
     found["refine_scale"] = trial.suggest_categorical("refine_scale", [0.0, 1.0, 3.0])
+    found["correlation_norm"] = trial.suggest_categorical("correlation_norm", [False, True])
     found["table_rate"] = trial.suggest_categorical("table_rate", [0.3, 1.0, 3.0])
     return found
 

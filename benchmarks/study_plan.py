@@ -108,6 +108,7 @@ def why() -> list[Cell]:
         "tables learn 3 times as fast": "--table-rate 3",
         "shifted tables": "--table-init shifted --table-std 0.5 --refine-scale 2.8",
         "sharp": "--refine-scale 1",
+        "normed correlation space": "--correlation-norm",
         "window 20": "--max-len 20",
     }
     cells = [Cell("why", "wikipedia", "additive", 1, variant, options) for variant, options in changes.items()]

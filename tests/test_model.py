@@ -1,5 +1,6 @@
 """The model: packed equals padded, causality, positions from the end, what is stored, what is refused, what is looked into."""
 
+import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Kind = dict[str, Any]
 MIXES = ([1], [WINDOW], [1, 1, 1], [1, WINDOW, 4], [3, 2, 5, 8, 1], [2, 2])
 TABLES = ({}, {"per_head": False}, {"tables": "content"})
+NORMED = [{"refinement": each, "correlation_norm": True} for each in ("simple", "value", "additive")]
 EXACT = {"rtol": 1e-11, "atol": 1e-11}  # float64
 
 
@@ -63,7 +65,7 @@ def both(model: AWRSR, lists: list[list[int]], window: int) -> list[dict[str, Te
 
 @pytest.mark.parametrize("lengths", MIXES, ids=str)
 @pytest.mark.parametrize("tables", TABLES, ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, PUBLISHED], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *NORMED, PUBLISHED], ids=str)
 def test_packed_equals_padded(kind: Kind, tables: dict[str, Any], lengths: list[int]) -> None:
     for norm, gate in (("pre", False), ("post", True)):
         model = make_model(**kind, norm=norm, learned_gate=gate, **tables).double()
@@ -126,7 +128,7 @@ def test_an_empty_window_has_finite_scores(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("tables", ["position", "content"])
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *NORMED], ids=str)
 def test_the_future_has_no_effect(kind: Kind, tables: str) -> None:
     model = make_model(**kind, tables=tables).double()
     lists = mixed([WINDOW, 5])
@@ -382,10 +384,10 @@ def test_histories_beyond_the_window_are_refused() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("tables", ["position", "content"])
-@pytest.mark.parametrize("refinement", REFINEMENTS["sasrec"])
-def test_attention_maps_are_the_weights_that_the_model_uses(refinement: str, tables: str, norm: str) -> None:
+@pytest.mark.parametrize("kind", [*({"refinement": each} for each in REFINEMENTS["sasrec"]), *NORMED], ids=str)
+def test_attention_maps_are_the_weights_that_the_model_uses(kind: Kind, tables: str, norm: str) -> None:
     """Rows sum as defined, the future has no weight, and the last block's M times its values gives the hidden states."""
-    model, (history,) = make_model(refinement=refinement, tables=tables, norm=norm, learned_gate=True).double(), mixed([6])
+    model, (history,) = make_model(**kind, tables=tables, norm=norm, learned_gate=True).double(), mixed([6])
     maps = model.attention_maps(history)
     gate = [block.attention.gate for block in model.blocks]
     assert len(maps) == 2
@@ -395,7 +397,7 @@ def test_attention_maps_are_the_weights_that_the_model_uses(refinement: str, tab
         torch.testing.assert_close(first.sum(-1), torch.ones(2, 6).double(), **EXACT)
         total = 1.0 if factor is None else 1 + factor.detach()[:, None]
         torch.testing.assert_close(refined.sum(-1), torch.ones(2, 6).double() * total, **EXACT)
-        assert torch.equal(first, refined) == (refinement == "none")
+        assert torch.equal(first, refined) == (kind["refinement"] == "none")
     with torch.no_grad():
         items = torch.tensor([history])
         x, last = model.embed(items, model.window(items)), list(model.blocks)[-1]
@@ -412,6 +414,22 @@ def test_attention_maps_are_the_weights_that_the_model_uses(refinement: str, tab
         torch.testing.assert_close(model(*packed([history])), wanted, **EXACT)
 
 
+@pytest.mark.parametrize("tables", TABLES, ids=str)
+@pytest.mark.parametrize("kind", NORMED, ids=str)
+def test_without_its_norms_a_normed_layer_is_the_operator(kind: Kind, tables: dict[str, Any]) -> None:
+    """In training, too: weights are dropped alike, and those of additive by one mask."""
+    model = make_model(**kind, **tables, attention_dropout=0.4, hidden_dropout=0.0, learned_gate=True, layers=1).double().train()
+    usual = AWRSR(dataclasses.replace(model.config, correlation_norm=False)).double().train()
+    usual.load_state_dict({name: weight for name, weight in model.state_dict().items() if name in usual.state_dict()})
+    model.blocks[0].attention.query_norm = model.blocks[0].attention.key_norm = torch.nn.Identity()
+    for inputs, forward in ((packed(mixed([3, 7, 1])), "forward"), (padded(mixed([3, 7, 1])), "forward_padded")):
+        outs = []
+        for each in (model, usual):
+            torch.manual_seed(5)
+            outs.append(getattr(each, forward)(*inputs))
+        torch.testing.assert_close(*outs, **EXACT)
+
+
 def test_additive_maps_sum_to_two() -> None:
     (_, refined), *_ = make_model(refinement="additive").attention_maps([1, 2, 3])
     torch.testing.assert_close(refined.sum(-1), torch.full((2, 3), 2.0))
@@ -425,6 +443,12 @@ def test_scores_are_products_with_the_item_table(backbone: str) -> None:
     torch.testing.assert_close(model.scores_padded(*padded(lists)), last @ table.T, **EXACT)
     assert torch.equal(model.item_table(torch.tensor([4, 0])), table[[4, 0]])
     assert backbone == "stosa" or table is model.items.weight
+
+
+def test_a_norm_is_refused_where_nothing_can_be_normed() -> None:
+    for options in ({"refinement": "none"}, {"backbone": "stosa"}):
+        with pytest.raises(ValueError, match="correlation_norm is True, must be False"):
+            AWRSRConfig(num_items=ITEMS, correlation_norm=True, **options)
 
 
 def test_distances_have_no_temperature() -> None:
