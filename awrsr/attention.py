@@ -165,7 +165,7 @@ class NormedAttention(RefinedAttention):
         w_q, w_k = self.rows(x, where)
         q_a = self.query_norm(self.plain(q, k, w_q, where))
         k_a = self.key_norm(self.plain(q, k, w_k, where))
-        dropping = {"dropout_p": self.dropout if self.training else 0.0}
+        dropping: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0}
         if self.refinement == "value":
             v = self.plain(q, k, v, where)
         if self.refinement == "additive":  # one mask for P and R
@@ -201,7 +201,7 @@ class NormedAttention(RefinedAttention):
         first, _ = attention_weights(q, k, None, None, refinement="none", lengths=where.lengths)
         w_q, w_k = (w.transpose(1, 2) for w in self.rows(x, where))
         q_a, k_a = self.query_norm(first @ w_q), self.key_norm(first @ w_k)
-        scale = {"softmax_scale": self.refine_scale, "lengths": where.lengths}
+        scale: dict[str, Any] = {"softmax_scale": self.refine_scale, "lengths": where.lengths}
         second, _ = attention_weights(q_a, k_a, None, None, refinement="none", **scale)
         if self.refinement == "value":
             return first, second @ first
