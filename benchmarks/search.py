@@ -12,7 +12,6 @@ is PED-ANOVA's importance (Watanabe et al. 2023): how far its distribution among
 import argparse
 import json
 import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm  # noqa: E402
 
 from benchmarks.arguments import whole  # noqa: E402
 from benchmarks.report import commit, device_name, versions, write_data  # noqa: E402
-from benchmarks.study import source  # noqa: E402
+from benchmarks.study import source, train_apart  # noqa: E402
 from benchmarks.study_plan import reading  # noqa: E402
 
 KIND = "search"
@@ -85,11 +84,10 @@ def objective(trial: optuna.Trial, model: str, options: argparse.Namespace) -> f
     flags = [*reading(options.dataset), *as_flags(settings(trial, model)), *shlex.split(options.set), "--seed", str(options.seed)]
     trial.set_user_attr("options", shlex.join(flags))
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "awrsr", "train", *data, *flags, "--threads", "1", "--no-progress", "--out", str(out)]
-    with (out / "output.txt").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(command)} ended with status {done.returncode}; see {out / 'output.txt'}")
+    arguments = [*data, *flags, "--threads", "1", "--no-progress", "--out", str(out)]
+    status = train_apart(arguments, out / "output.txt")
+    if status:
+        raise RuntimeError(f"awrsr train {shlex.join(arguments)} ended with status {status}; see {out / 'output.txt'}")
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     trial.set_user_attr("test", metrics["test"]["NDCG@10"])
     trial.set_user_attr("cpu_seconds", metrics["train_cpu_seconds"])

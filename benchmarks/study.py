@@ -12,8 +12,9 @@ Validation NDCG@10 chooses the epoch, test events are ranked once. `study_report
 
 import argparse
 import json
+import multiprocessing
+import os
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -85,6 +86,25 @@ def source(dataset: str, folder: Path | None) -> Path:
     return fetch(dataset)
 
 
+def train_apart(arguments: list[str], log: Path) -> int:
+    """`awrsr train` in a process of its own, forked from one that has loaded what training needs; its exit status."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["awrsr.train", "awrsr.commands"])
+    process = server.Process(target=_train, args=(arguments, log))
+    process.start()
+    process.join()
+    return process.exitcode or 0
+
+
+def _train(arguments: list[str], log: Path) -> None:
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    from awrsr.cli import main
+
+    sys.exit(main(["train", *arguments]))
+
+
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
     """Train a cell with a seed and add what comes out of it. Raises RuntimeError where training ends badly."""
     out = runs / f"{cell.name}_{seed}"
@@ -93,11 +113,10 @@ def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results
     began = out / "commit"
     if not began.exists():
         began.write_text(f"{commit()}\n", encoding="utf-8")
-    with (out / "output.txt").open("a", encoding="utf-8") as log:
-        arguments = ["train", *cell.arguments(seed), *data, "--threads", "1", "--no-progress", "--out", str(out)]
-        done = subprocess.run([sys.executable, "-m", "awrsr", *arguments], stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"awrsr {shlex.join(arguments)} ended with status {done.returncode}; see {out / 'output.txt'}")
+    arguments = [*cell.arguments(seed), *data, "--threads", "1", "--no-progress", "--out", str(out)]
+    status = train_apart(arguments, out / "output.txt")
+    if status:
+        raise RuntimeError(f"awrsr train {shlex.join(arguments)} ended with status {status}; see {out / 'output.txt'}")
     metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     entry = cell.described(seed) | {
         "epochs": metrics["epochs"],

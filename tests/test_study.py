@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """Commands that were run instead of trained: additive ranks every target one better, where it can."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> object:
+    def train(command: list[str], _: Path) -> int:
         commands.append(command)
         option = dict(zip(command, command[1:], strict=False))
         rng = np.random.default_rng(int(option["--seed"]))
@@ -48,9 +47,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
         table = {"user": users, "item": ["1"] * USERS, "position": [9] * USERS, "rank": ranks}
         pl.DataFrame(table).write_parquet(out / "ranks_test.parquet")
         (out / "metrics.json").write_text(json.dumps(metrics(ranks)), encoding="utf-8")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run, STDOUT=-2))
+    monkeypatch.setattr(study, "train_apart", train)
     write(make(users=USERS, length=10, items=24), tmp_path / "lastfm.txt")
     return commands
 
@@ -76,6 +75,16 @@ def test_every_run_is_trained_once(cells: list[Cell], trained: list[list[str]], 
     assert not any(str(tmp_path) in json.dumps(entry) for entry in entries)
     ranks = pl.read_parquet(out / study.RANKS)
     assert ranks.height == 20 and set(ranks["ranks"].list.len()) == {USERS} and ranks["ranks"].list.max().max() == study.DEEPEST
+
+
+def test_a_run_is_a_training_in_a_process_of_its_own(tmp_path: Path) -> None:
+    log, out = tmp_path / "output.txt", tmp_path / "run"
+    model = ["--refinement", "none", "--hidden", "8", "--heads", "1", "--no-baseline", "--epochs", "1", "--no-progress"]
+    assert study.train_apart([*model, "--out", str(out)], log) == 0
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["epochs"] == 1
+    assert study.train_apart([*model, "--heads", "0", "--out", str(out)], log) == 1
+    printed = log.read_text(encoding="utf-8")
+    assert str(out) in printed and "heads" in printed
 
 
 def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
@@ -184,14 +193,14 @@ def test_both_models_search_as_long_and_go_on(tmp_path: Path, monkeypatch: pytes
 
     ran: list[list[str]] = []
 
-    def run(command: list[str], **_: object) -> object:
+    def train(command: list[str], _: Path) -> int:
         ran.append(command)
         option = dict(zip(command, command[1:], strict=False))
         found = {"validation": {"NDCG@10": float(option["--hidden-dropout"])}, "test": {"NDCG@10": 0.5}, "train_cpu_seconds": 1.0}
         (Path(option["--out"]) / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
-        return SimpleNamespace(returncode=0)
+        return 0
 
-    monkeypatch.setattr(search, "subprocess", SimpleNamespace(run=run, STDOUT=-2))
+    monkeypatch.setattr(search, "train_apart", train)
     given = ["--dataset", "wikipedia", "--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert search.main([*given, "--trials", "3"]) == 0 and len(ran) == 6
     assert search.main([*given, "--trials", "10"]) == 0 and len(ran) == 20
