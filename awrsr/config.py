@@ -59,8 +59,8 @@ class AWRSRConfig:
     activation: str = option("relu", "of the feed-forward layer", choices=("relu", "gelu", "elu"))
     norm: str = option("pre", "layer norm before or after attention and feed-forward", choices=("pre", "post"))
     init: str = option(
-        "normal",
-        "weights at the start: normal, all small; match, Xavier's, and in the last block keys equal to queries, so that events "
+        "copy",
+        "weights at the start: normal, all small; match, the last block has Xavier's, and keys equal to queries, so that events "
         "attend to events like them; copy, that, and what they attend to is passed on as it is, so that it ranks first",
         choices=("normal", "match", "copy"),
     )

@@ -38,7 +38,7 @@ class AWRSR(Recommender):
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
         if c.init != "normal":
-            self.apply(xavier)
+            self.blocks[-1].apply(xavier)
             self.blocks[-1].attention.match_keys()
         if c.init == "copy":
             self.blocks[-1].attention.pass_values()

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 GROUPS = ("core", "depth", "recipe", "why", "stosa", "losses")
 SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
+EQUAL = "higher-order weights all equal"  # a control
 
 # How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
 DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
@@ -18,7 +19,7 @@ BASE = {
 
 
 # Of STOSA's authors, but for the loss and the window
-STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5"
+STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5 --init normal"
 # One negative overfits without
 BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosine --epochs 120 --patience 30"
 
@@ -89,11 +90,14 @@ def depth() -> list[Cell]:
 
 
 def recipe() -> list[Cell]:
-    """What any model gains from, whatever its attention: options of plain attention, one changed at a time."""
-    changes = {"weights not averaged": "--average 0", "4096 negatives": "--negatives 4096", "cosines": "--temperature 0.07"}
-    cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in changes.items()]
-    changes = {"weights not averaged": "--average 0", "normal start": "--init normal"}
-    return [*cells, *(Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in changes.items())]
+    """What any model gains from, whatever its attention, one option changed at a time."""
+    averaged, normal = ("weights not averaged", "--average 0"), ("normal start", "--init normal")
+    tried = (averaged, ("4096 negatives", "--negatives 4096"))
+    cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in tried]
+    cells += [Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in (averaged, normal)]
+    for dataset, kinds in (("beauty", ("none", "additive")), ("lastfm", ("none", "simple", "value", "additive"))):
+        cells += [Cell("recipe", dataset, kind, layers, *normal, seeds=LOOK) for layers in (1, 2) for kind in kinds]
+    return cells
 
 
 def why() -> list[Cell]:
@@ -103,7 +107,6 @@ def why() -> list[Cell]:
     the mean of the history joins what is attended to. What that gains is not of the second order.
     """
     changes = {
-        "higher-order weights all equal": "--table-std 0",
         "gate learned from 0": "--gate 0 --learned-gate",
         "gate learned from 1": "--gate 1 --learned-gate",
         "tables of deviation 0.02": "--table-std 0.02",
@@ -116,10 +119,11 @@ def why() -> list[Cell]:
         "normed correlation space": "--correlation-norm",
         "window 20": "--max-len 20",
     }
-    cells = [Cell("why", "wikipedia", "additive", 1, variant, options) for variant, options in changes.items()]
-    content = {"default": "", "gate learned from 0": changes["gate learned from 0"]}
-    cells += [Cell("why", "wikipedia", "additive", 1, name, options, tables="content") for name, options in content.items()]
-    return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20")]
+    cells = [Cell("why", dataset, "additive", 1, EQUAL, "--table-std 0") for dataset in ("wikipedia", "lastfm", "beauty")]
+    cells += [Cell("why", "wikipedia", "additive", 1, variant, options, seeds=LOOK) for variant, options in changes.items()]
+    for name, options in (("default", ""), ("gate learned from 0", changes["gate learned from 0"])):
+        cells.append(Cell("why", "wikipedia", "additive", 1, name, options, tables="content", seeds=LOOK))
+    return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20", seeds=LOOK)]
 
 
 def stosa() -> list[Cell]:

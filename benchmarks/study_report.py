@@ -24,7 +24,7 @@ from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
 from awrsr.files import atomic  # noqa: E402
 from awrsr.ranking import metric  # noqa: E402
 from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
-from benchmarks.study_plan import GROUPS, Cell, plan  # noqa: E402
+from benchmarks.study_plan import EQUAL, GROUPS, Cell, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,10 +37,12 @@ QUESTIONS = {
     "core": "Refinements beside plain attention, one layer and two",
     "recipe": "What plain attention gains from, too",
     "depth": "Depth: refined layers beside more plain ones",
+    "control": "Control: learned higher-order weights beside equal ones, which add the mean of the history and refine nothing",
     "why": "What decides: tables, gates, rates",
     "stosa": "Between Gaussians (STOSA)",
     "losses": "Other losses",
 }
+APART = ("depth", "control")  # held to something else than plain attention of as many layers
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def gather(results: Results) -> list[Found]:
 
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
-    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "recipe"
-    plain attention to itself without the change."""
+    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "control" to
+    itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change."""
     found = []
     for refined in cells:
         c = refined.cell
@@ -120,6 +122,8 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
             found += [
                 ("depth", refined, o) for o in plain if o.cell.variant == "default" and c.layers < o.cell.layers <= 2 * c.layers
             ]
+            equal = c._replace(group="why", variant=EQUAL).key()
+            found += [("control", refined, o) for o in cells if o.cell.key() == equal]
     return found
 
 
@@ -175,25 +179,14 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
     return lines
 
 
-def trade(compared: list[Gain]) -> list[str]:
-    """Rows of refined layers beside more plain ones: quality, parameters and time."""
-    columns = [
-        "data",
-        "refined",
-        "plain",
-        "NDCG@10 refined, plain",
-        "gain",
-        "95 % interval",
-        "p",
-        "",
-        "parameters",
-        "CPU s an epoch",
-    ]
+def contrasts(compared: list[Gain], question: str) -> list[str]:
+    """Rows of cells beside others than plain attention of as many layers: quality, parameters and time."""
+    columns = ["data", "model", "beside", "NDCG@10", "gain", "95 % interval", "p", "", "parameters", "CPU s an epoch"]
     lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
     for g in compared:
-        if g.question == "depth":
+        if g.question == question:
             both = (g.found, g.base)
-            row = [g.found.cell.dataset, *(layers_text(each.cell.layers) for each in both)]
+            row = [g.found.cell.dataset, *(f"{label(each.cell)}, {layers_text(each.cell.layers)}" for each in both)]
             row.append(", ".join(f"{each.mean():.4f}" for each in both))
             row += [f"{g.relative:+.1%}", f"{g.low:+.4f} .. {g.high:+.4f}", p_text(g.p), g.verdict]
             row.append(", ".join(f"{each.average('params'):,.0f}" for each in both))
@@ -261,12 +254,11 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
         f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; {len(compared)} "
         f"comparisons, Holm-corrected together. {'; '.join(devices)}; commits {', '.join(commits)}.",
     ]
-    for group in GROUPS:
-        of = [found for found in cells if found.cell.group == group]
-        rows = table(of, compared) if of else []
-        beside = trade(compared) if group == "depth" else []
+    for question, title in QUESTIONS.items():
+        of = [found for found in cells if found.cell.group == question]
+        rows, beside = table(of, compared) if of else [], contrasts(compared, question) if question in APART else []
         if rows or beside:
-            lines += ["", f"**{QUESTIONS[group]}**", "", *rows, *([""] if rows and beside else []), *beside]
+            lines += ["", f"**{title}**", "", *rows, *([""] if rows and beside else []), *beside]
     by = buckets(results, compared)
     if by:
         lines += [
@@ -297,8 +289,8 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
             axis.plot([100 * g.low / base, 100 * g.high / base], [y, y], color=color, linewidth=2, solid_capstyle="round")
             axis.plot([100 * g.relative], [y], "o", color=color, markersize=6)
         names = [f"{label(g.found.cell)}, {layers_text(g.found.cell.layers)}" for g in rows]
-        if group == "depth":
-            names = [f"{name}, over {g.base.cell.layers} plain" for name, g in zip(names, rows, strict=True)]
+        if group in APART:
+            names = [f"{name}, over {label(g.base.cell)}, {g.base.cell.layers}" for name, g in zip(names, rows, strict=True)]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.axvline(0, color="#333333", linewidth=0.8)

@@ -163,7 +163,7 @@ def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: lis
     study.main(arguments(tmp_path))
     assert study_report.main(["--out", str(out)]) == 0
     page = (out / "study.md").read_text(encoding="utf-8")
-    assert "| lastfm | 1 layer | 2 layers | " in page  # refined, plain
+    assert "| lastfm | additive, 1 layer | plain, 2 layers | " in page
     assert "| lastfm | additive | 1 | 5 |" in page and "better" in page and "Every cell of the plan has all its seeds." in page
     assert "| lastfm | 1 | history | " in page and "20 runs" in page and (out / "study_core.png").stat().st_size > 10_000
     before = page
