@@ -186,6 +186,7 @@ def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Names
     """Run what is missing while the budget lasts. 1 where a run failed: the others go on, failures are told at the end."""
     end = time.monotonic() + 60 * options.budget if options.budget else float("inf")
     failed: list[str] = []
+    finished: list[Cell] = []
     with tqdm(total=total, initial=total - len(missing), unit="run", disable=None) as bar:
 
         def work(cell: Cell, seed: int) -> None:
@@ -194,13 +195,14 @@ def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Names
             bar.set_description(f"{cell.name} seed {seed}")
             try:
                 run(cell, seed, options.folder, options.runs, results)
+                finished.append(cell)
                 bar.update()
             except (RuntimeError, OSError, ValueError) as error:
                 failed.append(f"{cell.name} seed {seed}: {error}")
 
         with ThreadPoolExecutor(options.jobs) as pool:
             list(pool.map(lambda each: work(*each), missing))
-        left = total - bar.n
+        left = len(missing) - len(finished)
     print("\n".join([*failed, f"{total - left} of {total} runs are done" + (", the same command goes on" if left else "")]))
     return 1 if failed else 0
 

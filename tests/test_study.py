@@ -64,8 +64,11 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def test_every_run_is_trained_once(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+def test_every_run_is_trained_once(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert study.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(trained) == 8
+    assert "8 of 8 runs are done" in capsys.readouterr().out
     assert study.main(arguments(tmp_path)) == 0 and len(trained) == 20
     assert study.main(arguments(tmp_path, "--jobs", "2")) == 0 and len(trained) == 20
     entries = json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))
