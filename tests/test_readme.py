@@ -32,7 +32,7 @@ def test_nothing_is_left_to_fill_in() -> None:
 def test_measured_tables_are_the_benchmarks() -> None:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
     tables = {path: results for path, results in files.items() if isinstance(results, dict)}  # study.json is a list of runs
-    measured = {path: results for path, results in tables.items() if results.get("kind") != "prediction"}
+    measured = {path: results for path, results in tables.items() if results.get("kind") not in ("prediction", "search")}
     assert measured
     for path, results in measured.items():
         page, column = {
@@ -43,6 +43,17 @@ def test_measured_tables_are_the_benchmarks() -> None:
         assert page.markdown(results) in PAGES, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
+
+
+def test_searches_stand_on_a_page() -> None:
+    pytest.importorskip("optuna")
+    from benchmarks import search
+
+    for path in (ROOT / "benchmarks/results").glob("search_*.json"):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        trials = {name: [row for row in results["rows"] if row["model"] == name] for name in search.MODELS}
+        assert results["kind"] == search.KIND and len({len(rows) for rows in trials.values()}) == 1  # equal budgets
+        assert search.markdown(results) in PAGES, path.name
 
 
 @pytest.mark.parametrize("name", ["study", "cost"])
