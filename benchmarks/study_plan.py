@@ -119,7 +119,8 @@ def why() -> list[Cell]:
         "normed correlation space": "--correlation-norm",
         "window 20": "--max-len 20",
     }
-    cells = [Cell("why", dataset, "additive", 1, EQUAL, "--table-std 0") for dataset in ("wikipedia", "lastfm", "synthetic", "beauty")]
+    everywhere = ("wikipedia", "lastfm", "synthetic", "beauty")
+    cells = [Cell("why", dataset, "additive", 1, EQUAL, "--table-std 0") for dataset in everywhere]
     cells += [Cell("why", "wikipedia", "additive", 1, variant, options, seeds=LOOK) for variant, options in changes.items()]
     for name, options in (("default", ""), ("gate learned from 0", changes["gate learned from 0"])):
         cells.append(Cell("why", "wikipedia", "additive", 1, name, options, tables="content", seeds=LOOK))
