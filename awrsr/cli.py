@@ -77,8 +77,9 @@ with more --epochs it goes on further.
 Options of STOSA's authors, for that backbone:
 
   --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
-  --feedforward 4 --activation elu --norm post --hidden-dropout 0.3
-  --attention-dropout 0 --loss bpr --pvn-weight 0.005 --batch-size 256
+  --feedforward 4 --activation elu --norm post --init normal
+  --hidden-dropout 0.3 --attention-dropout 0 --loss bpr --pvn-weight 0.005
+  --batch-size 256
 
 Defaults without --data; what is given wins over them:
 """,
