@@ -178,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     shown = shlex.join(["python", "benchmarks/search.py", *(arguments if arguments is not None else sys.argv[1:])])
     results: dict[str, Any] = {
         "kind": KIND,
-        "device": device_name("cpu"),
+        "device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)",
         "versions": versions("optuna"),
         "commit": commit(),
         "command": shown,

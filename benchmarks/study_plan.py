@@ -3,7 +3,7 @@
 import shlex
 from typing import Any, NamedTuple
 
-GROUPS = ("core", "depth", "recipe", "why", "stosa", "losses")
+GROUPS = ("core", "depth", "recipe", "why", "searched", "stosa", "losses")
 SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
 EQUAL = "higher-order weights all equal"  # a control
@@ -74,7 +74,7 @@ def reading(dataset: str) -> list[str]:
 
 
 def plan() -> list[Cell]:
-    return [*core(), *depth(), *recipe(), *why(), *stosa(), *losses()]
+    return [*core(), *depth(), *recipe(), *why(), *searched(), *stosa(), *losses()]
 
 
 def core() -> list[Cell]:
@@ -125,6 +125,17 @@ def why() -> list[Cell]:
     for name, options in (("default", ""), ("gate learned from 0", changes["gate learned from 0"])):
         cells.append(Cell("why", "wikipedia", "additive", 1, name, options, tables="content", seeds=LOOK))
     return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20", seeds=LOOK)]
+
+
+def searched() -> list[Cell]:
+    """Settings that searches of equal length chose on validation events with seed 0 (`search.py`), with more seeds."""
+    plain = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
+    refined = "--hidden-dropout 0.1 --attention-dropout 0.1 --learning-rate 0.00249 --batch-size 64 --temperature 0.1"
+    refined += " --rank 8 --table-std 0.292 --correlation-norm"
+    return [
+        Cell("searched", "wikipedia", "none", 1, "searched", plain),
+        Cell("searched", "wikipedia", "value", 2, "searched", refined, tables="content"),
+    ]
 
 
 def stosa() -> list[Cell]:

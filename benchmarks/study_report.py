@@ -39,6 +39,7 @@ QUESTIONS = {
     "depth": "Depth: refined layers beside more plain ones",
     "control": "Control: learned higher-order weights beside equal ones, which add the mean of the history and refine nothing",
     "why": "What decides: tables, gates, rates",
+    "searched": "Each at the settings that a search of equal length chose for it",
     "stosa": "Between Gaussians (STOSA)",
     "losses": "Other losses",
 }
@@ -108,13 +109,17 @@ def gather(results: Results) -> list[Found]:
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
     variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "control" to
-    itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change."""
+    itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched"
+    what one search chose to what the other did."""
     found = []
     for refined in cells:
         c = refined.cell
         like = (c.dataset, c.backbone, c.loss)
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
         if c.refinement == "none" and c.group != "recipe":
+            continue
+        if c.group == "searched":  # each has the layers that its search chose
+            found += [(c.group, refined, base) for base in plain if base.cell.group == c.group]
             continue
         level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
         found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]

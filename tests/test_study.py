@@ -157,6 +157,19 @@ def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: lis
     assert one.p >= one.p_raw
 
 
+def test_searches_are_held_to_each_other_and_learning_to_its_control(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path
+) -> None:
+    chosen = [Cell("searched", "lastfm", *each, variant="searched") for each in (("none", 2), ("value", 1))]
+    control = Cell("why", "lastfm", "additive", 1, study_plan.EQUAL, "--table-std 0")
+    cells += [*chosen, control]
+    study.main(arguments(tmp_path, "--seeds", "2"))
+    compared = {gain.question: gain for gain in study_report.gains(study_report.gather(Results(out)))}
+    assert [compared["searched"].found.cell, compared["searched"].base.cell] == chosen[::-1]
+    assert compared["control"].base.cell == control and compared["control"].found.cell == cells[1]
+    assert compared["why"].found.cell == control and compared["why"].base.cell == cells[0]
+
+
 def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "4"))
     assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
