@@ -43,7 +43,7 @@ QUESTIONS = {
     "stosa": "Between Gaussians (STOSA)",
     "losses": "Other losses",
 }
-APART = ("depth", "control")  # held to something else than plain attention of as many layers
+APART = ("depth", "control", "searched")  # held to something else than plain attention of as many layers
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
     variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "control" to
     itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched"
-    what one search chose to what the other did."""
+    what one search chose to what the other did, and to all other plain cells."""
     found = []
     for refined in cells:
         c = refined.cell
@@ -118,8 +118,9 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
         if c.refinement == "none" and c.group != "recipe":
             continue
-        if c.group == "searched":  # each has the layers that its search chose
-            found += [(c.group, refined, base) for base in plain if base.cell.group == c.group]
+        if c.group == "searched":  # of whatever layers: each has those that its search chose
+            of = [o for o in plain if o.cell.group in ("searched", "core")]
+            found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.group != c.group)]
             continue
         level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
         found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
