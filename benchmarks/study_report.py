@@ -24,7 +24,7 @@ from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
 from awrsr.files import atomic  # noqa: E402
 from awrsr.ranking import metric  # noqa: E402
 from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
-from benchmarks.study_plan import EQUAL, GROUPS, Cell, plan  # noqa: E402
+from benchmarks.study_plan import EQUAL, Cell, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -285,7 +285,8 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
     if not of:
         return None
     heights = [sum(g.found.cell.dataset == name for g in of) for name in datasets]
-    figure = Figure(figsize=(7.5, 0.9 + 0.34 * sum(heights) + 0.5 * len(datasets)), layout="constrained")
+    height = 0.9 + (0.42 if group in APART else 0.34) * sum(heights) + 0.5 * len(datasets)
+    figure = Figure(figsize=(7.5, height), layout="constrained")
     axes = figure.subplots(len(datasets), 1, squeeze=False, height_ratios=[h + 1 for h in heights])[:, 0]
     for axis, name in zip(axes, datasets, strict=True):
         rows = [g for g in of if g.found.cell.dataset == name][::-1]
@@ -296,14 +297,17 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
             axis.plot([100 * g.relative], [y], "o", color=color, markersize=6)
         names = [f"{label(g.found.cell)}, {layers_text(g.found.cell.layers)}" for g in rows]
         if group in APART:
-            names = [f"{name}, over {label(g.base.cell)}, {g.base.cell.layers}" for name, g in zip(names, rows, strict=True)]
+            over = [f"over {label(g.base.cell)}, {layers_text(g.base.cell.layers)}" for g in rows]
+            names = [f"{name}\n{beside}" for name, beside in zip(names, over, strict=True)]
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.axvline(0, color="#333333", linewidth=0.8)
-        axis.set_title(f"{name}: plain {' and '.join(sorted({f'{g.base.mean():.4f}' for g in rows}))}", fontsize=9, loc="left")
+        beside = sorted({f"{g.base.mean():.4f}" for g in rows})
+        axis.set_title(name if group in APART else f"{name}: plain {' and '.join(beside)}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    axes[-1].set_xlabel("gain in test NDCG@10 over plain attention, %, and 95 % interval over users and seeds", fontsize=8)
+    to = "" if group in APART else " over plain attention"
+    figure.supxlabel(f"gain in test NDCG@10{to}, %, and 95 % interval over users and seeds", fontsize=8)
     return figure
 
 
@@ -325,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     page = markdown(results, cells, compared)
     with atomic(options.out / "study.md") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for group in GROUPS:
+    for group in QUESTIONS:
         figure = forest(compared, group)
         if figure is not None:
             with atomic(options.out / f"study_{group}.png") as temporary:
