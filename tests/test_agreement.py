@@ -50,7 +50,8 @@ def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, 
 def test_short_histories_beside_long_ones(
     engine: str, kind: Kind, choose: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything."""
+    """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything. Additive in
+    every layout, other refinements in two each: interpreted kernels are slow."""
     backend, went = choose(engine), collections.Counter[str]()
     import awrsr_kernels._triton as kernels
 
@@ -66,6 +67,8 @@ def test_short_histories_beside_long_ones(
             (1, "shared", True, True, "right"),
         ]
     ):
+        if DEVICE == "cpu" and kind.refinement != "additive" and (seed - KINDS.index(kind)) % 5 > 1:
+            continue
         dtype, dropout_p = (torch.float16 if seed == 1 else torch.float32), 0.3 * (seed < 3)
         problem = Problem(
             2, kv_heads, lengths=[20, 3, 16, 0, 5, 17, 1], padded=padded, ragged=True, extra_rows=3, widths=(16, 8, 20),
