@@ -3,7 +3,7 @@
 import shlex
 from typing import Any, NamedTuple
 
-GROUPS = ("core", "depth", "recipe", "why", "searched", "stosa", "losses")
+GROUPS = ("core", "depth", "recipe", "why", "searched", "ablation", "stosa", "losses")
 SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
 EQUAL = "higher-order weights all equal"  # a control
@@ -22,6 +22,10 @@ BASE = {
 STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5 --init normal"
 # One negative overfits without
 BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosine --epochs 120 --patience 30"
+# Of the searches
+SEARCHED_PLAIN = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
+SHARED = "--hidden-dropout 0.1 --attention-dropout 0.1 --learning-rate 0.00249 --batch-size 64 --temperature 0.1"
+SEARCHED = f"{SHARED} --rank 8 --table-std 0.292 --correlation-norm"
 
 
 class Cell(NamedTuple):
@@ -74,7 +78,7 @@ def reading(dataset: str) -> list[str]:
 
 
 def plan() -> list[Cell]:
-    return [*core(), *depth(), *recipe(), *why(), *searched(), *stosa(), *losses()]
+    return [*core(), *depth(), *recipe(), *why(), *searched(), *ablation(), *stosa(), *losses()]
 
 
 def core() -> list[Cell]:
@@ -129,14 +133,18 @@ def why() -> list[Cell]:
 
 def searched() -> list[Cell]:
     """Settings that searches of equal length chose on validation events with seed 0 (`search.py`), with more seeds."""
-    plain = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
-    shared = "--hidden-dropout 0.1 --attention-dropout 0.1 --learning-rate 0.00249 --batch-size 64 --temperature 0.1"
-    refined = f"{shared} --rank 8 --table-std 0.292 --correlation-norm"
-    return [
-        Cell("searched", "wikipedia", "none", 1, "searched", plain),
-        Cell("searched", "wikipedia", "none", 2, "with the settings of the refined", shared),
-        Cell("searched", "wikipedia", "value", 2, "searched", refined, tables="content"),
-    ]
+    cells = [Cell("searched", "wikipedia", "none", 1, "searched", SEARCHED_PLAIN)]
+    cells += [Cell("searched", "wikipedia", "none", layers, "with the settings of the refined", SHARED) for layers in (1, 2, 3)]
+    return [*cells, Cell("searched", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")]
+
+
+def ablation() -> list[Cell]:
+    """What the search chose for refined attention, with one thing changed at a time."""
+    found = Cell("ablation", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")
+    changed = [("searched without norm", "--no-correlation-norm"), ("searched without cosines", "--temperature 0")]
+    cells = [found._replace(variant=f"searched with {EQUAL}", options=f"{SEARCHED} --table-std 0")]
+    cells += [found._replace(variant=variant, options=f"{SEARCHED} {options}") for variant, options in changed]
+    return [*cells, found._replace(tables="position"), *(found._replace(refinement=r) for r in ("simple", "additive"))]
 
 
 def stosa() -> list[Cell]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 METRIC = "NDCG@10"
 RESAMPLES = 2000
+FLIPS = 10000  # of signs: p is 1 / FLIPS at least, which the correction multiplies by the number of comparisons
 LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
 POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
 QUESTIONS = {
@@ -40,10 +41,11 @@ QUESTIONS = {
     "control": "Control: learned higher-order weights beside equal ones, which add the mean of the history and refine nothing",
     "why": "What decides: tables, gates, rates",
     "searched": "Each at the settings that a search of equal length chose for it",
+    "ablation": "What of these settings decides: the refined model beside itself with one of them changed",
     "stosa": "Between Gaussians (STOSA)",
     "losses": "Other losses",
 }
-APART = ("depth", "control", "searched")  # held to something else than plain attention of as many layers
+APART = ("depth", "control", "searched", "ablation")  # held to something else than plain attention of as many layers
 
 
 @dataclass(frozen=True)
@@ -110,17 +112,18 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
     variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "control" to
     itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched"
-    what one search chose to what the other did, and to all other plain cells."""
+    what one search chose to what the other did, and to all other plain cells; in "ablation" that to itself with a change."""
     found = []
     for refined in cells:
         c = refined.cell
         like = (c.dataset, c.backbone, c.loss)
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
-        if c.refinement == "none" and c.group != "recipe":
+        if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose
             of = [o for o in plain if o.cell.group in ("searched", "core")]
             found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.group != c.group)]
+            found += [("ablation", refined, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
             continue
         level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
         found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
@@ -140,7 +143,7 @@ def contrast(question: str, found: Found, base: Found, rng: np.random.Generator)
     for each, sign in ((found, 1), (base, -1)):
         draws = draws + sign * significance.seed_deviations(each.values.mean(0)[:, None], RESAMPLES, rng)
     low, high = significance.interval(draws)
-    p = max(float(significance.t_test(paired)[0]), float(significance.sign_flip_test(paired, RESAMPLES, rng)[0]))
+    p = max(float(significance.t_test(paired)[0]), float(significance.sign_flip_test(paired, FLIPS, rng)[0]))
     return Gain(question, found, base, float(paired.mean()), float(low[0]), float(high[0]), p)
 
 
