@@ -29,11 +29,22 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # (B + 1,)
     max_seqlen: int
 
+    def places(self, x: Tensor, size: int) -> Tensor:
+        """(T,) places of the rows of x in windows of `size` that end with their history."""
+        ends = self.cu_seqlens[1:].repeat_interleave(self.cu_seqlens.diff(), output_size=len(x))
+        return torch.arange(size, size + len(x), device=x.device) - ends
+
 
 class Padded(NamedTuple):
     """Histories in a window each, x is (B, L, E), padding on the left."""
 
     lengths: Tensor  # (B,)
+
+    def places(self, x: Tensor, size: int) -> Tensor:
+        """(L,) places of the columns of x in a window of `size`."""
+        if x.shape[1] > size:
+            raise ValueError(f"items are {x.shape[1]} events wide, must be at most max_len={size}: cut histories to their ends")
+        return torch.arange(size - x.shape[1], size, device=x.device)
 
 
 class RefinedAttention(nn.Module):
@@ -78,7 +89,7 @@ class RefinedAttention(nn.Module):
         else:
             shape = (heads, max_len, rank) if per_head else (max_len, rank)
             for name in self.table_names:
-                setattr(self, name, nn.Parameter(torch.randn(shape) * table_std))
+                setattr(self, name, nn.Parameter(table_start(table_init, shape) * table_std))
             if table_init == "shifted":
                 self.shift_keys()
 
@@ -143,8 +154,7 @@ class RefinedAttention(nn.Module):
         tables = {name: getattr(self, name) for name in self.table_names}
         if isinstance(where, Packed):
             return {name: w if w.dim() == 2 else w[None] for name, w in tables.items()}  # (H, N, R) might pass for content
-        size = tables["w_q"].shape[-2]
-        last = torch.arange(size - x.shape[1], size, device=x.device)  # a slice would tie an exported program to one window
+        last = where.places(x, tables["w_q"].shape[-2])  # a slice would tie an exported program to one window
         return {name: w.index_select(-2, last) for name, w in tables.items()}
 
 
@@ -186,13 +196,8 @@ class NormedAttention(RefinedAttention):
         """W_q and W_k as a row per event and head, each (..., H, R)."""
         if self.to_tables is not None:
             return list((x @ self.to_tables).unflatten(-1, (len(self.table_names), self.heads, -1)).unbind(-3))
-        size = getattr(self, self.table_names[0]).shape[-2]
-        if isinstance(where, Packed):
-            ends = where.cu_seqlens[1:].repeat_interleave(where.cu_seqlens.diff(), output_size=len(x))
-            place = torch.arange(size, size + len(x), device=x.device) - ends
-        else:
-            place = torch.arange(size - x.shape[1], size, device=x.device).expand(x.shape[:2])
-        tables = (getattr(self, name) for name in self.table_names)
+        tables = [getattr(self, name) for name in self.table_names]
+        place = where.places(x, tables[0].shape[-2]).expand(x.shape[:-1])
         each = [w if w.dim() == 3 else w.expand(self.heads, -1, -1) for w in tables]
         return [w.transpose(0, 1)[place] for w in each]
 
@@ -267,6 +272,18 @@ class StochasticAttention(RefinedAttention):
 def positive(x: Tensor) -> Tensor:
     """ELU(x) + 1, what STOSA makes covariances of; below 0 it is exp(x), which keeps the digits that (exp(x) - 1) + 1 loses."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
+
+
+def table_start(how: str, shape: tuple[int, ...]) -> Tensor:
+    """Position tables (..., N, R) to begin with, whose entries' mean square is 1."""
+    size, rank = shape[-2:]
+    if how == "identity":
+        return (torch.eye(rank)[torch.arange(size - 1, -1, -1) % rank] * rank**0.5).expand(shape).clone()
+    drawn = torch.randn(shape)
+    if how == "orthogonal":
+        for table in drawn.view(-1, size, rank):
+            nn.init.orthogonal_(table, max(size, rank) ** 0.5)
+    return drawn
 
 
 def match(qkv: nn.Linear) -> None:

@@ -43,9 +43,10 @@ class AWRSRConfig:
     table_std: float = option(1.0, "standard deviation of the tables at the start", least=0)
     table_init: str = option(
         "normal",
-        "position tables at the start: normal, all drawn; shifted, w_k is w_q moved on by one position, so that events attend to "
-        "what followed the events they would attend to",
-        choices=("normal", "shifted"),
+        "position tables at the start: normal, all drawn; orthogonal, with orthogonal columns; identity, a column per position, or "
+        "per few positions where rank is less than max_len, so that events attend to events that attend alike; shifted, w_k is w_q "
+        "moved on by one position, so that events attend to what followed the events they would attend to",
+        choices=("normal", "orthogonal", "identity", "shifted"),
     )
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     correlation_norm: bool = option(

@@ -52,32 +52,23 @@ class AWRSR(Recommender):
             raise ValueError(
                 f"max_seqlen is {max_seqlen}, must be at most max_len={self.config.max_len}: cut histories to their ends"
             )
-        ends = cu_seqlens[1:].repeat_interleave(cu_seqlens.diff(), output_size=len(items))
-        position = torch.arange(len(items), device=items.device) - ends + self.config.max_len
-        return self.encode(items, position, Packed(cu_seqlens, max_seqlen))
+        return self.encode(items, Packed(cu_seqlens, max_seqlen))
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, S). lengths: (B,) in 0..L."""
-        return self.encode(items, self.window(items), Padded(lengths))
+        return self.encode(items, Padded(lengths))
 
-    def window(self, items: Tensor) -> Tensor:
-        """(L,) positions of the columns of a padded batch."""
-        size, most = items.shape[1], self.config.max_len
-        if size > most:
-            raise ValueError(f"items are {size} events wide, must be at most max_len={most}: cut histories to their ends")
-        return torch.arange(size, device=items.device) + most - size
-
-    def encode(self, items: Tensor, position: Tensor, where: Packed | Padded) -> Tensor:
-        x = self.embed(items, position)
+    def encode(self, items: Tensor, where: Packed | Padded) -> Tensor:
+        x = self.embed(items, where)
         for block in self.blocks:
             x = block(x, where)
         rows = self.parts.rows(self.norm(x) if self.config.norm == "pre" else x)
         temperature = self.config.temperature
         return F.normalize(rows, dim=-1) / temperature if temperature else rows
 
-    def embed(self, items: Tensor, position: Tensor) -> Tensor:
+    def embed(self, items: Tensor, where: Packed | Padded) -> Tensor:
         """(...) -> (..., F)."""
-        x = (self.items(items) + self.positions(position)) * self.config.hidden**0.5
+        x = (self.items(items) + self.positions(where.places(items, self.config.max_len))) * self.config.hidden**0.5
         return self.dropout(x if self.config.norm == "pre" else self.norm(x))
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
@@ -94,7 +85,8 @@ class AWRSR(Recommender):
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
-        x, where, weights = self.embed(items, self.window(items)), Padded(lengths), []
+        where, weights = Padded(lengths), []
+        x = self.embed(items, where)
         for block in self.blocks:
             weights.append(block.attention.weights(block.before_attention(x), where))
             x = block(x, where)

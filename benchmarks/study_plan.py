@@ -118,6 +118,8 @@ def why() -> list[Cell]:
         "rank 8": "--rank 8",
         "one table for all heads": "--no-per-head",
         "tables learn 3 times as fast": "--table-rate 3",
+        "orthogonal tables": "--table-init orthogonal",
+        "identity tables": "--table-init identity",
         "shifted tables": "--table-init shifted --table-std 0.5 --refine-scale 2.8",
         "sharp": "--refine-scale 1",
         "normed correlation space": "--correlation-norm",

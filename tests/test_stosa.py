@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from awrsr.attention import Padded
 from awrsr.distance import distance_columns, distance_rows, gaussian_points, rows_of_columns
 
 from .small import ITEMS, KINDS, PUBLISHED, WINDOW, make_model
@@ -106,7 +107,7 @@ def test_gaussians_attend_by_distance(kind: Kind) -> None:
     model, (history,) = make_model(**kind, norm="post").double(), mixed([6])
     first, refined = model.attention_maps(history)[0]
     items, attention = torch.tensor([history]), model.blocks[0].attention
-    mean, cov = model.blocks[0].before_attention(model.embed(items, model.window(items)))[0].chunk(2, -1)
+    mean, cov = model.blocks[0].before_attention(model.embed(items, Padded(torch.tensor([6]))))[0].chunk(2, -1)
     q_mean, k_mean, _ = attention.mean_qkv(mean).view(6, 3, 2, 4).permute(1, 2, 0, 3)
     q_cov, k_cov, _ = (F.elu(attention.cov_qkv(cov)) + 1).view(6, 3, 2, 4).permute(1, 2, 0, 3)
     distance = squared_distance((q_mean[:, :, None], q_cov[:, :, None]), (k_mean[:, None], k_cov[:, None]))
