@@ -21,6 +21,7 @@ from awrsr_kernels.gaussian import points
 __all__ = ["NormedAttention", "Packed", "Padded", "RefinedAttention", "StochasticAttention", "points", "positive"]
 
 TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")
+WIDEST = 256  # features of values that the operator takes in one call
 
 
 class Packed(NamedTuple):
@@ -161,8 +162,8 @@ class RefinedAttention(nn.Module):
 class NormedAttention(RefinedAttention):
     """The same with a layer norm in the correlation space: R compares directions of Q_A and K_A, scaled by learned factors.
 
-    The operator has no such norm, so this is a composition of plain attention calls, three or four instead of one: for asking
-    whether a norm would help, not for speed. Weights and their dropout are as there.
+    The operator has no such norm, so this is a composition of plain attention: one call that gives P times the tables (and times
+    the values, where nothing of that is dropped), and one for R. Weights and their dropout are as in the operator.
     """
 
     def __init__(self, hidden: int, heads: int, *, rank: int, **options: Any) -> None:
@@ -172,17 +173,21 @@ class NormedAttention(RefinedAttention):
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         q, k, v = self.split(self.qkv(x))
-        w_q, w_k = self.rows(x, where)
-        q_a = self.query_norm(self.plain(q, k, w_q, where))
-        k_a = self.key_norm(self.plain(q, k, w_k, where))
         dropping: dict[str, Any] = {"dropout_p": self.dropout if self.training else 0.0}
-        if self.refinement == "value":
-            v = self.plain(q, k, v, where)
-        if self.refinement == "additive":  # one mask for P and R
+        drops = self.refinement == "additive" and dropping["dropout_p"] > 0
+        if drops:  # one mask for P and R
             dropping["dropout_seed"] = torch.randint(1 << 62, (), device=x.device)
+        values = [*self.rows(x, where), *([] if self.refinement == "simple" or drops else [v])]
+        parts = torch.cat(values, -1).split(WIDEST, -1)
+        joined = torch.cat([self.plain(q, k, part, where) for part in parts], -1)
+        q_a, k_a, *attended = joined.split([value.shape[-1] for value in values], -1)
+        if self.refinement == "value":
+            (v,) = attended
+        q_a, k_a = self.query_norm(q_a), self.key_norm(k_a)
         out = self.plain(q_a, k_a, v, where, softmax_scale=self.refine_scale, **dropping)
         if self.refinement == "additive":
-            out = self.plain(q, k, v, where, **dropping) + out * torch.as_tensor(self.gate, device=x.device)[..., None]
+            first = self.plain(q, k, v, where, **dropping) if drops else attended[0]
+            out = first + out * torch.as_tensor(self.gate, device=x.device)[..., None]
         return self.out(out.flatten(-2))
 
     def plain(self, q: Tensor, k: Tensor, v: Tensor, where: Packed | Padded, **options: Any) -> Tensor:
