@@ -99,6 +99,8 @@ def recipe() -> list[Cell]:
     tried = (averaged, ("4096 negatives", "--negatives 4096"))
     cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in tried]
     cells += [Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in (averaged, normal)]
+    wide = ("128 wide", "--hidden 128 --negatives 2048 --schedule cosine --patience 8")
+    cells += [Cell("recipe", "beauty", kind, 1, *wide) for kind in ("none", "additive")]
     for dataset, kinds in (("beauty", ("none", "additive")), ("lastfm", ("none", "simple", "value", "additive"))):
         cells += [Cell("recipe", dataset, kind, layers, *normal, seeds=LOOK) for layers in (1, 2) for kind in kinds]
     return cells
