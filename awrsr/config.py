@@ -51,8 +51,8 @@ class AWRSRConfig:
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
     correlation_norm: bool = option(
         False,
-        "layer norm in the correlation space, on what the higher-order scores multiply; by a composition of plain attention calls, "
-        "which is slower",
+        "layer norm in the correlation space, on what the higher-order scores multiply; by calls of plain attention, two or three, "
+        "rather than one of the fused operator",
     )
     gate: float = option(1.0, "factor of the higher-order weights in additive", least=0)
     learned_gate: bool = option(False, "whether additive learns that factor for each head, beginning there")
