@@ -54,6 +54,7 @@ setup(
             "hypothesis",  # shapes and options nobody thought of
             "matplotlib",  # the benchmark's plots
             "tqdm",  # its progress bar
+            "filelock",  # one study at a time writes its results
             "optuna",  # the study's searches: a sampler that learns, journals that go on, importances
             "ruff",  # lint
             "mypy",  # types

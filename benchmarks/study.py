@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 if __package__ is None:  # run as a script
@@ -179,7 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
             done = [seed for seed in range(cell.seeds) if results.of(cell, seed)]
             print(f"{cell.group:8} {cell.name:64} {len(done)} of {cell.seeds} seeds")
         return 0
-    return run_all(missing, len(wanted), options, results)
+    try:
+        with FileLock(options.out / ".study.lock", timeout=0):
+            return run_all(missing, len(wanted), options, results)
+    except Timeout:
+        parser.error(f"out is {options.out}, where another study.py is at work: wait for it to end, --jobs gives it more processes")
 
 
 def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Namespace, results: Results) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from filelock import FileLock
 
 from awrsr.data.synthetic import make, write
 from benchmarks import study, study_plan, study_report
@@ -111,6 +112,15 @@ def test_a_budget_that_is_spent_begins_nothing(
 ) -> None:
     assert study.main(arguments(tmp_path, "--budget", "1e-9")) == 0 and not trained
     assert "0 of 20 runs are done, the same command goes on" in capsys.readouterr().out
+
+
+def test_two_studies_do_not_write_the_same_results(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(out / ".study.lock"), pytest.raises(SystemExit):
+        study.main(arguments(tmp_path))
+    assert "another study.py is at work" in capsys.readouterr().err and not trained
+    assert study.main(arguments(tmp_path, "--seeds", "1")) == 0 and trained
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(
