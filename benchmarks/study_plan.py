@@ -22,6 +22,8 @@ BASE = {
 STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5 --init normal"
 # One negative overfits without
 BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosine --epochs 120 --patience 30"
+# The best found by hand for additive on Beauty, by validation with seed 0
+WIDE = ("128 wide", "--hidden 128 --negatives 2048 --schedule cosine --patience 8")
 # Of the searches
 SEARCHED_PLAIN = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
 SHARED = "--hidden-dropout 0.1 --attention-dropout 0.1 --learning-rate 0.00249 --batch-size 64 --temperature 0.1"
@@ -99,8 +101,7 @@ def recipe() -> list[Cell]:
     tried = (averaged, ("4096 negatives", "--negatives 4096"))
     cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in tried]
     cells += [Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in (averaged, normal)]
-    wide = ("128 wide", "--hidden 128 --negatives 2048 --schedule cosine --patience 8")
-    cells += [Cell("recipe", "beauty", kind, 1, *wide) for kind in ("none", "additive")]
+    cells += [Cell("recipe", "beauty", kind, 1, *WIDE) for kind in ("none", "additive")]
     for dataset, kinds in (("beauty", ("none", "additive")), ("lastfm", ("none", "simple", "value", "additive"))):
         cells += [Cell("recipe", dataset, kind, layers, *normal, seeds=LOOK) for layers in (1, 2) for kind in kinds]
     return cells
@@ -128,11 +129,18 @@ def why() -> list[Cell]:
         "window 20": "--max-len 20",
     }
     everywhere = ("wikipedia", "lastfm", "synthetic", "beauty")
-    cells = [Cell("why", dataset, "additive", 1, EQUAL, "--table-std 0") for dataset in everywhere]
+    cells = [control(Cell("why", dataset, "additive", 1)) for dataset in everywhere]
+    cells.append(control(Cell("why", "beauty", "additive", 1, *WIDE)))
     cells += [Cell("why", "wikipedia", "additive", 1, variant, options, seeds=LOOK) for variant, options in changes.items()]
     for name, options in (("default", ""), ("gate learned from 0", changes["gate learned from 0"])):
         cells.append(Cell("why", "wikipedia", "additive", 1, name, options, tables="content", seeds=LOOK))
     return [*cells, Cell("why", "wikipedia", "none", 1, "window 20", "--max-len 20", seeds=LOOK)]
+
+
+def control(cell: Cell) -> Cell:
+    """The same with higher-order weights that are all equal."""
+    variant = EQUAL if cell.variant == "default" else f"{cell.variant} with {EQUAL}"
+    return cell._replace(variant=variant, options=f"{cell.options} --table-std 0".strip())
 
 
 def searched() -> list[Cell]:
@@ -146,7 +154,7 @@ def ablation() -> list[Cell]:
     """What the search chose for refined attention, with one thing changed at a time."""
     found = Cell("ablation", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")
     changed = [("searched without norm", "--no-correlation-norm"), ("searched without cosines", "--temperature 0")]
-    cells = [found._replace(variant=f"searched with {EQUAL}", options=f"{SEARCHED} --table-std 0")]
+    cells = [control(found)]
     cells += [found._replace(variant=variant, options=f"{SEARCHED} {options}") for variant, options in changed]
     return [*cells, found._replace(tables="position"), *(found._replace(refinement=r) for r in ("simple", "additive"))]
 

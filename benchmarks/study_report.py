@@ -24,7 +24,7 @@ from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
 from awrsr.files import atomic  # noqa: E402
 from awrsr.ranking import metric  # noqa: E402
 from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
-from benchmarks.study_plan import EQUAL, Cell, plan  # noqa: E402
+from benchmarks.study_plan import Cell, control, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -127,12 +127,12 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
             continue
         level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
         found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
+        if c.refinement == "additive":
+            found += [("control", refined, o) for o in cells if o.cell.key() == control(c).key()]
         if c.group == "core" and c.refinement == "additive":
             found += [
                 ("depth", refined, o) for o in plain if o.cell.variant == "default" and c.layers < o.cell.layers <= 2 * c.layers
             ]
-            equal = c._replace(group="why", variant=EQUAL).key()
-            found += [("control", refined, o) for o in cells if o.cell.key() == equal]
     return found
 
 
