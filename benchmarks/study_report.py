@@ -24,7 +24,7 @@ from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
 from awrsr.files import atomic  # noqa: E402
 from awrsr.ranking import metric  # noqa: E402
 from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
-from benchmarks.study_plan import Cell, control, plan  # noqa: E402
+from benchmarks.study_plan import EQUAL, Cell, control, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,8 +125,9 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
             found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.group != c.group)]
             found += [("ablation", refined, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
             continue
-        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in (c.variant, "default") and o is not refined]
-        found += [(c.group, refined, base) for base in sorted(level, key=lambda o: o.cell.variant != c.variant)[:1]]
+        variants = [c.variant, c.variant.removesuffix(f" with {EQUAL}"), "default"]  # the first of these that there is
+        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in variants and o is not refined]
+        found += [(c.group, refined, base) for base in sorted(level, key=lambda o: variants.index(o.cell.variant))[:1]]
         if c.refinement == "additive":
             found += [("control", refined, o) for o in cells if o.cell.key() == control(c).key()]
         if c.group == "core" and c.refinement == "additive":
