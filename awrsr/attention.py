@@ -16,12 +16,12 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
+from awrsr_kernels.checks import MAX_FEATURES
 from awrsr_kernels.gaussian import points
 
 __all__ = ["NormedAttention", "Packed", "Padded", "RefinedAttention", "StochasticAttention", "points", "positive"]
 
 TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")
-WIDEST = 256  # features of values that the operator takes in one call
 
 
 class Packed(NamedTuple):
@@ -178,7 +178,7 @@ class NormedAttention(RefinedAttention):
         if drops:  # one mask for P and R
             dropping["dropout_seed"] = torch.randint(1 << 62, (), device=x.device)
         values = [*self.rows(x, where), *([] if self.refinement == "simple" or drops else [v])]
-        parts = torch.cat(values, -1).split(WIDEST, -1)
+        parts = torch.cat(values, -1).split(MAX_FEATURES, -1)
         joined = torch.cat([self.plain(q, k, part, where) for part in parts], -1)
         q_a, k_a, *attended = joined.split([value.shape[-1] for value in values], -1)
         if self.refinement == "value":
