@@ -5,6 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Kinds of devices that autocast knows, found here because torch 2.11 cannot trace the question.
+AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
 
 def readable(x: Tensor) -> bool:
     """Whether the values of a tensor may be looked at for free."""
@@ -26,12 +29,12 @@ def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Arithmetic as the dtypes say; the arguments were cast already."""
-    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if device.type in AUTOCASTS else nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
     kind = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if not x.is_floating_point() or x.dtype == torch.float64 or kind not in AUTOCASTS:
         return x
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -1,5 +1,6 @@
 """What watches the kernels on a GPU while `every_kernel.py` runs them: compute-sanitizer, ncu, and what their output says."""
 
+import contextlib
 import csv
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 STOPPED = 124  # exit status of what ran past its limit
+GRACE = 5  # seconds that it then has to write what it found
 SCRIPT = [sys.executable, "benchmarks/every_kernel.py"]
 SMALL = [*SCRIPT, "--batch", "12", "--processors", "1"]  # so that sequences share tiles, and programs take several
 LARGE = [*SCRIPT, "--backbone", "dot", "--batch", "256", "--windows", "50", "512", "--dim", "64"]
@@ -40,13 +42,19 @@ def start(command: list[str], log: Path, **environment: str) -> "subprocess.Pope
 
 
 def finish(process: "subprocess.Popen[bytes]", seconds: float) -> int:
-    """Exit status; STOPPED if the group had to be ended."""
+    """Exit status; STOPPED if the group had to be ended: interrupted first, so that it can write what it has."""
     try:
         return process.wait(max(0.1, seconds))
     except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        pass
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return STOPPED
+    process.wait()
+    return STOPPED
 
 
 def run(command: list[str], log: Path, seconds: float, **environment: str) -> int:

@@ -19,7 +19,8 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ from benchmarks.gpu_checks import (
 from benchmarks.report import atomic
 
 TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
-FILES = ("test_contract", "test_meaning", "test_agreement", "test_decoding", "test_jagged", "test_pytorch", "test_roofline")
-SECONDS = {"tests and checks": 205, "tuner": 70, "profile": 45}
+FILES = """contract meaning agreement decoding jagged pytorch roofline
+    module model packed train recommender""".split()
+EAGER = ["textbook", "sdpa2", "sdpa2-split", "sdpa", "torch", "triton"]  # what compiles takes half a minute for each shape
 BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
-    "recsys": (90, ["--preset", "recsys", "--overhead"]),
-    "long": (55, ["--preset", "long"]),
+    "recsys": (90, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
+    "long": (55, ["--preset", "long", "--providers", *EAGER]),
     "refinements": (40, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
     "compiled": (30, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
     "stochastic": (
@@ -53,11 +55,12 @@ BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compile
         ["--backbone", "stochastic", "--shapes", "128,4,100,16", "512,2,50,32", "--refinement", "simple", "stochastic"],
     ),
 }
+STAGES = {"tests": 205, "tuner": 70} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 45}  # seconds
 TUNER = "awrsr_kernels.tune"
 
 
 def collect_tests() -> list[str]:
-    paths = [f"tests/{name}.py" for name in FILES]
+    paths = [f"tests/test_{name}.py" for name in FILES]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     tests = [line for line in found.stdout.splitlines() if "::" in line]
@@ -141,7 +144,8 @@ class Run:
         return started
 
     def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
-        stopped = sum(finish(process, end - time.monotonic()) == STOPPED for process in started)
+        with ThreadPoolExecutor(max(1, len(started))) as pool:  # all at once: each that runs late has its grace
+            stopped = list(pool.map(lambda process: finish(process, end - time.monotonic()), started)).count(STOPPED)
         found = outcomes(self.folder)
         lost = len(tests) - found["passed"] - len(found["failed"]) - len(found["skipped"])  # their process died or was stopped
         self.write("tests.json", found | {"collected": len(tests), "without_outcome": lost, "stopped_processes": stopped})
@@ -170,13 +174,13 @@ class Run:
         status, self.summary["kernels"] = profile_kernels(self.folder, seconds, self.processes)
         return status
 
-    def run_all(self, skip_tests: bool) -> None:
-        if not skip_tests:
-            self.stage("tests and checks", SECONDS["tests and checks"], self.tests_and_checks)
-        self.stage("tuner", SECONDS["tuner"], self.tuner)
-        for name, (seconds, _) in BENCHMARKS.items():
-            self.stage(name, seconds, functools.partial(self.benchmark, name))
-        self.stage("profile", SECONDS["profile"], self.profile)
+    def run_all(self, only: Sequence[str] = ()) -> None:
+        """The stages of these names, all if there are none, each in its turn."""
+        work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests_and_checks, "tuner": self.tuner}
+        work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS} | {"profile": self.profile}
+        for name in STAGES:
+            if not only or name in only:
+                self.stage(name, STAGES[name], work[name])
         with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
             archive.add(self.folder, arcname="logs")
 
@@ -191,8 +195,8 @@ class Run:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
-    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1), help="to compile and test in")
-    parser.add_argument("--skip-tests", action="store_true", help="no tests and no checks")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all")
     given = parser.parse_args()
     import torch
 
@@ -202,7 +206,7 @@ def main() -> int:
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
         stages = Run(given.out, Path(name), given.processes, about)
-        stages.run_all(given.skip_tests)
+        stages.run_all(given.only)
     return int(not stages.all_went_well())
 
 

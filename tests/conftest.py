@@ -4,6 +4,7 @@ import os
 
 import torch
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products are refused in deterministic mode
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
