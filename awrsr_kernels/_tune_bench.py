@@ -129,7 +129,6 @@ class Workload:
             self.index = self.index * (b - 1) // max(count - 1, 1)
         self.excerpt_dout = torch.zeros_like(self.dout)
         self.excerpt_dout[self.index] = self.dout[self.index]
-        self.exact, self.same = self._reference(torch.float64), self._reference(case.dtype)
 
     def forward(self, leaves: dict[str, Tensor], lengths: Tensor | None, backend: str) -> Tensor:
         tables = {"w_q": None, "w_k": None} if self.case.refinement == "none" else {}
@@ -137,6 +136,14 @@ class Workload:
             **leaves, **tables, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
             dropout_p=self.case.dropout_p, dropout_seed=self.seed, backend=backend,
         )  # fmt: skip
+
+    @functools.cached_property
+    def exact(self) -> dict[str, Tensor]:
+        return self._reference(torch.float64)
+
+    @functools.cached_property
+    def same(self) -> dict[str, Tensor]:
+        return self._reference(self.case.dtype)
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         lengths = None if self.lengths is None else self.lengths[self.index]
@@ -165,6 +172,14 @@ class Workload:
     def prepare_backward(self) -> Callable[[], Any]:
         out = self.forward(self.leaves, self.lengths, "triton")
         return lambda: _gradients(out, self.leaves, self.dout)
+
+
+def compile_one(case: Case, key: Key, config: Config) -> None:
+    """Leave what a configuration compiles to in Triton's cache on disk; what fails will fail where it is checked."""
+    with contextlib.suppress(Exception), forced({key: config}):
+        device = torch.device("cuda", torch.cuda.current_device())
+        Workload(case, device).prepare_backward()()
+        torch.cuda.synchronize(device)
 
 
 class DeviceLost(Exception):

@@ -68,8 +68,9 @@ def padded_tables(
         must = f"(L, R), (H, L, R) or (B, H, L, R) with B = {entries}, H = {heads}, L = {length}"
         refuse(names[0], _shape(w_q), must)
     per_entry = w_q.dim() == 4
-    while w_q.dim() < 4:
-        w_q, w_k = w_q.unsqueeze(0), w_k.unsqueeze(0)
+    if not per_entry:
+        form = *[1] * (4 - w_q.dim()), *w_q.shape
+        w_q, w_k = w_q.view(form), w_k.view(form)
     return w_q, w_k, per_entry
 
 

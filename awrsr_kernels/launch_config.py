@@ -107,7 +107,7 @@ def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) ->
     """What a call's class goes by: D, D_v and R. Between Gaussians D counts means and deviations, D_v both values, and in
     "additive", whose squares take the scores of both stages at once, D and R count together."""
     both = gaussian and refinement == "additive"
-    return d + r * both, d_v * (1 + gaussian), r
+    return d + r * int(both), d_v * (1 + int(gaussian)), r  # open sizes are not multiplied with truth values in torch 2.11
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:

@@ -3,7 +3,7 @@
 Each comes with a fake, which says what the results look like and computes nothing, and is therefore the same for any length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from .layout import Call, Inputs
 from .state import without_autocast
 
+PLAIN = (Tensor, torch.nn.Parameter)
 Attention = Callable[[Inputs, Call], tuple[Tensor, ...]]
 Forward = Callable[[Inputs, Call, bool], list[Tensor]]
 Backward = Callable[[list[Tensor], list[Tensor], Inputs, Call], list[Tensor]]
@@ -21,6 +22,14 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? w_q, Tensor? w_k, Tensor? gate,
 _CALL = "str refinement, bool causal, bool varlen, bool align_right, SymInt max_len, bool per_entry"
 _CALL += ", float softmax_scale, float refine_scale, float dropout_p, bool gaussian"
 _SIZE = len(Inputs._fields)
+
+
+def watched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody must see the operator: torch.compile, a dispatch mode, a subclass of Tensor. In eager mode nobody does,
+    and its implementation is called as it is, which takes a fraction of the dispatcher's time."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return not all(x is None or type(x) in PLAIN for x in tensors)
 
 
 def register(
@@ -56,11 +65,15 @@ def register(
     forward_op.register_fake(lambda *arguments: fake_forward(*split(arguments[:-1]), arguments[-1]))
     backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split(arguments)))
 
+    def forward_of(given: Inputs, call: Call, keep: bool) -> list[Tensor]:
+        found: list[Tensor] = forward_op(*given, *call, keep) if watched(given) else forward(given, call, keep)
+        return found
+
     class Operator(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
             *tensors, ctx.call = arguments
-            found, outputs = forward_op(*tensors, *ctx.call, True), 1 + ctx.call.gaussian
+            found, outputs = forward_of(Inputs(*tensors), ctx.call, True), 1 + ctx.call.gaussian
             first = 0 if reads_outputs and len(found) > outputs else outputs
             ctx.save_for_backward(*tensors, *found[first:])
             return tuple(found[:outputs])
@@ -71,7 +84,10 @@ def register(
             tensors = ctx.saved_tensors  # read once: a checkpoint gives them once
             given, saved = Inputs(*tensors[:_SIZE]), list(tensors[_SIZE:])
             with without_autocast(given.q.device):
-                found = iter(backward_op(list(douts), saved, *given, *ctx.call))
+                if watched(given) or watched(douts):
+                    found = iter(backward_op(list(douts), saved, *given, *ctx.call))
+                else:
+                    found = iter(backward(list(douts), saved, given, ctx.call))
             has_gradient = given._replace(bounds=None, seed=None)
             return *(None if x is None else next(found) for x in has_gradient), None
 
@@ -79,6 +95,6 @@ def register(
         if given.need_gradient():
             found: tuple[Tensor, ...] = Operator.apply(*given, call)
             return found
-        return tuple(forward_op(*given, *call, False))
+        return tuple(forward_of(given, call, False))
 
     return forward_op, backward_op, attention

@@ -29,12 +29,13 @@ def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Arithmetic as the dtypes say; the arguments were cast already."""
-    return torch.autocast(device.type, enabled=False) if device.type in AUTOCASTS else nullcontext()
+    casts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if casts else nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:
     """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
     kind = x.device.type
-    if not x.is_floating_point() or x.dtype == torch.float64 or kind not in AUTOCASTS:
+    if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return x.to(torch.get_autocast_dtype(kind))

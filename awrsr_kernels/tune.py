@@ -10,7 +10,9 @@ before it is timed, and the table's row stays unless one wins by more than 3 %. 
 import argparse
 import datetime
 import functools
+import itertools
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ._tune_bench import Bench, Case, DeviceLost
+from ._tune_bench import Bench, Case, DeviceLost, compile_one
 from ._tune_search import Instrument, Verdict, candidates, describe, search
 from .launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
 from .layout import REFINEMENTS
@@ -42,10 +44,12 @@ presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 
 kernels: short_* hold a whole head on chip (L up to 64), tiled_* take the rest. A kernel is timed within its pass, the forward or
 the backward.
 
-Most of the time goes into compiling, once per configuration: Triton keeps what it compiled, so a second run gets further in the
-same --seconds. Configurations are tried from the table's row outwards. Leave the GPU to the tuner while it runs. A file holds
-entries of several GPUs and versions of Triton; another GPU's are never used, and never overwritten.
+Most of the time goes into compiling, once per configuration, in several --processes: Triton keeps what it compiled, so a second
+run gets further in the same --seconds. Configurations are tried from the table's row outwards. Leave the GPU to the tuner while it
+runs. A file holds entries of several GPUs and versions of Triton; another GPU's are never used, and never overwritten.
 """
+
+AHEAD = 0.4  # share of the time after which no more is compiled ahead
 
 
 def preset(name: str) -> list[tuple[int, int, int, int]]:
@@ -179,6 +183,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=functools.partial(within, 0, 1), default=0.0, metavar="P", help="default 0")
     add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="default: all that the shapes reach")
     add("--seconds", type=seconds, default=600.0, metavar="S", help="to spend, about, over all kernels (default 600)")
+    cores = os.cpu_count() or 1
+    add("--processes", type=int, default=cores, metavar="N", help=f"to compile in before anything is timed (default {cores})")
     add("--out", type=Path, metavar="FILE", help=f"default {tuned_path()}")
     add("--list", action="store_true", help="print the table and what is tuned, and stop")
     return parser
@@ -189,6 +195,8 @@ def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         parser.error("argument --shapes: takes the place of --preset; leave one of them out")
     dtype = getattr(torch, options.dtype)
     shapes = options.shapes or [size for name in options.preset or ("recsys", "long") for size in preset(name)]
+    if options.processes < 1:
+        parser.error(f"argument --processes: was {options.processes}, must be at least 1")
     refinements = list(dict.fromkeys(options.refinement))
     cases = [Case(b, h, length, d, (rank or [d])[0], dtype) for b, h, length, d, *rank in dict.fromkeys(shapes)]
     return [case._replace(refinement=name, dropout_p=options.dropout) for case in cases for name in refinements]
@@ -207,6 +215,22 @@ def missing_gpu(cases: list[Case]) -> str | None:
     device = torch.device("cuda")
     reasons = ((case, unsupported_reason(device, case.dtype, case.features())) for case in cases)
     return next((f"{case} cannot run on the kernels: {reason}" for case, reason in reasons if reason), None)
+
+
+def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float) -> int:
+    """Compile candidates in several processes, for so long at most: of all kernels alike, the likeliest first. Returns how many."""
+    queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
+    work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
+    end, done = time.monotonic() + seconds, 0
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        waiting = [pool.apply_async(compile_one, each) for each in work]
+        for result in waiting:
+            try:
+                result.get(max(0.0, end - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                break
+            done += 1
+    return done
 
 
 def tune(
@@ -257,7 +281,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not grouped:
             parser.error(f"argument --kernel: was {' '.join(options.kernel)}, which none of the shapes reaches on this GPU")
         print(f"{names[0]}, torch {torch.__version__}, Triton {names[1]}; {len(cases)} shapes, {len(grouped)} kernels", flush=True)
-        verdicts = tune(grouped, device, Bench(device), path, names, options.seconds)
+        begin = time.monotonic()
+        if options.processes > 1:
+            done = compile_ahead(grouped, options.processes, AHEAD * options.seconds)
+            print(f"{done} candidates compiled ahead in {time.monotonic() - begin:.0f} s", flush=True)
+        verdicts = tune(grouped, device, Bench(device), path, names, options.seconds - (time.monotonic() - begin))
     except (ValueError, OSError, DeviceLost) as error:
         print(f"awrsr_kernels.tune: {error}", file=sys.stderr)  # verdicts that stood before it are in the file
         return 1

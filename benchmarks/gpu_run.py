@@ -56,7 +56,7 @@ BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compile
     ),
 }
 STAGES = {"tests": 205, "tuner": 70} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 45}  # seconds
-TUNER = "awrsr_kernels.tune"
+TUNER, TUNED = "awrsr_kernels.tune", ["--shapes", "512,2,50,32", "512,2,100,32", "512,2,200,32", "32,4,512,64"]
 
 
 def collect_tests() -> list[str]:
@@ -157,7 +157,8 @@ class Run:
         if importlib.util.find_spec(TUNER) is None:
             return f"not run: this version has no {TUNER}"
         made = self.folder / "tuned.json"
-        status = run([sys.executable, "-m", TUNER, "--out", str(made)], self.folder / "tuner.log", seconds)
+        command = [sys.executable, "-m", TUNER, "--out", str(made), "--seconds", f"{0.8 * seconds:.0f}", *TUNED]
+        status = run(command, self.folder / "tuner.log", seconds)
         if made.exists():
             shutil.copy(made, self.out / "tuned.json")
         return f"exit status {status}" + ("" if made.exists() else ", and it wrote no file")
@@ -165,7 +166,9 @@ class Run:
     def benchmark(self, name: str, seconds: float) -> str:
         script = [sys.executable, "benchmarks/attn_bench.py", "--device", "cuda", "--precompile", str(self.processes)]
         limits = ["--limit", str(seconds * 0.6), "--budget", "0.7", "--out", str(self.folder / name)]
-        status = run([*script, *BENCHMARKS[name][1], *limits], self.folder / f"{name}.log", seconds)
+        tuned = self.out / "tuned.json"  # what was found before is measured
+        environment = {"AWRSR_KERNELS_TUNED": str(tuned.resolve())} if tuned.exists() else {}
+        status = run([*script, *BENCHMARKS[name][1], *limits], self.folder / f"{name}.log", seconds, **environment)
         if (self.folder / name / "results.json").exists():
             shutil.copy(self.folder / name / "results.json", self.out / f"{name}.json")
         return f"exit status {status}"

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +56,7 @@ class Clock:
     time alone; the host's own time is kept beside it, and a call in eager mode takes about the larger of the two.
     """
 
-    LEAD = 8  # flushes of the cache, about 0.07 ms each on an H200
+    LEAD, FLUSH_MS = 8, 0.05  # flushes of the cache at the least, and what one takes at the least, on an H200
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -68,9 +69,10 @@ class Clock:
         event.record()
         return event
 
-    def timed(self, function: Callable[[], Any]) -> tuple[Any, Span]:
+    def timed(self, function: Callable[[], Any], expected_ms: float = 0.0) -> tuple[Any, Span]:
+        """The function's result and its span. expected_ms: how long the host was busy with it before, which the queue outlasts."""
         if self.cache is not None:
-            for _ in range(self.LEAD):
+            for _ in range(max(self.LEAD, math.ceil(1.5 * expected_ms / self.FLUSH_MS))):
                 self.cache.zero_()
         start, before = self.mark(), time.perf_counter()
         result = function()
@@ -94,19 +96,21 @@ def one_round(entrant: Entrant, clock: Clock, backward: bool) -> dict[str, tuple
 
     Every backward has a forward of its own before it, outside its span.
     """
+    busy = {p: max(entrant.host_samples[p][-3:], default=0.0) / len(entrant.batches) for p in PASSES}
     spans: dict[str, list[Span]] = {p: [] for p in PASSES}
     for batch in entrant.batches:
         batch = entrant.provider.view(batch)
         forward = functools.partial(entrant.provider.call, batch)
-        out, span = clock.timed(forward)
+        out, span = clock.timed(forward, busy["fwd"])
         spans["fwd"].append(span)
         if not backward:
             continue
-        grads, span = clock.timed(functools.partial(gradients, out, batch))
+        grads, span = clock.timed(functools.partial(gradients, out, batch), busy["bwd"])
         spans["bwd"].append(span)
         del out, grads
         if clock.cuda:  # measured by itself, as between fwd and bwd above lies a flush
-            grads, span = clock.timed(lambda forward=forward, batch=batch: gradients(forward(), batch))  # type: ignore[misc]
+            both = functools.partial(lambda forward, batch: gradients(forward(), batch), forward, batch)
+            grads, span = clock.timed(both, busy["fwd+bwd"])
             spans["fwd+bwd"].append(span)
             del grads
     if not clock.cuda:
@@ -121,8 +125,11 @@ def race(entrants: list[Entrant], clock: Clock, backward: bool, reps: int | None
     """
     repeats = []
     for entrant in entrants:
-        once = one_round(entrant, clock, backward)["fwd"][0]
-        repeats.append(1 if clock.cuda else max(1, round(SAMPLE_MS / max(once, 1e-3))))
+        once = one_round(entrant, clock, backward)
+        repeats.append(1 if clock.cuda else max(1, round(SAMPLE_MS / max(once["fwd"][0], 1e-3))))
+        if clock.cuda:  # so that the first sample knows how long a lead it needs
+            for p in PASSES:
+                entrant.host_samples[p].append(once[p][1])
     for i in turns(len(entrants), reps, budget_s):
         rounds = [one_round(entrants[i], clock, backward) for _ in range(repeats[i])]
         for p in PASSES:

@@ -155,7 +155,8 @@ def compute(problem: Problem, kind: Kind, tensors: dict[str, Tensor], backend: s
     if p.padded:
         args |= {"lengths": torch.tensor(p.lengths, device=DEVICE) if p.ragged else None, "padding_side": p.side}
     else:
-        args |= {"cu_seqlens": cumulative(p.lengths), "align": p.side}
+        longest = None if DEVICE == "cpu" else max(p.lengths + [1])  # a CPU reads it, and a GPU may not
+        args |= {"cu_seqlens": cumulative(p.lengths), "max_seqlen": longest, "align": p.side}
     outs = kind.call(**tensors, **args)
     douts = [torch.randn(out.shape, generator=random).to(dtype).to(out) for out in outs.values()]
     grads = torch.autograd.grad(list(outs.values()), list(tensors.values()), douts)

@@ -94,7 +94,7 @@ def test_a_stopped_process_leaves_no_child(tmp_path: Path) -> None:
 def test_a_whole_run_leaves_nine_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage in turn, two tests for real; what needs a GPU is played by what it would write."""
 
-    def played(command: list[str], log: Path, seconds: float) -> int:
+    def played(command: list[str], log: Path, seconds: float, **environment: str) -> int:
         if "--out" not in command:
             return 0
         made = Path(command[command.index("--out") + 1])

@@ -221,7 +221,7 @@ def dropout_mask(backend: str, layout: str, counts: list[int], seed: int) -> lis
     if layout == "packed":
         rows = [(b, i) for b, n in enumerate(counts) for i in range(n)]
         pick = lambda x: torch.stack([x[b, :, i] for b, i in rows])  # noqa: E731
-        out = refined_attention_varlen(pick(zero), pick(zero), pick(eye), None, None, cumulative(counts), **args)
+        out = refined_attention_varlen(pick(zero), pick(zero), pick(eye), None, None, cumulative(counts), window, **args)
         parts = [part.transpose(0, 1) for part in out.split(counts)]
     else:
         lengths = torch.tensor(counts, device=DEVICE)

@@ -22,6 +22,7 @@ TILED_FORWARD = Key("tiled_fwd", TILED, 64, 2)
 OTHER = Config(64, 64, 8, 1, 2)
 CASES = [Case(8, 2, 50, 32, 32, torch.bfloat16), Case(8, 2, 50, 64, 64, torch.bfloat16)]
 HERE = ("A GPU", "3.6.0")
+ALONE = ("--processes", "1")
 
 
 def entry(key: Key = FORWARD, config: Config = OTHER, gpu: str = HERE[0], triton: str = HERE[1]) -> dict:
@@ -300,7 +301,7 @@ def test_a_forced_configuration_is_launched_and_right(kernel: str, launches: lis
 def test_a_wrong_result_and_an_exception_are_refused(monkeypatch: pytest.MonkeyPatch, launches: list) -> None:
     key, config = TINY.keys(H100)[0], Config(16, 16, 4, 1, 2)
     bench = Bench(torch.device(DEVICE))
-    bench.workload(TINY)
+    assert bench.refusal(TINY, key, config) is None
     right = refined_attention
     monkeypatch.setattr(_tune_bench, "refined_attention", lambda *args, **more: right(*args, **more) * 1.001)
     found = bench.refusal(TINY, key, config)
@@ -365,6 +366,7 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, ca
         (["--shapes", "1,2,3,257"], "D and R up to 256"),
         (["--dropout", "1"], "must be a number in [0, 1)"),
         (["--seconds", "soon"], "was 'soon', must be a number"),
+        (["--processes", "0"], "was 0, must be at least 1"),
         (["--preset", "long", "--shapes", "1,1,1,1"], "leave one of them out"),
         (["--kernel", "short"], "invalid choice: 'short'"),
     ],
@@ -410,7 +412,7 @@ def test_a_run_from_options_to_file(pretended: Path, monkeypatch: pytest.MonkeyP
     bench = Fake(lambda case, config: 0.5 if config in winner.values() and config.num_warps > 4 else 1.0)
     monkeypatch.setattr(tune, "Bench", lambda device: bench)
     shapes = ["--shapes", "8,2,50,32", "8,2,50,64,16", "--refinement", "simple", "additive", "--kernel", "short_fwd", "short_bwd"]
-    assert tune.main(shapes) == 0
+    assert tune.main([*shapes, *ALONE]) == 0
     found = read_entries(pretended)
     assert found[:2] == old[1:]
     mine = tuned_entries(found, *HERE)
@@ -432,7 +434,7 @@ def test_a_broken_row_of_the_table_is_an_error(
 ) -> None:
     table = TABLE[FORWARD][0].config
     monkeypatch.setattr(tune, "Bench", lambda device: Fake(lambda *_: 1.0, lambda case, c: "WRONG" if c == table else None))
-    assert tune.main(["--shapes", "8,2,50,64", "--kernel", "short_fwd"]) == 1
+    assert tune.main(["--shapes", "8,2,50,64", "--kernel", "short_fwd", *ALONE]) == 1
     assert "please report it" in capsys.readouterr().err and len(read_entries(pretended)) == 1
 
 
@@ -444,11 +446,11 @@ def test_interrupted_it_keeps_what_it_found(pretended: Path, monkeypatch: pytest
             return super().refusal(case, key, config)
 
     monkeypatch.setattr(tune, "Bench", lambda device: Interrupted(lambda case, config: 0.5 if config == OTHER else 1.0))
-    assert tune.main(["--shapes", "8,2,50,64"]) == 130
+    assert tune.main(["--shapes", "8,2,50,64", *ALONE]) == 130
     assert tuned_entries(read_entries(pretended), *HERE) == {FORWARD: OTHER}
 
 
 def test_a_file_that_cannot_be_written_is_told_before_the_work(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretended.parent.write_text("a file where the folder should be", encoding="utf-8")
-    assert tune.main(["--shapes", "8,2,50,64"]) == 1
+    assert tune.main(["--shapes", "8,2,50,64", *ALONE]) == 1
     assert "awrsr_kernels.tune: " in capsys.readouterr().err

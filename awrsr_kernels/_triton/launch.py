@@ -4,24 +4,51 @@ B sequences, H query heads, H_kv key heads, N table rows, D, D_v, R features of 
 """
 
 import contextlib
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-import triton
+import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
 from ..dropout import quantise
-from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, is_short, key_of, shared_memory, table_features
+from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, table_features
+from ..launch_config import is_short as is_short_call
+from ..launch_config import key_of as key_of_call
+from ..launch_config import shared_memory as shared_memory_of
 from ..layout import Call, Inputs
 from ..tuned import tuned_for
 
 View = tuple[Tensor, int, int, int]
+Found = TypeVar("Found")
 
 # Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
 RUNTIME += ["drop_threshold", "capacity"]
+
+
+def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
+    """functools.cache, but for sizes that torch.compile leaves open: those have no hash."""
+    known = functools.lru_cache(1024)(function)
+
+    def call(*arguments: Any) -> Found:
+        try:
+            return known(*arguments)
+        except TypeError:
+            return function(*arguments)
+
+    return call
+
+
+is_short, key_of, shared_memory = remembered(is_short_call), remembered(key_of_call), remembered(shared_memory_of)
+
+
+@remembered
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -36,7 +63,8 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
     """Run a kernel on `device` under a configuration's warps and stages. Fused multiply-add is pinned: numerics depend on it."""
     if 0 in grid:
         return
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
 
 
@@ -62,6 +90,7 @@ class Problem:
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
+        self.reach: int | None = None
 
     def is_short(self) -> bool:
         return self.short_reach() == self.call.max_len
@@ -71,11 +100,14 @@ class Problem:
 
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
-        call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
-        reach = next((n for n in reversed(LENGTHS) if is_short(n, *call)), 0)
-        if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
-            return self.call.max_len
-        return reach if self.bounds is not None and self.group == 1 else 0
+        if self.reach is None:
+            call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+            reach = next((n for n in reversed(LENGTHS) if is_short(n, *call)), 0)
+            if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
+                self.reach = self.call.max_len
+            else:
+                self.reach = reach if self.bounds is not None and self.group == 1 else 0
+        return self.reach
 
     def least(self) -> int:
         """Items of the shortest sequence that the tiled kernels take."""
@@ -96,6 +128,7 @@ class Problem:
         """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
         return view_of(x, self.call.varlen if packed is None else packed)
 
+    @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
@@ -110,6 +143,7 @@ class Problem:
         call = self.call
         return call.softmax_scale * (1 + call.gaussian), call.refine_scale * (1 + (call.refinement == "stochastic"))
 
+    @functools.cached_property
     def sequences(self) -> dict[str, Any]:
         return {
             "bounds_ptr": self.bounds,
@@ -122,6 +156,7 @@ class Problem:
             "PER_ENTRY": self.call.per_entry,
         }
 
+    @functools.cached_property
     def dropout(self) -> dict[str, Any]:
         threshold, scale = quantise(self.call.dropout_p)
         return {"seed_ptr": self.seed, "drop_threshold": threshold, "drop_scale": scale}
@@ -139,9 +174,10 @@ class Problem:
             "refine_scale": self.scales()[1],
         }
 
+    @functools.cached_property
     def widths(self) -> dict[str, Any]:
         d, dv, r = self.q.shape[-1], self.v.shape[-1], self.rank
-        blocks = [max(16, triton.next_power_of_2(x)) for x in (d, dv, r)]
+        blocks = [max(16, 1 << (x - 1).bit_length()) for x in (d, dv, r)]
         return {
             "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
             "PRECISION": self.precision(),
@@ -166,13 +202,13 @@ class Problem:
         """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
         tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
         rows = block if self.bounds is None else max(block, self.rows)
-        widest = max(block * self.view(x)[1] + rows * self.view(x)[3] for x in tensors)
+        widest = max(block * entry + rows * row for _, entry, _, row in map(self.view, tensors))
         return tl.int64 if widest >= 2**31 else tl.int32
 
     def processors(self) -> int:
         if self.q.device.type != "cuda":
             return 1  # interpreted: few enough that every program has several sequences to walk over
-        return torch.cuda.get_device_properties(self.q.device).multi_processor_count
+        return processors(self.q.device)
 
     def row_numbers(self) -> Tensor:
         """Uninitialised, a number per head and row: (entries, H, rows)."""
@@ -209,15 +245,13 @@ class Problem:
         assert self.w_q is not None
         w = self.w_q
         total = partials.sum(1 if w.shape[1] > 1 else (1, 2)).view(2, 1, w.shape[1], *partials.shape[3:])
-        rows, window = w.shape[2], partials.shape[3]
-        kept = min(rows, window)
-        right = self.call.align_right and (self.call.varlen or self.bounds is not None)
-        new = w.new_empty if kept == rows else w.new_zeros
-        found = [new(w.shape, dtype=self.sum_dtype(w)) for _ in range(2)]
-        for gradient, part in zip(found, total, strict=True):
-            place, source = (gradient[:, :, rows - kept :], part[:, :, window - kept :]) if right else (gradient, part)
-            place[:, :, :kept].copy_(source[:, :, :kept])
-        return found
+        missing, dtype = w.shape[2] - partials.shape[3], self.sum_dtype(w)  # rows that no sequence reaches; below 0: of no use
+        if self.call.align_right and (self.call.varlen or self.bounds is not None):
+            total, pads = total[:, :, :, max(0, -missing) :], (0, 0, missing, 0)
+        else:
+            total, pads = total[:, :, :, : w.shape[2]], (0, 0, 0, missing)
+        parts = total.unbind()
+        return [F.pad(x, pads).to(dtype) if missing > 0 else x.to(dtype, copy=True) for x in parts]
 
     def results(self, inputs: list[Tensor], tables: list[Tensor], dgate: Tensor | None, dv_cov: Tensor | None) -> list[Tensor]:
         """Gradients in the order of the inputs that the call has: q, k, v, W_q, W_k, gate, v_cov; dgate comes per head."""
@@ -238,8 +272,9 @@ class Problem:
 
 def view_of(x: Tensor, packed: bool = False) -> View:
     """As `Problem.view`."""
-    entry = 0 if packed or x.shape[0] == 1 else x.stride(0)
-    return x, entry, 0 if x.shape[1] == 1 else x.stride(1), x.stride(2)
+    entries, heads, *_ = x.shape
+    entry, head, row, _ = x.stride()
+    return x, 0 if packed or entries == 1 else entry, 0 if heads == 1 else head, row
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -293,7 +293,7 @@ def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Te
         out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
         reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
-        **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
+        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
     return outs
 
@@ -322,7 +322,7 @@ def short_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor], f
         dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
-        **p.inputs(), **p.sequences(), **p.dropout(), **p.refinement(), **p.widths(),
+        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
     if p.w_q is not None and not p.call.per_entry:
         dw_q, dw_k = p.sum_tables(partials)

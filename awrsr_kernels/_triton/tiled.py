@@ -200,7 +200,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
     p, refinement = problem, problem.call.refinement
     dropped = refinement in ("none", "additive") or higher
-    arguments = p.sequences() | p.widths() | p.dropout() | {"batch": p.batch, "heads": p.heads, "least": p.least()}
+    arguments = p.sequences | p.widths | p.dropout | {"batch": p.batch, "heads": p.heads, "least": p.least()}
     if not dropped:
         arguments |= {"seed_ptr": None, "drop_scale": 1.0}
     arguments |= {"gate_ptr": p.gate if higher else None, "gate_stride": p.gate_stride()}
@@ -213,7 +213,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
         "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
     }
-    views = p.inputs()
+    views = dict(p.inputs)
     if not values:
         views["v_cov"] = None
     rest = buffers.get("higher_rest" if higher else "first_rest")
@@ -230,9 +230,10 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     return arguments | views | groups
 
 
-def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, needed: bool = True) -> dict[str, Any]:
-    """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none."""
-    there = stage(problem, buffers, higher != needed)
+def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool) -> dict[str, Any]:
+    """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none.
+    here: arguments of the stage itself."""
+    there = stage(problem, buffers, not higher) if needed else here
     found = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
     return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
@@ -251,7 +252,8 @@ def tiled_forward(problem: Problem) -> list[Tensor]:
         kept = "higher" if higher else "first"
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
-        arguments = stage(p, buffers, higher) | other_stage(p, buffers, higher, needed=ADDED and p.call.gaussian)
+        arguments = stage(p, buffers, higher)
+        arguments |= other_stage(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
         del arguments["other_gate_ptr"]  # 1 in stage 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,

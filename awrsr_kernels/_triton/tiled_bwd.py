@@ -320,7 +320,7 @@ class _Backward:
         """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
         arguments = stage(p, saved, higher)
-        arguments |= other_stage(p, saved, higher, needed=p.call.gaussian and p.call.refinement == "additive")
+        arguments |= other_stage(p, saved, higher, arguments, needed=p.call.gaussian and p.call.refinement == "additive")
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
