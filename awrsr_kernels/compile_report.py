@@ -6,7 +6,8 @@
 
 One row per kernel: registers, bytes spilled to local memory per thread, shared memory, tensor-core instructions, loads from and
 stores to device memory by width, and how many programs a processor holds. `budget_ok` says that it compiles, fits the chip, uses
-tensor cores where its products should, and spills no more than `spill_budget` grants. Exit status 1 if any row is not ok.
+tensor cores where its products should, spills no more than `spill_budget` grants, and reads no register that nothing has set. Exit
+status 1 if any row is not ok.
 
 A launch is replaced by Triton's own warm-up on tensors without memory, under a driver that claims the wanted GPU; so what compiles
 is what a real launch would compile, alignment of pointers included. Rows are kept in a cache by a hash of the kernels' sources.
@@ -213,7 +214,7 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
     found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
     found["shared_bytes"] = compiled.metadata.shared
     budget = spill_budget(case, kernel)
-    fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget
+    fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found.get("unset_registers")
     regime = kernel.split("_")[0]
     row: dict[str, Any] = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other"}
     row |= case._asdict() | {"config": config} | found
@@ -254,12 +255,35 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
 
     tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
     return {
+        "unset_registers": len(unset_registers(sass)),
         "registers": registers,
         "spill_bytes": stack,
         "tensor_core_instructions": tensor,
         "loads": widths("LDG"),
         "stores": widths("STG"),
     }
+
+
+def _uniform(text: str, wide: int) -> set[int]:
+    """Numbers of the uniform registers in an operand, each the first of `wide`."""
+    return {int(x) + more for x in re.findall(r"\bUR(\d+)\b", text) for more in range(wide)}
+
+
+def unset_registers(sass: str) -> list[str]:
+    """Instructions that read a uniform register which nothing above them writes: see `_triton/assembler.py` for who makes such."""
+    written, found = {-1}, []
+    for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;]+);", sass):
+        instruction = re.sub(r"^@!?U?P\w+\s+", "", line.strip())
+        name, _, rest = instruction.partition(" ")
+        into, *operands = rest.split(",")
+        wide = 4 if ".128" in name else 2 if ".64" in name else 1  # registers of an operand
+        if not re.match(r"U|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
+            into, operands, wide = "", [into, *operands], 1  # what it is named after is not uniform
+        for text in operands:
+            if "gdesc" not in text and not _uniform(text, wide) <= written:  # a descriptor names more registers than it reads
+                found.append(instruction)
+        written |= _uniform(into, 2 if ".WIDE" in name else wide)
+    return found
 
 
 def _amd(compiled: Any) -> dict[str, Any]:
@@ -331,6 +355,8 @@ def _line(row: dict[str, Any]) -> str:
     loads = " ".join(f"{size}:{count}" for size, count in row["loads"].items())
     text = f"{head}{row['kernel']:26}{tile:>12}{row['registers']:6}{row['spill_bytes']:7}{row['shared_bytes']:8}"
     text += f"{row['tensor_core_instructions']:5}{row['programs_per_processor']:4}  {loads}"
+    if row.get("unset_registers"):
+        return text + f"   MISASSEMBLED ({row['unset_registers']} reads of registers that nothing has set)"
     return text if row["budget_ok"] else text + f"   OVER BUDGET (spill {row['spill_budget']})"
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,7 @@ def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dic
         assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
         assert row["budget_ok"] and row["tensor_cores_expected"] == (row["kernel"] != "decode_step")
         assert row["tensor_cores_expected"] == (row["tensor_core_instructions"] > 0)
+        assert row["target"] == "gfx942" or row["unset_registers"] == 0
         assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
     found = {(row["kernel"], row["refinement"], row["gaussian"]) for row in sample if row["target"] == "sm_90"}
     tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
@@ -123,6 +125,63 @@ def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch,
     assert compile_report.main([]) == 1
     printed = capsys.readouterr().out
     assert "OVER BUDGET (spill 0)" in printed and "Failed: it does" in printed and "2 over their budget" in printed
+
+
+# What ptxas 12.8 made of a product's second step, once its operands lie at UR4: UR8 is set at the end of the loop alone
+MISASSEMBLED = """
+        /*0010*/                   USGXT.U32 UR4, UR5, 0xe ;      /* 0x0000 */
+        /*0020*/                   UMOV UR5, URZ ;
+        /*0030*/                   HGMMA.64x16x16.F32.BF16 R24, R32, gdesc[UR4].tnspB, RZ, !UPT ;
+        /*0040*/                   UIADD3 UR6, UP0, UR8, 0x20, URZ ;
+        /*0050*/                   UIADD3.X UR7, UR9, -0x3ffffff0, URZ, UP0, !UPT ;
+        /*0060*/                   IMAD.WIDE R2, R62, UR6, RZ ;
+        /*0070*/                   UIADD3.64 UR10, UR6, 0x20, URZ ;
+        /*0080*/              @!UP1 UIADD3 UR12, UR11, 0x1, URZ ;
+        /*0090*/                   UMOV UR8, UR4 ;
+        /*00a0*/                   UMOV UR9, UR5 ;
+"""
+
+
+def test_registers_that_nothing_has_set_are_found() -> None:
+    found = compile_report.unset_registers(MISASSEMBLED.replace("UR4, UR5, 0xe", "UR4, 0xe"))
+    assert [line.split(",")[0] for line in found] == ["UIADD3 UR6", "UIADD3.X UR7"]
+    assert compile_report.unset_registers(MISASSEMBLED.replace("UR8, 0x20", "UR4, 0x20").replace("UR9, -0x", "UR5, -0x"))[1:] == []
+
+
+def test_narrow_products_are_assembled_right() -> None:
+    """Where ptxas 12.8 went wrong: half precision, D_v of up to 32."""
+    code = """
+import os
+from awrsr_kernels.compile_report import Case, compile_case
+for refinement, width, gaussian in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
+    for length in (64, 0):
+        case = Case("sm_90", refinement, "bfloat16", False, length, width, gaussian=gaussian)
+        print(*(row["unset_registers"] for row in compile_case(case)))
+"""
+    done = run(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {"0"}
+
+
+@pytest.mark.parametrize(
+    "usual,newer,taken", [("12.8", "12.9", True), ("12.9", "13.4", False), ("12.8", "12.8", False), ("9.0", "13.0", True)]
+)
+def test_the_newer_assembler_is_taken_where_the_usual_one_errs(
+    usual: str, newer: str, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = pytest.importorskip("triton.knobs", reason="needs Triton")
+    from awrsr_kernels._triton.assembler import take_newer_assembler
+
+    tools = SimpleNamespace(
+        ptxas=SimpleNamespace(version=usual, path="usual"), ptxas_blackwell=SimpleNamespace(version=newer, path="newer")
+    )
+    monkeypatch.setattr(knobs, "nvidia", tools)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
+    assert take_newer_assembler() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
+    assert take_newer_assembler() == ("newer" if taken else None)
+    assert os.environ.get("TRITON_PTXAS_PATH") == ("newer" if taken else None)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")  # so that it is put back as it was
 
 
 def test_lengths_and_batches_compile_nothing_anew() -> None:

@@ -4,10 +4,13 @@ from torch import Tensor
 
 from ..layout import Call, Inputs
 from ..operators import register
+from .assembler import take_newer_assembler
 from .launch import Problem, with_rows
 from .short import short_backward, short_buffers, short_forward
 from .tiled import tiled_buffers, tiled_forward
 from .tiled_bwd import tiled_backward
+
+take_newer_assembler()
 
 
 def _forward(given: Inputs, call: Call, keep: bool) -> list[Tensor]:

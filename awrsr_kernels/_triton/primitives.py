@@ -81,12 +81,10 @@ def shared_seats(
     Returns their number, then per row: its sequence's first row in the tile and its length (0 if the row stays empty), seats in the
     inputs, and seats in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that counts.
     """
-    numbers = tl.arange(0, CANDIDATES)
-    candidate = sequence + numbers
+    candidate = sequence + tl.arange(0, CANDIDATES)
     start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
     length = tl.where((candidate < last) & (length <= reach), length, 0)
-    # Not tl.cumsum: Triton 3.6 scans fewer numbers than a warp has lanes wrongly
-    end = tl.sum(tl.where(numbers[None, :] <= numbers[:, None], length[None, :], 0), 1)
+    end = tl.cumsum(length, 0)
     fits = (end <= BLOCK) & (candidate < last)
     taken = tl.sum(fits.to(tl.int32), 0)
 
@@ -94,7 +92,7 @@ def shared_seats(
     passed = end[None, :] <= rows[:, None]  # [BLOCK, CANDIDATES]
     owner = tl.sum(passed.to(tl.int32), 1)  # empty sequences are passed, too
     first = tl.max(tl.where(passed, end[None, :], 0), 1)
-    mine = (owner[:, None] == numbers[None, :]) & fits[None, :]
+    mine = (owner[:, None] == tl.arange(0, CANDIDATES)[None, :]) & fits[None, :]
     length = tl.sum(tl.where(mine, length[None, :], 0), 1)
     local = rows - first
     if VARLEN:
