@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .plots import lines
+from .report import device_ms
 from .workloads import STOCHASTIC
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 SHOWN = ("simple", "stochastic")  # refinements that have a panel against L
 COLUMNS = (("row_us", "time, us per row and head"), ("row_kib", "peak memory, KiB per row and head"))
-MARKERS = {"fwd": "o", "bwd": "s", "step": "*", "decode_step": "*", "short_fwd": "o", "short_bwd": "s"} | {
+MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "X", "step": "*", "decode_step": "*", "short_fwd": "o", "short_bwd": "s"} | {
     "tiled_fwd 1": "^", "tiled_fwd 2": "v", "tiled_bwd_rows 1": "<", "tiled_bwd_rows 2": ">", "tiled_bwd_columns 1": "D",
     "tiled_bwd_columns 2": "d", "tiled_bwd_tables 1": "P",
 }  # fmt: skip
@@ -46,7 +47,7 @@ def operator(files: list[Row]) -> "Figure | None":
             if row["pass"] == "fwd+bwd" and not row["source"] and row["refinement"] in SHOWN and not row["dropout_p"]:
                 panel = panels.setdefault((results["device"], row["backbone"], row["refinement"], row["dtype"]), {})
                 rows = row["B"] * row["H"] * row["L"]
-                per_row = {"row_us": row["median_ms"] * 1e3 / rows, "row_kib": row["peak_mib"] * 1024 / rows}
+                per_row = {"row_us": device_ms(row) * 1e3 / rows, "row_kib": row["peak_mib"] * 1024 / rows}
                 other = panel.get((row["provider"], row["L"]))
                 if other is None or other["B"] < row["B"]:
                     panel[row["provider"], row["L"]] = row | per_row

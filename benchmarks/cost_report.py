@@ -101,7 +101,8 @@ def measured(files: list[Row]) -> list[Point]:
 
 def passes(results: Row) -> Iterator[Point]:
     for row in results["rows"]:
-        chosen = row["provider"] in OURS and row["layout"] in LAYOUTS and row["pass"] != "fwd+bwd"
+        alone = "graph_ms" in row if is_gpu(results["device"]) else row["pass"] != "fwd+bwd"  # a GPU has no graph of a backward alone
+        chosen = row["provider"] in OURS and row["layout"] in LAYOUTS and alone
         if not chosen or row["dtype"] != results["rates"]["matmul_dtype"] or "bytes" not in row:
             continue
         gaussian = row["backbone"] == STOCHASTIC
@@ -110,7 +111,7 @@ def passes(results: Row) -> Iterator[Point]:
         problem = f"{where} H {row['H']} L {row['L']} D {row['D']} R {row['R']}"
         call = f"`{row['provider']}`, {row['refinement']}{' between Gaussians' * gaussian}"
         counts, rates = (float(row["bytes"]), float(row["operations"])), rates_of(results)
-        yield Point(results["device"], group, problem, call, row["pass"], *counts, row["median_ms"], rates, measured=True)
+        yield Point(results["device"], group, problem, call, row["pass"], *counts, report.device_ms(row), rates, measured=True)
 
 
 def steps(results: Row, rates: Rates) -> Iterator[Point]:

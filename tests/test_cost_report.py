@@ -61,7 +61,8 @@ def write_fakes(folder: Path) -> None:
     sizes = {"B": 8, "H": 2, "H_kv": 2, "L": 50, "D": 32, "D_v": 32, "R": 32, "dtype": "bfloat16", "dropout_p": 0.0, "source": ""}
     row = {"provider": "triton", "role": "ours", "backbone": "dot-product", "refinement": "simple", "layout": "padded"}
     row |= sizes | {"task": "fake", "pass": "fwd", "bytes": 1e6, "operations": 1e8, "median_ms": 0.01, "peak_mib": 1.0}
-    both, rival = {"pass": "fwd+bwd", "median_ms": 0.03}, {"provider": "sdpa2", "role": "rival"}
+    row |= {"graph_ms": 0.01, "host_ms": 0.5}
+    both, rival = {"pass": "fwd+bwd", "median_ms": 0.4, "graph_ms": 0.03}, {"provider": "sdpa2", "role": "rival"}
     rows = [row, row | rival, row | {"dtype": "float32"}, row | both, row | rival | both, row | both | {"L": 100}]
     rates = {"copy_gb_per_s": 4000.0, "matmul_tflops": 700.0, "matmul_dtype": "bfloat16"}
     step = row | {"provider": "step", "tables": "position"}
@@ -81,13 +82,13 @@ def test_files_of_a_gpu_are_taken_up_as_measured(tmp_path: Path) -> None:
     page = (tmp_path / "cost.md").read_text(encoding="utf-8")
     assert f"**{GPU}**: measured" in page and NOT_YET not in page
     roofs = page.split("## Under the roof")[1].split("What each")[0]
-    call, step, *predictions = [line for line in roofs.splitlines() if line.startswith("| B ")]
-    assert "| fwd | 1 | 100 | memory | 0.01 | 2% |" in call  # 0.25 us of 10
+    call, _, step, *predictions = [line for line in roofs.splitlines() if line.startswith("| B ")]
+    assert "| fwd, fwd+bwd | 1, 1 | 100, 100 | memory, memory | 0.01, 0.03 | 2%, 1% |" in call  # 0.25 us of 10 and of 30
     assert "`step`" in step and PREDICTION not in call + step and all(PREDICTION in row for row in predictions)
-    assert "| fake | padded | 1.00, 1 | 1.00, 1 |" in page and page.count(f"{GPU}, torch 3") == 3
+    assert "| fake | padded | 1.00, 1, 0.50 | 1.00, 1, 0.50 |" in page and page.count(f"{GPU}, torch 3") == 3
     assert all((tmp_path / f"cost_{name}.png").exists() for name in ("operator", "roofline"))
     rows = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
-    assert [x["median_ms"] for x in rows if x.get("kind") != "prediction"] == [0.01, 0.01]
+    assert [x["median_ms"] for x in rows if x.get("kind") != "prediction"] == [0.01, 0.03, 0.03, 0.01]
 
 
 def test_without_a_study_or_results_the_rest_is_written(tmp_path: Path) -> None:
