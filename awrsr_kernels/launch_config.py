@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 Tuned = Mapping[Key, Config]
 
-# Not measured yet: chosen by the compile report (no spills, then occupancy). Rows of one key: the first that fits is taken.
+# Chosen by the compile report (no spills, then occupancy), not tuned on a GPU yet. Rows of one key: the first that fits is taken.
 TABLE: dict[Key, list[Row]] = {
     Key("short_fwd", 16, 64, 2): [Row(6144, Config(16, 16, 1, 1, 16))],
     Key("short_fwd", 16, 128, 2): [Row(12800, Config(16, 16, 4, 1, 8))],
@@ -85,7 +85,7 @@ TABLE: dict[Key, list[Row]] = {
 }
 
 # One new position against a cache: a row at a time, so columns alone are tiled; by width class and size of element. No products on
-# tensor cores, no shared memory worth counting. Not measured yet: the most columns whose running sums stay in registers.
+# tensor cores, no shared memory worth counting. Not timed on a GPU yet: the most columns whose running sums stay in registers.
 STEP = 1  # the length class of its kernel, decode_step
 STEP_TABLE: dict[tuple[int, int], Config] = {
     (64, 2): Config(1, 32, 4, 1),

@@ -101,7 +101,7 @@ def measured(files: list[Row]) -> list[Point]:
 
 def passes(results: Row) -> Iterator[Point]:
     for row in results["rows"]:
-        alone = "graph_ms" in row if is_gpu(results["device"]) else row["pass"] != "fwd+bwd"  # a GPU has no graph of a backward alone
+        alone = "graph_ms" in row if is_gpu(results["device"]) else row["pass"] != "fwd+bwd"  # a backward alone has no graph
         chosen = row["provider"] in OURS and row["layout"] in LAYOUTS and alone
         if not chosen or row["dtype"] != results["rates"]["matmul_dtype"] or "bytes" not in row:
             continue
