@@ -48,7 +48,7 @@ def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dic
         assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
         assert row["budget_ok"] and row["tensor_cores_expected"] == (row["kernel"] != "decode_step")
         assert row["tensor_cores_expected"] == (row["tensor_core_instructions"] > 0)
-        assert row["target"] == "gfx942" or row["unset_registers"] == 0
+        assert row["unset_registers"] == 0
         assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
     found = {(row["kernel"], row["refinement"], row["gaussian"]) for row in sample if row["target"] == "sm_90"}
     tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
