@@ -4,9 +4,9 @@
 
 The roof of a device is what it copies and what it multiplies at best: a kernel that does I operations per byte of device memory
 gets no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and
-above it arithmetic. On a CPU points are measured, by whole calls: bytes and operations are those of the problem (`roofline.py`),
-rates those of the very run. On a GPU they are PREDICTIONS, kernel by kernel: bytes and operations as `launches.py` counts them,
-times by `gpu_model.py`. A file of results that names a GPU is taken up as it is; its calls then stand beside the predictions.
+above it arithmetic. Points are measured by whole calls: bytes and operations are those of the problem (`roofline.py`), rates those
+of the very run. On a GPU there are PREDICTIONS, too, kernel by kernel: bytes and operations as `launches.py` counts them, times by
+`gpu_model.py`. A GPU's calls are timed as a CUDA graph replays them, where the host holds nothing up.
 """
 
 import argparse
@@ -107,6 +107,7 @@ def passes(results: Row) -> Iterator[Point]:
             continue
         gaussian = row["backbone"] == STOCHASTIC
         group = ("between Gaussians" if gaussian else "between vectors") + (", real histories" if row["source"] else "")
+        group = f"{row['provider']}, {group}" if is_gpu(results["device"]) else group  # on a CPU there is one of ours
         where = f"{row['source']}, {row['layout']}, {row['B']} users" if row["source"] else f"B {row['B']}"
         problem = f"{where} H {row['H']} L {row['L']} D {row['D']} R {row['R']}"
         call = f"`{row['provider']}`, {row['refinement']}{' between Gaussians' * gaussian}"
