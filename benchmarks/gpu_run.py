@@ -1,6 +1,8 @@
-"""Everything that needs a GPU in one go, within ten minutes and without a network: tests, checks, tuner, benchmarks, profile.
+"""Everything that needs a GPU in one go, within ten minutes and without a network: tests, tuner, benchmarks, profile.
 
     python benchmarks/gpu_run.py --out gpu-out        (or: make gpu)
+    python benchmarks/gpu_run.py --only sanitizers    ten minutes of their own, as everything is slow under them
+    python benchmarks/gpu_run.py --only tests tuner   in two goes, the rest in another
 
 Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
 tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine files. Every stage has a time limit of its own,
@@ -46,16 +48,18 @@ FILES = """contract meaning agreement decoding jagged pytorch roofline
     module model packed train recommender""".split()
 EAGER = ["textbook", "sdpa2", "sdpa2-split", "sdpa", "torch", "triton"]  # what compiles takes half a minute for each shape
 BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
-    "recsys": (90, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
-    "long": (55, ["--preset", "long", "--providers", *EAGER]),
-    "refinements": (40, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
-    "compiled": (30, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
+    "recsys": (75, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
+    "long": (40, ["--preset", "long", "--providers", *EAGER]),
+    "refinements": (30, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
+    "compiled": (25, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
     "stochastic": (
-        45,
+        30,
         ["--backbone", "stochastic", "--shapes", "128,4,100,16", "512,2,50,32", "--refinement", "simple", "stochastic"],
     ),
 }
-STAGES = {"tests": 205, "tuner": 70} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 45}  # seconds
+STAGES = {"tests": 260, "tuner": 60} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 60}  # seconds
+ALL = tuple(STAGES)
+STAGES["sanitizers"] = TOTAL
 TUNER, TUNED = "awrsr_kernels.tune", ["--shapes", "512,2,50,32", "512,2,100,32", "512,2,200,32", "32,4,512,64"]
 
 
@@ -116,23 +120,17 @@ class Run:
             print(f"{part}: {status} after {self.summary['seconds'][name]} s", flush=True)
         self.write("summary.json", self.summary)
 
-    def tests_and_checks(self, seconds: float) -> dict[str, str]:
-        """Sanitizers beside the tests: none of them is timed, all of them compile, so they may share the machine."""
-        end, status = time.monotonic() + seconds, {}
-        try:
-            tests = collect_tests()
-            started = self.start_tests(tests)
-        except Exception as error:  # the sanitizers run all the same
-            tests, started = [], []
-            status["tests"] = f"failed: {type(error).__name__}: {error}"
+    def tests(self, seconds: float) -> str:
+        end, tests = time.monotonic() + seconds, collect_tests()
+        return self.finish_tests(tests, self.start_tests(tests), end)
+
+    def sanitizers(self, seconds: float) -> dict[str, str]:
+        """Both at once: neither is timed."""
+        end = time.monotonic() + seconds
         run([*SMALL, "--processes", str(self.processes)], self.folder / "checks_compile.log", seconds / 2)
         tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
-        if tests:
-            status["tests"] = self.finish_tests(tests, started, end)
-        for tool, process in tools.items():
-            code = None if process is None else finish(process, end - time.monotonic())
-            status[tool] = sanitizer_status(tool, code, self.folder)
-        return status
+        codes = {tool: None if process is None else finish(process, end - time.monotonic()) for tool, process in tools.items()}
+        return {tool: sanitizer_status(tool, code, self.folder) for tool, code in codes.items()}
 
     def start_tests(self, tests: list[str]) -> list["subprocess.Popen[bytes]"]:
         """The tests dealt out to several processes: each compiles the kernels of its own."""
@@ -178,11 +176,11 @@ class Run:
         return status
 
     def run_all(self, only: Sequence[str] = ()) -> None:
-        """The stages of these names, all if there are none, each in its turn."""
-        work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests_and_checks, "tuner": self.tuner}
-        work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS} | {"profile": self.profile}
+        """The stages of these names, all but the sanitizers if there are none, each in its turn."""
+        work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests, "tuner": self.tuner}
+        work |= {"sanitizers": self.sanitizers} | {name: functools.partial(self.benchmark, name) for name in BENCHMARKS} | {"profile": self.profile}
         for name in STAGES:
-            if not only or name in only:
+            if name in (only or ALL):
                 self.stage(name, STAGES[name], work[name])
         with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
             archive.add(self.folder, arcname="logs")
@@ -199,7 +197,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all but sanitizers")
     given = parser.parse_args()
     import torch
 
