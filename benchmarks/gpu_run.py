@@ -178,7 +178,8 @@ class Run:
     def run_all(self, only: Sequence[str] = ()) -> None:
         """The stages of these names, all but the sanitizers if there are none, each in its turn."""
         work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests, "tuner": self.tuner}
-        work |= {"sanitizers": self.sanitizers} | {name: functools.partial(self.benchmark, name) for name in BENCHMARKS} | {"profile": self.profile}
+        work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS}
+        work |= {"profile": self.profile, "sanitizers": self.sanitizers}
         for name in STAGES:
             if name in (only or ALL):
                 self.stage(name, STAGES[name], work[name])

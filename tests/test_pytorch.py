@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from awrsr_kernels import _fallback_operator, refined_attention, refined_attention_varlen
@@ -90,6 +91,27 @@ def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Calla
     assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
     douts = [torch.randn_like(q) for _ in range(outputs)]
     torch.library.opcheck(kernels._backward_op, (douts, saved, *tensors, *call))
+
+
+@pytest.mark.parametrize("engine", ["short", "tiled"])
+def test_who_watches_operators_sees_them(engine: str, choose: Callable[[str], str]) -> None:
+    """In eager mode the dispatcher is passed by; under a dispatch mode each pass is one operator, with the same numbers."""
+    (given, _), backend, names = draw(Kind("value"), "plain"), choose(engine), []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(function).split(".default")[0])
+            return function(*args, **kwargs or {})
+
+    def results() -> list[Tensor]:
+        return gradients(summed(Kind("value"), given, backend=backend), given)
+
+    expected = results()
+    with Watching():
+        found = results()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    name = "awrsr_kernels.refined_attention"
+    assert [x for x in names if x.startswith("awrsr_kernels")] == [name, f"{name}_backward"]
 
 
 @pytest.mark.parametrize("layout", ["lengths", "packed"])
