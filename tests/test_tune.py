@@ -314,6 +314,14 @@ def test_a_wrong_result_and_an_exception_are_refused(monkeypatch: pytest.MonkeyP
     assert bench.refusal(TINY, key, config) == f"skipped at {TINY}: RuntimeError: out of resource: shared memory"
 
 
+def test_candidates_are_compiled_ahead_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own; one that fails there, as all do without a GPU, is left to the check that comes later."""
+    key = TINY.keys(H100)[0]
+    monkeypatch.setattr(tune, "candidates", lambda _: [Config(16, 16, warps, 1, 1) for warps in (1, 2, 4)])
+    assert tune.compile_ahead({key: [TINY], key._replace(length=32): [TINY]}, 2, 60) == 6
+    assert tune.compile_ahead({key: [TINY]}, 1, 0) == 0
+
+
 def test_what_a_kernel_leaves_unwritten_is_wrong(monkeypatch: pytest.MonkeyPatch, launches: list) -> None:
     """Even where the memory that it was given holds the right result of a candidate before it."""
     import awrsr_kernels._triton as kernels
