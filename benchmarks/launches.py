@@ -221,13 +221,13 @@ def _cast(call: Call, numbers: int) -> list[Launch]:
 
 
 def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
-    """Partial dW of both tables summed at once, the rows of each table copied to where they belong."""
+    """Partial dW of both tables summed at once, the rows of each table cast to what it is."""
     if call.task.refinement == "none":
         return []
     r = call.task.shape.R
     total, fitted = 2 * rows * r * ACCUMULATOR, call.window * r
-    copy = _torch("copy", fitted * ACCUMULATOR, fitted * call.task.itemsize)
-    return [_torch("sum", partials * total, total), copy, copy]
+    cast = _torch("cast", fitted * ACCUMULATOR, fitted * call.task.itemsize)
+    return [_torch("sum", partials * total, total), cast, cast]
 
 
 def _additions(call: Call) -> list[Launch]:

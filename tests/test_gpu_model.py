@@ -179,7 +179,7 @@ def test_a_problem_is_explained_launch_by_launch(capsys: pytest.CaptureFixture[s
     assert run("--explain", "64,2,50,32") == 0
     first, names, *lines = capsys.readouterr().out.strip().splitlines()
     assert first.startswith("PREDICTION, not a measurement: NVIDIA H200, B 64 L 50 H 2")
-    assert [line.split()[0] for line in lines] == ["short_fwd", "short_bwd", "torch_sum", "torch_copy", "torch_copy"]
+    assert [line.split()[0] for line in lines] == ["short_fwd", "short_bwd", "torch_sum", "torch_cast", "torch_cast"]
     total = 0.0
     for line in lines:
         times = dict(zip(names.split()[-5:], line.split()[-5:], strict=True))

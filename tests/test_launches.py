@@ -168,7 +168,7 @@ def test_counts_where_both_regimes_share_a_call(
 @pytest.mark.parametrize("refinement", ["none", "additive"])
 @pytest.mark.parametrize("regime", ["short", "tiled"])
 def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What follows a backward: partials of the tables summed, copied; query heads summed, copied; dgate summed, cast."""
+    """What follows a backward: partials of the tables summed, cast; query heads summed, copied; dgate summed, cast."""
     pytest.importorskip("triton", reason="needs Triton")
     from torch.utils._python_dispatch import TorchDispatchMode
 
