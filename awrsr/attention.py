@@ -68,6 +68,7 @@ class RefinedAttention(nn.Module):
         table_std: float = 1.0,
         table_init: str = "normal",
         refine_scale: float = 0.0,
+        learned_scale: bool = False,
         gate: float = 1.0,
         learned_gate: bool = False,
         dropout: float = 0.0,
@@ -77,13 +78,15 @@ class RefinedAttention(nn.Module):
         self.heads, self.refinement, self.dropout, self.backend = heads, refinement, dropout, backend
         self.refine_scale = refine_scale or None  # None is the operator's 1 / sqrt(rank)
         features = self.make_maps(hidden)
-        self.w_q = self.w_k = self.w_q_cov = self.w_k_cov = self.to_tables = None
+        self.w_q = self.w_k = self.w_q_cov = self.w_k_cov = self.to_tables = self.scale = None
         self.gate: Tensor | float | None = gate if refinement == "additive" else None
         self.table_names = TABLES[: {"none": 0, "stochastic": 4}.get(refinement, 2)]
         if refinement == "none":
             return
         if learned_gate and refinement == "additive":
             self.gate = nn.Parameter(torch.full((heads,), gate))
+        if learned_scale:  # of R's scores, on W_q, as the operator has one refine_scale for all heads
+            self.scale = nn.Parameter(torch.ones(heads, 1, 1))
         if tables == "content":
             columns = len(self.table_names) * heads * rank
             self.to_tables = nn.Parameter(torch.randn(features, columns) * table_std / features**0.5)
@@ -149,10 +152,15 @@ class RefinedAttention(nn.Module):
         if not self.table_names:
             return {"w_q": None, "w_k": None}
         if self.to_tables is not None:  # (T, H, R), or (B, H, L, R)
-            each = (x @ self.to_tables).unflatten(-1, (len(self.table_names), self.heads, -1)).unbind(-3)
+            each = list((x @ self.to_tables).unflatten(-1, (len(self.table_names), self.heads, -1)).unbind(-3))
+            if self.scale is not None:
+                each[0] = each[0] * self.scale[..., 0]
             found = each if isinstance(where, Packed) else [w.transpose(1, 2) for w in each]
             return dict(zip(self.table_names, found, strict=True))
         tables = {name: getattr(self, name) for name in self.table_names}
+        if self.scale is not None:
+            tables["w_q"] = tables["w_q"] * self.scale
+            tables["w_k"] = tables["w_k"].expand_as(tables["w_q"])
         if isinstance(where, Packed):
             return {name: w if w.dim() == 2 else w[None] for name, w in tables.items()}  # (H, N, R) might pass for content
         last = where.places(x, tables["w_q"].shape[-2])  # a slice would tie an exported program to one window

@@ -49,6 +49,9 @@ class AWRSRConfig:
         choices=("normal", "orthogonal", "identity", "shifted"),
     )
     refine_scale: float = option(0.0, "factor of the scores of the higher-order weights; 0 takes 1 / sqrt(rank)", least=0)
+    learned_scale: bool = option(
+        False, "whether that factor is learned for each head, beginning there; not of stochastic, nor with correlation_norm"
+    )
     correlation_norm: bool = option(
         False,
         "layer norm in the correlation space, on what the higher-order scores multiply; by calls of plain attention, two or three, "
@@ -87,6 +90,9 @@ class AWRSRConfig:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
         if self.correlation_norm and self.refinement == "none":
             raise ValueError("correlation_norm is True, must be False with refinement 'none', which has no correlation space")
+        if self.learned_scale and (self.correlation_norm or self.refinement == "stochastic"):
+            other = "correlation_norm, which has such factors" if self.correlation_norm else "refinement 'stochastic', of distances"
+            raise ValueError(f"learned_scale is True, must be False with {other}")
         if self.backbone != "stosa":
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:

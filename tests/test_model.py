@@ -66,8 +66,9 @@ def both(model: AWRSR, lists: list[list[int]], window: int) -> list[dict[str, Te
 @pytest.mark.parametrize("tables", TABLES, ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, *NORMED, PUBLISHED], ids=str)
 def test_packed_equals_padded(kind: Kind, tables: dict[str, Any], lengths: list[int]) -> None:
-    for norm, gate in (("pre", False), ("post", True)):
-        model = make_model(**kind, norm=norm, learned_gate=gate, **tables).double()
+    for norm, learned in (("pre", False), ("post", True)):
+        scale = learned and kind.get("refinement") != "stochastic" and not kind.get("correlation_norm")
+        model = make_model(**kind, norm=norm, learned_gate=learned, learned_scale=scale, **tables).double()
         one, other = both(model, mixed(lengths), WINDOW)
         assert one.keys() == other.keys() == {"out"} | {name for name, _ in model.named_parameters()}
         for name in one:

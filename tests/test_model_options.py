@@ -25,11 +25,12 @@ def test_each_option_stores_the_tables_it_needs() -> None:
         "blocks.0.attention.out.weight": (8, 8),
         "blocks.0.attention.out.bias": (8,),
     }
-    w_q, w_k, content, gate = (f"blocks.0.attention.{name}" for name in ("w_q", "w_k", "to_tables", "gate"))
-    assert names(refinement="none", learned_gate=True) == plain
+    w_q, w_k, content, gate, scale = (f"blocks.0.attention.{name}" for name in ("w_q", "w_k", "to_tables", "gate", "scale"))
+    assert names(refinement="none", learned_gate=True, learned_scale=True) == plain
     assert names(refinement="value", learned_gate=True) == plain | {w_q: (2, WINDOW, 3), w_k: (2, WINDOW, 3)}
     assert names(per_head=False) == plain | {w_q: (WINDOW, 3), w_k: (WINDOW, 3)}
     assert names(tables="content", learned_gate=True) == plain | {content: (8, 12), gate: (2,)}
+    assert names(learned_scale=True, per_head=False) == plain | {w_q: (WINDOW, 3), w_k: (WINDOW, 3), scale: (2, 1, 1)}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -54,6 +55,26 @@ def test_the_gate_is_a_factor_or_where_a_learned_one_begins() -> None:
     torch.testing.assert_close(learned(*inputs), fixed(*inputs))
     fresh = AWRSR(AWRSRConfig(num_items=ITEMS, gate=3.0, learned_gate=True, heads=2))
     assert fresh.blocks[0].attention.gate.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("tables", [{}, {"per_head": False}, {"tables": "content"}], ids=str)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_learned_scale_begins_at_the_fixed_one_and_is_each_heads_own(backbone: str, tables: dict[str, Any]) -> None:
+    inputs, kind = packed(mixed([4, WINDOW])), {"backbone": backbone, "refinement": "simple", "layers": 1, "hidden": 8} | tables
+    fixed, sharper = make_model(refine_scale=0.5, **kind).double(), make_model(refine_scale=1.5, **kind).double()
+    learned = make_model(refine_scale=0.5, learned_scale=True, **kind).double()
+    for other in (sharper, learned):
+        other.load_state_dict(fixed.state_dict(), strict=False)
+    for factor, same in ((1.0, fixed), (3.0, sharper)):
+        with torch.no_grad():
+            learned.blocks[0].attention.scale.fill_(factor)
+        torch.testing.assert_close(learned(*inputs), same(*inputs))
+    assert not torch.allclose(sharper(*inputs), fixed(*inputs))
+    learned(*inputs).square().sum().backward()
+    gradient = learned.blocks[0].attention.scale.grad.flatten().tolist()
+    assert len(set(gradient)) == 2 and 0.0 not in gradient
+    fresh = AWRSR(AWRSRConfig(num_items=ITEMS, learned_scale=True, heads=2))
+    assert fresh.blocks[0].attention.scale.flatten().tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -196,6 +217,12 @@ def test_a_norm_is_refused_where_nothing_can_be_normed() -> None:
     for options in ({"refinement": "none"}, {"backbone": "stosa"}):
         with pytest.raises(ValueError, match="correlation_norm is True, must be False"):
             AWRSRConfig(num_items=ITEMS, correlation_norm=True, **options)
+
+
+def test_a_learned_scale_is_refused_where_it_would_do_nothing_or_something_else() -> None:
+    for options in ({"correlation_norm": True}, {"backbone": "stosa", "refinement": "stochastic"}):
+        with pytest.raises(ValueError, match="learned_scale is True, must be False with"):
+            AWRSRConfig(num_items=ITEMS, learned_scale=True, **options)
 
 
 def test_distances_have_no_temperature() -> None:
