@@ -206,7 +206,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 def attention_options(c: AWRSRConfig) -> dict[str, Any]:
-    names = "refinement max_len rank tables per_head table_std table_init refine_scale learned_scale gate learned_gate backend".split()
+    tables = "max_len rank tables per_head table_std table_init"
+    names = f"refinement {tables} refine_scale learned_scale gate learned_gate backend".split()
     return {name: getattr(c, name) for name in names} | {"dropout": c.attention_dropout}
 
 
