@@ -65,6 +65,14 @@ class Found:
     def average(self, name: str) -> float:
         return float(np.mean([entry[name] for entry in self.entries]))
 
+    def after(self, seconds: float) -> float:
+        """Best on validation within so many seconds of the processor, all epochs of a run taken as equally long."""
+        best = []
+        for entry in self.entries:
+            epochs = int(seconds / entry["train_cpu_seconds"] * entry["epochs"] + 1e-9)
+            best.append(max(entry["curve"][: max(epochs, 1)]))
+        return float(np.mean(best))
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -192,6 +200,7 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
 def contrasts(compared: list[Gain], question: str) -> list[str]:
     """Rows of cells beside others than plain attention of as many layers: quality, parameters and time."""
     columns = ["data", "model", "beside", "NDCG@10", "gain", "95 % interval", "p", "", "parameters", "CPU s an epoch"]
+    columns.append("validation after as many CPU s")
     lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
     for g in compared:
         if g.question == question:
@@ -201,6 +210,8 @@ def contrasts(compared: list[Gain], question: str) -> list[str]:
             row += [f"{g.relative:+.1%}", f"{g.low:+.4f} .. {g.high:+.4f}", p_text(g.p), g.verdict]
             row.append(", ".join(f"{each.average('params'):,.0f}" for each in both))
             row.append(", ".join(f"{each.average('train_cpu_seconds') / each.average('epochs'):.2f}" for each in both))
+            seconds = min(each.average("train_cpu_seconds") for each in both)
+            row.append(f"{', '.join(f'{each.after(seconds):.4f}' for each in both)} ({seconds:.0f} s)")
             lines.append(f"| {' | '.join(row)} |")
     return lines if len(lines) > 2 else []
 

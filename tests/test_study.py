@@ -185,6 +185,12 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
     assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
 
 
+def test_equal_time_counts_the_epochs_that_fit() -> None:
+    entry = {"epochs": 4, "train_cpu_seconds": 8.0, "curve": [0.1, 0.4, 0.3, 0.5]}
+    found = study_report.Found(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
+    assert [found.after(seconds) for seconds in (80, 8, 7.9, 2, 0.1)] == pytest.approx([0.5, 0.3, 0.25, 0.1, 0.1])
+
+
 def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "4"))
     assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
