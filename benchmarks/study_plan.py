@@ -125,6 +125,7 @@ def why() -> list[Cell]:
         "identity tables": "--table-init identity",
         "shifted tables": "--table-init shifted --table-std 0.5 --refine-scale 2.8",
         "sharp": "--refine-scale 1",
+        "learned scale": "--learned-scale",
         "normed correlation space": "--correlation-norm",
         "window 20": "--max-len 20",
     }
