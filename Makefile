@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-out
 
-.PHONY: test lint train accuracy study cost bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: test lint train study cost bench bench-stochastic bench-train track compile-report gpu docs
 .PHONY: test-libraries test-rectools test-replay test-recbole
 
 # The tests, without a GPU in Triton's interpreter.
@@ -21,10 +21,6 @@ lint: .venv/ready
 # A plain and a refined recommender on made-up histories, and what each reaches.
 train: .venv/ready
 	$(BIN)/awrsr train
-
-# What models reach on real data, over seeds; one to two hours on one core. DATA: folder with beauty.txt and lastfm.txt.
-accuracy: .venv/ready
-	$(BIN)/python benchmarks/accuracy.py --out bench-out/accuracy $(if $(DATA),--folder $(DATA))
 
 # Does refinement help, when, and why: every run of the study that benchmarks/results/ lacks, then its tables and pictures. Hours; what
 # is done is kept. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt, wikipedia.txt, otherwise they are fetched.

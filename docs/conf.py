@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from sphinx.util.inspect import stringify_signature  # noqa: E402
 
@@ -41,6 +42,15 @@ def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signat
     return stringify_signature(own.replace(parameters=taken), show_annotation=False, show_return_annotation=False), returns
 
 
+def with_tables(app: Any, name: str, source: list[str]) -> None:
+    """Tables that a page links to, in files that are none of the site's, stand at its end instead."""
+    results = re.compile(r"\]\(\.\./(benchmarks/results/(\w+)\.md)\)")
+    for path, table in results.findall(source[0]):
+        source[0] += f"\n(table-{table})=\n\n{(ROOT / path).read_text(encoding='utf-8')}"
+    source[0] = results.sub(r"](#table-\2)", source[0])
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", with_tables)
     app.connect("autodoc-process-signature", own_signature)
     app.connect("autodoc-process-docstring", plain_text, priority=100)  # before napoleon, which writes stars that mean something

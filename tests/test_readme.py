@@ -1,4 +1,4 @@
-"""The README's example runs as it is printed, and the tables there and under docs/ are those that the benchmarks wrote."""
+"""The README's example runs as it is printed, and the tables there and under docs/ or linked from there are those that the benchmarks wrote."""
 
 import json
 import re
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, decode_bench, initialisation, report, train_report
+from benchmarks import decode_bench, initialisation, report, train_report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+DOCS = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+LINKED = sorted(set(re.findall(r"\]\(\.\./(benchmarks/results/\w+\.md)\)", DOCS)))  # tables too wide for a page of prose
+PAGES = README + DOCS + "".join((ROOT / path).read_text(encoding="utf-8") for path in LINKED)
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,8 +38,8 @@ def test_measured_tables_are_the_benchmarks() -> None:
     assert measured
     for path, results in measured.items():
         page, column = {
-            train_report.KIND: (train_report, "median_ms"), accuracy.KIND: (accuracy, "NDCG@10"),
-            decode_bench.KIND: (decode_bench, "median_ms"), initialisation.KIND: (initialisation, "recall"),
+            train_report.KIND: (train_report, "median_ms"), decode_bench.KIND: (decode_bench, "median_ms"),
+            initialisation.KIND: (initialisation, "recall"),
         }.get(results.get("kind"), (report, "median_ms"))  # fmt: skip
         assert results["rows"] and all(column in row for row in results["rows"]), path.name
         assert page.markdown(results) in PAGES, path.name
@@ -56,9 +58,10 @@ def test_searches_stand_on_a_page() -> None:
         assert search.markdown(results) in PAGES, path.name
 
 
-@pytest.mark.parametrize("name", ["study", "cost"])
-def test_reports_stand_on_their_pages(name: str) -> None:
-    assert (ROOT / f"benchmarks/results/{name}.md").read_text(encoding="utf-8") in PAGES
+def test_reports_are_linked_and_of_all_runs() -> None:
+    assert {"benchmarks/results/study.md", "benchmarks/results/cost.md"} <= set(LINKED)
+    runs = len(json.loads((ROOT / "benchmarks/results/study.json").read_text(encoding="utf-8")))
+    assert (ROOT / "benchmarks/results/study.md").read_text(encoding="utf-8").startswith(f"{runs} runs; ")
 
 
 def test_predictions_never_pass_for_measurements() -> None:
