@@ -1,4 +1,4 @@
-"""The README's example runs as it is printed, and the tables there and under docs/ or linked from there are those that the benchmarks wrote."""
+"""The README's example runs as it is printed, and the tables on its pages, or linked from them, are those that benchmarks wrote."""
 
 import json
 import re
