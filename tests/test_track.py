@@ -1,4 +1,4 @@
-"""Times from commit to commit at recommender shapes: `make track` stores them and shows them beside the run before.
+"""Times from commit to commit at recommender shapes, and of the host alone: `make track` stores them beside the run before.
 
 Under `make test` each case is a single call whose result is looked at. For claims there is `benchmarks/attn_bench.py`.
 """
@@ -59,3 +59,27 @@ def test_time(
 
     found = benchmark(run)
     assert len(found) == (6 if pass_ == "fwd+bwd" else 1) and all(torch.isfinite(x).all() for x in found)
+
+
+@pytest.mark.benchmark(warmup=True, warmup_iterations=10)
+@pytest.mark.parametrize("pass_", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("length, launches", [(50, 2), (200, 7)])
+def test_time_of_the_host(
+    length: int, launches: int, pass_: str, benchmark: Callable[..., tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a call of the kernels keeps the host busy with, beside Triton's own launches: here these are only counted."""
+    from awrsr_kernels._triton import short, tiled, tiled_bwd
+
+    torch.use_deterministic_algorithms(False)
+    launched: list[object] = []
+    for module in (short, tiled, tiled_bwd):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    batch = build(Task(Shape(1, 2, 2, length, 32, 32, 32), "simple", "float16", 0.0, DEVICE, None, 1), "padded")[0]
+
+    def run() -> tuple[Tensor, ...]:
+        launched.clear()
+        out = PROVIDERS["triton"].call(batch)
+        return (out, *gradients(out, batch)) if pass_ == "fwd+bwd" else (out,)
+
+    benchmark(run)
+    assert len(launched) == (launches if pass_ == "fwd+bwd" else min(2, launches // 2))
