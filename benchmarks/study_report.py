@@ -3,9 +3,9 @@
     python benchmarks/study_report.py          # benchmarks/results/study.md and study_*.png
 
 Gains are differences on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is held to. p is
-the larger of the paired t-test's and the sign-flip test's, corrected by Holm for all comparisons of all tables; intervals are
-bootstrapped over users and seeds. A gain is called better or worse where p < 0.05, the interval leaves 0 out, and both cells have
-five seeds.
+the larger of the paired t-test's and the sign-flip test's, over users with the seeds as they are, corrected by Holm for all
+comparisons of cells that the plan gives five seeds; others, which only show where to look, have none. Intervals are bootstrapped
+over users and seeds. A gain is called better or worse where p < 0.05, the interval leaves 0 out and both cells have five seeds.
 """
 
 import argparse
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 METRIC = "NDCG@10"
 RESAMPLES = 2000
-FLIPS = 10000  # of signs: p is 1 / FLIPS at least, which the correction multiplies by the number of comparisons
+FLIPS = 50000  # of signs: p is 1 / FLIPS at least, which the correction multiplies by the number of comparisons
 LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
 POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
 QUESTIONS = {
     "core": "Refinements beside plain attention, one layer and two",
-    "recipe": "What plain attention gains from, too",
+    "recipe": "Other settings and starts, for plain and refined attention alike",
     "depth": "Depth: refined layers beside more plain ones",
     "control": "Control: learned higher-order weights beside equal ones, which add the mean of the history and refine nothing",
     "why": "What decides: tables, gates, rates",
@@ -84,12 +84,21 @@ class Gain:
     difference: float
     low: float
     high: float
-    p_raw: float
-    p: float = 1.0  # corrected
+    p: float = 1.0  # corrected; no number where none is due
 
     @property
     def relative(self) -> float:
         return self.difference / max(self.base.mean(), 1e-12)
+
+    @property
+    def planned(self) -> bool:
+        """Whether the plan gives both cells the seeds that a claim takes."""
+        return min(self.found.cell.seeds, self.base.cell.seeds) >= FEWEST_SEEDS
+
+    @property
+    def paired(self) -> np.ndarray:
+        """(M,) differences of users."""
+        return self.found.values.mean(1) - self.base.values.mean(1)
 
     @property
     def verdict(self) -> str:
@@ -118,7 +127,8 @@ def gather(results: Results) -> list[Found]:
 
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
-    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many; in "control" to
+    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many, on made-up data
+    from whatever start; in "control" to
     itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched"
     what one search chose to what the other did, and to all other plain cells; in "ablation" that to itself with a change."""
     found = []
@@ -129,7 +139,7 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose
-            of = [o for o in plain if o.cell.group in ("searched", "core")]
+            of = [o for o in plain if o.cell.group in ("searched", "core", "depth")]
             found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.group != c.group)]
             found += [("ablation", refined, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
             continue
@@ -139,29 +149,35 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
         if c.refinement == "additive":
             found += [("control", refined, o) for o in cells if o.cell.key() == control(c).key()]
         if c.group == "core" and c.refinement == "additive":
-            found += [
-                ("depth", refined, o) for o in plain if o.cell.variant == "default" and c.layers < o.cell.layers <= 2 * c.layers
-            ]
+            deeper = [o for o in plain if c.layers < o.cell.layers <= 2 * c.layers]
+            found += [("depth", refined, o) for o in deeper if o.cell.variant == "default" or c.dataset == "synthetic"]
     return found
 
 
 def contrast(question: str, found: Found, base: Found, rng: np.random.Generator) -> Gain:
-    """The gain on the same users, not corrected yet."""
-    paired = (found.values.mean(1) - base.values.mean(1))[:, None]
-    draws = significance.resampled_means(paired, RESAMPLES, rng)
+    """The gain on the same users, without its p."""
+    gain = Gain(question, found, base, 0.0, 0.0, 0.0)
+    draws = significance.resampled_means(gain.paired[:, None], RESAMPLES, rng)
     for each, sign in ((found, 1), (base, -1)):
         draws = draws + sign * significance.seed_deviations(each.values.mean(0)[:, None], RESAMPLES, rng)
     low, high = significance.interval(draws)
-    p = max(float(significance.t_test(paired)[0]), float(significance.sign_flip_test(paired, FLIPS, rng)[0]))
-    return Gain(question, found, base, float(paired.mean()), float(low[0]), float(high[0]), p)
+    return replace(gain, difference=float(gain.paired.mean()), low=float(low[0]), high=float(high[0]), p=float("nan"))
 
 
 def gains(cells: list[Found]) -> list[Gain]:
     """Every comparison of the study, corrected for their number."""
     rng = np.random.default_rng(0)
-    raw = [contrast(*each, rng) for each in pairs(cells)]
-    corrected = significance.holm([gain.p_raw for gain in raw])
-    return [replace(gain, p=float(p)) for gain, p in zip(raw, corrected, strict=True)]
+    found = [contrast(*each, rng) for each in pairs(cells)]
+    raw: dict[int, float] = {}
+    for dataset in dict.fromkeys(gain.found.cell.dataset for gain in found):  # one set of flipped signs for all who share users
+        places = [i for i, gain in enumerate(found) if gain.planned and gain.found.cell.dataset == dataset]
+        if places:
+            paired = np.stack([found[i].paired for i in places], 1)
+            p = np.maximum(significance.t_test(paired), significance.sign_flip_test(paired, FLIPS, rng))
+            raw |= dict(zip(places, p.tolist(), strict=True))
+    for i, p in zip(raw, significance.holm(list(raw.values())), strict=True):
+        found[i] = replace(found[i], p=float(p))
+    return found
 
 
 def table(cells: list[Found], compared: list[Gain]) -> list[str]:
@@ -174,6 +190,7 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
         "NDCG@10",
         "HR@10",
         "MRR",
+        "beside",
         "gain",
         "95 % interval",
         "p",
@@ -189,8 +206,9 @@ def table(cells: list[Found], compared: list[Gain]) -> list[str]:
         row = [c.dataset, label(c), str(c.layers), str(len(found.entries)), shown]
         row += [f"{found.mean(name=name):.4f}" for name in ("HR@10", "MRR")]
         if gain is None:
-            row += ["", "", "", ""]
+            row += ["", "", "", "", ""]
         else:
+            row += [f"{label(gain.base.cell)} {gain.base.mean():.4f}"]
             row += [f"{gain.relative:+.1%}", f"{gain.low:+.4f} .. {gain.high:+.4f}", p_text(gain.p), gain.verdict]
         row += [f"{found.average('params'):,.0f}", f"{found.average('train_cpu_seconds'):.0f}"]
         lines.append(f"| {' | '.join(row)} |")
@@ -223,7 +241,7 @@ def label(c: Cell) -> str:
 
 
 def p_text(p: float) -> str:
-    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
+    return "" if np.isnan(p) else f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def buckets(results: Results, compared: list[Gain]) -> list[str]:
@@ -272,8 +290,9 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
     devices = sorted({entry["device"] for entry in results.entries})
     commits = sorted({entry["commit"][:12] for entry in results.entries})
     lines = [
-        f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; {len(compared)} "
-        f"comparisons, Holm-corrected together. {'; '.join(devices)}; commits {', '.join(commits)}.",
+        f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; "
+        f"{sum(gain.planned for gain in compared)} comparisons, Holm-corrected together. {'; '.join(devices)}; commits "
+        f"{', '.join(commits)}.",
     ]
     for question, title in QUESTIONS.items():
         of = [found for found in cells if found.cell.group == question]
@@ -317,7 +336,7 @@ def forest(compared: list[Gain], group: str) -> "Figure | None":
         axis.set_yticks(range(len(rows)), names, fontsize=8)
         axis.set_ylim(-0.6, len(rows) - 0.4)
         axis.axvline(0, color="#333333", linewidth=0.8)
-        beside = sorted({f"{g.base.mean():.4f}" for g in rows})
+        beside = dict.fromkeys(f"{g.base.mean():.4f}" for g in rows[::-1])
         axis.set_title(name if group in APART else f"{name}: plain {' and '.join(beside)}", fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)

@@ -164,7 +164,7 @@ def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: lis
     assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
     by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
     assert one.found.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
-    assert one.p >= one.p_raw
+    assert one.p == pytest.approx(3 / (study_report.FLIPS + 1))  # the least that three comparisons can have
 
 
 def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_its_control(
@@ -194,6 +194,18 @@ def test_equal_time_counts_the_epochs_that_fit() -> None:
 def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "4"))
     assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
+
+
+def test_cells_that_only_show_where_to_look_have_no_p_and_correct_nobodys(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path
+) -> None:
+    cells.append(cells[1]._replace(group="why", variant="rank 8", options="--rank 8", seeds=3))
+    study.main(arguments(tmp_path))
+    found = study_report.gains(study_report.gather(Results(out)))
+    looks = [gain for gain in found if gain.question == "why"]
+    assert [gain.verdict for gain in looks] == ["no claim"] and np.isnan(looks[0].p) and study_report.p_text(looks[0].p) == ""
+    assert min(gain.p for gain in found if gain.planned) == pytest.approx(3 / (study_report.FLIPS + 1))
+    assert "; 3 comparisons, Holm-corrected" in study_report.markdown(Results(out), study_report.gather(Results(out)), found)
 
 
 def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
