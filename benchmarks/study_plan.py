@@ -7,6 +7,7 @@ GROUPS = ("core", "depth", "recipe", "why", "searched", "ablation", "stosa", "lo
 SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
 EQUAL = "higher-order weights all equal"  # a control
+AS_REFINED = "with the settings of the refined"  # plain attention with what a search chose for refined attention
 
 # How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
 DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
@@ -150,7 +151,7 @@ def searched() -> list[Cell]:
     """Settings that searches of equal length chose on validation events with seed 0 (`search.py`), with more seeds."""
     cells = [Cell("searched", "wikipedia", "none", 1, "searched", SEARCHED_PLAIN)]
     cells.append(Cell("searched", "wikipedia", "none", 1, "searched and twice the epochs", f"{SEARCHED_PLAIN} --epochs 120"))
-    cells += [Cell("searched", "wikipedia", "none", layers, "with the settings of the refined", SHARED) for layers in (1, 2, 3)]
+    cells += [Cell("searched", "wikipedia", "none", layers, AS_REFINED, SHARED) for layers in (1, 2, 3)]
     cells.append(Cell("searched", "wikipedia", "none", 2, "the same without cosines", f"{SHARED} --temperature 0"))
     return [*cells, Cell("searched", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")]
 

@@ -24,7 +24,7 @@ from awrsr.compare import FEWEST_SEEDS, LEVEL  # noqa: E402
 from awrsr.files import atomic  # noqa: E402
 from awrsr.ranking import metric  # noqa: E402
 from benchmarks.study import KEY, RESULTS, Results  # noqa: E402
-from benchmarks.study_plan import EQUAL, Cell, control, plan  # noqa: E402
+from benchmarks.study_plan import AS_REFINED, EQUAL, Cell, control, plan  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -126,16 +126,22 @@ def gather(results: Results) -> list[Found]:
 
 
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
-    """What is held to what, and in which part of the study: a refined cell to plain attention of as many layers, of the same
-    variant if there is one; in "depth" additive refinement to plain attention of more layers, up to twice as many, on made-up data
-    from whatever start; in "control" to
-    itself with higher-order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched"
-    what one search chose to what the other did, and to all other plain cells; in "ablation" that to itself with a change."""
+    """What is held to what, and in which part of the study.
+
+    A refined cell to plain attention of as many layers, of the same variant if there is one. In "depth" additive refinement to plain
+    attention of more layers, up to twice as many, on made-up data from whatever start; in "control" to itself with higher-order
+    weights that are all equal; in "recipe" plain attention to itself without the change; in "searched" what one search chose to what
+    the other did, and to all other plain cells; in "ablation" that to itself with a change, and additive refinement with those
+    settings, its weights learned or equal, to plain attention with them.
+    """
     found = []
     for refined in cells:
         c = refined.cell
         like = (c.dataset, c.backbone, c.loss)
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
+        if c.group == "ablation" and c.refinement == "additive":  # learned weights and equal ones, over plain ones and each other
+            found += [(c.group, refined, o) for o in plain if (o.cell.variant, o.cell.layers) == (AS_REFINED, c.layers)]
+            found += [(c.group, refined, o) for o in cells if o is not refined and o.cell.key() == control(c).key()]
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose

@@ -34,7 +34,8 @@ def test_nothing_is_left_to_fill_in() -> None:
 def test_measured_tables_are_the_benchmarks() -> None:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))}
     tables = {path: results for path, results in files.items() if isinstance(results, dict)}  # study.json is a list of runs
-    measured = {path: results for path, results in tables.items() if results.get("kind") not in ("prediction", "search", "tests", "analysis")}
+    others = ("prediction", "search", "tests", "analysis")
+    measured = {path: results for path, results in tables.items() if results.get("kind") not in others}
     assert measured
     for path, results in measured.items():
         page, column = {

@@ -183,6 +183,13 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
     assert not any(gain.found.cell == ablation for gain in found)
     held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
     assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
+    additive = ablation._replace(refinement="additive", variant="searched", options="")
+    plain = Cell("searched", "lastfm", "none", 1, study_plan.AS_REFINED)
+    cells += [additive, study_plan.control(additive), plain]
+    study.main(arguments(tmp_path, "--seeds", "2"))
+    found = study_report.gains(study_report.gather(Results(out)))
+    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation" and gain.found.cell != chosen[1]]
+    assert held == [(additive, plain), (additive, study_plan.control(additive)), (study_plan.control(additive), plain)]
 
 
 def test_equal_time_counts_the_epochs_that_fit() -> None:
