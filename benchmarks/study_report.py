@@ -128,11 +128,11 @@ def gather(results: Results) -> list[Found]:
 def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     """What is held to what, and in which part of the study.
 
-    A refined cell to plain attention of as many layers, of the same variant if there is one. In "depth" additive refinement to plain
-    attention of more layers, up to twice as many, on made-up data from whatever start; in "control" to itself with higher-order
-    weights that are all equal; in "recipe" plain attention to itself without the change; in "searched" what one search chose to what
-    the other did, and to all other plain cells; in "ablation" that to itself with a change, and additive refinement with those
-    settings, its weights learned or equal, to plain attention with them.
+    A refined cell to plain attention of as many layers, of the same variant if there is one. In "depth" additive refinement to
+    plain attention of more layers, up to twice as many, on made-up data from whatever start; in "control" to itself with higher-
+    order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched" what one search
+    chose to what the other did, and to all other plain cells; in "ablation" that to itself with a change, and additive refinement
+    with those settings, its weights learned or equal, to plain attention with them.
     """
     found = []
     for refined in cells:
