@@ -240,6 +240,26 @@ def contrasts(compared: list[Gain], question: str) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
+def summary(compared: list[Gain]) -> list[str]:
+    """Plain attention, the same with the mean of the history added, and additive refinement, wherever all three were run."""
+    columns = ["data", "settings", "layers", "plain", "plain + mean", "additive"]
+    columns += ["mean over plain", "additive over plain", "additive over mean"]
+    lines = [f"| {' | '.join(columns)} |", "|--" * len(columns) + "|"]
+    for learned in compared:
+        if learned.found.cell.refinement == "additive" and learned.base.cell.key() == control(learned.found.cell).key():
+            over = {id(g.found): g for g in compared if g.base.cell.refinement == "none" and g.question not in APART[:1]}
+            equal, additive = over[id(learned.base)], over[id(learned.found)]
+            c = learned.found.cell
+            row = [c.dataset, {"default": "usual"}.get(c.variant, c.variant), str(c.layers)]
+            row += [f"{each.mean():.4f}" for each in (equal.base, equal.found, additive.found)]
+            lines.append(f"| {' | '.join([*row, *(verdict_text(g) for g in (equal, additive, learned))])} |")
+    return lines if len(lines) > 2 else []
+
+
+def verdict_text(gain: Gain) -> str:
+    return f"{gain.relative:+.1%}, {gain.verdict}" + ("" if np.isnan(gain.p) or gain.p >= LEVEL else f" (p {p_text(gain.p)})")
+
+
 def label(c: Cell) -> str:
     name = "plain" if c.refinement == "none" else c.refinement
     beside = [x for x, usual in ((c.tables, "position"), (c.loss, "sampled_softmax"), (c.variant, "default")) if x != usual]
@@ -300,6 +320,9 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
         f"{sum(gain.planned for gain in compared)} comparisons, Holm-corrected together. {'; '.join(devices)}; commits "
         f"{', '.join(commits)}.",
     ]
+    short = summary(compared)
+    if short:
+        lines += ["", "**In short**: what refinement adds, and what of it the mean of the history adds", "", *short]
     for question, title in QUESTIONS.items():
         of = [found for found in cells if found.cell.group == question]
         rows, beside = table(of, compared) if of else [], contrasts(compared, question) if question in APART else []

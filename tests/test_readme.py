@@ -65,6 +65,13 @@ def test_reports_are_linked_and_of_all_runs() -> None:
     assert (ROOT / "benchmarks/results/study.md").read_text(encoding="utf-8").startswith(f"{runs} runs; ")
 
 
+def test_the_study_in_short_is_that_of_its_tables() -> None:
+    page = (ROOT / "benchmarks/results/study.md").read_text(encoding="utf-8")
+    short = page.split("**In short**")[1].split("\n\n")[1]
+    assert short.startswith("| data | settings | layers | plain | plain + mean | additive |") and len(short.splitlines()) > 2
+    assert short in README and short in (ROOT / "docs/study.md").read_text(encoding="utf-8")
+
+
 def test_predictions_never_pass_for_measurements() -> None:
     """Whatever is named a prediction says so inside, holds no measured time, and none of its figures stands on a page."""
     for path in (ROOT / "benchmarks/results").glob("*prediction*.json"):

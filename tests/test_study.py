@@ -183,6 +183,8 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
     assert not any(gain.found.cell == ablation for gain in found)
     held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
     assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
+    short = [line.split(" | ")[1:3] for line in study_report.summary(found)[2:]]
+    assert sorted(short) == [["usual", "1"], ["wide", "1"]]
     additive = ablation._replace(refinement="additive", variant="searched", options="")
     plain = Cell("searched", "lastfm", "none", 1, study_plan.AS_REFINED)
     cells += [additive, study_plan.control(additive), plain]
