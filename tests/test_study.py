@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from awrsr.data.synthetic import make, write
-from benchmarks import study, study_plan, study_report
+from benchmarks import study, study_gains, study_plan, study_report, study_tables
 from benchmarks.study import Results
 from benchmarks.study_plan import Cell
 
@@ -20,7 +20,7 @@ USERS = 200
 @pytest.fixture
 def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     found = [Cell("core", "lastfm", kind, layers, seeds=5) for layers in (1, 2) for kind in ("none", "additive")]
-    for module in (study, study_report):
+    for module in (study, study_gains, study_tables):
         monkeypatch.setattr(module, "plan", lambda: found)
     return found
 
@@ -157,14 +157,14 @@ def test_every_cell_is_a_command_that_training_takes() -> None:
 
 def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path))
-    found = study_report.gather(Results(out))
-    one, deep, two = study_report.gains(found)
+    found = study_gains.gather(Results(out))
+    one, deep, two = study_gains.gains(found)
     assert (deep.question, deep.found.cell.layers, deep.base.cell.layers) == ("depth", 1, 2) and deep.verdict == "better"
     assert one.verdict == "better" and one.low > 0 and one.p < 0.01
     assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
     by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
     assert one.found.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
-    assert one.p == pytest.approx(3 / (study_report.FLIPS + 1))  # the least that three comparisons can have
+    assert one.p == pytest.approx(3 / (study_gains.FLIPS + 1))  # the least that three comparisons can have
 
 
 def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_its_control(
@@ -176,33 +176,33 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
     wide = [Cell("recipe", "lastfm", kind, 1, "wide", "--hidden 128") for kind in ("none", "additive")]
     cells += [*chosen, control, ablation, *wide, study_plan.control(wide[1]._replace(group="why"))]
     study.main(arguments(tmp_path, "--seeds", "2"))
-    found = study_report.gains(study_report.gather(Results(out)))
+    found = study_gains.gains(study_gains.gather(Results(out)))
     held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "searched"]
     assert held == [(chosen[1], base) for base in (chosen[0], cells[0], cells[2])]
     assert [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation"] == [(chosen[1], ablation)]
     assert not any(gain.found.cell == ablation for gain in found)
     held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
     assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
-    short = [line.split(" | ")[1:3] for line in study_report.summary(found)[2:]]
+    short = [line.split(" | ")[1:3] for line in study_tables.summary(found)[2:]]
     assert sorted(short) == [["usual", "1"], ["wide", "1"]]
     additive = ablation._replace(refinement="additive", variant="searched", options="")
     plain = Cell("searched", "lastfm", "none", 1, study_plan.AS_REFINED)
     cells += [additive, study_plan.control(additive), plain]
     study.main(arguments(tmp_path, "--seeds", "2"))
-    found = study_report.gains(study_report.gather(Results(out)))
+    found = study_gains.gains(study_gains.gather(Results(out)))
     held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation" and gain.found.cell != chosen[1]]
     assert held == [(additive, plain), (additive, study_plan.control(additive)), (study_plan.control(additive), plain)]
 
 
 def test_equal_time_counts_the_epochs_that_fit() -> None:
     entry = {"epochs": 4, "train_cpu_seconds": 8.0, "curve": [0.1, 0.4, 0.3, 0.5]}
-    found = study_report.Found(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
+    found = study_gains.Found(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
     assert [found.after(seconds) for seconds in (80, 8, 7.9, 2, 0.1)] == pytest.approx([0.5, 0.3, 0.25, 0.1, 0.1])
 
 
 def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "4"))
-    assert {gain.verdict for gain in study_report.gains(study_report.gather(Results(out)))} == {"no claim"}
+    assert {gain.verdict for gain in study_gains.gains(study_gains.gather(Results(out)))} == {"no claim"}
 
 
 def test_cells_that_only_show_where_to_look_have_no_p_and_correct_nobodys(
@@ -210,11 +210,11 @@ def test_cells_that_only_show_where_to_look_have_no_p_and_correct_nobodys(
 ) -> None:
     cells.append(cells[1]._replace(group="why", variant="rank 8", options="--rank 8", seeds=3))
     study.main(arguments(tmp_path))
-    found = study_report.gains(study_report.gather(Results(out)))
+    found = study_gains.gains(study_gains.gather(Results(out)))
     looks = [gain for gain in found if gain.question == "why"]
-    assert [gain.verdict for gain in looks] == ["no claim"] and np.isnan(looks[0].p) and study_report.p_text(looks[0].p) == ""
-    assert min(gain.p for gain in found if gain.planned) == pytest.approx(3 / (study_report.FLIPS + 1))
-    assert "; 3 comparisons, Holm-corrected" in study_report.markdown(Results(out), study_report.gather(Results(out)), found)
+    assert [gain.verdict for gain in looks] == ["no claim"] and np.isnan(looks[0].p) and study_tables.p_text(looks[0].p) == ""
+    assert min(gain.p for gain in found if gain.planned) == pytest.approx(3 / (study_gains.FLIPS + 1))
+    assert "; 3 comparisons, Holm-corrected" in study_tables.markdown(Results(out), study_gains.gather(Results(out)), found)
 
 
 def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
@@ -231,7 +231,7 @@ def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: lis
 def test_missing_cells_are_shown_as_missing(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "3", "--cells", "_1"))
     results = Results(out)
-    page = study_report.markdown(results, study_report.gather(results), [])
+    page = study_tables.markdown(results, study_gains.gather(results), [])
     lacking = "plain, 1 layer (3 of 5); additive, 1 layer (3 of 5); plain, 2 layers (0 of 5); additive, 2 layers (0 of 5)"
     assert f"| core | lastfm | {lacking} |" in page
 
