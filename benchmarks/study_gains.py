@@ -116,7 +116,8 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
         if c.group == "ablation" and c.refinement == "additive":  # learned weights and equal ones, over plain ones and each other
             found += [(c.group, refined, o) for o in plain if (o.cell.variant, o.cell.layers) == (AS_REFINED, c.layers)]
-            found += [(c.group, refined, o) for o in cells if o is not refined and o.cell.key() == control(c).key()]
+            equal = [o for o in cells if (o.cell.group, o.cell.refinement) == (c.group, c.refinement) and EQUAL in o.cell.variant]
+            found += [(c.group, refined, o) for o in equal if EQUAL not in c.variant]
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose

@@ -162,7 +162,8 @@ def ablation() -> list[Cell]:
     changed = [("searched without norm", "--no-correlation-norm"), ("searched without cosines", "--temperature 0")]
     cells = [control(found), control(found._replace(refinement="additive"))]
     cells += [found._replace(variant=variant, options=f"{SEARCHED} {options}") for variant, options in changed]
-    return [*cells, found._replace(tables="position"), *(found._replace(refinement=r) for r in ("simple", "additive"))]
+    cells += [found._replace(tables="position"), *(found._replace(refinement=r) for r in ("simple", "additive"))]
+    return [*cells, cells[2]._replace(refinement="additive")]
 
 
 def stosa() -> list[Cell]:
