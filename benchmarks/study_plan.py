@@ -134,7 +134,7 @@ def why() -> list[Cell]:
     }
     everywhere = ("wikipedia", "lastfm", "synthetic", "beauty")
     cells = [control(Cell("why", dataset, "additive", 1)) for dataset in everywhere]
-    cells.append(control(Cell("why", "beauty", "additive", 1, *WIDE)))
+    cells += [control(Cell("why", "wikipedia", "additive", 2)), control(Cell("why", "beauty", "additive", 1, *WIDE))]
     cells += [Cell("why", "wikipedia", "additive", 1, variant, options, seeds=LOOK) for variant, options in changes.items()]
     for name, options in (("default", ""), ("gate learned from 0", changes["gate learned from 0"])):
         cells.append(Cell("why", "wikipedia", "additive", 1, name, options, tables="content", seeds=LOOK))
