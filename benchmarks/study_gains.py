@@ -115,7 +115,8 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
         like = (c.dataset, c.backbone, c.loss)
         plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
         if c.group == "ablation" and c.refinement == "additive":  # learned weights and equal ones, over plain ones and each other
-            found += [(c.group, refined, o) for o in plain if (o.cell.variant, o.cell.layers) == (AS_REFINED, c.layers)]
+            of = [o for o in plain if o.cell.variant == AS_REFINED]
+            found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.layers != c.layers)]
             equal = [o for o in cells if (o.cell.group, o.cell.refinement) == (c.group, c.refinement) and EQUAL in o.cell.variant]
             found += [(c.group, refined, o) for o in equal if EQUAL not in c.variant]
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
@@ -167,7 +168,8 @@ def controlled(compared: list[Gain]) -> list[tuple[Gain, Gain, Gain]]:
     over plain attention, of additive refinement over it, and of that over the mean."""
     found = []
     for learned in compared:
-        if learned.found.cell.refinement == "additive" and learned.base.cell.key() == control(learned.found.cell).key():
-            over = {id(g.found): g for g in compared if g.base.cell.refinement == "none" and g.question != "depth"}
+        if learned.found.cell.refinement == learned.base.cell.refinement == "additive" and EQUAL in learned.base.cell.variant:
+            level = [g for g in compared if g.base.cell.refinement == "none" and g.base.cell.layers == g.found.cell.layers]
+            over = {id(g.found): g for g in level}
             found.append((over[id(learned.base)], over[id(learned.found)], learned))
     return found
