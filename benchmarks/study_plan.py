@@ -181,4 +181,5 @@ def stosa() -> list[Cell]:
 def losses() -> list[Cell]:
     """Binary cross-entropy with one negative, as SASRec was published with."""
     datasets = ("wikipedia", "lastfm", "beauty")
-    return [Cell("losses", dataset, kind, 2, options=BCE, loss="bce") for dataset in datasets for kind in ("none", "additive")]
+    cells = [Cell("losses", dataset, kind, 2, options=BCE, loss="bce") for dataset in datasets for kind in ("none", "additive")]
+    return [*cells, control(cells[1])]
