@@ -91,7 +91,8 @@ def summary(compared: list[Gain]) -> list[str]:
 
 
 def settings(c: Cell) -> str:
-    return "usual" if c.variant == "default" else c.variant
+    beside = [x for x, usual in ((c.variant, "default"), (c.loss, "sampled_softmax")) if x != usual]
+    return ", ".join(beside) or "usual"
 
 
 def verdict_text(gain: Gain) -> str:
