@@ -7,6 +7,7 @@
 
 A cell is a command of `awrsr train`, its runs differ in their seed. A finished run becomes an entry of study.json, and its ranks of
 the held-out events a row of study_ranks.parquet; what is there is not run again, one that was stopped goes on from its last epoch.
+study_defaults.json holds what training took for options that commands leave out: where one changes, the study refuses to go on.
 Validation NDCG@10 chooses the epoch, test events are ranked once. `study_report.py` makes tables and pictures of these files.
 """
 
@@ -37,6 +38,7 @@ from benchmarks.study_plan import DATA, GROUPS, Cell, plan  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ENTRIES, RANKS, TARGETS = "study.json", "study_ranks.parquet", "study_targets.parquet"
+DEFAULTS = "study_defaults.json"
 DEEPEST = 21  # ranks from there on are kept as this one: no metric up to @20 tells them apart
 KEY = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss", "seed")
 
@@ -76,6 +78,29 @@ class Results:
                 with atomic(self.folder / name) as temporary:
                     table.write_parquet(temporary, compression="zstd", compression_level=19)
             write_json(self.folder / ENTRIES, self.entries)
+
+
+def defaults() -> dict[str, dict[str, Any]]:
+    """What `awrsr train` takes for options that a command does not name, with data and without."""
+    from awrsr.cli import parser
+
+    found = {name: parser(demo).parse_args(["train"]).train for name, demo in (("data", False), ("no data", True))}
+    return {name: {k: v for k, v in vars(each).items() if k not in ("config", "out")} for name, each in found.items()}
+
+
+def keep_defaults(folder: Path) -> list[str]:
+    """Write them beside the entries, new options with them; where some differ from what the entries had, tell which instead."""
+    now, path = defaults(), folder / DEFAULTS
+    then = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    changed = [
+        f"{option} is {now[name].get(option, 'no option')!r} with {name}, was {value!r}"
+        for name, each in then.items()
+        for option, value in each.items()
+        if option not in now[name] or now[name][option] != value
+    ]
+    if not changed and then != now:
+        write_json(path, now)
+    return changed
 
 
 def source(dataset: str, folder: Path | None) -> Path:
@@ -182,6 +207,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         with FileLock(options.out / ".study.lock", timeout=0):
+            if changed := keep_defaults(options.out):
+                told = f"out is {options.out}, whose runs had other defaults of `awrsr train`: {'; '.join(changed)}. "
+                parser.error(
+                    f"{told}Name the old values in plan and entries and delete {DEFAULTS}, or begin anew in another folder"
+                )
             return run_all(missing, len(wanted), options, results)
     except Timeout:
         parser.error(f"out is {options.out}, where another study.py is at work: wait for it to end, --jobs gives it more processes")

@@ -100,6 +100,32 @@ def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str
     assert len(json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))) == 4
 
 
+def test_a_default_that_changed_stops_the_study(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Commands name what differs from the defaults, so runs of the same command could otherwise be of different models."""
+    was = study.defaults()
+    assert was["data"]["rank"] == 32 and was["data"]["gate"] != was["no data"]["gate"]
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    kept = (out / study.DEFAULTS).read_text(encoding="utf-8")
+    assert json.loads(kept) == was
+    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"rank": 16}})
+    with pytest.raises(SystemExit):
+        study.main(arguments(tmp_path))
+    assert "rank is 16 with data, was 32" in capsys.readouterr().err
+    assert len(trained) == 4 and (out / study.DEFAULTS).read_text(encoding="utf-8") == kept
+    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"new": False}})  # an option that came along
+    assert (
+        study.main(arguments(tmp_path)) == 0
+        and json.loads((out / study.DEFAULTS).read_text(encoding="utf-8"))["data"]["new"] is False
+    )
+
+
+def test_the_committed_runs_had_the_defaults_of_today() -> None:
+    """An option that is new joins them when the study next runs; leaving it out must be what it was before."""
+    assert json.loads((study.RESULTS / study.DEFAULTS).read_text(encoding="utf-8")) == study.defaults()
+
+
 def test_what_the_targets_are_is_kept_beside(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "1", "--cells", "additive"))
     (row,) = pl.read_parquet(out / study.TARGETS).iter_rows(named=True)
