@@ -109,7 +109,7 @@ def analyse(
     part: str = "test",
     users: int = 512,
     examples: int = 3,
-    filter_seen: bool = True,
+    filter_seen: bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Analysis:
@@ -313,7 +313,13 @@ def buckets(gains: np.ndarray, of: np.ndarray, ends: tuple[int, ...]) -> list[Bu
 
 
 def example(
-    model: AWRSR, other: Recommender, split: Split, both: tuple[Evaluation, Evaluation], m: int, filter_seen: bool, most: int = 16
+    model: AWRSR,
+    other: Recommender,
+    split: Split,
+    both: tuple[Evaluation, Evaluation],
+    m: int,
+    filter_seen: bool | None,
+    most: int = 16,
 ) -> Example:
     """One target, with what each model would have recommended and where this one looked."""
     h, (first, second) = split.histories, both

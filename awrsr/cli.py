@@ -215,7 +215,7 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
     compare.add_argument("--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="HR@k, NDCG@k or MRR")
     compare.add_argument("--baseline", type=str, default="", help="run or variant that others are held to (default: the first)")
     compare.add_argument("--part", choices=("validation", "test"), default="test", help="which held-out events")
-    compare.add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
+    compare.add_argument("--resamples", type=int, default=2000, help="of the bootstrap, and the least of the permutation test")
     compare.add_argument("--json", type=str, default="", help="file for the results")
 
     explain = add("explain")
@@ -256,7 +256,8 @@ def add_source(to: ArgumentParser, data_help: str) -> None:
 def add_format(to: ArgumentParser) -> None:
     to.add_argument("--format", choices=FORMATS, default="auto", help="of the file of histories")
     for role in ("user", "item", "time"):
-        to.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s")
+        none = "; none says that lines are in order of time" if role == "time" else ""
+        to.add_argument(f"--{role}-column", type=str, default="", help=f"name of the column of {role}s{none}")
 
 
 def add_seen(to: ArgumentParser) -> None:

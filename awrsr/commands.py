@@ -49,7 +49,9 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     from .train import report, train
 
     seen = "left out of the ranking" if training.filters_seen(split) else "ranked too"
-    say(f"{config.backbone}, refinement {config.refinement}, {training.loss}, seen items {seen}: {out}")
+    whole = training.loss == "sampled_softmax" and training.num_negatives() >= config.num_items
+    loss = f"{training.loss} over the whole catalogue" if whole else training.loss
+    say(f"{config.backbone}, refinement {config.refinement}, {loss}, seen items {seen}: {out}")
     torch.manual_seed(training.seed)
     model = AWRSR(config)
     try:
@@ -95,12 +97,12 @@ def run_evaluate(options: Any) -> None:
         print(f"{unknown:,} events left out, {gone:,} of them held out: the model does not know their items", file=sys.stderr)
     if held_out and not len(split.targets(options.part)[0]):
         raise ValueError(f"data: the model knows none of the {held_out:,} held-out items")
-    seen = filters(options, config)
+    seen = filters(options)
     ranked = evaluate(model, split, options.part, filter_seen=seen, progress=True)
     values = ranked.metrics()
     for name, value in values.items():
         print(f"{name:8} {value:.4f}")
-    results = {options.part: values, "targets": len(ranked.ranks), "filter_seen": seen}
+    results = {options.part: values, "targets": len(ranked.ranks), "filter_seen": model.filter_seen if seen is None else seen}
     results["eval_users_per_cpu_second"] = ranked.users_per_cpu_second
     if options.json:
         write_json(options.json, results)
@@ -123,7 +125,7 @@ def run_recommend(options: Any) -> None:
         users = f", and {empty:,} users with nothing else" if empty else ""
         print(f"{unknown:,} events passed over{users}: the model does not know their items", file=sys.stderr)
     with writer(options.output, model.ids(), known.user_ids) as write:
-        for part in model.top_items(known, options.k, filter_seen=filters(options, config)):
+        for part in model.top_items(known, options.k, filter_seen=filters(options)):
             write(part)
 
 
@@ -175,7 +177,7 @@ def run_analyse(options: Any) -> None:
     baseline = AWRSR.load(options.baseline).to(model.items.weight.device) if options.baseline else None
     split, _ = divide(histories_of(options, data, config), data).numbered_as(model.ids())
     settings = {name: options[name] for name in ("part", "users", "examples")}
-    found = analyse(model, split, baseline=baseline, filter_seen=filters(options, config), progress=True, **settings)
+    found = analyse(model, split, baseline=baseline, filter_seen=filters(options), progress=True, **settings)
     output = Path(options.output or Path(options.run) / "analysis.html")
     with atomic(output) as temporary:
         temporary.write_text(page(found, f"Attention of {Path(options.run).name}"), encoding="utf-8")
@@ -253,7 +255,8 @@ def say(text: str, file: TextIO | None = None) -> None:
 def load(options: DataOptions) -> Split:
     found = histories(options)
     again = f"{found.repeat_share():.1%} of the events repeat an item of their history"
-    say(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events; {again}")
+    order = "as they stand in the file" if found.times is None and options.data else "in order of time"
+    say(f"{options.name}: {found.num_users:,} users, {found.num_items:,} items, {len(found.items):,} events {order}; {again}")
     return divide(found, options)
 
 
@@ -285,8 +288,6 @@ def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> His
     return histories(data)
 
 
-def filters(options: Any, config: dict[str, Any]) -> bool:
-    """Whether items of the history are left out: as the flag says, or as in the run."""
-    if options.filter_seen != "auto":
-        return bool(options.filter_seen == "yes")
-    return not config.get("data", {}).get("seen", False)
+def filters(options: Any) -> bool | None:
+    """Whether items of the history are left out, as the flag says; None: as in the run."""
+    return None if options.filter_seen == "auto" else bool(options.filter_seen == "yes")

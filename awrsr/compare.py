@@ -19,6 +19,7 @@ PARTS = ("validation", "test")
 KEYS = ["user", "position", "item"]
 FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
 LEVEL = 1 - significance.CONFIDENCE
+FLIPS_PER_ROW = 200  # the least p of the permutation test, corrected for its rows, is a tenth of LEVEL
 
 # Options that do not make a run another variant: which seed, where it ran and what it wrote.
 NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
@@ -73,6 +74,7 @@ class Comparison:
     users: int
     targets: int
     resamples: int
+    flips: int
     runs: dict[str, list[str]]  # variant -> folders of its seeds
     baseline: str
     summaries: list[Summary]
@@ -87,6 +89,7 @@ class Comparison:
         if self.differences:
             notes += [
                 f"p: paired over users, given these seeds; Holm-corrected over the {len(self.differences)} rows.",
+                f"p (flips): of {self.flips:,} flips, so at least {len(self.differences) / (self.flips + 1):.2g} for the best row.",
                 f'"better", "worse": both p below {LEVEL:.2g} and the interval on one side of 0.',
             ]
         few = [f"{name} ({len(folders)})" for name, folders in self.runs.items() if len(folders) < FEWEST_SEEDS]
@@ -103,6 +106,7 @@ class Comparison:
             "users": self.users,
             "targets": self.targets,
             "resamples": self.resamples,
+            "flips": self.flips,
             "confidence": significance.CONFIDENCE,
             "runs": self.runs,
             "baseline": self.baseline,
@@ -151,7 +155,8 @@ def compare(
         part: "test" or "validation".
         metrics: HR@k, NDCG@k, MRR.
         baseline: what the others are compared with: a run's folder, or a variant's name. Default: the first run's variant.
-        resamples: of the bootstrap and of the permutation test. seed: of both.
+        resamples: of the bootstrap, and the least of the permutation test, which takes FLIPS_PER_ROW for each row if more.
+        seed: of both.
 
     Raises:
         ValueError: a folder, file or metric that cannot be read; runs that ranked different targets; a run that is there twice.
@@ -173,6 +178,7 @@ def compare(
     values, targets = _paired_values(folders, part, metrics)
     seeds = {name: [folders.index(folder) for folder in found] for name, found in variants.items()}
     first = _baseline(baseline, variants, folders)
+    flips = max(resamples, FLIPS_PER_ROW * len(metrics) * (len(variants) - 1))
 
     rng = np.random.default_rng(seed)
     per_user = {name: values[:, places].mean(1) for name, places in seeds.items()}  # (U, C) each
@@ -187,10 +193,11 @@ def compare(
         users=len(values),
         targets=targets,
         resamples=resamples,
+        flips=flips,
         runs={name: [str(folder) for folder in found] for name, found in variants.items()},
         baseline=first,
         summaries=[row for name in seeds for row in _summaries(name, metrics, run_means[seeds[name]], means[name])],
-        differences=_differences(first, metrics, per_user, means, {n: len(x) for n, x in seeds.items()}, rng),
+        differences=_differences(first, metrics, per_user, means, {n: len(x) for n, x in seeds.items()}, flips, rng),
     )
 
 
@@ -208,6 +215,7 @@ def _differences(
     per_user: dict[str, np.ndarray],
     draws: dict[str, np.ndarray],
     seeds: dict[str, int],
+    flips: int,
     rng: np.random.Generator,
 ) -> list[Difference]:
     """Rows of every variant but the baseline, which are one family for Holm's correction."""
@@ -217,7 +225,7 @@ def _differences(
     paired = np.concatenate([per_user[name] - per_user[baseline] for name in others], 1)
     low, high = significance.interval(np.concatenate([draws[name] - draws[baseline] for name in others], 1))
     p_t = significance.t_test(paired)
-    p_flip = significance.sign_flip_test(paired, len(draws[baseline]), rng)
+    p_flip = significance.sign_flip_test(paired, flips, rng)
     p_t_holm, p_flip_holm = significance.holm(p_t), significance.holm(p_flip)
     reached, difference = per_user[baseline].mean(0), paired.mean(0)
     rows = []

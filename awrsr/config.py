@@ -109,8 +109,9 @@ class TrainingOptions:
 
     loss: str = option(
         "sampled_softmax",
-        "sampled_softmax (one pool of negatives per batch), cross_entropy (the whole catalogue), bce, bpr or gbce; for stosa not "
-        "bce and gbce, which want scores above 0 where distances have none",
+        "sampled_softmax (one uniform pool of negatives per batch, uncorrected; one as large as the "
+        "catalogue is all of it), cross_entropy (the whole catalogue), bce, bpr or gbce (negatives: any item but "
+        "the target); for stosa not bce and gbce, which want scores above 0 where distances have none",
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(0, "items each target is compared with; 0: the usual, " + usual_negatives(), least=0)

@@ -21,7 +21,8 @@ PAIR_BLOCK = 1 << 22  # numbers of item embeddings held at a time by a loss of p
 
 
 def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Binary cross-entropy of the target against its own K negatives, (T, K), averaged over these (SASRec, K = 1)."""
+    """Binary cross-entropy of the target against its own K negatives, (T, K), averaged over these. SASRec's with K = 1, but that
+    its negatives are none of the user's items; here they are any but the target (see `draw_negatives`)."""
     positive, negative = pair_scores(hidden, targets, table, negatives)
     return F.softplus(-positive) + F.softplus(negative).mean(1)
 
@@ -54,14 +55,17 @@ def gbce(
     calibration: their t, 0 (binary cross-entropy, negatives summed) to 1 (probabilities fully calibrated). num_items: N, where the
         table does not hold all.
     """
-    rate = negatives.shape[1] / max((num_items or len(table)) - 1, 1)
+    rate = min(negatives.shape[1] / max((num_items or len(table)) - 1, 1), 1.0)
     power = rate * (calibration * (1 - 1 / rate) + 1 / rate)
     positive, negative = pair_scores(hidden, targets, table, negatives)
     return power * F.softplus(-positive) + F.softplus(negative).sum(1)
 
 
 def sampled_softmax(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Cross-entropy of the target against a pool of K items, (K,), shared by the batch, an event's own target left out of it."""
+    """Cross-entropy of the target against a pool of K items, (K,), shared by the batch, an event's own target left out of it.
+
+    Nothing corrects for how the pool was drawn (uniformly), and other items of the history may be in it. A pool of the whole
+    catalogue makes it the cross-entropy over all items."""
     positive = (hidden * F.embedding(targets, table)).sum(1)
     negative = hidden @ F.embedding(negatives, table).T
     negative = negative.masked_fill(negatives == targets[:, None], -math.inf)

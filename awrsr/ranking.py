@@ -130,8 +130,8 @@ def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = N
     """(M,) rank of each target among the N items by the scores hidden (M, S) @ table.T, 1 = best.
 
     Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does whatever is
-    no number. seen: items that history row[i] holds, no candidates (the target itself always is one). Scores are of the table's
-    dtype, under autocast too: in half precision too many of them would tie.
+    no number. seen: items that history row[i] holds, no candidates; a target among them could not be recommended and is last, N.
+    Scores are of the table's dtype, under autocast too: in half precision too many of them would tie.
     """
     out, hidden = torch.empty_like(targets), hidden.to(table.dtype)
     size = max(LEAST_ROWS, SCORE_BLOCK // len(table))
@@ -140,11 +140,10 @@ def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = N
     for nth, first in enumerate(range(0, len(targets), size)):
         target = targets[first : first + size, None]
         scores = torch.mm(hidden[first : first + size], table.T, out=held[: len(target)])
-        own = scores.gather(1, target)
         if row is not None and seen is not None and begins is not None:
             of_block = slice(int(begins[nth]), int(begins[nth + 1]))
             scores[row[of_block] - first, seen[of_block]] = -torch.inf
-            scores.scatter_(1, target, own)
+        own = scores.gather(1, target)
         out[first : first + size] = len(table) - below(scores, own)
     return out
 
@@ -161,11 +160,14 @@ def evaluate(
     split: Split,
     part: str = "test",
     *,
-    filter_seen: bool = True,
+    filter_seen: bool | None = None,
     batch_size: int = 1024,
     progress: bool = False,
 ) -> Evaluation:
     """Rank every target of a part of the split, "validation" or "test", whose items are numbered as the model's.
+
+    filter_seen: leave items of the history out of the ranking, which puts a target that is one of them last; None does as the
+        model was trained.
 
     Raises:
         ValueError: the split has another number of items than the model.
@@ -176,7 +178,7 @@ def evaluate(
             f"split has {len(found)} items, must have the model's {model.config.num_items} in the model's order; "
             "Split.numbered_as(model.ids()) numbers other data like the model's"
         )
-    targets = Targets(split, part, model.config.max_len, filter_seen)
+    targets = Targets(split, part, model.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
     ranked = np.empty(len(targets), dtype=np.int64)
     training, start = model.training, time.process_time()
     model.eval()

@@ -43,6 +43,7 @@ class Recommender(nn.Module):
     config: Any
     items: nn.Embedding
     item_ids: np.ndarray | None = None
+    filter_seen: bool = True  # whether items of the history are no candidates: training settles it by what its users do
     by_distance = False  # whether scores are negative squared distances, whose products are those of `distance`
     computes_table = False  # whether `item_table` is something computed rather than the embeddings as they are
 
@@ -79,11 +80,14 @@ class Recommender(nn.Module):
             report(self, parts, settings, record, Path(out))
         return self.eval()
 
-    def recommend(self, histories: Given, k: int = 10, *, filter_seen: bool = True, batch_size: int = 1024) -> "pl.DataFrame":
+    def recommend(
+        self, histories: Given, k: int = 10, *, filter_seen: bool | None = None, batch_size: int = 1024
+    ) -> "pl.DataFrame":
         """The k best next items for each history, which need not be of users seen in training.
 
         histories: as for `fit`. Items that the model does not know are passed over; a user it knows no item of gets no row.
-        k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer).
+        k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer);
+            None does as in training, where "auto" keeps it for users who take items again.
 
         Returns:
             A row per recommendation, users in the order given: user, item, rank (1 = best), score (backbone stosa: the negative
@@ -100,7 +104,9 @@ class Recommender(nn.Module):
         return pl.DataFrame({"user": known.user_ids[user], "item": self.ids()[item], "rank": rank, "score": score})
 
     @torch.inference_mode()
-    def top_items(self, histories: Histories, k: int, *, filter_seen: bool = True, batch_size: int = 1024) -> Iterator[TopItems]:
+    def top_items(
+        self, histories: Histories, k: int, *, filter_seen: bool | None = None, batch_size: int = 1024
+    ) -> Iterator[TopItems]:
         """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
         count = self.known_items()
         if not 1 <= k <= count:
@@ -113,7 +119,7 @@ class Recommender(nn.Module):
         for first in range(0, len(users), step):
             chosen = users[first : first + step]
             scores = self.scores(histories, chosen, table)
-            if filter_seen:
+            if self.filter_seen if filter_seen is None else filter_seen:
                 place, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
                 row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
                 scores[torch.from_numpy(row), torch.from_numpy(histories.items[place])] = -torch.inf
@@ -208,7 +214,8 @@ class Recommender(nn.Module):
         folder = Path(folder)
         with atomic(folder / ITEMS) as items, atomic(folder / CONFIG) as config, atomic(folder / WEIGHTS) as weights:
             pl.DataFrame({"item": self.ids()}).write_parquet(items)
-            write_json(config, {"model": asdict(self.config)} | more)
+            data = more.get("data", {}) | {"seen": not self.filter_seen}
+            write_json(config, {"model": asdict(self.config)} | more | {"data": data})
             weights.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}))
 
     @classmethod
@@ -233,6 +240,7 @@ class Recommender(nn.Module):
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
             model = cls(replace(config, **changes))
+        model.filter_seen = not stored.get("data", {}).get("seen", False)
         try:
             model.item_ids = np.array(pl.read_parquet(folder / ITEMS)["item"].to_list())  # text of one width, never objects
             weights = load_file(folder / WEIGHTS)

@@ -34,7 +34,7 @@ from .recommender import CONFIG, Recommender
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-NEGATIVES_SEED = 1 << 48  # apart from the seeds of dropout
+NEGATIVES_SEED = 1 << 48  # apart from the seeds of dropout on a GPU; a CPU's generator drops it, its draws differ in kind alone
 
 
 class Training(L.LightningModule):
@@ -216,7 +216,7 @@ def train(
     folder, sections = Path(out), {"training": asdict(options)} | sections
     data = {"seen": not options.filters_seen(split), "fingerprint": split.fingerprint()}
     sections["data"] = sections.get("data", {}) | data
-    model.item_ids = split.histories.item_ids
+    model.item_ids, model.filter_seen = split.histories.item_ids, options.filters_seen(split)
     if options.threads:
         torch.set_num_threads(options.threads)
     training = Training(model.train(), split, options, folder, sections)

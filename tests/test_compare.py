@@ -119,6 +119,19 @@ def test_paired_tests_are_of_users_averaged_over_seeds(runs: list[Path]) -> None
     assert row.p_flip_raw == pytest.approx(wanted.pvalue, abs=0.02)
 
 
+def test_many_rows_do_not_hide_what_every_user_shows(tmp_path: Path) -> None:
+    """The permutation test's least p, times the rows, stays below the level, however few resamples the bootstrap takes."""
+    names = ["none", *(f"kind{i}" for i in range(12))]
+    folders = [
+        write_run(tmp_path / f"{name}{seed}", [30 if name == "none" else 1] * 40, refinement=name, seed=seed)
+        for name in names
+        for seed in range(5)
+    ]
+    found = compare(folders, resamples=50)
+    assert len(found.differences) == 36 and {row.verdict for row in found.differences} == {"better"}
+    assert found.flips == 36 * 200 and f"of {found.flips:,} flips" in str(found) and found.to_json()["flips"] == found.flips
+
+
 def test_holm_corrects_over_every_row_of_the_table(tmp_path: Path, rng: np.random.Generator) -> None:
     folders = [write_run(tmp_path / name, rng.integers(1, 30, 60), refinement=name) for name in ("none", "simple", "value")]
     rows = compare(folders).differences

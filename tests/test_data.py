@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,52 @@ def events_of(pairs: list[tuple[int, int]], times: np.ndarray | None = None) -> 
 
 
 # Histories
+
+
+class Table:
+    """A column as pandas has them: what an index asks for goes by labels, here places in reverse."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = np.array(values)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, label: Any) -> Any:
+        return self.values[::-1][label]
+
+
+def test_columns_of_a_table_are_taken_by_place() -> None:
+    users, items, times = [2, 1, 2, 1, 1], ["e", "a", "d", "c", "b"], [5, 1, 4, 3, 2]
+    found = Histories.from_events(Table(users), Table(items), Table(times))
+    assert as_lists(found) == {2: ["d", "e"], 1: ["a", "b", "c"]} and found.times is not None
+    assert found.times.tolist() == [4, 5, 1, 2, 3]
+    days = np.array([f"1970-01-0{day}" for day in times], dtype="datetime64[D]")
+    dated = Histories.from_events(users, items, days)
+    assert as_lists(dated) == as_lists(found) and dated.times is not None
+    assert dated.times.tolist() == [86400 * day for day in (3, 4, 0, 1, 2)]
+    assert len(split(dated, "time", validation_from=86400, test_from=3 * 86400).targets("test")[0])
+    assert as_lists(Histories.from_events(np.array([1, 1], dtype=np.int32), np.array(["x", 3], dtype=object))) == {1: ["x", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (([1, 1], [1]), "equally long, a value per event: users has 2, items has 1"),
+        (([1], [1], [1, 2]), "users has 1, items has 1, times has 2"),
+        (([1, 1], [1, 2], [1.0, math.nan]), r"times\[1\] is missing"),
+        (([1, 1], [1, 2], np.array(["1970-01-01", "NaT"], dtype="datetime64[s]")), r"times\[1\] is missing"),
+        (([1, 1], [1, 2], ["1", "2"]), "times are of type <U1, must be numbers or datetime64"),
+        (([1, 1], [1, math.nan]), "item id is nan"),
+        (([[1]], [1]), r"users are of shape \(1, 1\), must be \(T,\)"),
+    ],
+)
+def test_columns_that_are_no_events_are_refused(columns: tuple[Any, ...], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        Histories.from_events(*columns)
 
 
 @given(event_lists, st.booleans())
@@ -231,6 +278,19 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     every_format(tmp_path, header=("who", "What", "when"))
     for name in ("a.csv", "a.inter", "a.tsv", "commas.txt", "a.parquet"):
         assert as_lists(read(tmp_path / name, user="who", item="what", time="WHEN")) == AS_LISTS, name
+
+
+def test_a_column_that_only_looks_like_times_is_passed_over_on_demand() -> None:
+    text = "user,item,runtime\n1,9,50\n1,8,40\n"
+    untimed, timed = (read(io.StringIO(text), time=name) for name in ("none", "runtime"))
+    assert as_lists(untimed) == {1: [9, 8]} and untimed.times is None and as_lists(timed) == {1: [8, 9]}
+    assert as_lists(read(io.StringIO("user,item,none\n1,9,2\n1,8,1\n"), time="none")) == {1: [8, 9]}  # its name is its own
+    assert as_lists(read(io.StringIO("user,item,ts,runtime\n1,9,1,9\n1,8,2,8\n"))) == {1: [9, 8]}  # the time is found
+
+
+def test_text_of_one_line_or_of_words_has_no_header() -> None:
+    assert as_lists(read(io.StringIO("u i\n"))) == {"u": ["i"]}
+    assert as_lists(read(io.StringIO("u a\n1 2\n3 b\n"))) == {"u": ["a"], "1": ["2"], "3": ["b"]}
 
 
 @pytest.mark.parametrize("header", ["userId,movieId,timestamp", "reviewerID,asin,unixReviewTime", "Visitor ID,SID,ts"])

@@ -96,6 +96,13 @@ def test_gbce_without_calibration_is_bce_summed_over_negatives() -> None:
     torch.testing.assert_close(found, each.sum(0) - (K - 1) * positive)
 
 
+def test_gbce_of_more_negatives_than_there_are_items_samples_all_of_them() -> None:
+    hidden, targets, table = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.randn(5, 4)
+    negatives = torch.tensor([[4, 3] * 10] * 3)
+    found = (losses.gbce(hidden, targets, table, negatives, calibration=t) for t in (0.0, 0.5, 1.0))
+    assert all(torch.equal(each, losses.gbce(hidden, targets, table, negatives, calibration=0.0)) for each in found)
+
+
 def test_gbce_fully_calibrated_weighs_the_target_by_the_sampling_rate() -> None:
     hidden, targets, table, negatives = problem("gbce")
     one, none = (losses.gbce(hidden, targets, table, negatives, calibration=t) for t in (1.0, 0.0))

@@ -26,8 +26,10 @@ rank_lists = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
 
 def rank_by_hand(scores: list[float], target: int, seen: set[int]) -> int:
-    """Place of the target in a sorted list of the candidates, after all that have its score."""
-    candidates = [item for item in range(len(scores)) if item == target or item not in seen]
+    """Place of the target in a sorted list of the candidates, after all that have its score; of no candidate, the last of all."""
+    if target in seen:
+        return len(scores)
+    candidates = [item for item in range(len(scores)) if item not in seen]
     in_order = sorted(candidates, key=lambda item: (-scores[item], item == target))
     return in_order.index(target) + 1
 
@@ -83,10 +85,23 @@ def test_another_item_whose_score_is_no_number_counts_against_the_target() -> No
     assert ranks(torch.ones(2, 1), table, torch.tensor([2, 1])).tolist() == [2, 4]
 
 
-def test_the_target_is_a_candidate_though_seen() -> None:
+def test_a_target_that_the_history_holds_could_not_be_recommended() -> None:
+    """With seen items left out it is a miss, however few are left, rather than a candidate among the unseen alone."""
     table = torch.tensor([[4.0], [3.0], [2.0], [1.0]])
-    assert ranks(torch.ones(1, 1), table, torch.tensor([2]), *flat([[0, 2, 2, 3]])).tolist() == [2]
-    assert ranks(torch.ones(1, 1), table, torch.tensor([2]), *flat([[0, 1, 2, 3]])).tolist() == [1]
+    assert ranks(torch.ones(1, 1), table, torch.tensor([2]), *flat([[0, 2, 2, 3]])).tolist() == [4]
+    assert ranks(torch.ones(1, 1), table, torch.tensor([2]), *flat([[0, 1, 3]])).tolist() == [1]
+
+
+def test_hits_are_what_would_be_recommended() -> None:
+    lists = [[1, 2, 3, 1, 2], [4, 5, 4, 6, 4], [7, 8, 9, 1, 3], [2, 2, 5, 5, 6]]
+    model = make_model()
+    parts = split(as_numbered(lists))
+    for filter_seen in (True, False):
+        found = evaluate(model, parts, "test", filter_seen=filter_seen)
+        known = model.recommend(as_numbered([items[:-1] for items in lists]), 5, filter_seen=filter_seen)
+        for user, rank in zip(found.users.tolist(), found.ranks.tolist(), strict=True):
+            listed = known.filter(pl.col("user") == user)["item"].to_list()
+            assert (lists[user][-1] in listed) == (rank <= 5)
 
 
 def test_nothing_to_rank_is_no_error() -> None:

@@ -17,6 +17,7 @@ from awrsr import recommender
 from awrsr.config import TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.model import AWRSR, AWRSRConfig
+from awrsr.ranking import evaluate
 
 from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model
 
@@ -116,6 +117,22 @@ def test_fit_learns(backbone: str) -> None:
     assert table["item"].to_list() == [6, 0]
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_recommendations_leave_out_what_training_did(again: bool, tmp_path: Path) -> None:
+    """Where users take items again, these are candidates for the model in memory, saved, and loaded, unless told otherwise."""
+    lists = [[(3 * user + step) % (5 if again else 24) for step in range(8)] for user in range(24)]
+    model = AWRSR(SMALL).fit(lists, BRIEF)
+    model.save(tmp_path / "model")
+    for each in (model, AWRSR.load(tmp_path / "model")):
+        assert each.filter_seen is not again
+        own, told = (each.recommend(lists, each.known_items(), filter_seen=how) for how in (None, not again))
+        assert own.equals(told) and own.height == len(lists) * (5 if again else 24 - 8)
+        assert not own.equals(each.recommend(lists, each.known_items(), filter_seen=again))
+        parts = split(Histories.from_lists(lists))
+        assert np.array_equal(evaluate(each, parts).ranks, evaluate(each, parts, filter_seen=not again).ranks)
+    assert AWRSR(SMALL).fit(lists, BRIEF, filter_seen="yes").filter_seen
+
+
 def test_a_second_fit_goes_on_and_drops_again() -> None:
     model = AWRSR(SMALL).fit(LISTS, BRIEF)
     seen = []
@@ -200,8 +217,8 @@ def test_what_is_no_list_of_ids_is_refused(histories: Any, error: type[Exception
 def test_a_catalogue_of_one_item() -> None:
     lists = [["a"] * 5] * 4
     model = AWRSR(SMALL).fit(lists, BRIEF)
-    assert model.recommend([["a"]], 1, filter_seen=False)["item"].to_list() == ["a"]
-    assert model.recommend([["a"]], 1).height == 0
+    assert model.recommend([["a"]], 1)["item"].to_list() == ["a"]  # its users take items again
+    assert model.recommend([["a"]], 1, filter_seen=True).height == 0
     with pytest.raises(ValueError, match="num_items is 1; loss 'bce'"):
         AWRSR(SMALL).fit(lists, BRIEF, loss="bce")
 
@@ -270,7 +287,7 @@ def assert_alike(one: pl.DataFrame, other: pl.DataFrame) -> None:
 
 def test_users_and_items_go_by_the_ids_of_the_data(fitted: AWRSR) -> None:
     lists = known_as("text")
-    table = fitted.recommend({"b": lists[0], "a": lists[1]}, 5)
+    table = fitted.recommend({"b": lists[0], "a": lists[1]}, 5, filter_seen=True)
     assert table["user"].unique(maintain_order=True).to_list() == ["b", "a"]  # in the order given
     for user, history in (("b", lists[0]), ("a", lists[1])):
         rows = table.filter(user=user)

@@ -22,8 +22,12 @@ USUAL = {
     "user": "user userid uid users usr customer customerid client clientid visitor visitorid reviewerid member memberid",
     "item": "item itemid iid items movie movieid product productid asin sid song songid track trackid article articleid"
     " artist artistid business businessid venue venueid book bookid isbn page pageid",
-    "time": "time timestamp ts datetime date unixtime unixreviewtime eventtime unixtimestamp utctimestamp timems createdat",
+    "time": "time timestamp ts datetime date unixtime unixreviewtime eventtime unixtimestamp utctimestamp timems createdat ratedat"
+    " timestampms tsms eventtimestamp utctime checkintime reviewdate",
 }
+UNTIMED = "none"  # as the name of the column of times: that there is none
+# A name of which a guess makes nothing but that it might be a time: by a word of it, or by its end
+TELLING = re.compile(r"(?:^|[^a-z])(time|date|ts|at|dt|dat|day|when|epoch|created|updated)(?:[^a-z]|$)|(time|date|stamp)$")
 
 
 class DataError(ValueError):
@@ -33,7 +37,8 @@ class DataError(ValueError):
 def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | None]) -> dict[str, int]:
     """Which column is the user, which the item and, where there is one, the time: those named in `wanted`, otherwise a guess.
 
-    Capitals do not matter, nor, in a guess, does anything but letters and digits.
+    Capitals do not matter, nor, in a guess, does anything but letters and digits. A file whose times have an unusual name is not
+    taken for one without times, whose order of lines would be that of time: UNTIMED as the name says that it is.
     """
     names = [name.strip() for name in header]
     listed = ", ".join(repr(name) for name in names)
@@ -42,6 +47,8 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
         raise DataError(f"{source}: column {twice[0]!r} is there more than once; columns: {listed}")
     found: dict[str, int] = {}
     for role, name in wanted.items():
+        if role == "time" and name == UNTIMED and UNTIMED not in names:
+            continue
         if name is not None:
             exact = [i for i, there in enumerate(names) if there == name]
             matches = exact or [i for i, there in enumerate(names) if there.casefold() == name.casefold()]
@@ -54,6 +61,11 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
             raise DataError(f"{source}: {problem}; columns: {listed}")
         if matches:
             found[role] = matches[0]
+        elif maybe := [name for i, name in enumerate(names) if i not in found.values() and TELLING.search(_spaced(name))]:
+            problem = (
+                f"column {maybe[0]!r} may be the time; say so with --time-column {maybe[0]!r}, or --time-column {UNTIMED} where"
+            )
+            raise DataError(f"{source}: {problem} the lines are in order of time (in Python time=NAME); columns: {listed}")
     roles: dict[int, str] = {}
     for role, column in found.items():
         if column in roles:
@@ -66,6 +78,11 @@ def guesses(role: str, names: Sequence[str]) -> list[int]:
     """Columns that by their names may be the user, item or time."""
     usual = USUAL[role].split()
     return [i for i, name in enumerate(names) if re.sub(r"[\W_]", "", name.casefold()) in usual]
+
+
+def _spaced(name: str) -> str:
+    """In small letters, with a space before what began with a capital inside the name."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()
 
 
 def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:

@@ -92,6 +92,17 @@ def words_of(source: str, data: bytes) -> Words:
     return Words(source, words, counts[lines], lines + 1)
 
 
+def refuse_header(words: Words) -> None:
+    """Raises DataError where all ids but those of the first line are whole numbers: they are names of columns, not of a user."""
+    first = words.of_line(0)
+    whole = r"^-?[0-9]+$"
+    if len(words.lines) > 1 and not any(re.match(whole, word) for word in first):
+        if words.words.slice(len(first)).str.contains(whole).all():
+            names = " ".join(first)
+            problem = f"{_quoted(names)} are the only ids that are no whole numbers, as names of columns are"
+            raise DataError(f"{words.place(0)}: {problem}; remove the line, or name them with --user-column and --item-column")
+
+
 def read_lines(words: Words, hint: str = "") -> Histories:
     """User id, then item ids in time order, one user per line. `hint` ends a complaint about what looks like one event per line."""
     lonely = words.counts < 2
@@ -167,6 +178,9 @@ def read_delimited(source: str, data: bytes, header: Header, wanted: dict[str, s
     if inter_names(header) is not None:  # both the bare name and name:type find a column
         wanted = {role: None if name is None else name.rsplit(":", 1)[0] for role, name in wanted.items()}
     columns = find_columns(source, inter_names(header) or header.names, wanted)
+    history = f"{header.names[columns['item']].strip().partition(':')[0]}_list:token_seq"
+    if history in (name.strip() for name in header.names):
+        raise DataError(f"{source}: has a column {history}: its rows are histories cut in pieces; must be one event per row")
     body = data[header.end + 1 :]
     starts, fields, rows = _rows(source, data, header, body)
     if not len(starts):

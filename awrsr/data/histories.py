@@ -47,9 +47,22 @@ class Histories:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     @classmethod
-    def from_events(cls, users: np.ndarray, items: np.ndarray, times: np.ndarray | None = None) -> "Histories":
-        """From parallel (T,) arrays of ids of any one type. Users and items are numbered as they first appear; events of a user
-        are put in order of `times`, equal times and no times in the order given."""
+    def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
+        """From parallel columns of T values: arrays, lists, or those of a table, whatever its index.
+
+        users, items: ids, as in `from_lists`; they are numbered as they first appear. times: numbers or datetime64 (which becomes
+            seconds since 1970); events of a user are put in their order, equal times and no times in the order given.
+
+        Raises:
+            TypeError: ids that are neither numbers nor text, times that are neither numbers nor datetime64. ValueError: columns of
+                different lengths; a value that is missing.
+        """
+        users, items = _column("user", users), _column("item", items)
+        times = None if times is None else _moments(times)
+        lengths = {"users": len(users), "items": len(items)} | ({} if times is None else {"times": len(times)})
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ValueError(f"columns must be equally long, a value per event: {told}")
         user_ids, user = number(users)
         item_ids, item = number(items)
         order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
@@ -154,6 +167,28 @@ def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
     rank = np.empty(len(first), dtype=np.int64)
     rank[distinct] = np.arange(len(distinct))
     return distinct + low, rank[ids]
+
+
+def _column(role: str, ids: Any) -> np.ndarray:
+    """(T,) ids of one type, from whatever holds them: by place, never by a table's index."""
+    found = np.asarray(ids)
+    if found.ndim != 1:
+        raise ValueError(f"{role}s are of shape {found.shape}, must be (T,), an id per event")
+    return found if found.dtype == np.int64 or found.dtype.kind == "U" else _one_type(role, found.tolist())
+
+
+def _moments(times: Any) -> np.ndarray:
+    """(T,) times as numbers; of dates, seconds since 1970."""
+    found = np.asarray(times)
+    if found.dtype.kind == "M":
+        missing, found = np.isnat(found), found.astype("datetime64[us]").astype(np.int64) / 1e6
+    elif found.dtype.kind in "iuf":
+        missing = np.isnan(found)
+    else:
+        raise TypeError(f"times are of type {found.dtype}, must be numbers or datetime64 without a time zone")
+    if missing.any():
+        raise ValueError(f"times[{int(missing.argmax())}] is missing, must be a number or a date")
+    return found
 
 
 def _one_type(role: str, ids: list[Any]) -> np.ndarray:

@@ -37,7 +37,7 @@ class DataOptions:
     format: str = option("auto", "of the file; auto looks at its name and content", choices=FORMATS)
     user_column: str = option("", "name of the column of users; without one, the usual names are tried")
     item_column: str = option("", "name of the column of items; likewise")
-    time_column: str = option("", "name of the column of times; likewise")
+    time_column: str = option("", "name of the column of times; likewise; none says that lines are in order of time")
     min_user_events: int = option(1, "leave out users with fewer events, and so on until none is left (k-core)", least=1)
     min_item_events: int = option(1, "leave out items with fewer events, likewise", least=1)
     collapse: bool = option(False, "count a run of one item as one event")

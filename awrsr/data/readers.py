@@ -27,7 +27,7 @@ from typing import IO
 import polars as pl
 
 from ._read_columns import DataError, find_columns, guesses, to_histories
-from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, tidy, words_of
+from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, refuse_header, tidy, words_of
 from .histories import Histories
 
 __all__ = ["FORMATS", "DataError", "read"]
@@ -53,7 +53,7 @@ def read(
         format: one of FORMATS; this module's docstring says what they are and how "auto" decides.
         user: name of the column of users; guessed from the usual names if left out.
         item: likewise of items.
-        time: likewise of times, which a file need not have.
+        time: likewise of times, which a file need not have; "none" where a column looks like times and is not.
 
     Raises:
         DataError: the file is missing, empty, not of that format, or wrong on a line, which the message names.
@@ -78,6 +78,8 @@ def read(
     if named:
         raise DataError(f'{source}: format "{chosen}" has no columns, so {named} cannot be found')
     words = words_of(source, data)
+    if chosen is None:
+        refuse_header(words)
     if chosen == "pairs" or (chosen is None and (words.counts == 2).all()):
         return read_pairs(words)
     return read_lines(words, hint="" if chosen else HINT)
