@@ -38,10 +38,11 @@ def refined_attention(
     """Self-attention with refined weights, as defined in `awrsr_kernels/reference.py` (AWRSR, RecSys 2024).
 
     Args:
-        q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Any strides: only a tensor whose last dimension is
-            not contiguous is copied. Or jagged (torch.nested, layout torch.jagged), (B, H, j, D): then k, v and content tables
-            are, too, position tables have as many rows as the longest sequence or more, lengths must be None, and padding_side
-            says which rows of a table a sequence uses: "left" the last ones, "right" the first.
+        q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Any strides: "triton" copies only a tensor whose last
+            dimension is not contiguous, "torch" also what is cut out of a larger one, where there are lengths. Or jagged
+            (torch.nested, layout torch.jagged), (B, H, j, D): then k, v and content tables are, too, position tables have as many
+            rows as the longest sequence or more, lengths must be None, and padding_side says which rows of a table a sequence
+            uses: "left" the last ones, "right" the first.
         k: (B, H_kv, L, D) in q's dtype; H a multiple of H_kv (grouped-query attention), query head h reads head h // (H / H_kv).
         v: (B, H_kv, L, D_v) in q's dtype, D_v in 1..256.
         w_q, w_k: the tables that span the correlation space, R in 1..256: (L, R) shared, (H, L, R) per head, row j for position
@@ -55,7 +56,8 @@ def refined_attention(
         padding_side: "left" (items end at position L-1) or "right".
         softmax_scale: factor of q.k, default 1/sqrt(D).
         refine_scale: factor of the correlations, default 1/sqrt(R).
-        dropout_p: in [0, 1), rounded to a multiple of 1/65536; falls on the weights that meet the values (`dropout.py`).
+        dropout_p: in [0, 1), rounded to a multiple of 1/65536, at most 65534 of them; falls on the weights that meet the values
+            (`dropout.py`).
         dropout_seed: int, or int64 tensor of one element; drawn with torch.randint on q's device when None. Every backend and
             layout draws the same mask from the same seed.
         backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition, L x L matrices, any
@@ -64,9 +66,9 @@ def refined_attention(
             AOTInductor's packages cannot hold, and whose programs need `import awrsr_kernels._triton` before they are loaded.
 
     Returns:
-        (B, H, L, D_v) in v's dtype; jagged as q is. "triton" and "torch" are differentiable once. Entries are independent; but
-        "triton" and, where there are lengths, "torch" let short ones share a tile, where a NaN or Inf in a real item of one
-        reaches the others.
+        (B, H, L, D_v) in v's dtype; jagged as q is. "triton" and "torch" are differentiable once. Entries are independent, and
+        under `causal` earlier items of later ones; but "triton" and, where there are lengths, "torch" let short ones share a
+        tile, where a NaN or Inf in a real item of one reaches the others, and "torch" lets it reach earlier items of its own.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
@@ -114,8 +116,11 @@ def refined_attention_varlen(
         w_q, w_k: (T, H, R) computed from content, a row per item; or a table of N >= max_seqlen rows, (N, R) shared or (H, N, R)
             per head. A tensor of shape (T, H, R) is always read as content, one of shape (1, H, N, R) never.
         cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            Empty sequences are legal. On a GPU values are not read; the kernels clamp them.
-        max_seqlen: the longest sequence, or a bound on it; picks a better tile. Default: N, or T with content tables.
+            Empty sequences are legal. On a GPU values are not read, the kernels clamp them, and rows that no sequence covers (those
+            from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients:
+            where T is fixed, as in a CUDA graph, let last sequences hold the rest.
+        max_seqlen: the longest sequence, or a bound on it. Default: N; T with content tables or without any. Give it on a GPU: the
+            kernels launch work for B sequences of that length, and "torch" needs as much memory.
         align: "right": a sequence of n items uses the last n rows of a table, which equals left padding to a window of N;
             "left": the first n.
 
@@ -235,7 +240,7 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
     features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
     backend = choose_backend(backend, q, features)
     if backend != "reference":
-        checks.no_transform(backend)
+        checks.no_transform(backend, given)
     learns = given.need_gradient() and torch.compiler.is_exporting()
     if backend == "torch" and (learns or exports_any_size(q, given.bounds)):
         backend = "reference"  # chunks and blocks of rows are made for the sizes at hand, and written in place

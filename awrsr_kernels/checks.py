@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
 from .state import autocast, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
@@ -337,13 +338,16 @@ def _number(name: str, value: float) -> float:
     return float(value)
 
 
-def no_transform(backend: str) -> None:
+def no_transform(backend: str, given: Inputs) -> None:
     if transformed():
         raise ValueError(
             f'backend is "{backend}"; it must be "reference" under torch.func (vmap, grad, jvp ...). Or leave that out: instead of '
             "vmap, fold the mapped dimension into the batch B or the heads H, over which the operator goes anyway (packed: more "
             "sequences); instead of grad, call torch.autograd.grad"
         )
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in given):
+            raise NotImplementedError(f'backend is "{backend}", which has no forward mode AD; it must be "reference"')
 
 
 def _tensor(name: str, x: Any) -> None:

@@ -24,7 +24,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,7 +311,9 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 def _source_hash() -> str:
     """Of everything that decides what a kernel compiles to."""
-    root, digest = Path(__file__).parent, hashlib.sha256(version("triton").encode())
+    import triton
+
+    root, digest = Path(__file__).parent, hashlib.sha256(triton.__version__.encode())
     for path in sorted([*root.glob("_triton/*.py"), root / "launch_config.py", root / "dropout.py", Path(__file__)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
@@ -390,9 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awrsr_kernels" / "compiled"
     parser.add_argument("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
     given = parser.parse_args(argv)
-    try:
-        version("triton")
-    except ModuleNotFoundError:
+    if find_spec("triton") is None:
         parser.error("Triton is not installed (pip install triton, Linux only)")
 
     targets = list(TARGETS) if "all" in given.target else given.target

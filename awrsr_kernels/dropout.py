@@ -7,7 +7,8 @@ The keep bit of the weight (sequence b, query head h, row i, column j), i and j 
 
 One call of the generator yields four 32-bit words and so serves the eight columns 8g .. 8g+7: column 8g + 2w + u takes the low
 (u = 0) or high (u = 1) half of word w. A weight is kept when its 16 bits are at least round(65536 p): p is rounded to a multiple
-of 1/65536, and the scale 1/(1-p) uses the rounded p. `_triton/primitives.py` draws the same bits inside the kernels.
+of 1/65536, at most 65534 of them, and the scale 1/(1-p) uses the rounded p. `_triton/primitives.py` draws the same bits inside
+the kernels.
 """
 
 import torch
@@ -23,7 +24,7 @@ _WORD = 0xFFFFFFFF
 
 def quantise(dropout_p: float) -> tuple[int, float]:
     """(threshold, scale): keep a weight when its 16 bits are >= threshold, multiply what is kept by scale."""
-    threshold = min(round(dropout_p * 65536), 65535)
+    threshold = min(round(dropout_p * 65536), 65534)  # float16 holds the scale, 32768
     return threshold, 65536 / (65536 - threshold)
 
 

@@ -108,7 +108,9 @@ def reference_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
         weights = correlation_weights(first, w_q, w_k, visible, call)
         if call.refinement == "additive":
             weights = first + _per_head(given.gate, q.dtype) * weights
-    powers = [drop * weights, (drop * weights).square()]
+    powers = [drop * weights]
+    if call.gaussian:
+        powers.append(powers[0].square())
     if call.refinement == "value":
         values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
     outs = [x @ v for x, v in zip(powers, values, strict=False)]

@@ -13,7 +13,6 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,10 @@ def tuned_path() -> Path:
 
 
 def machine(device: torch.device) -> tuple[str, str]:
-    """What an entry holds for: a GPU by name, and the Triton that is installed."""
-    return torch.cuda.get_device_name(device), version("triton")
+    """What an entry holds for: a GPU by name, and the Triton that is installed, under whatever name it was (pytorch-triton ...)."""
+    import triton
+
+    return torch.cuda.get_device_name(device), triton.__version__
 
 
 # The file

@@ -184,6 +184,48 @@ def test_packed_equals_padded(engine: str, kind: Kind, side: str, choose: Choose
         torch.testing.assert_close(packed[name], pack(padded[name]))
 
 
+def with_gradients(kind: Kind, given: dict[str, Any], backend: str) -> list[Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items() if name in (*kind.items, *kind.tables)}
+    outs = list(kind.call(**given | leaves, backend=backend).values())
+    return [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), list(leaves.values()))]
+
+
+@pytest.mark.parametrize("engine", [*ENGINES, "mixed"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_lengths_may_lie_anywhere_in_memory(engine: str, packed: bool, choose: Choose) -> None:
+    """A column of a table of numbers, or one number for all."""
+    lengths, backend = [4, 0, 7, 4], choose(engine)
+    bounds = [cumulative(lengths).long(), cumulative([5, 5, 5]).long()] if packed else [torch.tensor(lengths, device=DEVICE)]
+    strided = [torch.stack([x + 1, x, -x], 1)[:, 1] for x in bounds]
+    kind, name = Kind("simple"), "cu_seqlens" if packed else "lengths"
+    pairs = [(kind.draw((15, 2, 8) if packed else (4, 2, 9, 8), (9, 3)), x, y) for x, y in zip(bounds, strided, strict=True)]
+    if not packed:
+        pairs.append((pairs[0][0], torch.full((4,), 5, device=DEVICE), torch.tensor([5], device=DEVICE).expand(4)))
+    for given, plain, odd in pairs:
+        wanted, found = (with_gradients(kind, given | {name: each}, backend) for each in (plain, odd))
+        assert odd.stride() != plain.stride() and all(map(torch.equal, wanted, found))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_forward_without_a_backward_gives_the_same(
+    engine: str, kind: Kind, choose: Choose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiled kernels then leave out what rounding lost, which only the backward asks for (and one forward, of squared sums)."""
+    given = kind.draw((2, 2, 20, 8), (20, 3), torch.float16) | {"lengths": torch.tensor([20, 11], device=DEVICE), "dropout_p": 0.2}
+    backend, made = choose(engine), []
+    if engine == "tiled":
+        from awrsr_kernels._triton import tiled
+
+        monkeypatch.setattr(tiled, "tiled_buffers", lambda *a, make=tiled.tiled_buffers: made.append(make(*a)) or made[-1])
+    alone = kind.call(**given, dropout_seed=3, backend=backend)
+    leaves = {name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in given.items()}
+    beside = kind.call(**leaves, dropout_seed=3, backend=backend)
+    assert all(torch.equal(x, beside[name]) and beside[name].requires_grad and not x.requires_grad for name, x in alone.items())
+    rests = [any(name.endswith("rest") for name in buffers) for buffers in made]
+    assert rests == ([kind == Kind("additive", True), True] if made else [])
+
+
 @every_own_engine
 def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short histories share a window or a tile; one that saw another would show here."""
@@ -238,6 +280,13 @@ def test_dropout_bits_are_the_same_everywhere(engine: str, layout: str, choose: 
     assert 0.6 < wanted[0].float().mean() < 0.8 and not torch.equal(wanted[0][0], wanted[0][1])
     for mask, bits in zip(dropout_mask(choose(engine), layout, counts, seed), wanted, strict=True):
         assert torch.equal(mask > 0, bits)
+
+
+@every_engine
+def test_almost_everything_dropped_is_finite_in_half_precision(engine: str, choose: Choose) -> None:
+    q = torch.randn(1, 2, 40, 8, device=DEVICE, dtype=torch.float16).div(64)
+    out = refined_attention(q, q, q, None, None, refinement="none", dropout_p=1 - 1e-9, dropout_seed=0, backend=choose(engine))
+    assert out.isfinite().all()
 
 
 @every_engine

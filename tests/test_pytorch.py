@@ -322,6 +322,22 @@ def test_forward_mode_is_refused(engine: str, choose: Callable[[str], str]) -> N
         refined_attention(**given | {"q": dual}, backend=backend)
 
 
+@pytest.mark.parametrize("engine", [*ENGINES, "reference"])
+def test_no_tangent_is_dropped(engine: str, choose: Callable[[str], str]) -> None:
+    """Where nothing requires a gradient, and no autograd Function sees it: the right tangent, or an error."""
+    given = {name: x.detach() for name, x in draw(Kind("simple"), "plain")[0].items()}
+    backend, forward, moved = choose(engine), torch.autograd.forward_ad, torch.ones_like(given["q"])
+    with forward.dual_level():
+        dual = given | {"q": forward.make_dual(given["q"], moved)}
+        if engine != "reference":
+            with pytest.raises(NotImplementedError, match="forward mode AD"):
+                refined_attention(**dual, backend=backend)
+            return
+        tangent = forward.unpack_dual(refined_attention(**dual, backend=backend)).tangent
+    ahead, behind = (refined_attention(**given | {"q": given["q"] + step * moved}, backend=backend) for step in (1e-2, -1e-2))
+    torch.testing.assert_close(tangent, (ahead - behind) / 2e-2, rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_vmap_is_refused_with_advice(engine: str, choose: Callable[[str], str]) -> None:
     q, w, backend = torch.randn(3, 2, 4, 6, 8, device=DEVICE), torch.randn(6, 5, device=DEVICE), choose(engine)

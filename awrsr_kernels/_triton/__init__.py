@@ -18,10 +18,10 @@ def _forward(given: Inputs, call: Call, keep: bool) -> list[Tensor]:
     problem, outputs = Problem(given, call), 1 + call.gaussian
     if problem.is_short():
         return short_forward(problem)
-    found = tiled_forward(problem)
+    found = tiled_forward(problem, keep)
     if problem.short_reach():
         short_forward(problem, found[:outputs])
-    return found if keep else found[:outputs]
+    return found
 
 
 def _fake_forward(given: Inputs, call: Call, keep: bool) -> list[Tensor]:

@@ -80,7 +80,8 @@ class Problem:
         self.w_q = None if given.w_q is None else with_rows(given.w_q)
         self.w_k = None if given.w_k is None else with_rows(given.w_k)
         self.v_cov = None if given.v_cov is None else with_rows(given.v_cov)
-        self.gate, self.bounds, self.seed, self.call = given.gate, given.bounds, given.seed, call
+        self.gate, self.seed, self.call = given.gate, given.seed, call
+        self.bounds = None if given.bounds is None else given.bounds.contiguous()  # kernels step through them one by one
         q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads

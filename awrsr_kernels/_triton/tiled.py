@@ -171,29 +171,37 @@ def _tiled_fwd_kernel(
             store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST + DV)
 
 
-def tiled_buffers(problem: Problem) -> dict[str, Tensor]:
-    """Uninitialised memory for the outputs, "out" and "out_cov", and for all that the backward needs besides; by the call."""
+def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
+    """Features of the outputs, "out" and "out_cov", and of all that the backward needs besides (`keep`); None: a number per row.
+
+    Without `keep` what rounding lost is not asked for, except where the forward reads it itself.
+    """
     p, refinement = problem, problem.call.refinement
-
-    def new(features: int) -> Tensor:
-        return allocate(p.q, p.heads, features, p.call.varlen)
-
     d_v = p.v.shape[-1]
-    found = {"out": new(d_v)} | ({"out_cov": new(d_v)} if p.call.gaussian else {})
-    found["first_lse"] = p.row_numbers()
+    found: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
+    found["first_lse"] = None
     if refinement != "none":
-        found |= {"q_a": new(p.rank), "k_a": new(p.rank), "higher_lse": p.row_numbers()}
+        found |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
     kinds = ("values", "cov") if p.call.gaussian else ("values",)
     if refinement in ("value", "additive"):
-        found |= {f"first_{kind}": new(d_v) for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
+        found |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
-        found |= {f"higher_{kind}": new(d_v) for kind in kinds}  # O_R, C_R; otherwise those are the outputs
-    if p.q.dtype.itemsize == 2:
+        found |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
+    if p.q.dtype.itemsize == 2 and (keep or (p.call.gaussian and refinement == "additive")):
         if refinement != "none":
-            found["higher_rest"] = new(d_v * len(kinds))
+            found["higher_rest"] = d_v * len(kinds)
         meets_values = refinement in ("none", "value", "additive")
-        found["first_rest"] = new(d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none"))
+        found["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
     return found
+
+
+def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
+    """Uninitialised memory of these widths."""
+    p = problem
+    widths = tiled_widths(p, keep)
+    return {
+        name: p.row_numbers() if width is None else allocate(p.q, p.heads, width, p.call.varlen) for name, width in widths.items()
+    }
 
 
 def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
@@ -239,10 +247,10 @@ def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, here
     return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
 
 
-def tiled_forward(problem: Problem) -> list[Tensor]:
-    """The outputs (entries, H, rows, D_v) and what the backward needs, in the order of `tiled_buffers`."""
+def tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
+    """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
-    buffers = tiled_buffers(p)
+    buffers = tiled_buffers(p, keep)
     unused, gaussian = p.view(buffers["out"]), p.gaussian_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
@@ -263,4 +271,4 @@ def tiled_forward(problem: Problem) -> list[Tensor]:
             weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), out=unused, out_cov=gaussian, ADDED=ADDED,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
-    return list(buffers.values())
+    return list(buffers.values()) if keep else [buffers[name] for name in ("out", "out_cov") if name in buffers]

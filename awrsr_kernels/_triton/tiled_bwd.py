@@ -35,7 +35,7 @@ from .primitives import (
     store_tile,
     table_start,
 )
-from .tiled import other_stage, stage, tiled_buffers
+from .tiled import other_stage, stage, tiled_widths
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -306,7 +306,7 @@ class _Backward:
 
     def __init__(self, problem: Problem, saved: list[Tensor]) -> None:
         p = self.problem = problem
-        self.saved = dict(zip(tiled_buffers(p), saved, strict=True))
+        self.saved = dict(zip(tiled_widths(p), saved, strict=True))
         self.delta = p.row_numbers()
         self.dq, self.dk, self.dv = p.gradients()
         self.dv_cov = p.covariance_gradient()
