@@ -2,7 +2,8 @@
 
 A gain is a difference on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is held to.
 p is the larger of the paired t-test's and the sign-flip test's, over users with the seeds as they are, corrected by Holm for
-all comparisons of cells that the plan gives five seeds; others, which only show where to look, have none. Intervals are
+all comparisons of cells that the plan gives five seeds, those that lack runs among them (they count as p = 1, so that runs to
+come can only lower the p of others); the rest, which only show where to look, have none. Intervals are
 bootstrapped over users and seeds. A gain is called better or worse where p < 0.05, the interval leaves 0 out and both cells
 have five seeds.
 """
@@ -66,9 +67,9 @@ class Gain:
         return self.difference / max(self.base.mean(), 1e-12)
 
     @property
-    def planned(self) -> bool:
-        """Whether the plan gives both cells the seeds that a claim takes."""
-        return min(self.found.cell.seeds, self.base.cell.seeds) >= FEWEST_SEEDS
+    def complete(self) -> bool:
+        """Whether both cells have the seeds that a claim takes."""
+        return min(len(self.found.entries), len(self.base.entries)) >= FEWEST_SEEDS
 
     @property
     def paired(self) -> np.ndarray:
@@ -77,7 +78,7 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        if min(len(self.found.entries), len(self.base.entries)) < FEWEST_SEEDS:
+        if not self.complete:
             return "no claim"
         if self.p >= LEVEL or self.low <= 0 <= self.high:
             return "not shown"
@@ -137,6 +138,12 @@ def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
     return found
 
 
+def planned() -> int:
+    """Comparisons of cells that the plan gives the seeds that a claim takes, whether these were run or not."""
+    cells = pairs([Found(cell, [], np.empty(0)) for cell in plan()])
+    return sum(min(found.cell.seeds, base.cell.seeds) >= FEWEST_SEEDS for _, found, base in cells)
+
+
 def contrast(question: str, found: Found, base: Found, rng: np.random.Generator) -> Gain:
     """The gain on the same users, without its p."""
     gain = Gain(question, found, base, 0.0, 0.0, 0.0)
@@ -153,12 +160,13 @@ def gains(cells: list[Found]) -> list[Gain]:
     found = [contrast(*each, rng) for each in pairs(cells)]
     raw: dict[int, float] = {}
     for dataset in dict.fromkeys(gain.found.cell.dataset for gain in found):  # one set of flipped signs for all who share users
-        places = [i for i, gain in enumerate(found) if gain.planned and gain.found.cell.dataset == dataset]
+        places = [i for i, gain in enumerate(found) if gain.complete and gain.found.cell.dataset == dataset]
         if places:
             paired = np.stack([found[i].paired for i in places], 1)
             p = np.maximum(significance.t_test(paired), significance.sign_flip_test(paired, FLIPS, rng))
             raw |= dict(zip(places, p.tolist(), strict=True))
-    for i, p in zip(raw, significance.holm(list(raw.values())), strict=True):
+    corrected = significance.holm([*raw.values(), *[1.0] * (planned() - len(raw))])
+    for i, p in zip(raw, corrected[: len(raw)], strict=True):
         found[i] = replace(found[i], p=float(p))
     return found
 

@@ -5,7 +5,7 @@ import numpy as np
 from awrsr import significance
 from awrsr.compare import LEVEL
 from benchmarks.study import Results
-from benchmarks.study_gains import Found, Gain, controlled
+from benchmarks.study_gains import Found, Gain, controlled, planned
 from benchmarks.study_plan import Cell, plan
 
 LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
@@ -156,7 +156,8 @@ def markdown(results: Results, cells: list[Found], compared: list[Gain]) -> str:
     commits = sorted({entry["commit"][:12] for entry in results.entries})
     lines = [
         f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; "
-        f"{sum(gain.planned for gain in compared)} comparisons, Holm-corrected together. {'; '.join(devices)}; commits "
+        f"{planned()} comparisons planned, {sum(gain.complete for gain in compared)} of them run, Holm-corrected for all. "
+        f"{'; '.join(devices)}; commits "
         f"{', '.join(commits)}.",
     ]
     short = summary(compared)
