@@ -121,6 +121,12 @@ class TrainingOptions:
         least=0,
     )
     calibration: float = option(0.75, "gbce's t: 0 is bce, negatives summed, 1 calibrated", least=0, below=1 + 1e-9)
+    item_init: str = option(
+        "normal",
+        "item embeddings begin at random, or as a factorisation of which items share training histories: fewer epochs, and more "
+        "for rare items",
+        choices=("normal", "cooccurrence"),
+    )
     windows: str = option(
         "last", "train on the last max_len events of a history, or on all of them, cut into windows", choices=("last", "all")
     )

@@ -24,6 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .batches import Batch, Windows
 from .config import WATCHED, AWRSRConfig, TrainingOptions
+from .cooccurrence import begin_with_cooccurrence
 from .data.histories import Split
 from .files import read_json, write_json
 from .loop import STATE, AtomicCheckpoints, make_trainer, quiet
@@ -216,6 +217,8 @@ def train(
     folder, sections = Path(out), {"training": asdict(options)} | sections
     data = {"seen": not options.filters_seen(split), "fingerprint": split.fingerprint()}
     sections["data"] = sections.get("data", {}) | data
+    if options.item_init == "cooccurrence" and model.item_ids is None and not (folder / STATE).exists():  # a new model's first step
+        begin_with_cooccurrence(model.items.weight.data[:, : model.config.hidden], split, options.seed)
     model.item_ids, model.filter_seen = split.histories.item_ids, options.filters_seen(split)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -8,6 +8,7 @@ bootstrapped over users and seeds. A gain is called better or worse where p < 0.
 have five seeds.
 """
 
+import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from benchmarks.study import KEY, Results
 from benchmarks.study_plan import AS_REFINED, EQUAL, Cell, control, plan
 
 METRIC = "NDCG@10"
-RESAMPLES = 2000
+RESAMPLES = 10000
 FLIPS = 50000  # of signs: p is 1 / FLIPS at least, which the correction multiplies by the number of comparisons
 
 
@@ -144,8 +145,14 @@ def planned() -> int:
     return sum(min(found.cell.seeds, base.cell.seeds) >= FEWEST_SEEDS for _, found, base in cells)
 
 
-def contrast(question: str, found: Found, base: Found, rng: np.random.Generator) -> Gain:
+def randomness(*names: str) -> np.random.Generator:
+    """Of one comparison or data set, whatever others there are: what more runs do not concern stays as it was."""
+    return np.random.default_rng(zlib.crc32(" ".join(names).encode()))
+
+
+def contrast(question: str, found: Found, base: Found) -> Gain:
     """The gain on the same users, without its p."""
+    rng = randomness(found.cell.name, base.cell.name)
     gain = Gain(question, found, base, 0.0, 0.0, 0.0)
     draws = significance.resampled_means(gain.paired[:, None], RESAMPLES, rng)
     for each, sign in ((found, 1), (base, -1)):
@@ -156,14 +163,13 @@ def contrast(question: str, found: Found, base: Found, rng: np.random.Generator)
 
 def gains(cells: list[Found]) -> list[Gain]:
     """Every comparison of the study, corrected for their number."""
-    rng = np.random.default_rng(0)
-    found = [contrast(*each, rng) for each in pairs(cells)]
+    found = [contrast(*each) for each in pairs(cells)]
     raw: dict[int, float] = {}
     for dataset in dict.fromkeys(gain.found.cell.dataset for gain in found):  # one set of flipped signs for all who share users
         places = [i for i, gain in enumerate(found) if gain.complete and gain.found.cell.dataset == dataset]
         if places:
             paired = np.stack([found[i].paired for i in places], 1)
-            p = np.maximum(significance.t_test(paired), significance.sign_flip_test(paired, FLIPS, rng))
+            p = np.maximum(significance.t_test(paired), significance.sign_flip_test(paired, FLIPS, randomness(dataset)))
             raw |= dict(zip(places, p.tolist(), strict=True))
     corrected = significance.holm([*raw.values(), *[1.0] * (planned() - len(raw))])
     for i, p in zip(raw, corrected[: len(raw)], strict=True):
