@@ -153,7 +153,8 @@ class TrainingOptions:
     patience: int = option(10, f"stop after so many epochs without a better validation {WATCHED}; 0 never stops early", least=0)
     filter_seen: str = option(
         "auto",
-        "leave items of the history out of the ranking; auto: unless over 1 % of the events repeat an item of their history",
+        "leave items of the history out of the ranking, where a target among them is a miss; auto: unless over 1 % of the events "
+        "repeat an item of their history",
         choices=("auto", "yes", "no"),
     )
     seed: int = option(0, "of weights, order, negatives and dropout", least=0, below=1 << 31)

@@ -50,6 +50,8 @@ class Training(L.LightningModule):
         self.validation = Targets(split, "validation", model.config.max_len, options.filters_seen(split))
         world = options.devices * options.nodes
         self.windows.batches(options.batch_size, options.seed, 0, 0, world)  # raises where there are too few sequences
+        if not len(self.validation):
+            raise ValueError("split has no validation targets, must have some: they choose the epoch whose weights are kept")
         if len(self.validation) < world:
             raise ValueError(f"{len(self.validation)} validation targets are too few for {world} processes, must be one for each")
         if options.pvn_weight and not model.by_distance:
