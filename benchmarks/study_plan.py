@@ -27,8 +27,8 @@ BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosin
 WIDE = ("128 wide", "--hidden 128 --negatives 2048 --schedule cosine --patience 8")
 # With twice that width, more dropout, and items that begin by which of them share histories: fewer epochs; chosen likewise
 BEGUN = (
-    "256 wide, items begun",
-    "--hidden 256 --hidden-dropout 0.65 --negatives 2048 --schedule cosine --epochs 20 --item-init cooccurrence",
+    "256 wide from cooccurrence",
+    "--hidden 256 --hidden-dropout 0.65 --negatives 2048 --schedule cosine --epochs 20 --patience 8 --item-init cooccurrence",
 )
 # Of the searches
 SEARCHED_PLAIN = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
