@@ -34,8 +34,10 @@ def run_train(options: Any) -> None:
     results["plain" if config.refinement == "none" else config.refinement] = train_one(config, data, training, split, out)
     if not all(results.values()):
         return  # a process beside the first
-    show(results)
-    print(f"\nIn {out}: the model, its metrics and the rank of every held-out event. Next:\n")
+    held_out = all("test" in found for found in results.values())
+    if held_out:
+        show(results)
+    print(f"\nIn {out}: the model, its metrics{' and the rank of every held-out event' if held_out else ''}. Next:\n")
     if not data.data:
         print(f"  awrsr explain --run {out}          # what the model pays attention to")
     print(f"  awrsr recommend --run {out} -k 5   # the best next items for every user")
@@ -58,7 +60,8 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
         record = train(model, split, training, out, data=asdict(data))
         if not record:
             return {}
-        say(f"{record['epochs']} epochs, the best on validation was {record['best_epoch']} (NDCG@10 {record['best']:.4f})")
+        best = f"the best on validation was {record['best_epoch']} (NDCG@10 {record['best']:.4f})"
+        say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
         return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
         say(f"\n{out} keeps every whole epoch; the same command goes on from there.", file=sys.stderr)
@@ -91,11 +94,13 @@ def run_evaluate(options: Any) -> None:
     if options.data and config.get("data", {}).get("fingerprint") != split.fingerprint():
         print("Other data than the run's: what is held out here may have been trained on", file=sys.stderr)
     held_out = len(split.targets(options.part)[0])
+    if not held_out:
+        raise ValueError(f"part is {options.part!r}, of which the run's split, {data.split!r}, holds nothing out to evaluate on")
     split, unknown = split.numbered_as(model.ids())
     if unknown:
         gone = held_out - len(split.targets(options.part)[0])
         print(f"{unknown:,} events left out, {gone:,} of them held out: the model does not know their items", file=sys.stderr)
-    if held_out and not len(split.targets(options.part)[0]):
+    if not len(split.targets(options.part)[0]):
         raise ValueError(f"data: the model knows none of the {held_out:,} held-out items")
     seen = filters(options)
     ranked = evaluate(model, split, options.part, filter_seen=seen, progress=True)

@@ -20,8 +20,8 @@ from .files import atomic
 STATE = "last.ckpt"
 
 
-def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
-    """Lightning, set up for a run."""
+def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
+    """Lightning, set up for a run. validates: whether there is anything to validate on."""
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     callbacks: list[L.Callback] = [
         ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)
@@ -39,6 +39,7 @@ def make_trainer(o: TrainingOptions, folder: Path) -> L.Trainer:
         max_epochs=o.epochs,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validates else 0,
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -91,20 +92,17 @@ class Progress(L.Callback):
 
     def tell(self, trainer: L.Trainer, training: Any) -> None:
         self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
-        best = training.record["best"]
-        known = {WATCHED: f"{training.curve[-1][WATCHED]:.4f}", "best": f"{best:.4f}"} if training.curve else {}
+        last, best = training.curve[-1] if training.curve else {}, training.record["best"]
+        known = {WATCHED: f"{last[WATCHED]:.4f}", "best": f"{best:.4f}"} if WATCHED in last else {}
         self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | known, refresh=False)
 
-    def on_validation_end(self, trainer: L.Trainer, training: Any) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, training: Any) -> None:  # after validation, if there is any
         if not self.bar.disable:
             self.tell(trainer, training)
         if self.silent:
-            last = training.curve[-1]
-            best = f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
-            print(
-                f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}  {WATCHED} {last[WATCHED]:.4f}  {best}",
-                flush=True,
-            )
+            last, best = training.curve[-1], f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
+            reached = f"  {WATCHED} {last[WATCHED]:.4f}  {best}" if WATCHED in last else ""
+            print(f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}{reached}", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
         self.bar.close()

@@ -62,7 +62,8 @@ class Recommender(nn.Module):
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self, in evaluation mode.
 
         histories: `Histories`, a mapping user -> items or a list of lists of item ids of any one type, in time order; the last
-            event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise.
+            event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise, or not at all:
+            `split(histories, "none")` trains on everything for all epochs.
         options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
         out: folder for the run (`awrsr.train`); without it nothing is left on disk.
         """

@@ -50,9 +50,7 @@ class Training(L.LightningModule):
         self.validation = Targets(split, "validation", model.config.max_len, options.filters_seen(split))
         world = options.devices * options.nodes
         self.windows.batches(options.batch_size, options.seed, 0, 0, world)  # raises where there are too few sequences
-        if not len(self.validation):
-            raise ValueError("split has no validation targets, must have some: they choose the epoch whose weights are kept")
-        if len(self.validation) < world:
+        if 0 < len(self.validation) < world:
             raise ValueError(f"{len(self.validation)} validation targets are too few for {world} processes, must be one for each")
         if options.pvn_weight and not model.by_distance:
             backbone = f"backbone {model.config.backbone!r}, whose scores are no distances"
@@ -135,6 +133,12 @@ class Training(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.average:
             self.average.update_parameters(self.model)
+        if self.trainer.is_last_batch:
+            self.record["seconds"] += time.perf_counter() - self.began[0]
+            self.record["cpu_seconds"] += time.process_time() - self.began[1]
+            self.record["sequences"] += len(self.windows)
+            if not len(self.validation):
+                self.close_epoch({})
 
     # ---- validation after it
 
@@ -142,9 +146,6 @@ class Training(L.LightningModule):
         return self.validation.batches(1024, self.trainer.global_rank, self.trainer.world_size)
 
     def on_validation_start(self) -> None:
-        self.record["seconds"] += time.perf_counter() - self.began[0]
-        self.record["cpu_seconds"] += time.process_time() - self.began[1]
-        self.record["sequences"] += len(self.windows)
         self.found.zero_()
         self.table = self.evaluated.item_table().detach()  # once for all batches; what is a parameter would count as this module's
 
@@ -154,18 +155,22 @@ class Training(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         found = self.trainer.strategy.reduce(self.found.to(self.device), reduce_op="sum")
-        values = metrics(found.cpu().numpy())
+        self.table = None
+        self.close_epoch(metrics(found.cpu().numpy()))
+
+    def close_epoch(self, values: dict[str, float]) -> None:
+        """Note what the epoch reached, and keep its weights if that is the best so far, or if nothing says what it reached."""
         loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} in epoch {self.current_epoch + 1}; lower learning_rate or set clip"
             )
-        self.table = None
-        self.log_dict({"loss": loss} | values)
+        self.log_dict({"loss": loss} | values, on_step=False, on_epoch=True, batch_size=1)
         self.record["epochs"] = self.current_epoch + 1
-        self.curve.append({"epoch": self.current_epoch + 1, "loss": loss.item(), WATCHED: values[WATCHED]})
-        if values[WATCHED] > self.record["best"]:
-            self.record |= {"best": values[WATCHED], "best_epoch": self.current_epoch + 1}
+        watched = {WATCHED: values[WATCHED]} if values else {}
+        self.curve.append({"epoch": self.current_epoch + 1, "loss": loss.item()} | watched)
+        if not values or values[WATCHED] > self.record["best"]:
+            self.record |= {"best": values.get(WATCHED, 0.0), "best_epoch": self.current_epoch + 1}
             if self.trainer.is_global_zero:
                 self.evaluated.save(self.folder, **self.sections)
         self.trainer.should_stop = finished(self.record, self.options)
@@ -200,7 +205,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:
 def train(
     model: Recommender, split: Split, options: TrainingOptions, out: str | Path | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """Train a model in place; afterwards it has the weights of its best epoch.
+    """Train a model in place; afterwards it has the weights of its best epoch, or the last where the split has no validation.
 
     out: the run folder, for weights, configuration and the state to go on from. A folder that holds a state of the same run goes
         on with it. sections: further sections for its config.json.
@@ -234,7 +239,7 @@ def train(
     write_json(folder / CONFIG, config)
     if not finished(training.record, options):
         with quiet():
-            trainer = make_trainer(options, folder)
+            trainer = make_trainer(options, folder, validates=len(training.validation) > 0)
             before = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit(training, ckpt_path=folder / STATE if resume else None, weights_only=True)
@@ -298,18 +303,18 @@ def report(
     out: Path,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained model on validation and test targets; write their ranks and metrics.json, which is returned.
+    """Evaluate a trained model on the targets that are held out; write their ranks and metrics.json, which is returned.
 
     more: further options for "config" in it.
     """
     split, filter_seen = numbered_for(model, split), options.filters_seen(split)
     model.to(options.device())
-    parts = {
-        part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in ("validation", "test")
-    }
+    held_out = [part for part in ("validation", "test") if len(split.targets(part)[0])]
+    parts = {part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in held_out}
     for part, found in parts.items():
         write_ranks(found, split, out / f"ranks_{part}.parquet")
-    recalled = {} if filter_seen else recall(parts["test"], split)
+    recalled = {} if filter_seen or "test" not in parts else recall(parts["test"], split)
+    speed = {"eval_users_per_cpu_second": parts["test"].users_per_cpu_second} if "test" in parts else {}
     results = (
         {part: found.metrics() for part, found in parts.items()}
         | {
@@ -318,12 +323,12 @@ def report(
             "train_seconds": record["seconds"],
             "train_cpu_seconds": record["cpu_seconds"],
             "train_sequences_per_cpu_second": record["sequences"] / max(record["cpu_seconds"], 1e-9),
-            "eval_users_per_cpu_second": parts["test"].users_per_cpu_second,
             "peak_mib": peak_mib(),
             "parameters": sum(p.numel() for p in model.parameters()),
             "filter_seen": filter_seen,
             "curve": record["curve"],
         }
+        | speed
         | ({"recall": recalled} if recalled else {})
         | {"config": asdict(model.config) | asdict(options) | (more or {}) | {"out": str(out)}}
     )

@@ -248,6 +248,34 @@ def test_windows_all_trains_on_every_event_and_last_on_the_ends(parts: Split) ->
     assert sequences["all"] == np.ceil(pairs / SMALL["max_len"]).sum() > sequences["last"]
 
 
+def test_with_nothing_held_out_every_event_is_trained_on_to_the_end(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], refused: Callable[..., str]
+) -> None:
+    run = tmp_path / "run"
+    assert main([*command(data, run, epochs=3, patience=1), "--split", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert "3 epochs, nothing held out" in printed and "NDCG" not in printed and "epoch 3/3" in printed
+    found = results(run)
+    assert found["epochs"] == found["best_epoch"] == 3 and not {"test", "validation"} & found.keys()
+    assert [set(each) for each in found["curve"]] == [{"epoch", "loss"}] * 3 and not list(run.glob("ranks_*"))
+    assert main([*command(data, run, epochs=4, patience=1), "--split", "none"]) == 0  # goes on
+    whole = tmp_path / "whole"
+    assert main([*command(data, whole, epochs=4, patience=1), "--split", "none"]) == 0
+    assert weights(run) == weights(whole) and results(run)["epochs"] == 4
+    assert main(["recommend", "--run", str(run), "-k", "2"]) == 0
+    assert "holds nothing out" in refused("evaluate", "--run", run)
+
+
+def test_a_split_of_nothing_trains_on_the_last_events(parts: Split) -> None:
+    everything = split(parts.histories, "none")
+    assert np.array_equal(everything.train_end, parts.histories.lengths) and not len(everything.targets("test")[0])
+    model, record = fit(everything, NO_DROPOUT, epochs=30, learning_rate=1e-2, patience=1)
+    assert record["best_epoch"] == record["epochs"] == 30
+    after, _ = fit(parts, NO_DROPOUT, epochs=30, learning_rate=1e-2, patience=0)
+    last = [training.evaluate(each, parts, "test").ranks.mean() for each in (model, after)]
+    assert last[0] < last[1]  # it has seen them
+
+
 @pytest.mark.parametrize("model", [{}, STOSA], ids=["sasrec", "stosa"])
 def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
     model: dict[str, Any], parts: Split, monkeypatch: pytest.MonkeyPatch

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-SPLITS = ("leave-one-out", "last-n", "time")
+SPLITS = ("leave-one-out", "last-n", "time", "none")
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,7 @@ def split(
     "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
     "last-n": the same with n events each. Users too short to leave one event for training train only.
     "time": events from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to.
+    "none": every event is for training, for a model that is to be used rather than judged.
 
     Raises:
         ValueError: an unknown `how`; "time" without times or without two rising moments; n below 1; no target left.
@@ -282,6 +283,8 @@ def split(
     if how not in SPLITS:
         raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
     lengths = histories.lengths
+    if how == "none":
+        return Split(histories, lengths, lengths)
     if how == "time":
         if histories.times is None:
             raise ValueError('split is "time", which needs a file with a time column; this one has none')

@@ -44,7 +44,7 @@ class DataOptions:
     split: str = option(
         "leave-one-out",
         "what is held out: each user's last event for test and the one before for validation; the last holdout events each; "
-        "or all events from a moment on",
+        "or all events from a moment on; none: nothing, every event is trained on for all epochs, and there is nothing to evaluate",
         choices=SPLITS,
     )
     holdout: int = option(1, "events per user in validation and in test, for the split last-n", least=1)
