@@ -130,6 +130,7 @@ def analyse(
             raise ValueError(f"{name} is {value}, must be 1 or more")
     if baseline is not None and not np.array_equal(baseline.ids().astype(str), model.ids().astype(str)):
         raise ValueError("baseline knows other items than the model, must be trained on the same data")
+    filter_seen = model.filter_seen if filter_seen is None else filter_seen  # one for both models
     targets = Histories(split, part, model.config.max_len)
     if not len(targets):
         raise ValueError(f"part {part!r} of the split holds no target with a history before it")

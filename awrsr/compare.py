@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from . import significance
+from .config import AWRSRConfig, before_averaging
 from .ranking import metric
 
 PARTS = ("validation", "test")
@@ -274,8 +275,10 @@ def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
 
+    usual = asdict(AWRSRConfig()) | asdict(before_averaging())  # of options that came after a run
+
     def text(config: dict[str, Any], name: str) -> str:
-        value = config.get(name, "unset")
+        value = config.get(name, usual.get(name, "unset"))
         return value if isinstance(value, str) else json.dumps(value)
 
     names = list(dict.fromkeys(name for config in configs for name in config))

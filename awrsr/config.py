@@ -189,3 +189,8 @@ class TrainingOptions:
     def filters_seen(self, split: Split) -> bool:
         """Whether items of the history are left out of the ranking."""
         return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
+
+
+def before_averaging() -> TrainingOptions:
+    """What runs had whose files lack an option: those that came later are off by default, but for the running average."""
+    return TrainingOptions(average=0)

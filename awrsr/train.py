@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from .batches import Batch, Windows
-from .config import WATCHED, AWRSRConfig, TrainingOptions
+from .config import WATCHED, AWRSRConfig, TrainingOptions, before_averaging
 from .cooccurrence import begin_with_cooccurrence
 from .data.histories import Split
 from .files import read_json, write_json
@@ -224,14 +224,14 @@ def train(
     folder, sections = Path(out), {"training": asdict(options)} | sections
     data = {"seen": not options.filters_seen(split), "fingerprint": split.fingerprint()}
     sections["data"] = sections.get("data", {}) | data
-    if options.item_init == "cooccurrence" and model.item_ids is None and not (folder / STATE).exists():  # a new model's first step
+    config = {"model": asdict(model.config)} | sections
+    resume = holds(folder, config)
+    if options.item_init == "cooccurrence" and model.item_ids is None and not resume:  # a new model's first step
         begin_with_cooccurrence(model.items.weight.data[:, : model.config.hidden], split, options.seed)
     model.item_ids, model.filter_seen = split.histories.item_ids, options.filters_seen(split)
     if options.threads:
         torch.set_num_threads(options.threads)
     training = Training(model.train(), split, options, folder, sections)
-    config = {"model": asdict(model.config)} | sections
-    resume = holds(folder, config)
     if resume:
         training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
         if training.record["epochs"] > options.epochs:
@@ -277,7 +277,7 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the folder holds a state of the same run to go on from. Raises ValueError where it is another run's."""
     resume = (folder / STATE).exists() and (folder / CONFIG).exists()
     if resume:
-        usual = {"model": asdict(AWRSRConfig()), "training": asdict(TrainingOptions(average=0))}  # as of older versions
+        usual = {"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())}
         old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
         fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
         differs = sorted(

@@ -145,6 +145,15 @@ def test_predictions_are_compared_with_the_other_model(parts: Split) -> None:
     assert sum(b.targets * b.gain for b in found.by_length) / found.targets == pytest.approx(found.value - found.other_value)
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_both_models_are_asked_as_the_first_was_trained(seen: bool, parts: Split) -> None:
+    model, same = make(parts), make(parts)
+    model.filter_seen, same.filter_seen = seen, not seen
+    found = analyse(model, parts, baseline=same, examples=1)
+    assert found.value == found.other_value and found.better == found.worse == 0
+    assert found.value == analyse(model, parts, baseline=same, examples=1, filter_seen=seen).value
+
+
 def test_buckets_hold_their_ends() -> None:
     found = buckets(np.array([1.0, 2, 3, 4]), np.array([0, 3, 4, 99]), (3, 10))
     assert [(b.name, b.targets, b.gain) for b in found] == [("0 to 3", 2, 1.5), ("4 to 10", 1, 3.0), ("11 and more", 1, 4.0)]

@@ -23,7 +23,7 @@ ARROWS = {  # module: those of the package that it may import, at its head or in
     "train": {"batches", "config", "cooccurrence", "data", "files", "loop", "losses", "ranking", "recommender"},
     "tables": {"files", "recommender"},
     "significance": set(),
-    "compare": {"files", "ranking", "significance"},
+    "compare": {"config", "files", "ranking", "significance"},
     "explain": {"files"},
     "analyse": {"config", "data", "model", "ranking", "recommender", "significance"},
     "analysis_page": {"analyse", "config"},

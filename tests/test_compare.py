@@ -61,7 +61,15 @@ def test_several_differing_options_make_a_name_together(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [1, 2], model={"layers": 1, "rank": 8}, loss="bce")
     b = write_run(tmp_path / "b", [1, 3], model={"layers": 2, "rank": 8}, loss="bce")
     c = write_run(tmp_path / "c", [1, 3], model={"layers": 2, "rank": 8})
-    assert list(compare([a, b, c]).runs) == ["layers=1, loss=bce", "layers=2, loss=bce", "layers=2, loss=unset"]
+    assert list(compare([a, b, c]).runs) == ["layers=1, loss=bce", "layers=2, loss=bce", "layers=2, loss=sampled_softmax"]
+
+
+def test_runs_from_before_an_option_join_those_that_leave_it_as_it_was(tmp_path: Path) -> None:
+    old = [write_run(tmp_path / f"old{seed}", [1, 2], seed=seed) for seed in (0, 1)]
+    new = [write_run(tmp_path / f"new{seed}", [1, 2], seed=seed, item_init="normal", average=0) for seed in (2, 3)]
+    other = write_run(tmp_path / "other", [1, 3], item_init="cooccurrence", average=0)
+    found = compare([*old, *new, other])
+    assert {name: len(runs) for name, runs in found.runs.items()} == {"item_init=normal": 4, "item_init=cooccurrence": 1}
 
 
 def test_metrics_are_those_of_the_ranks(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awrsr.data.histories import Histories, Split, number, split
-from awrsr.data.readers import read
+from awrsr.data.readers import DataError, read
 from awrsr.data.synthetic import write
 
 EVENTS = [("3", "10"), ("3", "20"), ("1", "10"), ("1", "30"), ("1", "10"), ("2", "40")]  # users one after another, in time order
@@ -76,6 +76,8 @@ def test_columns_of_a_table_are_taken_by_place() -> None:
     assert as_lists(dated) == as_lists(found) and dated.times is not None
     assert dated.times.tolist() == [86400 * day for day in (3, 4, 0, 1, 2)]
     assert len(split(dated, "time", validation_from=86400, test_from=3 * 86400).targets("test")[0])
+    near = [2**53, 2**53 + 1, 7.0]
+    assert as_lists(Histories.from_events([1, 1, 1], near)) == {1: [2**53, 2**53 + 1, 7]}
     assert as_lists(Histories.from_events(np.array([1, 1], dtype=np.int32), np.array(["x", 3], dtype=object))) == {1: ["x", "3"]}
 
 
@@ -88,7 +90,8 @@ def test_columns_of_a_table_are_taken_by_place() -> None:
         (([1, 1], [1, 2], np.array(["1970-01-01", "NaT"], dtype="datetime64[s]")), r"times\[1\] is missing"),
         (([1, 1], [1, 2], ["1", "2"]), "times are of type <U1, must be numbers or datetime64"),
         (([1, 1], [1, math.nan]), "item id is nan"),
-        (([[1]], [1]), r"users are of shape \(1, 1\), must be \(T,\)"),
+        (([1], [1], [[1]]), r"times are of shape \(1, 1\), must be \(T,\)"),
+        ((np.array([[1]]), [1]), r"users are of shape \(1, 1\), must be \(T,\)"),
     ],
 )
 def test_columns_that_are_no_events_are_refused(columns: tuple[Any, ...], message: str) -> None:
@@ -285,12 +288,26 @@ def test_a_column_that_only_looks_like_times_is_passed_over_on_demand() -> None:
     untimed, timed = (read(io.StringIO(text), time=name) for name in ("none", "runtime"))
     assert as_lists(untimed) == {1: [9, 8]} and untimed.times is None and as_lists(timed) == {1: [8, 9]}
     assert as_lists(read(io.StringIO("user,item,none\n1,9,2\n1,8,1\n"), time="none")) == {1: [8, 9]}  # its name is its own
-    assert as_lists(read(io.StringIO("user,item,ts,runtime\n1,9,1,9\n1,8,2,8\n"))) == {1: [9, 8]}  # the time is found
+    assert as_lists(read(io.StringIO("user,item,ts,review_date\n1,9,1,9\n1,8,2,8\n"))) == {1: [9, 8]}  # the time is found
+    assert as_lists(read(io.StringIO("user,item,candidate\n1,9,1\n"))) == {1: [9]}
+    for text in ("1 9\n1 8\n2 8\n", "user,item,None\n1,9,1\n1,8,2\n"):
+        assert as_lists(read(io.StringIO(text), time="none"))[1] == [9, 8]
+    assert as_lists(read(io.StringIO("1 9\n1 8\n"), format="pairs", time="none")) == {1: [9, 8]}
+
+
+def test_dates_by_type_are_asked_about_whatever_their_name(tmp_path: Path) -> None:
+    frame = pl.DataFrame({"user": [1, 1], "item": [2, 3], "bought": [2, 1]}).with_columns(pl.col("bought").cast(pl.Datetime))
+    frame.write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="column 'bought' may be the time"):
+        read(tmp_path / "a.parquet")
+    assert as_lists(read(tmp_path / "a.parquet", time="bought")) == {1: [3, 2]}
+    assert as_lists(read(tmp_path / "a.parquet", time="none")) == {1: [2, 3]}
 
 
 def test_text_of_one_line_or_of_words_has_no_header() -> None:
     assert as_lists(read(io.StringIO("u i\n"))) == {"u": ["i"]}
-    assert as_lists(read(io.StringIO("u a\n1 2\n3 b\n"))) == {"u": ["a"], "1": ["2"], "3": ["b"]}
+    assert as_lists(read(io.StringIO("u a\nb 2\n3 b\n"))) == {"u": ["a"], "b": ["2"], "3": ["b"]}
+    assert as_lists(read(io.StringIO("u a\n1 2\n"), format="pairs")) == {"u": ["a"], "1": ["2"]}
 
 
 @pytest.mark.parametrize("header", ["userId,movieId,timestamp", "reviewerID,asin,unixReviewTime", "Visitor ID,SID,ts"])

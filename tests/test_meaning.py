@@ -285,8 +285,8 @@ def test_dropout_bits_are_the_same_everywhere(engine: str, layout: str, choose: 
 @every_engine
 def test_almost_everything_dropped_is_finite_in_half_precision(engine: str, choose: Choose) -> None:
     q = torch.randn(1, 2, 40, 8, device=DEVICE, dtype=torch.float16).div(64)
-    out = refined_attention(q, q, q, None, None, refinement="none", dropout_p=1 - 1e-9, dropout_seed=0, backend=choose(engine))
-    assert out.isfinite().all()
+    out = refined_attention(q, q, q, None, None, refinement="none", dropout_p=1 - 1e-9, dropout_seed=6, backend=choose(engine))
+    assert out.isfinite().all() and out.any()
 
 
 @every_engine

@@ -4,7 +4,7 @@ T events. A `Place` names the place of an event in the file: "ratings.csv:17", o
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -22,23 +22,29 @@ USUAL = {
     "user": "user userid uid users usr customer customerid client clientid visitor visitorid reviewerid member memberid",
     "item": "item itemid iid items movie movieid product productid asin sid song songid track trackid article articleid"
     " artist artistid business businessid venue venueid book bookid isbn page pageid",
-    "time": "time timestamp ts datetime date unixtime unixreviewtime eventtime unixtimestamp utctimestamp timems createdat ratedat"
-    " timestampms tsms eventtimestamp utctime checkintime reviewdate",
+    "time": "time timestamp ts datetime date unixtime unixreviewtime eventtime unixtimestamp utctimestamp timems createdat",
 }
 UNTIMED = "none"  # as the name of the column of times: that there is none
-# A name of which a guess makes nothing but that it might be a time: by a word of it, or by its end
-TELLING = re.compile(r"(?:^|[^a-z])(time|date|ts|at|dt|dat|day|when|epoch|created|updated)(?:[^a-z]|$)|(time|date|stamp)$")
+# What a guess makes nothing of but that it might be a time: by a word of its name, or by its end
+TELLING = re.compile(
+    r"(?:^|[^a-z])(times?|dates?|datetimes?|timestamps?|ts|dt|dat|when|epoch|unix|utc|created|updated)(?:[^a-z]|$)"
+    r"|(time|date|stamp)s?[0-9]*$|(?:^|[^a-z])(at|on)$"
+)
+NO_TIMES = ("candidate", "update", "lifetime", "runtime", "overtime")  # though they end so
 
 
 class DataError(ValueError):
     """A file of histories that cannot be read as it stands: which file, which line and what is wrong with it."""
 
 
-def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | None]) -> dict[str, int]:
+def find_columns(
+    source: str, header: Sequence[str], wanted: dict[str, str | None], moments: Collection[int] = ()
+) -> dict[str, int]:
     """Which column is the user, which the item and, where there is one, the time: those named in `wanted`, otherwise a guess.
 
     Capitals do not matter, nor, in a guess, does anything but letters and digits. A file whose times have an unusual name is not
-    taken for one without times, whose order of lines would be that of time: UNTIMED as the name says that it is.
+    taken for one without times, whose order of lines would be that of time: UNTIMED as the name says that it is. moments: columns
+    that hold dates by their type.
     """
     names = [name.strip() for name in header]
     listed = ", ".join(repr(name) for name in names)
@@ -47,7 +53,7 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
         raise DataError(f"{source}: column {twice[0]!r} is there more than once; columns: {listed}")
     found: dict[str, int] = {}
     for role, name in wanted.items():
-        if role == "time" and name == UNTIMED and UNTIMED not in names:
+        if role == "time" and name == UNTIMED and UNTIMED not in map(str.casefold, names):
             continue
         if name is not None:
             exact = [i for i, there in enumerate(names) if there == name]
@@ -61,7 +67,7 @@ def find_columns(source: str, header: Sequence[str], wanted: dict[str, str | Non
             raise DataError(f"{source}: {problem}; columns: {listed}")
         if matches:
             found[role] = matches[0]
-        elif maybe := [name for i, name in enumerate(names) if i not in found.values() and TELLING.search(_spaced(name))]:
+        elif maybe := [name for i, name in enumerate(names) if i not in found.values() and (i in moments or _may_be_time(name))]:
             problem = (
                 f"column {maybe[0]!r} may be the time; say so with --time-column {maybe[0]!r}, or --time-column {UNTIMED} where"
             )
@@ -80,9 +86,9 @@ def guesses(role: str, names: Sequence[str]) -> list[int]:
     return [i for i, name in enumerate(names) if re.sub(r"[\W_]", "", name.casefold()) in usual]
 
 
-def _spaced(name: str) -> str:
-    """In small letters, with a space before what began with a capital inside the name."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()
+def _may_be_time(name: str) -> bool:
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold()  # a capital inside a name begins a word
+    return TELLING.search(words) is not None and not words.endswith(NO_TIMES)
 
 
 def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:
@@ -171,7 +177,10 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
         try:
             moment = datetime.fromisoformat(tidy[row])
         except ValueError:
-            problem = f"time is {_shown(text[row])}; must be a number or an ISO 8601 date such as 2024-05-31T12:00:00"
+            problem = (
+                f"time is {_shown(text[row])}; must be a number or an ISO 8601 date such as 2024-05-31T12:00:00, or the lines be"
+            )
+            problem = f"{problem} in order of time and the column passed over: --time-column {UNTIMED}"
             raise DataError(f"{place(row)}: {problem}") from None
         seconds[row] = moment.timestamp() if moment.tzinfo else (moment - EPOCH).total_seconds()
     return seconds

@@ -93,14 +93,18 @@ def words_of(source: str, data: bytes) -> Words:
 
 
 def refuse_header(words: Words) -> None:
-    """Raises DataError where all ids but those of the first line are whole numbers: they are names of columns, not of a user."""
-    first = words.of_line(0)
-    whole = r"^-?[0-9]+$"
-    if len(words.lines) > 1 and not any(re.match(whole, word) for word in first):
-        if words.words.slice(len(first)).str.contains(whole).all():
-            names = " ".join(first)
-            problem = f"{_quoted(names)} are the only ids that are no whole numbers, as names of columns are"
-            raise DataError(f"{words.place(0)}: {problem}; remove the line, or name them with --user-column and --item-column")
+    """Raises DataError where the first line has no number and numbers follow it: everywhere, or in a column of lines of one length.
+    Those are names of columns, not ids."""
+    first, number = words.of_line(0), r"^-?[0-9]*[.]?[0-9]+$"
+    if len(words.lines) < 2 or any(re.match(number, word) for word in first):
+        return
+    numbers = words.words.slice(len(first)).str.contains(number)
+    columns = numbers.to_numpy().reshape(-1, len(first)) if (words.counts == len(first)).all() else numbers.to_numpy()[:, None]
+    if columns.all(0).any():
+        problem = (
+            f"{_quoted(' '.join(first))} are no numbers, as names of columns are not, and numbers follow; remove the line, or name"
+        )
+        raise DataError(f"{words.place(0)}: {problem} them with --user-column and --item-column, or the format if these are ids")
 
 
 def read_lines(words: Words, hint: str = "") -> Histories:

@@ -171,6 +171,8 @@ def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _column(role: str, ids: Any) -> np.ndarray:
     """(T,) ids of one type, from whatever holds them: by place, never by a table's index."""
+    if isinstance(ids, list | tuple):
+        return _one_type(role, list(ids))  # numpy would make one float of all
     found = np.asarray(ids)
     if found.ndim != 1:
         raise ValueError(f"{role}s are of shape {found.shape}, must be (T,), an id per event")
@@ -180,6 +182,8 @@ def _column(role: str, ids: Any) -> np.ndarray:
 def _moments(times: Any) -> np.ndarray:
     """(T,) times as numbers; of dates, seconds since 1970."""
     found = np.asarray(times)
+    if found.ndim != 1:
+        raise ValueError(f"times are of shape {found.shape}, must be (T,), a moment per event")
     if found.dtype.kind == "M":
         missing, found = np.isnat(found), found.astype("datetime64[us]").astype(np.int64) / 1e6
     elif found.dtype.kind in "iuf":

@@ -26,7 +26,7 @@ from typing import IO
 
 import polars as pl
 
-from ._read_columns import DataError, find_columns, guesses, to_histories
+from ._read_columns import UNTIMED, DataError, find_columns, guesses, to_histories
 from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, refuse_header, tidy, words_of
 from .histories import Histories
 
@@ -63,7 +63,7 @@ def read(
         raise ValueError(f"format is {format!r}, must be one of {', '.join(FORMATS)}")
     source, data = _load(path)
     wanted = {"user": user, "item": item, "time": time}
-    named = ", ".join(f"{role}={name!r}" for role, name in wanted.items() if name is not None)
+    named = ", ".join(f"{role}={name!r}" for role, name in wanted.items() if name is not None and (role, name) != ("time", UNTIMED))
     chosen = SUFFIXES.get(Path(source.removesuffix(".gz")).suffix.lower()) if format == "auto" else format
     if chosen == "parquet" or (format == "auto" and data.startswith(b"PAR1")):
         return _read_parquet(source, data, wanted)
@@ -116,8 +116,9 @@ def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Hi
     if not data:
         raise DataError(f"{source}: is empty")
     try:
-        names = list(pl.read_parquet_schema(io.BytesIO(data)))
-        columns = find_columns(source, names, wanted)
+        schema = pl.read_parquet_schema(io.BytesIO(data))
+        names = list(schema)
+        columns = find_columns(source, names, wanted, [i for i, kind in enumerate(schema.values()) if kind.is_temporal()])
         table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in columns.values()])
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"{source}: is no Parquet file that can be read: {error}") from None
