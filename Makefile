@@ -5,9 +5,11 @@ OUT ?= gpu-out
 .PHONY: test lint train study cost bench bench-stochastic bench-train track compile-report gpu docs
 .PHONY: test-libraries test-rectools test-replay test-recbole
 
-# The tests, without a GPU in Triton's interpreter.
+# The tests, without a GPU in Triton's interpreter; then those of time, one after the other. To the former glibc keeps memory once had:
+# to give it back and get it again, page by page, took a fifth of their time. The latter have it as a user's process would.
 test: .venv/ready
-	$(BIN)/python -m pytest -q -n 2
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m pytest -q -n 2 -m "not timing"
+	$(BIN)/python -m pytest -q -m timing tests/test_cost.py
 
 # The adapters, each against the real library; all three agree on one environment.
 test-libraries: test-rectools test-replay test-recbole

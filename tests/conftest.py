@@ -2,12 +2,16 @@
 
 import os
 
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores: more threads wait for each other, burning what others could use
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it a GPU's matrix products are refused in deterministic mode
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import contextlib  # noqa: E402
 import functools  # noqa: E402
 import itertools  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -21,6 +25,35 @@ hypothesis.settings.load_profile("shared cores")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
+
+
+def interpret_faster() -> None:
+    """Triton's interpreter replaces triton.language's functions by its own whenever a device function is called, a third of all its
+    time; here once in a launch for each set of modules that its functions see."""
+    from triton.runtime import interpreter
+
+    replace, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    replaced: set[frozenset[int]] = set()
+
+    @functools.cache
+    def modules(function: Any) -> frozenset[int]:
+        return frozenset(id(x) for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core)
+
+    def replace_once(function: Any) -> Any:
+        if modules(function) not in replaced:
+            replaced.add(modules(function))
+            return replace(function)
+
+    def launch_anew(*args: Any, **kwargs: Any) -> None:
+        replaced.clear()
+        launch(*args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = replace_once, launch_anew
+
+
+if DEVICE == "cpu":
+    with contextlib.suppress(ImportError, AttributeError):  # another Triton, or none: as slow as it comes
+        interpret_faster()
 
 
 @pytest.fixture(autouse=True)
