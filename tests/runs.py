@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from awrsr import AWRSRConfig
+from awrsr import AWRSR, AWRSRConfig, TrainingOptions
+from awrsr import train as training
 from awrsr.cli import main
+from awrsr.data.histories import Split
 
 ITEMS = 24
 SMALL = {"hidden": 16, "layers": 1, "rank": 4, "max_len": 8}
@@ -93,3 +96,10 @@ def stopped(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, s
     with pytest.raises(SystemExit) as status:
         main([str(each) for each in arguments])
     return int(status.value.code or 0), "".join(capsys.readouterr())
+
+
+def fit(parts: Split, model: dict[str, Any] | None = None, **options: Any) -> tuple[AWRSR, dict[str, Any]]:
+    """A model trained in memory, and its record."""
+    torch.manual_seed(0)
+    trained = AWRSR(config(num_items=ITEMS, **(model or {})))
+    return trained, training.train(trained, parts, TrainingOptions(**(QUICK | options)))
