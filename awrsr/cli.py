@@ -93,6 +93,7 @@ user, item, rank, score. Users need not be known from training; items that the
 model does not know are passed over.
 
   awrsr recommend --run runs/beauty -k 5
+  awrsr recommend --run runs/beauty --user 17 42
   awrsr recommend --run runs/beauty --data new.txt --output top.parquet
   echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines""",
     "compare": """Tell whether runs differ by more than chance: paired tests and confidence
@@ -139,11 +140,12 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def parser(demo: bool = False) -> ArgumentParser:
     """All commands and their options. demo: defaults of train that suit the made-up histories."""
-    top = ArgumentParser(prog="awrsr", description=MORE[""], formatter_class=Help)
+    top = ArgumentParser(prog="awrsr", description=MORE[""], formatter_class=Help, allow_abbrev=False)
     subcommands = top.add_subcommands(dest="command", metavar="COMMAND")
 
     def add(name: str, to: Any = subcommands, usage: str | None = None) -> ArgumentParser:
-        sub = ArgumentParser(description=MORE[name], formatter_class=Help, usage=usage, print_config="--print-config")
+        options: dict[str, Any] = {"formatter_class": Help, "usage": usage, "allow_abbrev": False}
+        sub = ArgumentParser(description=MORE[name], print_config="--print-config", **options)
         to.add_subcommand(name.split()[-1], sub, help=HELP[name])
         sub.prog = f"awrsr {name}"
         return sub
@@ -204,6 +206,7 @@ def add_use(add: Callable[..., ArgumentParser]) -> None:
 
     recommend = add("recommend")
     add_run(recommend, "file of histories, - for standard input (default: the run's own)")
+    recommend.add_argument("--user", nargs="+", type=str, default=[], help="ids of the users to recommend to (default: all)")
     recommend.add_argument("-k", type=int, default=10, help="items for each user")
     recommend.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet; - writes CSV to standard output")
     add_seen(recommend)

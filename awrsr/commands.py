@@ -1,6 +1,5 @@
 """What each command of the command line does with its options. Each loads what it needs: torch and Lightning take seconds."""
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
@@ -12,7 +11,7 @@ import numpy as np
 from .config import AWRSRConfig, TrainingOptions
 from .data.histories import Histories, Split
 from .data.prepare import DEMO, DataOptions, divide, histories
-from .files import read_json, write_json
+from .files import first_process, read_json, write_json
 
 if TYPE_CHECKING:
     from .model import AWRSR
@@ -90,12 +89,8 @@ def run_evaluate(options: Any) -> None:
     from .ranking import evaluate, write_ranks
 
     model, data, config = open_run(options)
-    split = divide(histories_of(options, data, config), data)
-    if options.data and config.get("data", {}).get("fingerprint") != split.fingerprint():
-        print("Other data than the run's: what is held out here may have been trained on", file=sys.stderr)
+    split = divided(options, data, config)
     held_out = len(split.targets(options.part)[0])
-    if not held_out:
-        raise ValueError(f"part is {options.part!r}, of which the run's split, {data.split!r}, holds nothing out to evaluate on")
     split, unknown = split.numbered_as(model.ids())
     if unknown:
         gone = held_out - len(split.targets(options.part)[0])
@@ -122,6 +117,8 @@ def run_recommend(options: Any) -> None:
     if options.data:  # all its users, whatever the run left out
         data = replace(data, min_user_events=1, min_item_events=1)
     found = histories_of(options, data, config)
+    if options.user:
+        found = found.keep(np.isin(np.repeat(np.arange(found.num_users), found.lengths), [place(found, x) for x in options.user]))
     known, unknown = found.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
     if empty == known.num_users:
@@ -163,13 +160,16 @@ def run_explain(options: Any) -> None:
 
 def of_user(found: Histories, user: str) -> list[Any]:
     """Item ids of a user, or of the first whose history is of middling length."""
-    if user:
-        places = np.flatnonzero(found.user_ids.astype(str) == user)
-        if not len(places):
-            raise ValueError(f"user is {user!r}, which the data do not hold")
-    else:
-        places = np.flatnonzero(found.lengths >= min(12, found.lengths.max()))
-    return found.item_ids[found.of(int(places[0]))].tolist()
+    chosen = place(found, user) if user else int((found.lengths >= min(12, found.lengths.max())).argmax())
+    return found.item_ids[found.of(chosen)].tolist()
+
+
+def place(found: Histories, user: str) -> int:
+    """Number of the user of an id."""
+    places = np.flatnonzero(found.user_ids.astype(str) == user)
+    if not len(places):
+        raise ValueError(f"user is {user!r}, which the data do not hold")
+    return int(places[0])
 
 
 def run_analyse(options: Any) -> None:
@@ -177,12 +177,23 @@ def run_analyse(options: Any) -> None:
     from .analysis_page import page
     from .files import atomic
     from .model import AWRSR
+    from .recommender import CONFIG
 
     model, data, config = open_run(options)
     baseline = AWRSR.load(options.baseline).to(model.items.weight.device) if options.baseline else None
-    split, _ = divide(histories_of(options, data, config), data).numbered_as(model.ids())
+    if baseline is not None:
+        other = read_json(Path(options.baseline) / CONFIG).get("data", {})
+        prints = {each.get("fingerprint") for each in (config.get("data", {}), other)}
+        if len(prints - {None}) > 1:
+            raise ValueError(
+                f"baseline is {options.baseline}, of other data or another split ({other.get('split')}) than {options.run} "
+                f"({data.split}): it may have been trained on what is held out here"
+            )
+    split, _ = divided(options, data, config).numbered_as(model.ids())
     settings = {name: options[name] for name in ("part", "users", "examples")}
     found = analyse(model, split, baseline=baseline, filter_seen=filters(options), progress=True, **settings)
+    if options.baseline:
+        found = replace(found, other=f"the baseline run {Path(options.baseline).name}")
     output = Path(options.output or Path(options.run) / "analysis.html")
     with atomic(output) as temporary:
         temporary.write_text(page(found, f"Attention of {Path(options.run).name}"), encoding="utf-8")
@@ -252,8 +263,8 @@ def flags(options: dict[str, Any]) -> str:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print in the first of several processes; the others are told their number by whatever started them."""
-    if not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+    """Print in the first of several processes."""
+    if first_process():
         print(text, file=file, flush=True)
 
 
@@ -283,14 +294,31 @@ def open_run(options: Any) -> tuple["AWRSR", DataOptions, dict[str, Any]]:
 
 def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> Histories:
     """Those of --data, or the run's own, filtered as in the run."""
-    if not options.data and "data" not in config.get("data", {}):
-        raise ValueError(f"data: {options.run} was fitted in Python and does not say where its histories lie; give --data FILE")
+    if not options.data:
+        if "data" not in config.get("data", {}):
+            raise ValueError(f"data: {options.run} was fitted in Python and does not say where its histories lie; give --data FILE")
+        for name in ("format", *COLUMNS):
+            if options[name] not in ("", "auto"):
+                raise ValueError(f"{name} is {options[name]!r}, which is of --data FILE: the run's own are read as they were then")
     if options.data:
         like = Path(options.data).suffix == Path(data.data).suffix  # then the run's format and columns serve
         named: dict[str, Any] = {name: options[name] or (getattr(data, name) if like else "") for name in COLUMNS}
         format = data.format if options.format == "auto" and like else options.format
         data = replace(data, data=options.data, format=format, **named)
+    elif data.data and not Path(data.data).exists():
+        raise ValueError(f"{data.data}, the run's own data, is not there; give --data FILE, or go where the run was started")
     return histories(data)
+
+
+def divided(options: Any, data: DataOptions, config: dict[str, Any]) -> Split:
+    """Those histories, divided as in the run. Says so where they are not what the run was given."""
+    split = divide(histories_of(options, data, config), data)
+    if config.get("data", {}).get("fingerprint") != split.fingerprint():
+        name = "Other data than the run's" if options.data else f"{data.data} is no longer what the run was given"
+        print(f"{name}: what is held out here may have been trained on", file=sys.stderr)
+    if not len(split.targets(options.part)[0]):
+        raise ValueError(f"part is {options.part!r}, of which the run's split, {data.split!r}, holds nothing out to evaluate on")
+    return split
 
 
 def filters(options: Any) -> bool | None:

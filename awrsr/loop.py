@@ -1,6 +1,7 @@
 """Lightning as a run needs it: progress, checkpoints, silence."""
 
 import logging
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,12 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # torch's own words do not name what the system said
+                free = shutil.disk_usage(Path(path).parent).free >> 20
+                what = f"{path} could not be written, {free} MiB are free there"
+                raise OSError(f"{what}; the same command goes on from the epoch before ({error})") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:

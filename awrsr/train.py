@@ -26,15 +26,16 @@ from .batches import Batch, Windows
 from .config import WATCHED, AWRSRConfig, TrainingOptions, before_averaging
 from .cooccurrence import begin_with_cooccurrence
 from .data.histories import Split
-from .files import read_json, write_json
+from .files import first_process, read_json, sweep, write_json
 from .loop import STATE, AtomicCheckpoints, make_trainer, quiet
 from .losses import LOSSES, draw_negatives
 from .ranking import Targets, evaluate, metrics, rank_batch, recall, write_ranks
-from .recommender import CONFIG, Recommender
+from .recommender import CONFIG, ITEMS, WEIGHTS, Recommender
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
+METRICS, RANKS = "metrics.json", "ranks_{part}.parquet"  # what a finished run adds to its folder
 NEGATIVES_SEED = 1 << 48  # apart from the seeds of dropout on a GPU; a CPU's generator drops it, its draws differ in kind alone
 
 
@@ -236,8 +237,14 @@ def train(
         training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
         if training.record["epochs"] > options.epochs:
             raise ValueError(f"epochs is {options.epochs}, must be at least the {training.record['epochs']} of the run in {folder}")
+    results = (METRICS, RANKS.format(part="*"))
+    if first_process():
+        sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, *results))
     write_json(folder / CONFIG, config)
     if not finished(training.record, options):
+        for name in results:  # of fewer epochs
+            for old in folder.glob(name):
+                old.unlink(missing_ok=True)
         with quiet():
             trainer = make_trainer(options, folder, validates=len(training.validation) > 0)
             before = signal.getsignal(signal.SIGINT)
@@ -274,21 +281,22 @@ def numbered_for(model: Recommender, split: Split) -> Split:
 
 
 def holds(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder holds a state of the same run to go on from. Raises ValueError where it is another run's."""
-    resume = (folder / STATE).exists() and (folder / CONFIG).exists()
-    if resume:
-        usual = {"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())}
-        old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
-        fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
-        differs = sorted(
-            name
-            for name in old.keys() | new.keys()
-            if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed
-        )
-        if differs:
-            of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
-            raise ValueError(f"{folder} holds another run: {of}. Give another folder, or remove this one")
-    return resume
+    """Whether the folder holds a state of the same run to go on from. Raises ValueError where it holds another run or its model."""
+    state = (folder / STATE).exists()
+    if not (folder / CONFIG).exists() or not (state or (folder / WEIGHTS).exists()):
+        return False
+    usual = {"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())}
+    old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
+    fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
+    differs = sorted(
+        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed
+    )
+    if differs:
+        of = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
+        why = " (with schedule 'cosine' the rate of each step depends on them)" if differs == ["training.epochs"] else ""
+        run = "another run" if state else "the model of another run"
+        raise ValueError(f"{folder} holds {run}: {of}{why}. Give another folder, or remove this one")
+    return state
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +320,7 @@ def report(
     held_out = [part for part in ("validation", "test") if len(split.targets(part)[0])]
     parts = {part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in held_out}
     for part, found in parts.items():
-        write_ranks(found, split, out / f"ranks_{part}.parquet")
+        write_ranks(found, split, out / RANKS.format(part=part))
     recalled = {} if filter_seen or "test" not in parts else recall(parts["test"], split)
     speed = {"eval_users_per_cpu_second": parts["test"].users_per_cpu_second} if "test" in parts else {}
     results = (
@@ -332,7 +340,7 @@ def report(
         | ({"recall": recalled} if recalled else {})
         | {"config": asdict(model.config) | asdict(options) | (more or {}) | {"out": str(out)}}
     )
-    write_json(out / "metrics.json", results)
+    write_json(out / METRICS, results)
     return results
 
 

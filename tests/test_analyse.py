@@ -223,7 +223,11 @@ def test_the_command_writes_the_report(tmp_path: Path, refused: Callable[..., st
     assert main(["analyse", str(run), "--baseline", str(plain), "--part", "validation", "--json", str(numbers)]) == 0
     found = json.loads(numbers.read_text(encoding="utf-8"))
     ranked = json.loads((run / "metrics.json").read_text())["validation"]["NDCG@10"]
-    assert found["value"] == pytest.approx(ranked) and found["other"] == "the baseline run"
+    assert found["value"] == pytest.approx(ranked) and found["other"] == "the baseline run plain"
     assert "analysis.html" in capsys.readouterr().out
     assert "users is 0, must be 1 or more" in refused("analyse", run, "--users", 0)
     assert "holds no trained model" in refused("analyse", tmp_path / "nowhere")
+    train(data, tmp_path / "seen", epochs=1, split="none")
+    message = refused("analyse", run, "--baseline", tmp_path / "seen")
+    assert "another split (none)" in message and "may have been trained on what is held out here" in message
+    assert "split, 'none', holds nothing out" in refused("analyse", tmp_path / "seen")

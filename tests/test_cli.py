@@ -188,6 +188,31 @@ def test_evaluate_divides_and_filters_as_the_run_did(home: Path, tmp_path: Path,
     assert json.loads((tmp_path / "out.json").read_text())["test"] == found["test"]
 
 
+def test_use_of_a_run_says_that_its_data_have_changed_or_are_gone(
+    home: Path, tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "mine.txt"
+    data.write_text((home / "data.txt").read_text())
+    train(data, tmp_path / "run", epochs=1)
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0 and not capsys.readouterr().err
+    data.write_text("\n".join(line.rsplit(" ", 1)[0] for line in data.read_text().splitlines()) + "\n")
+    for name in (["evaluate", "--run"], ["analyse"]):
+        assert main([*name, str(tmp_path / "run")]) == 0
+        assert "mine.txt is no longer what the run was given: what is held out" in capsys.readouterr().err
+    data.unlink()
+    assert "the run's own data, is not there; give --data FILE" in refused("evaluate", "--run", tmp_path / "run")
+
+
+def test_recommend_to_some_users(home: Path, tmp_path: Path, printed: Callable[..., str], refused: Callable[..., str]) -> None:
+    def of(*users: str) -> list[str]:
+        lines = printed("recommend", "--run", home / "run", "-k", 2, *users).splitlines()
+        return [line.rsplit(",", 1)[0] for line in lines]  # the last digit of a score hangs on what shares its batch
+
+    some = of("--user", "u7", "u3")
+    assert some == [line for line in of() if line.split(",")[0] in ("user", "u3", "u7")] and len(some) == 5
+    assert "user is 'u99', which the data do not hold" in refused("recommend", "--run", home / "run", "--user", "u99")
+
+
 def test_evaluate_says_what_it_leaves_out(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.txt"
     other.write_text((home / "data.txt").read_text() + "late i1 new i2 i3 i4 newer\n")

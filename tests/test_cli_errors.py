@@ -137,6 +137,17 @@ def test_a_wrong_option_is_an_error(
     assert everything(tmp_path) == {}
 
 
+def test_options_of_a_file_want_the_file(home: Path, refused: Callable[..., str]) -> None:
+    for name, value in (("item_column", "movie"), ("format", "csv")):
+        message = refused("recommend", "--run", home / "run", f"--{name.replace('_', '-')}", value)
+        assert f"{name} is '{value}', which is of --data FILE" in message
+
+
+def test_no_flag_is_guessed_from_its_beginning(stopped: Callable[..., tuple[int, str]]) -> None:
+    code, error = stopped("evaluate", "--run", "nowhere", "--user", "5")  # not --user-column
+    assert code == 2 and "--user" in error
+
+
 def test_ctrl_c_ends_any_command_with_130(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -19,12 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from awrsr import AWRSR, TrainingOptions, files
+from awrsr import AWRSR, TrainingOptions, files, loop
 from awrsr import train as training
 from awrsr.cli import main
 from awrsr.data.histories import Histories, split
 
-from .runs import QUICK, STOSA, command, config, histories, results, timeless, train, weights, write
+from .runs import QUICK, STOSA, command, config, everything, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[1]
 STEP = training.Training.training_step
@@ -213,6 +213,40 @@ def test_data_that_differ_in_ids_alone_are_other_data(tmp_path: Path) -> None:
     training.train(AWRSR(config(num_items=24)), parts[0], options, tmp_path)
     with pytest.raises(ValueError, match="holds another run: data.fingerprint was"):
         training.train(AWRSR(config(num_items=24)), parts[1], options, tmp_path)
+
+
+def test_a_model_without_its_state_keeps_its_configuration(finished: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Others' options beside its weights would give other results; and what Python saved is not to be lost."""
+    (run / "last.ckpt").unlink()
+    before = everything(run)
+    assert main(command(finished / "data.txt", run, epochs=2, gate=4.0)) == 1
+    assert f"{run} holds the model of another run: model.gate was 1.0 and is 4.0" in capsys.readouterr().err
+    assert everything(run) == before
+
+
+def test_a_run_that_goes_on_has_no_results_until_its_end(
+    finished: Path, run: Path, monkeypatch: pytest.MonkeyPatch, listening: None
+) -> None:
+    found = results(run)["epochs"]
+    (run / ".model.safetensors.abcdefgh.safetensors").write_text("left by a kill")
+    disturb(monkeypatch, found + 1, lambda: signal.raise_signal(signal.SIGINT))
+    assert main(command(finished / "data.txt", run, epochs=found + 2)) == 130
+    assert not (run / "metrics.json").exists() and not list(run.glob("ranks_*"))
+    assert [path.name for path in run.glob(".*")] == []
+    monkeypatch.undo()
+    assert train(finished / "data.txt", run, epochs=found + 2)["epochs"] == found + 2
+
+
+def test_a_full_disk_is_called_so(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(loop.torch, "save", full)
+    assert main(command(data, tmp_path / "run", epochs=1)) == 1
+    error = capsys.readouterr().err
+    assert "last.ckpt could not be written, " in error and "MiB are free there; the same command goes on" in error
 
 
 # A state that cannot be trusted.

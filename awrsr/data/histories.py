@@ -309,7 +309,7 @@ def split(
     parts = Split(histories, train_end.astype(np.int64), validation_end.astype(np.int64))
     for part in ("validation", "test"):
         if not len(parts.targets(part)[0]):
-            span = "" if how != "time" else f", and times run from {histories.times.min():g} to {histories.times.max():g}"  # type: ignore[union-attr]
+            span = "" if how != "time" else f", and times run from {histories.times.min():.12g} to {histories.times.max():.12g}"  # type: ignore[union-attr]
             longest = f"the longest history has {lengths.max(initial=0)} events"
             raise ValueError(f"split {how!r} leaves nothing for {part}: {longest}{span}")
     return parts

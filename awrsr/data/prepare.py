@@ -7,7 +7,7 @@ from typing import Any
 import polars as pl
 
 from ..options import check, option
-from ._read_columns import to_times
+from ._read_columns import DataError, to_times
 from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
@@ -53,6 +53,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check(self)
+        for name, of, usual in (("holdout", "last-n", 1), ("validation_from", "time", ""), ("test_from", "time", "")):
+            if getattr(self, name) != usual and self.split != of:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of the split {of}, and split is {self.split!r}")
 
     @property
     def name(self) -> str:
@@ -79,10 +82,13 @@ def histories(options: DataOptions) -> Histories:
 
 def divide(found: Histories, options: DataOptions) -> Split:
     """Divide them as the options say."""
-    moments: dict[str, Any] = {"validation_from": moment(options.validation_from), "test_from": moment(options.test_from)}
+    moments: dict[str, Any] = {name: moment(name, getattr(options, name)) for name in ("validation_from", "test_from")}
     return split(found, options.split, n=options.holdout, **moments)
 
 
-def moment(text: str) -> float | None:
+def moment(name: str, text: str) -> float | None:
     """Seconds since 1970 of a date, or whatever number the data count in; read as the times of a file are."""
-    return float(to_times(pl.Series([text]), lambda _: f"moment {text!r}")[0]) if text else None
+    try:
+        return float(to_times(pl.Series([text]), lambda _: name)[0]) if text else None
+    except DataError:
+        raise ValueError(f"{name} is {text!r}, must be a number, as times are in the data, or a date such as 2014-05-31") from None
