@@ -5,7 +5,7 @@ that is free: on the CPU, outside torch.compile and torch.func.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
-from .state import autocast, readable, transformed
+from .state import autocast, batched, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
@@ -124,7 +124,7 @@ def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -
     if refinement != "additive":
         refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
     if not isinstance(value, Tensor):
-        return torch.full((1,), _number("gate", value), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+        return torch.full((1,), number("gate", value), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
     if not value.is_floating_point():
         refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
     if value.dim() > 1 or value.numel() not in (1, heads):
@@ -280,13 +280,21 @@ def dtype(name: str, value: torch.dtype) -> None:
         refuse(name, str(value), "float32, bfloat16, float16 or float64", TypeError)
 
 
+def number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(name, type(value).__name__, "a number", TypeError)
+    if not -math.inf < value < math.inf:
+        refuse(name, str(value), "finite")
+    return float(value)
+
+
 def scale(name: str, value: float | None, features: int) -> float:
-    return features**-0.5 if value is None else _number(name, value)
+    return features**-0.5 if value is None else number(name, value)
 
 
 def probability(name: str, value: float) -> float:
     """The probability, or 0 where it rounds to 0."""
-    p = _number(name, value)
+    p = number(name, value)
     if not 0 <= p < 1:
         refuse(name, str(value), "in [0, 1)")
     return p if p * 65536 > 0.5 else 0.0  # as `dropout.quantise` rounds, and torch.compile can follow
@@ -330,14 +338,6 @@ def _shape(x: Any) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
-def _number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        refuse(name, type(value).__name__, "a number", TypeError)
-    if not -math.inf < value < math.inf:
-        refuse(name, str(value), "finite")
-    return float(value)
-
-
 def no_transform(backend: str, given: Inputs) -> None:
     if transformed():
         raise ValueError(
@@ -348,6 +348,14 @@ def no_transform(backend: str, given: Inputs) -> None:
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in given):
             raise NotImplementedError(f'backend is "{backend}", which has no forward mode AD; it must be "reference"')
+
+
+def one_gradient(backend: str, gradients: Iterable[Tensor | None]) -> None:
+    if any(batched(x) for x in gradients):
+        raise ValueError(
+            f'backend is "{backend}"; it must be "reference" for a batch of gradients (is_grads_batched). Or call '
+            "torch.autograd.grad once for each of them"
+        )
 
 
 def _tensor(name: str, x: Any) -> None:

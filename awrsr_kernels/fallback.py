@@ -22,6 +22,7 @@ from ._fallback_operator import operator_attention
 from ._fallback_passes import backward_pass, forward_pass, kinds_of
 from ._fallback_stock import stock_attention, takes
 from ._fallback_sweeps import Named
+from .checks import one_gradient
 from .layout import Call, Inputs
 from .state import without_autocast
 
@@ -43,6 +44,7 @@ class _RefinedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts):  # type: ignore[no-untyped-def]
+        one_gradient("torch", douts)
         size, plan, tensors = len(Inputs._fields), ctx.plan, ctx.saved_tensors  # read once: a checkpoint gives them once
         given, saved = Inputs(*tensors[:size]), iter(tensors[size:])
         loaded = given if plan.ragged else plan.load_inputs(given)

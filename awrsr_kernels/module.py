@@ -94,14 +94,16 @@ class RefinedMultiheadAttention(nn.Module):
         checks.choice("align", align, ("left", "right"))
         checks.choice("backend", backend, BACKENDS)
         checks.probability("dropout", dropout)
-        for name, value in (("gate_init", gate_init), ("table_std", table_std), ("refine_scale", refine_scale)):
-            checks.scale(name, value, 1)
+        for name, value in (("gate_init", gate_init), ("table_std", table_std)):
+            checks.number(name, value)
+        checks.scale("refine_scale", refine_scale, 1)
         if table_std < 0:
             checks.refuse("table_std", str(table_std), "0 or more")
         if refinement != "additive" and gate is not True and gate is not False:
             checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
-        if refinement != "additive" and gate_init:
-            checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
+        if gate_init and (refinement != "additive" or gate is not True):
+            was = f'refinement is "{refinement}"' if refinement != "additive" else f"gate is {gate}"
+            checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive" and its gate is learned; {was}')
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
         self.head_dim = embed_dim // num_heads
         self.rank = checks.whole("rank", self.head_dim if rank is None else rank, 1, checks.MAX_FEATURES)
@@ -118,7 +120,7 @@ class RefinedMultiheadAttention(nn.Module):
         self.to_tables: Tensor | None = None
         self.gate: Tensor | float | None = None
         if refinement == "additive":
-            fixed = None if gate is False else checks.scale("gate", 1.0 if gate is True else gate, 1)
+            fixed = None if gate is False else checks.number("gate", 1.0 if gate is True else gate)
             self.gate = nn.Parameter(torch.empty(num_heads, **factory)) if gate is True else fixed
         heads = num_heads if per_head else 1
         if refinement != "none" and tables == "content":
@@ -351,9 +353,10 @@ class RefinedMultiheadAttention(nn.Module):
             checks.refuse("x", str(x.dtype), f"of the weights' dtype, {weight.dtype}", TypeError)
 
     def _weight(self) -> Tensor:
-        """One that has the module's dtype and device: of `qkv`, unless that was replaced (LoRA, quantized)."""
-        weight = getattr(self.qkv, "weight", None)
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else self.out.weight
+        """One that has the module's dtype and device: of a linear map, or where both were replaced (LoRA, quantized), any."""
+        own = (getattr(part, "weight", None) for part in (self.qkv, self.out))
+        found = (x for x in (*own, *self.parameters()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
+        return next(found, torch.empty(1))
 
     def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
         if key_padding_mask is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import one_gradient
 from .layout import Call, Inputs
 from .state import without_autocast
 
@@ -62,6 +63,7 @@ def register(
     forward_op = new(f"awrsr_kernels::{name}", run_forward, mutates_args=(), schema=f"({_INPUTS}, {_CALL}, bool keep) -> Tensor[]")
     schema = f"(Tensor[] douts, Tensor[] saved, {_INPUTS}, {_CALL}) -> Tensor[]"
     backward_op = new(f"awrsr_kernels::{name}_backward", run_backward, mutates_args=(), schema=schema)
+    backend = "torch" if name.endswith("_torch") else "triton"
     forward_op.register_fake(lambda *arguments: fake_forward(*split(arguments[:-1]), arguments[-1]))
     backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split(arguments)))
 
@@ -81,6 +83,7 @@ def register(
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+            one_gradient(backend, douts)
             tensors = ctx.saved_tensors  # read once: a checkpoint gives them once
             given, saved = Inputs(*tensors[:_SIZE]), list(tensors[_SIZE:])
             with without_autocast(given.q.device):

@@ -8,6 +8,8 @@ from torch import Tensor
 # Kinds of devices that autocast knows, found here because torch 2.11 cannot trace the question.
 AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
 
 def readable(x: Tensor) -> bool:
     """Whether the values of a tensor may be looked at for free."""
@@ -17,6 +19,11 @@ def readable(x: Tensor) -> bool:
 def transformed() -> bool:
     """Whether a transform of torch.func is at work, outside torch.compile, which says so itself."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def batched(x: Tensor | None) -> bool:
+    """Whether a gradient is a batch of them, of autograd's is_grads_batched, which maps over it in a way of its own."""
+    return x is not None and not torch.compiler.is_compiling() and torch._C._dispatch_keys(x).has(_BATCHED)
 
 
 def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:

@@ -28,7 +28,7 @@ from ._tune_bench import Bench, Case, DeviceLost, compile_one
 from ._tune_search import Instrument, Verdict, candidates, describe, search
 from .launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
 from .layout import REFINEMENTS
-from .tuned import machine, merged, read_entries, tuned_for, tuned_path, write_entries
+from .tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
 
 EXAMPLES = """
 examples:
@@ -245,7 +245,8 @@ def tune(
     try:
         for number, (key, cases) in enumerate(grouped.items()):
             share = max(0.0, seconds - (time.monotonic() - begin)) / (len(grouped) - number)
-            table, current = choose(key, shared_memory(device)), tuned_for(device).get(key)
+            found_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
+            table, current = choose(key, shared_memory(device)), found_before.get(key)
             say = progress.say
             verdicts.append(search(key, cases, table, bench, share, current=current, say=say, step=progress.step))
             save(path, verdicts[-1], *names)

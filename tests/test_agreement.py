@@ -101,6 +101,28 @@ def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: t
     assert wrong_results({"out": out}, {"out": results(doubles, "reference")["out"]}, {"out": found["out"]}, dtype) == []
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("refinement", ["none", "additive"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scales_of_any_sign(engine: str, refinement: str, scale: float, choose: Callable[[str], str]) -> None:
+    """With a gradient and without: torch's own attention, which hides later keys before it scales, serves some of these calls."""
+    backend, length = choose(engine), 70 if engine == "torch" else 6
+    given = [torch.randn(1, 2, length, 8, device=DEVICE) for _ in range(3)]
+    tables = [torch.randn(length, 8, device=DEVICE) if refinement != "none" else None for _ in range(2)]
+    options = {"refinement": refinement, "softmax_scale": scale} | ({"refine_scale": scale} if refinement != "none" else {})
+    dout = torch.randn(1, 2, length, 8, device=DEVICE)
+
+    def results(backend: str, learn: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        tensors = [x.to(dtype).requires_grad_(learn) for x in given]
+        out = refined_attention(*tensors, *(w if w is None else w.to(dtype) for w in tables), **options, backend=backend)
+        grads = torch.autograd.grad(out, tensors, dout.to(dtype)) if learn else ()
+        return {"out": out} | {f"d{name}": x for name, x in zip("qkv", grads, strict=False)}
+
+    for learn in (False, True):
+        exact, same = results("reference", learn, torch.float64), results("reference", learn)
+        assert wrong_results(results(backend, learn), exact, same, torch.float32) == []
+
+
 @pytest.mark.parametrize("table,causal", [("shared", True), ("head", False), ("entry", True)])
 @every_kind
 def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,6 +164,24 @@ def test_linear_maps_may_be_replaced() -> None:
         torch.testing.assert_close(module.prefill(x, module.make_cache(B, L)), expected)
 
 
+@pytest.mark.parametrize("refine_scale", [0.0, -1.3])
+def test_prompts_take_scales_of_any_sign(refine_scale: float) -> None:
+    """With as many columns as features, where torch's own attention may serve."""
+    module, x = make(align="left", refinement="simple", rank=E // H, refine_scale=refine_scale).eval(), draw(B, L, E)
+    with torch.no_grad():
+        torch.testing.assert_close(module.prefill(x, module.make_cache(B, L)), module(x))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="such linear maps are a CPU's")
+@pytest.mark.parametrize("refinement", ["none", "additive"])
+def test_quantized_linear_maps_serve(refinement: str) -> None:
+    module, x = make(align="left", refinement=refinement, dtype=torch.float32).eval(), draw(B, L, E).float()
+    quantized = torch.ao.quantization.quantize_dynamic(module, {nn.Linear})
+    torch.testing.assert_close(quantized(x), module(x), rtol=0, atol=0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized.prefill(x, quantized.make_cache(B, L)), quantized(x))
+
+
 def test_a_bound_that_is_too_small_is_named() -> None:
     if DEVICE != "cpu":
         pytest.skip("lengths are read on the CPU only")
@@ -319,7 +337,11 @@ def test_a_gate_may_be_fixed() -> None:
         ({"gate": 0.5, "refinement": "simple"}, "gate", ValueError),
         ({"gate_init": 1.0, "refinement": "none"}, "gate_init", ValueError),
         ({"gate_init": float("nan")}, "gate_init", ValueError),
+        ({"gate_init": None}, "gate_init", TypeError),
+        ({"gate_init": 0.5, "gate": False}, "gate_init", ValueError),
+        ({"gate": None}, "gate", TypeError),
         ({"table_std": -1.0}, "table_std", ValueError),
+        ({"table_std": None}, "table_std", TypeError),
         ({"refine_scale": "1"}, "refine_scale", TypeError),
         ({"backend": "cuda"}, "backend", ValueError),
         ({"embed_dim": 1024}, "embed_dim", ValueError),

@@ -54,6 +54,28 @@ def test_queries_may_come_from_rows_of_their_own() -> None:
         torch.testing.assert_close(unpack(found, mask)[mask], attention.out(expected.transpose(1, 2).flatten(-2))[mask])
 
 
+class Doubled(torch.nn.Linear):
+    """An adapter that has a linear map's names: what is read from its weight misses what it does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked"])
+def test_a_map_that_is_more_than_its_weight_does_it_for_queries_of_their_own(how: str) -> None:
+    attention = PackedAttention(E, H, max_len=9, refinement="none", device=DEVICE)
+    doubled = Doubled(E, attention.qkv.out_features, device=DEVICE)
+    doubled.load_state_dict(attention.qkv.state_dict())
+    if how == "replaced":
+        attention.qkv = doubled
+    else:
+        attention.qkv.register_forward_hook(lambda _, x, found: 2 * found)
+    (rows, where) = pack(torch.randn(B, L, E, device=DEVICE), real("left"))
+    expected, _ = attention(rows, rows, rows, attn_mask=where)
+    other = rows.clone()  # the same numbers
+    torch.testing.assert_close(attention(rows, other, other, attn_mask=where)[0], expected)
+
+
 def test_the_mask_may_be_numbers() -> None:
     x, mask = torch.randn(B, L, E, device=DEVICE), real("left")
     for kind in (torch.float32, torch.int64, torch.uint8):

@@ -345,6 +345,16 @@ def test_vmap_is_refused_with_advice(engine: str, choose: Callable[[str], str]) 
         torch.func.vmap(lambda q: refined_attention(q, q, q, w, w, backend=backend))(q)
 
 
+@pytest.mark.parametrize("refinement", ["none", "value"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_batches_of_gradients_are_refused_with_advice(engine: str, refinement: str, choose: Callable[[str], str]) -> None:
+    q, w, backend = torch.randn(2, 4, 6, 8, device=DEVICE, requires_grad=True), torch.randn(6, 5, device=DEVICE), choose(engine)
+    tables = (w, w) if refinement != "none" else (None, None)
+    out = refined_attention(q, q, q, *tables, refinement=refinement, backend=backend)
+    with pytest.raises(ValueError, match=r"\bbackend\b is .*must be \"reference\" for a batch of gradients .*once for each"):
+        torch.autograd.grad(out, [q], torch.stack([out.detach()] * 2), is_grads_batched=True)
+
+
 @pytest.mark.parametrize("kind", [Kind("value"), STOCHASTIC], ids=str)
 def test_the_reference_is_mapped_and_differentiated_by_torch_func(kind: Kind) -> None:
     given = {name: x.detach() for name, x in draw(kind, "plain")[0].items()}

@@ -381,6 +381,14 @@ def test_what_cannot_be_refined_is_refused() -> None:
         config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"head_dim": 8, "max_position_embeddings": 64} | changes))
         with pytest.raises(ValueError, match="whose attention has (attn_logit_softcapping|sinks)"):
             refine(AutoModelForCausalLM.from_config(config))
+    small = COMMON | WIDTHS | {"num_hidden_layers": 4, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    shared = {"global_head_dim": 8, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    with pytest.raises(ValueError, match="whose layers share keys and values; each must have its own"):
+        refine(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **(small | shared))), layers=[1])
+    sparse = qwen2_with_a_sliding_layer()
+    sparse.config.layer_types = ["indexed_attention", "full_attention"]
+    with pytest.raises(ValueError, match='model has layers of "indexed_attention"; those that stay plain, too, must be of'):
+        refine(sparse, layers=[1])
     model = refine(llama())
     with pytest.raises(ValueError, match="model is refined already; it must be refined once"):
         refine(model)

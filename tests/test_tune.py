@@ -431,6 +431,15 @@ def test_a_run_from_options_to_file(pretended: Path, monkeypatch: pytest.MonkeyP
     assert "100.0%" in told and str(pretended) in told
 
 
+@pytest.mark.parametrize("name", ["tuned.json", "another.json"])
+def test_what_the_file_has_is_tried_again_wherever_it_lies(name: str, pretended: Path) -> None:
+    path = pretended.with_name(name) if name != pretended.name else pretended
+    write_entries(path, [entry()])
+    bench = Fake(lambda case, config: 0.5 if config == OTHER else 1.0)
+    tune.tune({FORWARD: CASES[:1]}, torch.device("cuda"), bench, path, HERE, 0.0)  # no time for any but those known
+    assert tuned_entries(read_entries(path), *HERE)[FORWARD] == OTHER
+
+
 def test_a_kernel_that_no_shape_reaches_is_told(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["--preset", "long", "--kernel", "short_fwd"])

@@ -115,6 +115,9 @@ class LazyMask:
         """What transformers asks of a mask that it is handed; `generate` makes one ahead of the model for these caches alone."""
         raise ValueError("cache is static; it must be a DynamicCache for refined layers")
 
+    def __getitem__(self, _: Any) -> Any:
+        raise ValueError("attention_mask is cut to pieces by this model; it must come to the layers whole for refined ones")
+
     def dense(self) -> Any:
         if self._dense is None:
             self._dense = (AttentionMaskInterface()["sdpa"](**self.arguments),)

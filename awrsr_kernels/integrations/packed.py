@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import checks
 from ..module import RefinedMultiheadAttention
@@ -67,7 +67,10 @@ class PackedAttention(RefinedMultiheadAttention):
         if self.max_len is not None and attn_mask.max_seqlen > self.max_len:
             checks.refuse("max_len", str(self.max_len), f"at least the longest history, {attn_mask.max_seqlen} items")
         projected = None
-        if query is not key:
+        if query is not key and (type(self.qkv) is not nn.Linear or self.qkv._forward_hooks or self.qkv._forward_pre_hooks):
+            wanted = self.embed_dim  # of a map that was replaced (LoRA, quantized) or is watched: it alone knows what it does
+            projected = torch.cat([self.qkv(query[0])[:, :wanted], self.qkv(key[0])[:, wanted:]], -1)
+        elif query is not key:
             sizes = [self.embed_dim, self.qkv.out_features - self.embed_dim]
             biases = [None, None] if self.qkv.bias is None else self.qkv.bias.split(sizes)
             parts = zip((query, key), self.qkv.weight.split(sizes), biases, strict=True)

@@ -26,6 +26,7 @@ __all__ = ["RefinedTables", "load", "refine"]
 MODULES = ("self_attn", "attn", "attention", "self_attention")  # what decoder layers call their attention
 HEAD_DIMS = ("head_dim", "head_size", "qk_head_dim")  # what these call the width of a query head
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # of some models' attention; None where unused
+KINDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "moe", "hybrid", "hybrid_sliding")
 UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "sinks")  # the same, where they show before a call
 
 
@@ -139,6 +140,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention function as transformers calls it: query (B, H, L, D), key and value of H_kv heads; returns (B, L, H, D_v)."""
     if refined is None:  # a plain layer
+        if sparse := [name for name in ("indices", "block_indices") if kwargs.get(name) is not None]:
+            raise ValueError(f"{sparse[0]} is used by {type(module).__name__}; it must be None in every layer of a refined model")
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
         found: tuple[Tensor, None] = AttentionInterface()["sdpa"](
             module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
@@ -208,6 +211,8 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     for name in UNSUPPORTED_SETTINGS:
         if getattr(model.config, name, None) is not None or hasattr(first, name):
             raise ValueError(f"model is {type(model).__name__}, whose attention has {name}; it must be a plain softmax of scores")
+    if getattr(model.config, "num_kv_shared_layers", None):
+        raise ValueError(f"model is {type(model).__name__}, whose layers share keys and values; each must have its own")
     return [found[index] for index in sorted(found)]
 
 
@@ -255,6 +260,8 @@ def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) 
     if not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers is {layers!r}; it must name one layer at least, each once")
     kinds = get_layer_types_and_kwargs(config)[0]
+    if strange := [kind for kind in kinds if kind not in KINDS]:  # sparse ones hang on the name of the attention implementation
+        raise ValueError(f'model has layers of "{strange[0]}"; those that stay plain, too, must be of {", ".join(KINDS)}')
     if other := [index for index in layers if kinds[index] != "full_attention"]:
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
         raise ValueError(f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must be of full attention: {full}')
