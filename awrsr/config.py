@@ -170,8 +170,6 @@ class TrainingOptions:
         check(self)
         if self.pvn_weight and self.loss != "bpr":
             raise ValueError(f"pvn_weight is {self.pvn_weight}, must be 0 with loss {self.loss!r}: it is of bpr alone")
-        if self.negatives and self.loss == "cross_entropy":
-            raise ValueError(f"negatives is {self.negatives}, must be 0 with loss 'cross_entropy', which takes the whole catalogue")
         if self.accelerator in ("gpu", "mps") and self.device() == "cpu":
             raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds none here; take cpu or auto")
         if self.precision == "16-mixed" and self.device() == "cpu":
