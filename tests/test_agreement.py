@@ -15,7 +15,7 @@ from .conftest import DEVICE, ENGINES
 from .problems import KINDS, Kind, Problem, disagreements, problems
 
 LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "tiled": (1, 5, 17, 40)}
-EXAMPLES = {"torch": 20, "short": 3, "tiled": 2}  # the interpreter is slow, and a GPU's kernels are compiled for each
+EXAMPLES = {"torch": 14, "short": 3, "tiled": 2}  # the interpreter is slow, and a GPU's kernels are compiled for each
 EXAMPLES_ONLY = settings(  # shrinking a failure would take minutes of interpreted kernels
     phases=[Phase.generate],
     deadline=None,
