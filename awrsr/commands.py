@@ -10,7 +10,7 @@ import numpy as np
 
 from .config import AWRSRConfig, TrainingOptions
 from .data.histories import Histories, Split
-from .data.prepare import DEMO, DataOptions, divide, histories
+from .data.prepare import DEMO, OF_SPLIT, DataOptions, divide, histories
 from .files import first_process, read_json, write_json
 
 if TYPE_CHECKING:
@@ -287,9 +287,11 @@ def open_run(options: Any) -> tuple["AWRSR", DataOptions, dict[str, Any]]:
         torch.set_num_threads(options.threads)
     model = AWRSR.load(options.run)
     config = read_json(Path(options.run) / CONFIG)
-    data = config.get("data", {})
+    data = {name: value for name, value in config.get("data", {}).items() if name in DataOptions.__dataclass_fields__}
+    for name in [name for name, of in OF_SPLIT.items() if data.get("split") != of]:
+        data.pop(name, None)  # older runs may have some, without effect
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, DataOptions(**{name: value for name, value in data.items() if name in DataOptions.__dataclass_fields__}), config
+    return model, DataOptions(**data), config
 
 
 def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> Histories:
@@ -305,7 +307,7 @@ def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> His
         named: dict[str, Any] = {name: options[name] or (getattr(data, name) if like else "") for name in COLUMNS}
         format = data.format if options.format == "auto" and like else options.format
         data = replace(data, data=options.data, format=format, **named)
-    elif data.data and not Path(data.data).exists():
+    elif data.data not in ("", "-") and not Path(data.data).exists():
         raise ValueError(f"{data.data}, the run's own data, is not there; give --data FILE, or go where the run was started")
     return histories(data)
 
@@ -313,8 +315,9 @@ def histories_of(options: Any, data: DataOptions, config: dict[str, Any]) -> His
 def divided(options: Any, data: DataOptions, config: dict[str, Any]) -> Split:
     """Those histories, divided as in the run. Says so where they are not what the run was given."""
     split = divide(histories_of(options, data, config), data)
-    if config.get("data", {}).get("fingerprint") != split.fingerprint():
-        name = "Other data than the run's" if options.data else f"{data.data} is no longer what the run was given"
+    given = config.get("data", {}).get("fingerprint")  # older runs do not tell
+    if given != split.fingerprint() and (given or options.data):
+        name = "Other data than the run's" if options.data else f"{data.data or data.name} is no longer what the run was given"
         print(f"{name}: what is held out here may have been trained on", file=sys.stderr)
     if not len(split.targets(options.part)[0]):
         raise ValueError(f"part is {options.part!r}, of which the run's split, {data.split!r}, holds nothing out to evaluate on")

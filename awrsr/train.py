@@ -237,16 +237,16 @@ def train(
         training.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
         if training.record["epochs"] > options.epochs:
             raise ValueError(f"epochs is {options.epochs}, must be at least the {training.record['epochs']} of the run in {folder}")
-    results = (METRICS, RANKS.format(part="*"))
+    done, results = finished(training.record, options), (METRICS, RANKS.format(part="*"))
+    with quiet():
+        trainer = None if done else make_trainer(options, folder, validates=len(training.validation) > 0)
     if first_process():
         sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, *results))
-    write_json(folder / CONFIG, config)
-    if not finished(training.record, options):
-        for name in results:  # of fewer epochs
-            for old in folder.glob(name):
-                old.unlink(missing_ok=True)
+        write_json(folder / CONFIG, config)
+        for old in () if done else [path for name in results for path in folder.glob(name)]:  # of fewer epochs
+            old.unlink(missing_ok=True)
+    if trainer is not None:
         with quiet():
-            trainer = make_trainer(options, folder, validates=len(training.validation) > 0)
             before = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit(training, ckpt_path=folder / STATE if resume else None, weights_only=True)
@@ -300,7 +300,9 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, values in config.items() for name, value in values.items()}
+    """Section.name -> value; what is no section stands for itself."""
+    sections = {name: values if isinstance(values, dict) else {"": values} for name, values in config.items()}
+    return {f"{section}.{name}".rstrip("."): value for section, values in sections.items() for name, value in values.items()}
 
 
 def report(

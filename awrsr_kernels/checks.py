@@ -353,7 +353,7 @@ def no_transform(backend: str, given: Inputs) -> None:
 def one_gradient(backend: str, gradients: Iterable[Tensor | None]) -> None:
     if any(batched(x) for x in gradients):
         raise ValueError(
-            f'backend is "{backend}"; it must be "reference" for a batch of gradients (is_grads_batched). Or call '
+            f'backend is "{backend}"; it must be "reference" for a batch of gradients (vmap, is_grads_batched). Or call '
             "torch.autograd.grad once for each of them"
         )
 

@@ -22,8 +22,10 @@ def transformed() -> bool:
 
 
 def batched(x: Tensor | None) -> bool:
-    """Whether a gradient is a batch of them, of autograd's is_grads_batched, which maps over it in a way of its own."""
-    return x is not None and not torch.compiler.is_compiling() and torch._C._dispatch_keys(x).has(_BATCHED)
+    """Whether a gradient is a batch of them, of torch.func.vmap or autograd's is_grads_batched, which maps in a way of its own."""
+    if x is None or torch.compiler.is_compiling():
+        return False
+    return torch._C._dispatch_keys(x).has(_BATCHED) or torch._C._functorch.is_batchedtensor(x)
 
 
 def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:

@@ -199,6 +199,11 @@ def test_use_of_a_run_says_that_its_data_have_changed_or_are_gone(
     for name in (["evaluate", "--run"], ["analyse"]):
         assert main([*name, str(tmp_path / "run")]) == 0
         assert "mine.txt is no longer what the run was given: what is held out" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["data"]["fingerprint"]  # as an older run, which may also have options of another split
+    config["data"]["holdout"] = 2
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0 and not capsys.readouterr().err
     data.unlink()
     assert "the run's own data, is not there; give --data FILE" in refused("evaluate", "--run", tmp_path / "run")
 

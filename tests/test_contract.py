@@ -259,7 +259,7 @@ ARROWS = {  # module: those of the package that it may import
     "_fallback_sweeps": {"layout", "_fallback_chunks", "_fallback_selection"},
     "_fallback_chunks": {"dropout", "layout", "_fallback_selection"},
     "_fallback_selection": {"dropout", "layout"},
-    "_fallback_stock": {"checks", "layout"},
+    "_fallback_stock": {"layout"},
     "checks": {"layout", "state"},
     "state": set(),
     "layout": set(),

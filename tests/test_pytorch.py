@@ -345,14 +345,16 @@ def test_vmap_is_refused_with_advice(engine: str, choose: Callable[[str], str]) 
         torch.func.vmap(lambda q: refined_attention(q, q, q, w, w, backend=backend))(q)
 
 
-@pytest.mark.parametrize("refinement", ["none", "value"])
+@pytest.mark.parametrize("mapped", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_batches_of_gradients_are_refused_with_advice(engine: str, refinement: str, choose: Callable[[str], str]) -> None:
+def test_batches_of_gradients_are_refused_with_advice(engine: str, mapped: str, choose: Callable[[str], str]) -> None:
     q, w, backend = torch.randn(2, 4, 6, 8, device=DEVICE, requires_grad=True), torch.randn(6, 5, device=DEVICE), choose(engine)
-    tables = (w, w) if refinement != "none" else (None, None)
-    out = refined_attention(q, q, q, *tables, refinement=refinement, backend=backend)
+    out = refined_attention(q, q, q, w, w, backend=backend)
+    several = torch.stack([out.detach()] * 2)
     with pytest.raises(ValueError, match=r"\bbackend\b is .*must be \"reference\" for a batch of gradients .*once for each"):
-        torch.autograd.grad(out, [q], torch.stack([out.detach()] * 2), is_grads_batched=True)
+        if mapped == "vmap":
+            torch.func.vmap(lambda dout: torch.autograd.grad(out, [q], dout)[0])(several)
+        torch.autograd.grad(out, [q], several, is_grads_batched=True)
 
 
 @pytest.mark.parametrize("kind", [Kind("value"), STOCHASTIC], ids=str)

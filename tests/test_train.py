@@ -224,6 +224,27 @@ def test_a_model_without_its_state_keeps_its_configuration(finished: Path, run: 
     assert everything(run) == before
 
 
+def test_a_folder_of_other_software_is_refused(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    out = tmp_path / "llama"
+    out.mkdir()
+    (out / "config.json").write_text('{"model_type": "llama", "rope": {"theta": 1}}')
+    (out / "model.safetensors").write_bytes(b"weights")
+    assert "holds the model of another run" in refused(*command(data, out, epochs=1))
+    assert (out / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_results_stay_where_training_cannot_start(
+    finished: Path, run: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise RuntimeError("no such logger here")
+
+    monkeypatch.setattr(training, "make_trainer", missing)
+    before = everything(run)
+    assert "no such logger here" in refused(*command(finished / "data.txt", run, epochs=9))
+    assert everything(run) == before
+
+
 def test_a_run_that_goes_on_has_no_results_until_its_end(
     finished: Path, run: Path, monkeypatch: pytest.MonkeyPatch, listening: None
 ) -> None:

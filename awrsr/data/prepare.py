@@ -29,6 +29,9 @@ DEMO: dict[str, Any] = {
 }
 
 
+OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options of one way to split alone
+
+
 @dataclass(frozen=True)
 class DataOptions:
     """Which histories, and how they are divided; each option says what it is for."""
@@ -53,8 +56,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        for name, of, usual in (("holdout", "last-n", 1), ("validation_from", "time", ""), ("test_from", "time", "")):
-            if getattr(self, name) != usual and self.split != of:
+        for name, of in OF_SPLIT.items():
+            if getattr(self, name) != self.__dataclass_fields__[name].default and self.split != of:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which is of the split {of}, and split is {self.split!r}")
 
     @property
