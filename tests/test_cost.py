@@ -48,12 +48,11 @@ def over(bounds: dict[str, float], entrants: dict[str, Entrant], beside: str = "
                 for batch in entrant.batches:
                     gradients(entrant.provider.call(batch), batch)
                 least[name] = min(least[name], time.process_time() - begin)
-            found = {name: round(least[name] / least[beside], 2) for name in bounds}
+            found = {name: round(least[name] / least[beside], 3) for name in bounds}
             if turn >= rounds and all(found[name] <= bounds[name] for name in bounds):
                 break
     finally:
         torch.set_num_threads(threads)
-    print(found)
     return {name: share for name, share in found.items() if share > bounds[name]}
 
 

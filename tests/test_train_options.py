@@ -110,7 +110,7 @@ def test_the_learning_rate_falls_by_half_a_cosine(parts: Split, monkeypatch: pyt
 def test_more_epochs_are_another_run_where_the_rate_falls(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert main(command(data, tmp_path / "run", epochs=1, schedule="cosine")) == 0
     error = refused(*command(data, tmp_path / "run", epochs=2, schedule="cosine"))
-    assert "holds another run: training.epochs was 1 and is 2" in error
+    assert "holds another run: training.epochs was 1 and is 2 (with schedule 'cosine' the rate of each step" in error
 
 
 def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -431,6 +431,12 @@ def test_masks_that_are_no_padding_are_refused() -> None:
     refused(r"attention_mask is of shape \(2, 1, 5, 5\)", attention_mask=torch.ones(2, 1, 5, 5), use_cache=False)
     packed = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=DEVICE)
     refused("attention_mask is not plainly causal", position_ids=packed, use_cache=False)
+    for index in (0, 1):  # refined layers and plain ones
+        with pytest.raises(ValueError, match="block_indices is used by LlamaAttention; it must be None in every layer"):
+            refine(llama(), layers=[index])(ids, block_indices=torch.zeros(1), use_cache=False)
+    cut = model.model.layers[0].forward  # as models do whose layers slice the mask
+    model.model.layers[0].forward = lambda x, attention_mask, **rest: cut(x, attention_mask=attention_mask[:, :, :4], **rest)
+    refused("attention_mask is cut to pieces by this model", use_cache=False)
     with pytest.raises(ValueError, match="max_positions is 4; it must be at least the 5 positions"):
         refine(llama(), tables="position", max_positions=4)(ids, use_cache=False)
 

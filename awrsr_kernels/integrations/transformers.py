@@ -139,9 +139,9 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function as transformers calls it: query (B, H, L, D), key and value of H_kv heads; returns (B, L, H, D_v)."""
+    if sparse := [name for name in ("indices", "block_indices") if kwargs.get(name) is not None]:
+        raise ValueError(f"{sparse[0]} is used by {type(module).__name__}; it must be None in every layer of a refined model")
     if refined is None:  # a plain layer
-        if sparse := [name for name in ("indices", "block_indices") if kwargs.get(name) is not None]:
-            raise ValueError(f"{sparse[0]} is used by {type(module).__name__}; it must be None in every layer of a refined model")
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
         found: tuple[Tensor, None] = AttentionInterface()["sdpa"](
             module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
