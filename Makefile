@@ -9,13 +9,13 @@ OUT ?= gpu-out
 # to give it back and get it again, page by page, took a fifth of their time. The latter have it as a user's process would.
 test: .venv/ready
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m pytest -q -n 2 -m "not timing"
-	$(BIN)/python -m pytest -q -m timing tests/test_cost.py
+	$(BIN)/python -m pytest -q -m timing tests/kernels/test_cost.py
 
 # The adapters, each against the real library; all three agree on one environment.
 test-libraries: test-rectools test-replay test-recbole
 
 test-rectools test-replay test-recbole: test-%: .venv-libraries/ready
-	.venv-libraries/bin/python -m pytest -q tests/test_$*.py
+	.venv-libraries/bin/python -m pytest -q tests/integrations/test_$*.py
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/mypy
@@ -55,7 +55,7 @@ compile-report: .venv/ready
 
 # Times of a few calls, stored in .benchmarks/ and shown beside the run before: one run per commit.
 track: .venv/ready
-	$(BIN)/python -m pytest -q tests/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
+	$(BIN)/python -m pytest -q tests/kernels/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
 	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
 
 # GPU tests, checks, tuner, benchmarks and profile in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.

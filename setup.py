@@ -1,6 +1,6 @@
 """Metadata and dependencies."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
     name="awrsr-kernels",
@@ -9,7 +9,8 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="MIT",
-    packages=["awrsr_kernels", "awrsr_kernels._triton", "awrsr_kernels.integrations", "awrsr", "awrsr.data"],
+    packages=find_packages(include=["awrsr*"]),
+    package_data={"awrsr": ["py.typed"], "awrsr_kernels": ["py.typed"]},  # both are typed (PEP 561)
     entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
     python_requires=">=3.10",
     install_requires=[

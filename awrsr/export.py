@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .attention import RefinedAttention
 from .files import atomic
+from .models.attention import RefinedAttention
 
 if TYPE_CHECKING:
-    from .model import AWRSR
+    from .models.network import AWRSR
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 ABOUT = "awrsr.json"  # of the file's extra files (torch) or its metadata (ONNX): the configuration, and the catalogue's ids

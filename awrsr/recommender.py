@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .batches import spans
 from .data.histories import Histories, Split
-from .distance import rows_of_columns
 from .files import atomic, read_json, write_json
+from .models.distance import rows_of_columns
+from .training.batches import spans
 
 if TYPE_CHECKING:
     import polars as pl
@@ -65,10 +65,10 @@ class Recommender(nn.Module):
             event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise, or not at all:
             `split(histories, "none")` trains on everything for all epochs.
         options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
-        out: folder for the run (`awrsr.train`); without it nothing is left on disk.
+        out: folder for the run (`awrsr.training.run`); without it nothing is left on disk.
         """
         from .data.histories import split
-        from .train import TrainingOptions, report, train
+        from .training.run import TrainingOptions, report, train
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from . import checks, jagged
-from .fallback import fallback_attention
+from ._torch.attention import fallback_attention
+from .call import Call, Inputs
 from .launch_config import table_features, unsupported_reason
-from .layout import Call, Inputs
 from .reference import reference_attention, reference_weights
-from .state import exports_any_size, without_autocast
+from .torch_state import exports_any_size, without_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .state import readable
+from .torch_state import readable
 
 
 class RefinedCache:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
-from .state import autocast, batched, readable, transformed
+from .call import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
+from .torch_state import autocast, batched, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own

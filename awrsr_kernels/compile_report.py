@@ -29,8 +29,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .call import GAUSSIAN_REFINEMENTS, REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
-from .layout import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 
 class Target(NamedTuple):
@@ -108,7 +108,8 @@ def spill_budget(case: Case, kernel: str) -> int:
 
     The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
     gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
-    registers that sm_90 reads from shared memory: twice the warps spill as much, so that is left to `python -m awrsr_kernels.tune`.
+    registers that sm_90 reads from shared memory: twice the warps spill as much, so that is left to
+    `python -m awrsr_kernels.tuning`.
     """
     half = case.dtype != "float32"
     if case.length == STEP:
@@ -153,7 +154,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
 
     from ._triton import decode, short, tiled, tiled_bwd
     from ._triton.launch import Problem
-    from .layout import Call, Inputs
+    from .call import Call, Inputs
 
     target = TARGETS[case.target]
     driver.set_active(_Driver(GPUTarget(target.backend, target.architecture, target.lanes), list(TARGETS).index(case.target)))

@@ -20,10 +20,10 @@ from torch import Tensor
 from . import checks
 from .api import choose_backend, run
 from .cache import RefinedCache
+from .call import Call, Inputs
 from .launch_config import table_features
-from .layout import Call, Inputs
 from .reference import masked_softmax
-from .state import without_autocast
+from .torch_state import without_autocast
 
 
 class _Step(NamedTuple):

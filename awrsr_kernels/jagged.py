@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checks import choice, refuse
-from .state import readable
+from .torch_state import readable
 
 
 def is_nested(x: Any) -> TypeGuard[Tensor]:

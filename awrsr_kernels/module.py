@@ -13,7 +13,7 @@ from . import checks, jagged
 from .api import BACKENDS, attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
-from .state import autocast, readable
+from .torch_state import autocast, readable
 
 
 class _Place(NamedTuple):

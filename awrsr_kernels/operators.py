@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .call import Call, Inputs
 from .checks import one_gradient
-from .layout import Call, Inputs
-from .state import without_autocast
+from .torch_state import without_autocast
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Attention = Callable[[Inputs, Call], tuple[Tensor, ...]]

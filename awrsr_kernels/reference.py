@@ -29,9 +29,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .call import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
 from .dropout import scaled_mask
 from .gaussian import correlation_points, squared_distances
-from .layout import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from . import checks, jagged
 from .api import as_rows, packed_call, padded_call, run
+from .call import Inputs
 from .gaussian import points
-from .layout import Inputs
 from .reference import reference_weights
-from .state import without_autocast
+from .torch_state import without_autocast
 
 _MEANS = ("q_mean", "k_mean", "v_mean")
 

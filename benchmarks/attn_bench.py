@@ -15,15 +15,15 @@ if not __package__:  # run as a script: make `benchmarks` and, not installed, `a
 
 import torch
 
-from awrsr_kernels.layout import GAUSSIAN_REFINEMENTS
-from benchmarks import compare, report
-from benchmarks.arguments import number, whole
-from benchmarks.graphs import time_graphs
-from benchmarks.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
-from benchmarks.precompile import precompile
-from benchmarks.providers import PROVIDERS, Provider, side_by_side
-from benchmarks.roofline import Rates, measure_rates
-from benchmarks.workloads import (
+from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
+from benchmarks.common import compare, report
+from benchmarks.common.arguments import number, whole
+from benchmarks.operator.graphs import time_graphs
+from benchmarks.operator.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
+from benchmarks.operator.precompile import precompile
+from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
+from benchmarks.operator.roofline import Rates, measure_rates
+from benchmarks.operator.workloads import (
     BACKBONES,
     CPU_DEFAULT,
     DTYPES,

@@ -44,7 +44,7 @@ def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signat
 
 def with_tables(app: Any, name: str, source: list[str]) -> None:
     """Tables that a page links to, in files that are none of the site's, stand at its end instead."""
-    results = re.compile(r"\]\(\.\./(benchmarks/results/(\w+)\.md)\)")
+    results = re.compile(r"\]\(\.\./(benchmarks/results/\w+/(\w+)\.md)\)")
     for path, table in results.findall(source[0]):
         source[0] += f"\n(table-{table})=\n\n{(ROOT / path).read_text(encoding='utf-8')}"
     source[0] = results.sub(r"](#table-\2)", source[0])

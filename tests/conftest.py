@@ -118,7 +118,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """printed(*arguments): what the command line writes."""
-    from . import runs
+    from .recommender import runs
 
     return functools.partial(runs.printed, capsys)
 
@@ -126,7 +126,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """refused(*arguments): the one line in which the command line says what is wrong."""
-    from . import runs
+    from .recommender import runs
 
     return functools.partial(runs.refused, capsys)
 
@@ -134,7 +134,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 @pytest.fixture
 def stopped(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """stopped(*arguments): status and error of a command line that cannot be parsed."""
-    from . import runs
+    from .recommender import runs
 
     return functools.partial(runs.stopped, capsys)
 

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..layout import Call, Inputs
+from ..call import Call, Inputs
 from ..operators import register
-from .assembler import take_newer_assembler
 from .launch import Problem, with_rows
+from .ptxas import take_newer_assembler
 from .short import short_backward, short_buffers, short_forward
 from .tiled import tiled_buffers, tiled_forward
 from .tiled_bwd import tiled_backward

@@ -14,12 +14,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime import driver
 
+from ..call import Call, Inputs
 from ..dropout import quantise
 from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, table_features
 from ..launch_config import is_short as is_short_call
 from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
-from ..layout import Call, Inputs
 from ..tuned import tuned_for
 
 View = tuple[Tensor, int, int, int]

@@ -14,7 +14,7 @@ from transformers.masking_utils import causal_mask_function
 
 from ..cache import RefinedCache
 from ..decoding import refined_attention_prefill, refined_attention_step
-from ..state import readable
+from ..torch_state import readable
 
 IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key of the settings in a model's config
 

@@ -14,7 +14,7 @@ from replay.nn.sequential.sasrec import SasRecTransformerLayer
 from torch import Tensor, nn
 
 from .. import checks
-from ..state import readable
+from ..torch_state import readable
 from .packed import Packed, PackedAttention, pack, unpack
 
 __all__ = ["NoAttentionMask", "RefinedEncoder"]

@@ -1,0 +1,370 @@
+"""Runs side by side: what each variant reaches over its seeds, and whether it differs from the baseline, user by user.
+
+U users, R runs, C metrics, K resamples. A run is the folder that training writes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from ..config import AWRSRConfig, before_averaging
+from . import significance
+from .ranking import metric
+
+PARTS = ("validation", "test")
+KEYS = ["user", "position", "item"]
+FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
+LEVEL = 1 - significance.CONFIDENCE
+FLIPS_PER_ROW = 200  # the least p of the permutation test, corrected for its rows, is a tenth of LEVEL
+
+# Options that do not make a run another variant: which seed, where it ran and what it wrote.
+NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric of one variant: mean and standard deviation over its seeds, interval over users and seeds."""
+
+    variant: str
+    metric: str
+    seeds: int
+    mean: float
+    sd: float | None  # None: one seed
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of one variant minus that of the baseline, on the same users."""
+
+    variant: str
+    metric: str
+    difference: float
+    gain: float | None  # difference / baseline; None: the baseline's is 0
+    low: float
+    high: float
+    p_t: float  # paired t-test over users, Holm-corrected
+    p_flip: float  # sign-flip permutation test over users, Holm-corrected
+    p_t_raw: float
+    p_flip_raw: float
+    enough_seeds: bool  # both variants have FEWEST_SEEDS
+
+    @property
+    def shown(self) -> bool:
+        """Whether tests and interval agree that there is a difference; a claim if there are enough seeds, too."""
+        return max(self.p_t, self.p_flip) < LEVEL and (self.low > 0 or self.high < 0)
+
+    @property
+    def verdict(self) -> str:
+        if not self.enough_seeds:
+            return "no claim"
+        return "not shown" if not self.shown else "better" if self.difference > 0 else "worse"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found; `str` is the table."""
+
+    part: str
+    users: int
+    targets: int
+    resamples: int
+    flips: int
+    runs: dict[str, list[str]]  # variant -> folders of its seeds
+    baseline: str
+    summaries: list[Summary]
+    differences: list[Difference]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know to read the numbers rightly."""
+        notes = [f"Intervals: {significance.CONFIDENCE:.0%}, {self.resamples:,} bootstrap resamples of users and seeds."]
+        if self.targets > self.users:
+            notes.append("Users have several targets: a user's are averaged first, every user counts the same.")
+        if self.differences:
+            notes += [
+                f"p: paired over users, given these seeds; Holm-corrected over the {len(self.differences)} rows.",
+                f"p (flips): of {self.flips:,} flips, so at least {len(self.differences) / (self.flips + 1):.2g} for the best row.",
+                f'"better", "worse": both p below {LEVEL:.2g} and the interval on one side of 0.',
+            ]
+        few = [f"{name} ({len(folders)})" for name, folders in self.runs.items() if len(folders) < FEWEST_SEEDS]
+        if few:
+            notes.append(f"Fewer than {FEWEST_SEEDS} seeds support no claim: {', '.join(few)}.")
+        if any(len(folders) == 1 for folders in self.runs.values()):
+            notes.append("The interval of a variant with one seed is over users alone: another seed may well fall outside.")
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that json writes."""
+        return {
+            "part": self.part,
+            "users": self.users,
+            "targets": self.targets,
+            "resamples": self.resamples,
+            "flips": self.flips,
+            "confidence": significance.CONFIDENCE,
+            "runs": self.runs,
+            "baseline": self.baseline,
+            "summaries": [asdict(row) for row in self.summaries],
+            "differences": [asdict(row) | {"shown": row.shown, "verdict": row.verdict} for row in self.differences],
+            "notes": self.notes,
+        }
+
+    def __str__(self) -> str:
+        runs = sum(map(len, self.runs.values()))
+        blocks = [f"{self.part}: {runs} runs, {self.users:,} users, {self.targets:,} targets"]
+        rows = [["variant", "seeds", "metric", "mean", "sd", "interval"]]
+        for s in self.summaries:
+            sd = "-" if s.sd is None else f"{s.sd:.4f}"
+            rows.append([s.variant, str(s.seeds), s.metric, f"{s.mean:.4f}", sd, f"{s.low:.4f} .. {s.high:.4f}"])
+        blocks.append(_aligned(rows))
+        if self.differences:
+            rows = [[f"against {self.baseline}", "metric", "difference", "gain", "interval", "p (t)", "p (flips)", ""]]
+            for d in self.differences:
+                gain = "-" if d.gain is None else f"{d.gain:+.1%}"
+                ends = f"{d.low:+.4f} .. {d.high:+.4f}"
+                p = [f"{x:.3f}" if x >= 0.001 else "<0.001" for x in (d.p_t, d.p_flip)]
+                rows.append([d.variant, d.metric, f"{d.difference:+.4f}", gain, ends, *p, d.verdict])
+            blocks.append(_aligned(rows))
+        return "\n\n".join([*blocks, "\n".join(self.notes)])
+
+
+def compare(
+    runs: Sequence[Path | str],
+    *,
+    part: str = "test",
+    metrics: Sequence[str] = ("HR@10", "NDCG@10", "MRR"),
+    baseline: Path | str | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Comparison:
+    """Compare runs on the ranks that they gave to the same targets.
+
+    Runs whose configuration differs in `seed`, `out` and settings of the machine alone are seeds of one variant. Every number is a
+    mean over users: a user's targets are averaged first. Intervals are bootstrapped over users, the same ones for all variants, and
+    over seeds. Tests are paired over users: the t-test, and the permutation test that flips signs (Smucker, Allan and Carterette
+    2007 find them in agreement on ranking metrics, Wilcoxon's and the sign test not).
+
+    Args:
+        runs: two run folders or more.
+        part: "test" or "validation".
+        metrics: HR@k, NDCG@k, MRR.
+        baseline: what the others are compared with: a run's folder, or a variant's name. Default: the first run's variant.
+        resamples: of the bootstrap, and the least of the permutation test, which takes FLIPS_PER_ROW for each row if more.
+        seed: of both.
+
+    Raises:
+        ValueError: a folder, file or metric that cannot be read; runs that ranked different targets; a run that is there twice.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}, must be one of {', '.join(PARTS)}")
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, must be 1 or more")
+    metrics = list(dict.fromkeys(metrics))
+    if not metrics:
+        raise ValueError("metrics is empty, must name at least one of HR@k, NDCG@k, MRR")
+    for name in metrics:
+        metric(name, np.ones(1))
+    folders = [Path(run) for run in runs]
+    if len(folders) < 2:
+        raise ValueError(f"runs has {len(folders)} folder(s), must have 2 or more to compare")
+
+    variants = _variants(folders, [_config(folder) for folder in folders])
+    values, targets = _paired_values(folders, part, metrics)
+    seeds = {name: [folders.index(folder) for folder in found] for name, found in variants.items()}
+    first = _baseline(baseline, variants, folders)
+    flips = max(resamples, FLIPS_PER_ROW * len(metrics) * (len(variants) - 1))
+
+    rng = np.random.default_rng(seed)
+    per_user = {name: values[:, places].mean(1) for name, places in seeds.items()}  # (U, C) each
+    draws = significance.resampled_means(np.concatenate(list(per_user.values()), 1), resamples, rng)
+    run_means = values.mean(0)  # (R, C)
+    for i, places in enumerate(seeds.values()):
+        columns = slice(i * len(metrics), (i + 1) * len(metrics))
+        draws[:, columns] += significance.seed_deviations(run_means[places], resamples, rng)
+    means = {name: draws[:, i * len(metrics) : (i + 1) * len(metrics)] for i, name in enumerate(seeds)}  # (K, C) each
+    return Comparison(
+        part=part,
+        users=len(values),
+        targets=targets,
+        resamples=resamples,
+        flips=flips,
+        runs={name: [str(folder) for folder in found] for name, found in variants.items()},
+        baseline=first,
+        summaries=[row for name in seeds for row in _summaries(name, metrics, run_means[seeds[name]], means[name])],
+        differences=_differences(first, metrics, per_user, means, {n: len(x) for n, x in seeds.items()}, flips, rng),
+    )
+
+
+def _summaries(name: str, metrics: list[str], run_means: np.ndarray, draws: np.ndarray) -> list[Summary]:
+    """Rows of one variant, from (S, C) means of its seeds and (K, C) resampled ones."""
+    low, high = (x.tolist() for x in significance.interval(draws))
+    mean, seeds = run_means.mean(0).tolist(), len(run_means)
+    sd = run_means.std(0, ddof=1).tolist() if seeds > 1 else [None] * len(metrics)
+    return [Summary(name, metrics[i], seeds, mean[i], sd[i], low[i], high[i]) for i in range(len(metrics))]
+
+
+def _differences(
+    baseline: str,
+    metrics: list[str],
+    per_user: dict[str, np.ndarray],
+    draws: dict[str, np.ndarray],
+    seeds: dict[str, int],
+    flips: int,
+    rng: np.random.Generator,
+) -> list[Difference]:
+    """Rows of every variant but the baseline, which are one family for Holm's correction."""
+    others = [name for name in per_user if name != baseline]
+    if not others:
+        return []
+    paired = np.concatenate([per_user[name] - per_user[baseline] for name in others], 1)
+    low, high = significance.interval(np.concatenate([draws[name] - draws[baseline] for name in others], 1))
+    p_t = significance.t_test(paired)
+    p_flip = significance.sign_flip_test(paired, flips, rng)
+    p_t_holm, p_flip_holm = significance.holm(p_t), significance.holm(p_flip)
+    reached, difference = per_user[baseline].mean(0), paired.mean(0)
+    rows = []
+    for i, (name, column) in enumerate((name, c) for name in others for c in range(len(metrics))):
+        rows.append(
+            Difference(
+                variant=name,
+                metric=metrics[column],
+                difference=float(difference[i]),
+                gain=float(difference[i] / reached[column]) if reached[column] else None,
+                low=float(low[i]),
+                high=float(high[i]),
+                p_t=float(p_t_holm[i]),
+                p_flip=float(p_flip_holm[i]),
+                p_t_raw=float(p_t[i]),
+                p_flip_raw=float(p_flip[i]),
+                enough_seeds=min(seeds[name], seeds[baseline]) >= FEWEST_SEEDS,
+            )
+        )
+    return rows
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The options of a run, nested ones by dotted names."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder, must be one that awrsr train wrote")
+    path = folder / "metrics.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no metrics.json: not a run, or one that has not finished") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is not the JSON object with "config" that awrsr train writes ({error})') from error
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} has a "config" of type {type(config).__name__}, must be an object of options')
+    return _flat(config)
+
+
+def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
+
+
+def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
+    """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
+
+    usual = asdict(AWRSRConfig()) | asdict(before_averaging())  # of options that came after a run
+
+    def text(config: dict[str, Any], name: str) -> str:
+        value = config.get(name, usual.get(name, "unset"))
+        return value if isinstance(value, str) else json.dumps(value)
+
+    names = list(dict.fromkeys(name for config in configs for name in config))
+    names = [name for name in names if name.rpartition(".")[2] not in NOT_A_VARIANT]
+    names = [name for name in names if len({text(config, name) for config in configs}) > 1]
+    short = [name.rpartition(".")[2] for name in names]
+    labels = [last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True)]
+    found: dict[str, list[Path]] = {}
+    seen: dict[tuple[str, str], Path] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        variant = ", ".join(f"{label}={text(config, name)}" for label, name in zip(labels, names, strict=True)) or "all runs"
+        seeds = ", ".join(f"seed {value}" for name, value in config.items() if name.rpartition(".")[2] == "seed") or "no seed"
+        if (variant, seeds) in seen:
+            raise ValueError(
+                f"{seen[variant, seeds]} and {folder} have one configuration and {seeds}: "
+                "seeds of a variant must differ, or one run would count twice"
+            )
+        seen[variant, seeds] = folder
+        found.setdefault(variant, []).append(folder)
+    return found
+
+
+def _baseline(named: Path | str | None, variants: dict[str, list[Path]], folders: list[Path]) -> str:
+    """The name of the variant to compare with."""
+    if named is None:
+        named = folders[0]
+    for variant, found in variants.items():
+        if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in found]:
+            return variant
+    raise ValueError(f"baseline is {str(named)!r}, must be one of the runs or of the variants: {'; '.join(variants)}")
+
+
+def _paired_values(folders: list[Path], part: str, metrics: list[str]) -> tuple[np.ndarray, int]:
+    """(U, R, C) metrics of every user in every run, and how many targets the users have together."""
+    first = _ranks(folders[0], part)
+    users = first["user"].rle_id().to_numpy()
+    counts = np.bincount(users)
+    if len(counts) < 2:
+        raise ValueError(f"{folders[0]} ranked targets of {len(counts)} user(s), must be 2 or more to compare")
+    values = np.empty((len(counts), len(folders), len(metrics)))
+    for r, folder in enumerate(folders):
+        found = first if r == 0 else _ranks(folder, part)
+        if not found[KEYS].equals(first[KEYS]):
+            missing, added = (a.join(b, on=KEYS, how="anti").height for a, b in ((first, found), (found, first)))
+            raise ValueError(
+                f"{folders[0]} and {folder} ranked different {part} targets: {missing:,} of {first.height:,} are not in the "
+                f"latter, which has {added:,} others. Runs can be compared on the same data, split alike"
+            )
+        ranks = found["rank"].to_numpy()
+        for c, name in enumerate(metrics):
+            values[:, r, c] = np.bincount(users, weights=metric(name, ranks)) / counts
+    return values, first.height
+
+
+def _ranks(folder: Path, part: str) -> pl.DataFrame:
+    """Checked ranks of a run, sorted by target; ids as text, so that 7 read as a number meets "7" read as text."""
+    path = folder / f"ranks_{part}.parquet"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}, which awrsr train writes at its end")
+    try:
+        found = pl.read_parquet(path)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
+    lacking = [name for name in (*KEYS, "rank") if name not in found.columns]
+    if lacking:
+        raise ValueError(f"{path} lacks column(s) {', '.join(lacking)}; it has {', '.join(found.columns)}")
+    for name in ("position", "rank"):
+        if not found[name].dtype.is_integer():
+            raise ValueError(f"{path}: column {name} is {found[name].dtype}, must be whole numbers")
+    found = found.select(pl.col("user", "item").cast(pl.String), pl.col("position", "rank").cast(pl.Int64))
+    if sum(found.null_count().row(0)):
+        raise ValueError(f"{path} has empty cells, must have a user, item, position and rank in every row")
+    if not (found["rank"] >= 1).all():
+        raise ValueError(f"{path} has a rank below 1, must be 1 (best) or more")
+    if found.select(KEYS).is_duplicated().any():
+        raise ValueError(f"{path} has a target more than once: user, position and item must tell rows apart")
+    return found.sort(KEYS)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Columns of equal width: names to the left, numbers to the right."""
+    names = [i == 0 or title in ("metric", "") for i, title in enumerate(rows[0])]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+
+    def line(row: list[str]) -> str:
+        cells = zip(row, widths, names, strict=True)
+        return "  ".join(cell.ljust(width) if name else cell.rjust(width) for cell, width, name in cells).rstrip()
+
+    return "\n".join(map(line, rows))

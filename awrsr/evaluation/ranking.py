@@ -1,0 +1,203 @@
+"""Full-ranking evaluation: the rank of each target among all items of the catalogue, and metrics of ranks.
+
+M targets, N items, S features of what is multiplied for scores. One relevant item per target.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.histories import Split
+from ..data.synthetic import recall_answer
+from ..files import atomic
+from ..recommender import Recommender
+from ..training.batches import spans
+
+SCORE_BLOCK = 1 << 21  # scores held at a time, but
+LEAST_ROWS = 32  # targets at least, or a large table would be read for every few of them; less memory than that table takes
+CUTOFFS = (5, 10, 20)
+METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("MRR",)
+
+
+def metric(name: str, ranks: np.ndarray) -> np.ndarray:
+    """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR is over the whole list, not cut off."""
+    kind, _, cutoff = name.partition("@")
+    if name == "MRR":
+        return 1 / ranks
+    if kind not in ("HR", "NDCG") or not cutoff.isdecimal() or not int(cutoff):
+        raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
+    return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
+
+
+def metrics(ranks: np.ndarray, names: tuple[str, ...] = METRICS) -> dict[str, float]:
+    """Means over the targets."""
+    return {name: float(metric(name, ranks).mean()) for name in names}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Ranks of targets: parallel (M,) arrays of the user's place, the target's place in the history, the item and its rank."""
+
+    users: np.ndarray
+    places: np.ndarray
+    items: np.ndarray
+    ranks: np.ndarray
+    users_per_cpu_second: float
+
+    def metrics(self) -> dict[str, float]:
+        return metrics(self.ranks)
+
+
+def recall(found: Evaluation, split: Split) -> dict[str, float]:
+    """Of the targets where the current item had occurred before: how many, how often what followed it then follows again ("rule
+    HR@1": what a model that knows this rule alone would reach) and HR@1 of the ranks."""
+    answer = recall_answer(split.histories, found.users, found.places)
+    may = answer >= 0
+    count = int(may.sum())
+    if not count:
+        return {}
+    return {
+        "targets": count,
+        "rule HR@1": float((answer == found.items)[may].mean()),
+        "HR@1": float((found.ranks == 1)[may].mean()),
+    }
+
+
+class Targets:
+    """Targets of one part of a split, in packed batches of the histories before them."""
+
+    def __init__(self, split: Split, part: str, max_len: int, filter_seen: bool) -> None:
+        self.split, self.filter_seen = split, filter_seen
+        self.users, self.places = split.targets(part)
+        self.end = split.histories.offsets[self.users] + self.places  # the target's place in the flat array
+        self.items = split.histories.items[self.end]
+        self.length = np.minimum(self.places, max_len)
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> "TargetBatches":
+        """This process's share of the targets."""
+        return TargetBatches(self, batch_size, rank, world)
+
+
+class TargetBatches:
+    """Pairs (which targets, what `rank_batch` takes), for a validation loop to iterate over."""
+
+    def __init__(self, targets: Targets, batch_size: int, rank: int, world: int) -> None:
+        self.targets, self.batch_size = targets, batch_size
+        self.mine = np.arange(len(targets))[rank::world]
+
+    def __len__(self) -> int:
+        return -(-len(self.mine) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Any]]:
+        for first in range(0, len(self.mine), self.batch_size):
+            chosen = self.mine[first : first + self.batch_size]
+            yield chosen, self.pack(chosen)
+
+    def pack(self, chosen: np.ndarray) -> Any:
+        t, items = self.targets, self.targets.split.histories.items
+        end, length, before = t.end[chosen], t.length[chosen], t.places[chosen]
+        place, cu_seqlens = spans(end - length, length)
+        seen = row = None
+        if t.filter_seen:
+            seen = torch.from_numpy(items[spans(end - before, before)[0]])
+            row = torch.from_numpy(np.repeat(np.arange(len(chosen)), before))
+        packed = torch.from_numpy(items[place]), torch.from_numpy(cu_seqlens), int(length.max())
+        return packed, torch.from_numpy(t.items[chosen]), row, seen
+
+
+def rank_batch(model: Recommender, batch: Any, table: Tensor | None = None) -> Tensor:
+    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the model's `item_table`, where it is at hand."""
+    device = next(model.parameters()).device
+    (items, cu_seqlens, max_seqlen), targets, row, seen = batch
+    hidden = model(items.to(device), cu_seqlens.to(device), max_seqlen)
+    last = hidden[cu_seqlens[1:].to(device) - 1]
+    move = (None, None) if row is None else (row.to(device), seen.to(device))
+    return ranks(last, model.item_table() if table is None else table, targets.to(device), *move)
+
+
+@torch.no_grad()
+def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    """(M,) rank of each target among the N items by the scores hidden (M, S) @ table.T, 1 = best.
+
+    Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does whatever is
+    no number. seen: items that history row[i] holds, no candidates; a target among them could not be recommended and is last, N.
+    Scores are of the table's dtype, under autocast too: in half precision too many of them would tie.
+    """
+    out, hidden = torch.empty_like(targets), hidden.to(table.dtype)
+    size = max(LEAST_ROWS, SCORE_BLOCK // len(table))
+    held = table.new_empty(min(size, len(targets)), len(table))  # one for all blocks: new memory costs as much as the scores
+    begins = None if row is None else torch.searchsorted(row, torch.arange(0, len(targets) + size, size, device=row.device))
+    for nth, first in enumerate(range(0, len(targets), size)):
+        target = targets[first : first + size, None]
+        scores = torch.mm(hidden[first : first + size], table.T, out=held[: len(target)])
+        if row is not None and seen is not None and begins is not None:
+            of_block = slice(int(begins[nth]), int(begins[nth + 1]))
+            scores[row[of_block] - first, seen[of_block]] = -torch.inf
+        own = scores.gather(1, target)
+        out[first : first + size] = len(table) - below(scores, own)
+    return out
+
+
+def below(scores: Tensor, own: Tensor) -> Tensor:
+    """(M,) how many scores of each row of (M, N) are below its `own`, (M, 1). Overwrites the scores with ones and zeros: their
+    sum is several times as fast as that of booleans, and exact where a float32 counts that far."""
+    return scores.lt_(own).sum(1, dtype=torch.float32 if scores.shape[1] < 1 << 24 else torch.float64).long()
+
+
+@torch.inference_mode()
+def evaluate(
+    model: Recommender,
+    split: Split,
+    part: str = "test",
+    *,
+    filter_seen: bool | None = None,
+    batch_size: int = 1024,
+    progress: bool = False,
+) -> Evaluation:
+    """Rank every target of a part of the split, "validation" or "test", whose items are numbered as the model's.
+
+    filter_seen: leave items of the history out of the ranking, which puts a target that is one of them last; None does as the
+        model was trained.
+
+    Raises:
+        ValueError: the split has another number of items than the model.
+    """
+    ids, found = model.item_ids, split.histories.item_ids
+    if len(found) != model.config.num_items or ids is not None and not np.array_equal(found, ids):
+        raise ValueError(
+            f"split has {len(found)} items, must have the model's {model.config.num_items} in the model's order; "
+            "Split.numbered_as(model.ids()) numbers other data like the model's"
+        )
+    targets = Targets(split, part, model.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
+    ranked = np.empty(len(targets), dtype=np.int64)
+    training, start = model.training, time.process_time()
+    model.eval()
+    bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
+    table = model.item_table()
+    for chosen, batch in targets.batches(batch_size):
+        ranked[chosen] = rank_batch(model, batch, table).cpu().numpy()
+        bar.update(len(chosen))
+    bar.close()
+    model.train(training)
+    seconds = time.process_time() - start
+    return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
+
+
+def write_ranks(found: Evaluation, split: Split, path: Path) -> None:
+    """A Parquet file with a row per target: user, item (ids of the data), position in the history, rank."""
+    import polars as pl
+
+    h = split.histories
+    columns = {"user": h.user_ids[found.users], "item": h.item_ids[found.items], "position": found.places, "rank": found.ranks}
+    with atomic(path) as temporary:
+        pl.DataFrame(columns).write_parquet(temporary)

@@ -1,0 +1,225 @@
+"""The model, top to bottom: AWRSR (Liu, Liu and Liu, RecSys 2024) on a backbone like SASRec (Kang and McAuley 2018) or like STOSA
+(Fan et al., WWW 2022).
+
+T packed events of B histories, L window (max_len), N items, E hidden size. A state has F features: F = E for SASRec; for STOSA
+F = 2 E, those of means and those of covariances before ELU + 1. Rows that are multiplied for scores have S features.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AWRSRConfig
+from ..recommender import Recommender
+from .attention import TABLES, NormedAttention, Packed, Padded, RefinedAttention, StochasticAttention, positive
+from .distance import distance_columns, distance_rows, gaussian_points
+
+__all__ = ["AWRSR", "AWRSRConfig"]
+
+
+class AWRSR(Recommender):
+    """Sequential recommender whose attention weights attend to one another."""
+
+    config: AWRSRConfig
+
+    def __init__(self, config: AWRSRConfig | None = None) -> None:
+        super().__init__()
+        self.config = config or AWRSRConfig()
+        c, parts = self.config, BACKBONES[self.config.backbone]
+        self.parts, self.by_distance = parts, parts.by_distance
+        self.computes_table = parts.by_distance or c.temperature > 0
+        self.items = nn.Embedding(c.num_items, parts.width * c.hidden)  # read by events and, tied, by scores
+        self.positions = nn.Embedding(c.max_len, parts.width * c.hidden)  # the last row is the event before the prediction
+        self.blocks: Sequence[Block] = nn.ModuleList(parts.block(c) for _ in range(c.layers))  # type: ignore[assignment]
+        self.norm = parts.norm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
+        self.dropout = nn.Dropout(c.hidden_dropout)
+        self.apply(initialise)
+        if c.init != "normal":
+            self.blocks[-1].apply(xavier)
+            self.blocks[-1].attention.match_keys()
+        if c.init == "copy":
+            self.blocks[-1].attention.pass_values()
+
+    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t.
+
+        items: (T,) in 0..N-1. cu_seqlens: (B + 1,), rising from 0 to T. max_seqlen: the longest history, at most max_len.
+        """
+        if max_seqlen > self.config.max_len:
+            raise ValueError(
+                f"max_seqlen is {max_seqlen}, must be at most max_len={self.config.max_len}: cut histories to their ends"
+            )
+        return self.encode(items, Packed(cu_seqlens, max_seqlen))
+
+    def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, S). lengths: (B,) in 0..L."""
+        return self.encode(items, Padded(lengths))
+
+    def encode(self, items: Tensor, where: Packed | Padded) -> Tensor:
+        x = self.embed(items, where)
+        for block in self.blocks:
+            x = block(x, where)
+        rows = self.parts.rows(self.norm(x) if self.config.norm == "pre" else x)
+        temperature = self.config.temperature
+        return F.normalize(rows, dim=-1) / temperature if temperature else rows
+
+    def embed(self, items: Tensor, where: Packed | Padded) -> Tensor:
+        """(...) -> (..., F)."""
+        x = (self.items(items) + self.positions(where.places(items, self.config.max_len))) * self.config.hidden**0.5
+        return self.dropout(x if self.config.norm == "pre" else self.norm(x))
+
+    def item_table(self, items: Tensor | None = None) -> Tensor:
+        """What a hidden state is multiplied with for scores: (N, S), or only the rows of some items."""
+        columns = self.parts.columns(self.items.weight if items is None else self.items(items))
+        return F.normalize(columns, dim=-1) if self.config.temperature else columns
+
+    def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """Scores of all items as the next one, (B, L), (B,) -> (B, N): the path that is exported."""
+        return self.forward_padded(items, lengths)[:, -1] @ self.item_table().T
+
+    def correlation_tables(self) -> list[nn.Parameter]:
+        return [weight for name, weight in self.named_parameters() if name.rpartition(".")[2] in (*TABLES, "to_tables")]
+
+    def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
+        where, weights = Padded(lengths), []
+        x = self.embed(items, where)
+        for block in self.blocks:
+            weights.append(block.attention.weights(block.before_attention(x), where))
+            x = block(x, where)
+        return weights
+
+
+class Branch(nn.Module):
+    """What a block does besides attending: norms, residuals and a feed-forward layer."""
+
+    def __init__(self, c: AWRSRConfig, attention: nn.Module | None = None) -> None:
+        super().__init__()
+        self.pre = c.norm == "pre"
+        if attention is not None:
+            self.attention = attention  # before the rest: in this order weights are drawn
+        self.attention_norm = nn.LayerNorm(c.hidden)
+        self.feedforward_norm = nn.LayerNorm(c.hidden)
+        width = c.feedforward * c.hidden
+        self.widen, self.narrow = nn.Linear(c.hidden, width), nn.Linear(width, c.hidden)
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATIONS[c.activation]
+        self.dropout = nn.Dropout(c.hidden_dropout)
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        return self.attention_norm(x) if self.pre else x
+
+    def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        if self.pre:
+            x = x + self.dropout(attended)
+            return x + self.dropout(self.feedforward(self.feedforward_norm(x)))
+        x = self.attention_norm(x + self.dropout(attended))
+        return self.feedforward_norm(x + self.dropout(self.feedforward(x)))
+
+    def feedforward(self, x: Tensor) -> Tensor:
+        return self.narrow(self.dropout(self.activation(self.widen(x))))
+
+
+class Block(Branch):
+    """Refined attention, then a feed-forward layer; both add to what they read."""
+
+    attention: RefinedAttention
+
+    def __init__(self, c: AWRSRConfig) -> None:
+        attention = NormedAttention if c.correlation_norm else RefinedAttention
+        super().__init__(c, attention(c.hidden, c.heads, **attention_options(c)))
+
+    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
+        return self.after_attention(x, self.attention(self.before_attention(x), where))
+
+
+class StochasticBlock(nn.Module):
+    """The same for means and for covariances, which meet in the attention (STOSA).
+
+    mean_branch "published" gives the means back as they came: the code published with STOSA does so, by a misspelt name.
+    """
+
+    def __init__(self, c: AWRSRConfig) -> None:
+        super().__init__()
+        self.pre = c.norm == "pre"
+        self.attention = StochasticAttention(c.hidden, c.heads, mean_branch=c.mean_branch, **attention_options(c))
+        self.mean = Branch(c) if c.mean_branch == "attended" else None
+        self.cov = Branch(c)
+
+    def before_attention(self, x: Tensor) -> Tensor:
+        mean, cov = self.halves(x)
+        return torch.cat([mean if self.mean is None else self.mean.before_attention(mean), self.cov.before_attention(cov)], -1)
+
+    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
+        (mean, cov), attended = self.halves(x), self.attention(self.before_attention(x), where).chunk(2, -1)
+        mean = mean if self.mean is None else self.mean.after_attention(mean, attended[0])
+        return torch.cat([mean, self.cov.after_attention(cov, attended[1])], -1)
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and covariances, which "post" has positive wherever a layer reads them."""
+        mean, cov = x.chunk(2, -1)
+        return mean, cov if self.pre else positive(cov)
+
+
+class NormOfHalves(nn.Module):
+    """A layer norm for means and one for covariances."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.mean, self.cov = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, cov = x.chunk(2, -1)
+        return torch.cat([self.mean(mean), self.cov(cov)], -1)
+
+
+class Backbone(NamedTuple):
+    """What backbones differ in. Scores are products of the rows that it makes of states and the columns it makes of embeddings."""
+
+    width: int  # F / E
+    norm: Callable[[int], nn.Module]
+    block: Callable[[AWRSRConfig], nn.Module]
+    rows: Callable[[Tensor], Tensor]  # (..., F) -> (..., S)
+    columns: Callable[[Tensor], Tensor]
+    by_distance: bool
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+def state_rows(x: Tensor) -> Tensor:
+    return distance_rows(gaussian_points(x))
+
+
+def item_columns(x: Tensor) -> Tensor:
+    return distance_columns(gaussian_points(x))
+
+
+BACKBONES = {
+    "sasrec": Backbone(1, nn.LayerNorm, Block, same, same, by_distance=False),
+    "stosa": Backbone(2, NormOfHalves, StochasticBlock, state_rows, item_columns, by_distance=True),
+}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "elu": F.elu}
+
+
+def attention_options(c: AWRSRConfig) -> dict[str, Any]:
+    tables = "max_len rank tables per_head table_std table_init"
+    names = f"refinement {tables} refine_scale learned_scale gate learned_gate backend".split()
+    return {name: getattr(c, name) for name in names} | {"dropout": c.attention_dropout}
+
+
+def initialise(module: nn.Module) -> None:
+    """Weights of standard deviation 0.02, biases 0; position tables are drawn where they are made."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def xavier(module: nn.Module) -> None:
+    """Weights of linear maps by Glorot and Bengio (2010)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)

@@ -1,0 +1,134 @@
+"""Lightning as a run needs it: progress, checkpoints, silence."""
+
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tqdm import tqdm
+
+from ..config import WATCHED, TrainingOptions
+from ..files import atomic
+
+STATE = "last.ckpt"
+
+
+def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
+    """Lightning, set up for a run. validates: whether there is anything to validate on."""
+    loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+    callbacks: list[L.Callback] = [
+        ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)
+    ]
+    if o.progress:
+        callbacks.append(Progress())
+    several = o.devices * o.nodes > 1
+    return L.Trainer(
+        accelerator=o.accelerator,
+        devices=o.devices,
+        num_nodes=o.nodes,
+        strategy="ddp" if several else "auto",
+        precision=o.precision,  # type: ignore[arg-type]
+        gradient_clip_val=o.clip or None,
+        max_epochs=o.epochs,
+        reload_dataloaders_every_n_epochs=1,
+        num_sanity_val_steps=0,
+        limit_val_batches=1.0 if validates else 0,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=callbacks,
+        logger=loggers[o.logger](folder, "logs") if o.logger in loggers else False,
+        plugins=[AtomicCheckpoints()],
+        default_root_dir=folder,
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Lightning without its remarks on what is meant so."""
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
+    for logger in levels:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in (
+                ".*does not have many workers",
+                ".*is smaller than the logging interval",  # each epoch is logged, no step
+                "It is recommended to use `self.log",  # what is logged are sums over all processes already
+                ".*ModelCheckpoint",
+                ".*Checkpoint directory",
+                "The dirpath has changed",  # a run folder may be copied and go on
+                r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
+            ):
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+
+
+class Progress(L.Callback):
+    """One bar over all epochs, with loss, NDCG@10 and the best so far; where there is no terminal, a line per epoch."""
+
+    def on_train_start(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        steps = trainer.num_training_batches
+        total, done = int(steps * (trainer.max_epochs or 1)), int(steps * trainer.current_epoch)
+        self.bar = tqdm(
+            total=total, initial=done, unit="step", disable=None if trainer.is_global_zero else True, dynamic_ncols=True
+        )
+        self.silent = self.bar.disable and trainer.is_global_zero
+
+    def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.bar.update()
+        if not self.bar.disable and batch_idx % 10 == 0:
+            self.tell(trainer, training)
+
+    def tell(self, trainer: L.Trainer, training: Any) -> None:
+        self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
+        last, best = training.curve[-1] if training.curve else {}, training.record["best"]
+        known = {WATCHED: f"{last[WATCHED]:.4f}", "best": f"{best:.4f}"} if WATCHED in last else {}
+        self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | known, refresh=False)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, training: Any) -> None:  # after validation, if there is any
+        if not self.bar.disable:
+            self.tell(trainer, training)
+        if self.silent:
+            last, best = training.curve[-1], f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
+            reached = f"  {WATCHED} {last[WATCHED]:.4f}  {best}" if WATCHED in last else ""
+            print(f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}{reached}", flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        self.bar.close()
+
+    def on_exception(self, trainer: L.Trainer, training: L.LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()  # or it is drawn again below the message
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or absent, and that never unpickle code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic(path) as temporary:
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # torch's own words do not name what the system said
+                free = shutil.disk_usage(Path(path).parent).free >> 20
+                what = f"{path} could not be written, {free} MiB are free there"
+                raise OSError(f"{what}; the same command goes on from the epoch before ({error})") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error

@@ -1,0 +1,308 @@
+"""Find launch configurations for the GPU at hand, and keep them where every later call finds them.
+
+    python -m awrsr_kernels.tune
+
+The table of `launch_config.py` suits no GPU best. For each of its keys that the given shapes reach, this measures other
+configurations of that one kernel, all other kernels left as they are: each is checked, output and gradients against the definition,
+before it is timed, and the table's row stays unless one wins by more than 3 %. See --help for examples.
+"""
+
+import argparse
+import datetime
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..call import REFINEMENTS
+from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
+from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
+from .search import Instrument, Verdict, candidates, describe, search
+from .timing import Bench, Case, DeviceLost, compile_one
+
+EXAMPLES = """
+examples:
+  python -m awrsr_kernels.tuning                                    both presets in bfloat16, ten minutes
+  python -m awrsr_kernels.tuning --preset recsys --refinement simple additive --dropout 0.1
+                                                                  what you train with; all shapes of a key are judged together
+  python -m awrsr_kernels.tuning --shapes 256,2,50,64 1024,2,50,64 --kernel short_fwd short_bwd
+  python -m awrsr_kernels.tuning --shapes 8,4,1024,64,32 --dtype float16 --seconds 1800 --out tuned.json
+  python -m awrsr_kernels.tuning --list                             what is tuned, and how it came about; needs no GPU
+  AWRSR_KERNELS_TUNED=tuned.json python train.py                  use a file that lies elsewhere
+
+presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 512 and 2048 with H 4, D = R = 64.
+kernels: short_* hold a whole head on chip (L up to 64), tiled_* take the rest. A kernel is timed within its pass, the forward or
+the backward.
+
+Most of the time goes into compiling, once per configuration, in several --processes: Triton keeps what it compiled, so a second
+run gets further in the same --seconds. Configurations are tried from the table's row outwards. Leave the GPU to the tuner while it
+runs. A file holds entries of several GPUs and versions of Triton; another GPU's are never used, and never overwritten.
+"""
+
+AHEAD = 0.4  # share of the time after which no more is compiled ahead
+
+
+def preset(name: str) -> list[tuple[int, int, int, int]]:
+    """B, H, L, D of its shapes."""
+    if name == "long":
+        return [(16384 // length, 4, length, 64) for length in (512, 2048)]
+    return [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)]
+
+
+# The file, and what is told
+
+
+def entry_of(verdict: Verdict, gpu: str, triton: str) -> dict[str, Any]:
+    """An entry of the file, with the measurement that it rests on."""
+    rows = []
+    for number, case in enumerate(verdict.cases):
+        ours, theirs = verdict.medians[verdict.chosen][number], verdict.medians.get(verdict.table)
+        rows.append(f"{case}: {ours:.4f} ms, table {f'{theirs[number]:.4f} ms' if theirs else 'refused'}")
+    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
+    versions = f"awrsr-kernels {_version('awrsr-kernels')}, torch {torch.__version__}, Triton {triton}, {runtime}"
+    source = f"{datetime.date.today().isoformat()}, {versions}; medians of the pass: {'; '.join(rows)}"
+    return {"gpu": gpu, "triton": triton, "key": list(verdict.key), "config": list(verdict.chosen), "source": source}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except Exception:
+        return "from a source tree"
+
+
+def save(path: Path, verdict: Verdict, gpu: str, triton: str) -> None:
+    """Merge a verdict into the file as it now is; where the table's row is kept, the key has no entry."""
+    new = [entry_of(verdict, gpu, triton)] if verdict.chosen != verdict.table else []
+    write_entries(path, merged(read_entries(path), new, gpu, triton, [verdict.key]))
+
+
+def results_table(verdicts: list[Verdict]) -> str:
+    lines = [
+        f"{'kernel':<18}{'length':>7}{'width':>6}{'bytes':>6}  {'table':<28}{'chosen':<28}{'faster':>8}{'tried':>7}{'refused':>8}"
+        f"{'unreached':>10}"
+    ]
+    for v in verdicts:
+        told = "kept" if v.chosen == v.table else describe(v.chosen)
+        gain = f"{math.exp(-v.score(v.chosen)) - 1:.1%}" if v.table in v.medians and v.chosen in v.medians else "-"
+        tried = len(dict.fromkeys([v.table, v.chosen, *candidates(v.key)])) - v.unreached
+        table = describe(v.table) + (" (refused)" if v.table in v.refused else "")
+        lines.append(
+            f"{v.key.kernel:<18}{v.key.length or 'any':>7}{v.key.width:>6}{v.key.itemsize:>6}  {table:<28}{told:<28}{gain:>8}"
+            f"{tried:>7}{len(v.refused):>8}{v.unreached:>10}"
+        )
+    return "\n".join(lines)
+
+
+def listing(path: Path) -> str:
+    """The table, and below each key what is tuned for it."""
+    entries, lines = read_entries(path), [f"{path}{'' if path.exists() else ' (not there: nothing is tuned)'}", ""]
+    lines.append(f"{'kernel':<18}{'length':>7}{'width':>6}{'bytes':>6}  configuration, of several the first that fits")
+    for key, rows in TABLE.items():
+        told = ", or ".join(describe(row.config) for row in rows)
+        lines.append(f"{key.kernel:<18}{key.length or 'any':>7}{key.width:>6}{key.itemsize:>6}  {told}")
+        for entry in entries:
+            if Key(*entry["key"]) == key:
+                config = describe(Config(*entry["config"]))
+                lines.append(f"    tuned for {entry['gpu']}, Triton {entry['triton']}: {config}")
+                lines.append(f"      {entry['source']}")
+    return "\n".join(lines)
+
+
+class Progress:
+    """tqdm's bar if it is installed and a terminal is there, lines above it."""
+
+    def __init__(self, total: int) -> None:
+        self.bar = None
+        if sys.stderr.isatty() and find_spec("tqdm"):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, leave=False, unit="candidate")
+
+    def step(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+
+    def say(self, line: str) -> None:
+        if self.bar is None:
+            print(line, flush=True)
+        else:
+            self.bar.write(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# The command line
+
+
+def shape(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    values = tuple(int(x) for x in parts if x.isascii() and x.isdigit())
+    if len(values) != len(parts) or len(parts) not in (4, 5) or min(values) < 1 or max(values[3:]) > 256:
+        must = "B,H,L,D or B,H,L,D,R: whole numbers of at least 1, D and R up to 256, such as 256,2,50,64"
+        raise argparse.ArgumentTypeError(f"was {text!r}, must be {must}")
+    return values
+
+
+def within(low: float, high: float, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value < high:
+        raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m awrsr_kernels.tuning",
+        usage="%(prog)s [options]; --help lists them with examples",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, seconds = parser.add_argument, functools.partial(within, 1, 1e9)
+    add("--preset", nargs="+", choices=("recsys", "long"), help="shapes to tune for (default: both)")
+    add("--shapes", nargs="+", action="extend", type=shape, metavar="B,H,L,D[,R]", help="other shapes; R is D if left out")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default bfloat16")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple; several are judged together")
+    add("--dropout", type=functools.partial(within, 0, 1), default=0.0, metavar="P", help="default 0")
+    add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="default: all that the shapes reach")
+    add("--seconds", type=seconds, default=600.0, metavar="S", help="to spend, about, over all kernels (default 600)")
+    cores = os.cpu_count() or 1
+    add("--processes", type=int, default=cores, metavar="N", help=f"to compile in before anything is timed (default {cores})")
+    add("--out", type=Path, metavar="FILE", help=f"default {tuned_path()}")
+    add("--list", action="store_true", help="print the table and what is tuned, and stop")
+    return parser
+
+
+def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+    if options.shapes and options.preset:
+        parser.error("argument --shapes: takes the place of --preset; leave one of them out")
+    dtype = getattr(torch, options.dtype)
+    shapes = options.shapes or [size for name in options.preset or ("recsys", "long") for size in preset(name)]
+    if options.processes < 1:
+        parser.error(f"argument --processes: was {options.processes}, must be at least 1")
+    refinements = list(dict.fromkeys(options.refinement))
+    cases = [Case(b, h, length, d, (rank or [d])[0], dtype) for b, h, length, d, *rank in dict.fromkeys(shapes)]
+    return [case._replace(refinement=name, dropout_p=options.dropout) for case in cases for name in refinements]
+
+
+def missing_gpu(cases: list[Case]) -> str | None:
+    """Why nothing can be measured here, None if it can."""
+    if not torch.cuda.is_available():
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU"
+        return (
+            "tuning needs a GPU (NVIDIA of compute capability 8.0 or newer, or AMD) and a torch that sees it: "
+            f"torch {torch.__version__} ({build} build) finds none here; --list works without"
+        )
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET is 1, which must be unset: the interpreter's times say nothing about a GPU"
+    device = torch.device("cuda")
+    reasons = ((case, unsupported_reason(device, case.dtype, case.features())) for case in cases)
+    return next((f"{case} cannot run on the kernels: {reason}" for case, reason in reasons if reason), None)
+
+
+def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float) -> int:
+    """Compile candidates in several processes, for so long at most: of all kernels alike, the likeliest first. Returns how many."""
+    queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
+    work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
+    end, done = time.monotonic() + seconds, 0
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        waiting = [pool.apply_async(compile_one, each) for each in work]
+        for result in waiting:
+            try:
+                result.get(max(0.0, end - time.monotonic()))
+            except multiprocessing.TimeoutError:
+                break
+            done += 1
+    return done
+
+
+def tune(
+    grouped: dict[Key, list[Case]], device: torch.device, bench: Instrument, path: Path, names: tuple[str, str], seconds: float
+) -> list[Verdict]:
+    """Search key after key, each with an even share of the time that is left, and write each verdict as soon as it stands.
+
+    names: the GPU's name and Triton's version, for which the file's entries hold.
+    """
+    verdicts: list[Verdict] = []
+    progress, begin = Progress(sum(len(candidates(key)) for key in grouped)), time.monotonic()
+    try:
+        for number, (key, cases) in enumerate(grouped.items()):
+            share = max(0.0, seconds - (time.monotonic() - begin)) / (len(grouped) - number)
+            found_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
+            table, current = choose(key, shared_memory(device)), found_before.get(key)
+            say = progress.say
+            verdicts.append(search(key, cases, table, bench, share, current=current, say=say, step=progress.step))
+            save(path, verdicts[-1], *names)
+    except KeyboardInterrupt:
+        progress.say("interrupted; what was found before is kept")
+    finally:
+        progress.close()
+    return verdicts
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    path = options.out or tuned_path()
+    try:
+        if options.list:
+            print(listing(path))
+            return 0
+        cases = make_cases(parser, options)
+        reason = missing_gpu(cases)
+        if reason:
+            print(f"awrsr_kernels.tune: {reason}", file=sys.stderr)
+            return 2
+        write_entries(path, read_entries(path))  # what is wrong with the file is told before minutes of work, not after
+        device = torch.device("cuda", torch.cuda.current_device())
+        shared, names = shared_memory(device), machine(device)
+        tuned_for(device)
+        grouped: dict[Key, list[Case]] = {}
+        for case in cases:
+            for key in case.keys(shared):
+                if not options.kernel or key.kernel in options.kernel:
+                    grouped.setdefault(key, []).append(case)
+        if not grouped:
+            parser.error(f"argument --kernel: was {' '.join(options.kernel)}, which none of the shapes reaches on this GPU")
+        print(f"{names[0]}, torch {torch.__version__}, Triton {names[1]}; {len(cases)} shapes, {len(grouped)} kernels", flush=True)
+        begin = time.monotonic()
+        if options.processes > 1:
+            done = compile_ahead(grouped, options.processes, AHEAD * options.seconds)
+            print(f"{done} candidates compiled ahead in {time.monotonic() - begin:.0f} s", flush=True)
+        verdicts = tune(grouped, device, Bench(device), path, names, options.seconds - (time.monotonic() - begin))
+    except (ValueError, OSError, DeviceLost) as error:
+        print(f"awrsr_kernels.tune: {error}", file=sys.stderr)  # verdicts that stood before it are in the file
+        return 1
+    except torch.OutOfMemoryError:
+        print("awrsr_kernels.tune: the GPU's memory does not hold a shape beside its reference: smaller --shapes", file=sys.stderr)
+        return 1
+    print(f"\n{results_table(verdicts)}\n\n{path}")
+    if any(v.unreached for v in verdicts):
+        print("candidates were left for want of time: a higher --seconds, or a second run, reaches more")
+    broken = [v for v in verdicts if v.table in v.refused]
+    for v in broken:
+        print(f"the table's own row for {v.key} failed: {v.refused[v.table]}; please report it", file=sys.stderr)
+    if len(verdicts) < len(grouped):
+        return 130  # as shells say of what was interrupted
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The tuner's instrument: calls of given shapes, checked against the definition and timed under a forced configuration.
+
+B batch, H query heads, H_kv key and value heads, L positions, D head dim (of values, too), R refinement rank.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..api import refined_attention
+from ..call import REFINEMENTS
+from ..launch_config import LENGTHS, SHORT_KERNELS, TILED, TILED_KERNELS, Config, Key, is_short, key_of
+from ..tolerance import wrong_results
+from ..tuned import forced
+
+REFERENCE_BYTES = 2 << 30  # what the reference's L x L matrices may take
+LAUNCHED_FORWARD = ("short_fwd", "tiled_fwd")
+SEED = 20410  # of the dropout mask
+
+
+class Case(NamedTuple):
+    """A shape to tune for."""
+
+    batch: int
+    heads: int
+    length: int
+    dim: int
+    rank: int
+    dtype: torch.dtype
+    refinement: str = "simple"
+    dropout_p: float = 0.0
+    kv_heads: int = 0  # 0: as many as query heads
+    ragged: bool = False  # histories of all lengths, rather than of L items each
+
+    def __str__(self) -> str:
+        heads = f"H {self.heads}/{self.kv_heads}" if self.kv_heads else f"H {self.heads}"
+        rank = f" R {self.rank}" if self.rank != self.dim else ""
+        more = (f" dropout {self.dropout_p}" if self.dropout_p else "") + (" ragged" if self.ragged else "")
+        return f"B {self.batch} {heads} L {self.length} D {self.dim}{rank} {str(self.dtype)[6:]} {self.refinement}{more}"
+
+    def features(self) -> tuple[int, int, int]:
+        return self.dim, self.dim, 1 if self.refinement == "none" else self.rank
+
+    def keys(self, shared: int) -> list[Key]:
+        """What the launches of a forward and a backward are configured by, on a GPU with so many bytes of shared memory."""
+        size = self.length, self.features(), self.dtype.itemsize
+        kernels = SHORT_KERNELS if is_short(*size, shared) else TILED_KERNELS
+        launched = [name for name in kernels if self.refinement != "none" or name != "tiled_bwd_tables"]
+        return [key for name in launched if (key := key_of(name, *size)) is not None]
+
+
+def guards(key: Key, dtype: torch.dtype) -> list[Case]:
+    """Small calls that a configuration must serve as well, because it will: the greediest of the key, in every refinement."""
+    length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
+    return [Case(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
+
+
+class Clock:
+    """CUDA events (without a GPU, for tests, the CPU's clock) around calls that start with a cold L2 cache.
+
+    Flushing the cache keeps the GPU busy while the host queues the call behind it, so that a span holds the device's time alone.
+    """
+
+    FLUSHES = 16
+    SPANS = 5  # to a sample
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.cache = torch.empty(256 << 20 if self.cuda else 0, dtype=torch.int8, device=device)
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def sample(self, prepare: Callable[[], Callable[[], Any]]) -> float:
+        """Milliseconds of the call that `prepare` returns, the mean of several; what `prepare` itself takes does not count."""
+        spans = []
+        for _ in range(self.SPANS if self.cuda else 1):
+            call = prepare()
+            for _ in range(self.FLUSHES if self.cuda else 0):
+                self.cache.zero_()
+            start = self.mark()
+            result = call()
+            spans.append((start, self.mark()))
+            del call, result
+        if not self.cuda:
+            return sum(end - start for start, end in spans) / len(spans) * 1e3
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in spans) / len(spans)
+
+
+class Workload:
+    """A case's tensors, and what its results must be.
+
+    The reference needs L x L matrices, so a large batch is compared by an excerpt of its sequences, first to last (under dropout
+    the first ones, as the mask counts them). The whole batch is computed, with an output gradient that is zero elsewhere: gradients
+    of the tables then stem from the excerpt alone, and those of the other sequences must be zero.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case = case
+        b, h, length, dim = case.batch, case.heads, case.length, case.dim
+        kv_heads = case.kv_heads or h
+        random = torch.Generator(device).manual_seed(SEED)
+        new = functools.partial(torch.randn, device=device, generator=random)
+        tensors = {"q": new(b, h, length, dim), "k": new(b, kv_heads, length, dim), "v": new(b, kv_heads, length, dim)}
+        if case.refinement != "none":
+            tensors |= {"w_q": new(length, case.rank), "w_k": new(length, case.rank)}
+        if case.refinement == "additive":
+            tensors["gate"] = new(h)
+        self.leaves = {name: x.to(case.dtype).requires_grad_() for name, x in tensors.items()}
+        self.dout = new(b, h, length, dim).to(case.dtype)
+        self.lengths = None
+        if case.ragged:
+            self.lengths = torch.randint(length + 1, (b,), device=device, generator=random)
+            self.lengths[:2] = torch.tensor([0, length], device=device)[:b]  # nothing, and all
+        self.seed = torch.tensor(SEED, device=device)
+        count = min(b, max(1, REFERENCE_BYTES // (12 * 8 * h * length**2)))
+        self.index = torch.arange(count, device=device)
+        if not case.dropout_p:
+            self.index = self.index * (b - 1) // max(count - 1, 1)
+        self.excerpt_dout = torch.zeros_like(self.dout)
+        self.excerpt_dout[self.index] = self.dout[self.index]
+
+    def forward(self, leaves: dict[str, Tensor], lengths: Tensor | None, backend: str) -> Tensor:
+        tables = {"w_q": None, "w_k": None} if self.case.refinement == "none" else {}
+        return refined_attention(
+            **leaves, **tables, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
+            dropout_p=self.case.dropout_p, dropout_seed=self.seed, backend=backend,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def exact(self) -> dict[str, Tensor]:
+        return self._reference(torch.float64)
+
+    @functools.cached_property
+    def same(self) -> dict[str, Tensor]:
+        return self._reference(self.case.dtype)
+
+    def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        lengths = None if self.lengths is None else self.lengths[self.index]
+        leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
+        out = self.forward(leaves, lengths, "reference")
+        return {"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype))
+
+    def _excerpt(self, name: str, x: Tensor) -> Tensor:
+        return x[self.index] if name in ("out", "q", "k", "v") else x
+
+    def wrong(self) -> list[str]:
+        """A line for each result that the kernels get wrong, by the rule of `tolerance.py`."""
+        with _poisoned():
+            out = self.forward(self.leaves, self.lengths, "triton")
+            found = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
+        lines = wrong_results({n: self._excerpt(n, x) for n, x in found.items()}, self.exact, self.same, self.case.dtype)
+        others = torch.ones(self.case.batch, dtype=torch.bool, device=out.device).index_fill(0, self.index, False)
+        if not found["out"][others].isfinite().all():
+            lines.append("out is not finite beyond the excerpt")
+        strays = [n for n in ("q", "k", "v") if not (found[n][others] == 0).all()]
+        return lines + [f"the gradient of {n} is not zero where that of the output is" for n in strays]
+
+    def prepare_forward(self) -> Callable[[], Any]:
+        return lambda: self.forward(self.leaves, self.lengths, "triton")
+
+    def prepare_backward(self) -> Callable[[], Any]:
+        out = self.forward(self.leaves, self.lengths, "triton")
+        return lambda: _gradients(out, self.leaves, self.dout)
+
+
+def compile_one(case: Case, key: Key, config: Config) -> None:
+    """Leave what a configuration compiles to in Triton's cache on disk; what fails will fail where it is checked."""
+    with contextlib.suppress(Exception), forced({key: config}):
+        device = torch.device("cuda", torch.cuda.current_device())
+        Workload(case, device).prepare_backward()()
+        torch.cuda.synchronize(device)
+
+
+class DeviceLost(Exception):
+    """A launch left the GPU in a state in which nothing runs any more."""
+
+
+class Bench:
+    """Checks and times configurations on a device. All other kernels of a call run as they would without the tuner."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.clock = device, Clock(device)
+        self.workloads: dict[Case, Workload] = {}
+
+    def workload(self, case: Case) -> Workload:
+        """Made once: the reference takes longer than the kernels."""
+        if case not in self.workloads:
+            self.workloads[case] = Workload(case, self.device)
+        return self.workloads[case]
+
+    def refusal(self, case: Case, key: Key, config: Config) -> str | None:
+        """Why `config` must not be chosen for `key`: it does not compile, does not fit, or a result is wrong."""
+        workload = self.workload(case)
+        try:
+            with forced({key: config}):
+                lines = workload.wrong()
+        except Exception as error:  # Triton's compilers raise whatever they like
+            self._still_there(config)
+            reason = str(error).strip().splitlines() or [""]
+            return f"skipped at {case}: {type(error).__name__}: {reason[0][:160]}"
+        return f"WRONG at {case}: {'; '.join(lines)}" if lines else None
+
+    def _still_there(self, config: Config) -> None:
+        if self.device.type != "cuda":
+            return
+        try:
+            torch.cuda.synchronize(self.device)
+        except Exception as error:
+            raise DeviceLost(f"{config} broke the GPU's state: {error}") from error
+
+    def time(self, case: Case, key: Key, config: Config) -> float:
+        """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
+        workload = self.workload(case)
+        with forced({key: config}):
+            return self.clock.sample(workload.prepare_forward if key.kernel in LAUNCHED_FORWARD else workload.prepare_backward)
+
+
+def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
+    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), dout), strict=True))
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that torch.empty hands out holds NaN: otherwise what a candidate leaves unwritten may hold another's right result."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

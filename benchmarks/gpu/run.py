@@ -1,0 +1,216 @@
+"""Everything that needs a GPU in one go, within ten minutes and without a network: tests, tuner, benchmarks, profile.
+
+    python benchmarks/gpu_run.py --out gpu-out        (or: make gpu)
+    python benchmarks/gpu_run.py --only sanitizers    ten minutes of their own, as everything is slow under them
+    python benchmarks/gpu_run.py --only tests tuner   in two goes, the rest in another
+
+Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
+tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine files. Every stage has a time limit of its own,
+and what one of them does not finish, or cannot run at all, costs the others nothing.
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.common.report import atomic
+from benchmarks.gpu.checks import (
+    ROOT,
+    SANITIZERS,
+    SMALL,
+    STOPPED,
+    finish,
+    profile_kernels,
+    run,
+    sanitizer_status,
+    start,
+    start_sanitizer,
+)
+
+TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
+FILES = """contract meaning agreement decoding jagged pytorch roofline
+    module model packed train recommender""".split()
+EAGER = ["textbook", "sdpa2", "sdpa2-split", "sdpa", "torch", "triton"]  # what compiles takes half a minute for each shape
+BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
+    "recsys": (75, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
+    "long": (40, ["--preset", "long", "--providers", *EAGER]),
+    "refinements": (30, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
+    "compiled": (25, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),
+    "stochastic": (
+        30,
+        ["--backbone", "stochastic", "--shapes", "128,4,100,16", "512,2,50,32", "--refinement", "simple", "stochastic"],
+    ),
+}
+STAGES = {"tests": 260, "tuner": 60} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 60}  # seconds
+ALL = tuple(STAGES)
+STAGES["sanitizers"] = TOTAL
+TUNER, TUNED = "awrsr_kernels.tuning", ["--shapes", "512,2,50,32", "512,2,100,32", "512,2,200,32", "32,4,512,64"]
+
+
+def collect_tests() -> list[str]:
+    paths = [next(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/*/test_{name}.py")) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    tests = [line for line in found.stdout.splitlines() if "::" in line]
+    if not tests:
+        raise RuntimeError(f"pytest collects no tests: {(found.stdout + found.stderr)[-500:]}")
+    return tests
+
+
+def outcomes(folder: Path) -> dict[str, Any]:
+    """Passed, failed and skipped tests of all processes, from what pytest wrote."""
+    result: dict[str, Any] = {"passed": 0, "failed": {}, "skipped": {}}
+    for path in folder.glob("tests-*.xml"):
+        try:
+            cases = ElementTree.parse(path).iter("testcase")
+        except ElementTree.ParseError:
+            continue  # its process died while it wrote; its tests are missed in `finish_tests`
+        for case in cases:
+            name, outcome = f"{case.get('classname')}::{case.get('name')}", list(case)
+            kinds = {child.tag: child.get("message", "") for child in outcome}
+            bad = kinds.get("failure", kinds.get("error"))
+            if bad is not None:
+                result["failed"][name] = bad[:500]
+            elif "skipped" in kinds:
+                result["skipped"][name] = kinds["skipped"]
+            else:
+                result["passed"] += 1
+    return result
+
+
+class Run:
+    """The stages of one run, what they found, and where it goes."""
+
+    def __init__(self, out: Path, folder: Path, processes: int, about: dict[str, Any]) -> None:
+        self.out, self.folder, self.processes = out, folder, processes
+        self.summary: dict[str, Any] = about | {"seconds": {}, "status": {}}
+        self.begin = time.monotonic()
+
+    def write(self, name: str, content: Any) -> None:
+        with atomic(self.out / name) as file:
+            file.write(json.dumps(content, indent=1) + "\n")
+
+    def stage(self, name: str, limit: float, work: Callable[[float], dict[str, str] | str]) -> None:
+        """Run a stage in its limit, or in what is left of the whole; whatever it raises is its status."""
+        start = time.monotonic()
+        seconds = min(limit, TOTAL - (start - self.begin))
+        try:
+            found = work(seconds) if seconds >= 5 else "not run: no time left"
+        except Exception as error:
+            found = f"failed: {type(error).__name__}: {error}"
+        self.summary["seconds"][name] = round(time.monotonic() - start, 1)
+        for part, status in (found if isinstance(found, dict) else {name: found}).items():
+            self.summary["status"][part] = status
+            print(f"{part}: {status} after {self.summary['seconds'][name]} s", flush=True)
+        self.write("summary.json", self.summary)
+
+    def tests(self, seconds: float) -> str:
+        end, tests = time.monotonic() + seconds, collect_tests()
+        return self.finish_tests(tests, self.start_tests(tests), end)
+
+    def sanitizers(self, seconds: float) -> dict[str, str]:
+        """Both at once: neither is timed."""
+        end = time.monotonic() + seconds
+        run([*SMALL, "--processes", str(self.processes)], self.folder / "checks_compile.log", seconds / 2)
+        tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
+        codes = {tool: None if process is None else finish(process, end - time.monotonic()) for tool, process in tools.items()}
+        return {tool: sanitizer_status(tool, code, self.folder) for tool, code in codes.items()}
+
+    def start_tests(self, tests: list[str]) -> list["subprocess.Popen[bytes]"]:
+        """The tests dealt out to several processes: each compiles the kernels of its own."""
+        started = []
+        for i in range(min(self.processes, len(tests))):
+            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={self.folder / f'tests-{i}.xml'}"]
+            command = [sys.executable, "-m", "pytest", *options, *tests[i :: self.processes]]
+            started.append(start(command, self.folder / f"tests-{i}.log"))
+        return started
+
+    def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
+        with ThreadPoolExecutor(max(1, len(started))) as pool:  # all at once: each that runs late has its grace
+            stopped = list(pool.map(lambda process: finish(process, end - time.monotonic()), started)).count(STOPPED)
+        found = outcomes(self.folder)
+        lost = len(tests) - found["passed"] - len(found["failed"]) - len(found["skipped"])  # their process died or was stopped
+        self.write("tests.json", found | {"collected": len(tests), "without_outcome": lost, "stopped_processes": stopped})
+        text = f"{found['passed']} passed, {len(found['failed'])} failed, {len(found['skipped'])} skipped"
+        text += f", {lost} without outcome ({stopped} of {len(started)} processes stopped)" if lost > 0 else ""
+        return ("failed: " if found["failed"] or lost > 0 else "") + text
+
+    def tuner(self, seconds: float) -> str:
+        if importlib.util.find_spec(TUNER) is None:
+            return f"not run: this version has no {TUNER}"
+        made = self.folder / "tuned.json"
+        command = [sys.executable, "-m", TUNER, "--out", str(made), "--seconds", f"{0.8 * seconds:.0f}", *TUNED]
+        status = run(command, self.folder / "tuner.log", seconds)
+        if made.exists():
+            shutil.copy(made, self.out / "tuned.json")
+        return f"exit status {status}" + ("" if made.exists() else ", and it wrote no file")
+
+    def benchmark(self, name: str, seconds: float) -> str:
+        script = [sys.executable, "benchmarks/attn_bench.py", "--device", "cuda", "--precompile", str(self.processes)]
+        limits = ["--limit", str(seconds * 0.6), "--budget", "0.7", "--out", str(self.folder / name)]
+        tuned = self.out / "tuned.json"  # what was found before is measured
+        environment = {"AWRSR_KERNELS_TUNED": str(tuned.resolve())} if tuned.exists() else {}
+        status = run([*script, *BENCHMARKS[name][1], *limits], self.folder / f"{name}.log", seconds, **environment)
+        if (self.folder / name / "results.json").exists():
+            shutil.copy(self.folder / name / "results.json", self.out / f"{name}.json")
+        return f"exit status {status}"
+
+    def profile(self, seconds: float) -> str:
+        status, self.summary["kernels"] = profile_kernels(self.folder, seconds, self.processes)
+        return status
+
+    def run_all(self, only: Sequence[str] = ()) -> None:
+        """The stages of these names, all but the sanitizers if there are none, each in its turn."""
+        work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests, "tuner": self.tuner}
+        work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS}
+        work |= {"profile": self.profile, "sanitizers": self.sanitizers}
+        for name in STAGES:
+            if name in (only or ALL):
+                self.stage(name, STAGES[name], work[name])
+        with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
+            archive.add(self.folder, arcname="logs")
+
+    def all_went_well(self) -> bool:
+        """What is not installed is no failure; anything that ran must have ended well."""
+        fine = ("not run", "exit status 0", "by ")
+        return all(s.startswith(fine) for name, s in self.summary["status"].items() if name != "tests") and not (
+            self.summary["status"].get("tests", "").startswith("failed")
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
+    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all but sanitizers")
+    given = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("this needs a GPU, and torch finds none here; `make bench` compares the CPU paths")
+    given.out.mkdir(parents=True, exist_ok=True)
+    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as name:
+        stages = Run(given.out, Path(name), given.processes, about)
+        stages.run_all(given.only)
+    return int(not stages.all_went_well())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

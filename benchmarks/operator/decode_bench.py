@@ -1,0 +1,263 @@
+"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed."""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
+from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.tolerance import wrong_results
+from benchmarks.common import report
+from benchmarks.common.arguments import number, whole
+from benchmarks.operator.launches import step_launch
+from benchmarks.operator.measure import Clock, WrongResult, quantiles, turns
+from benchmarks.operator.workloads import Shape, Task
+
+KIND = "decoding"  # of a results.json, so that its table is made here
+TABLES = ("position", "content")
+EXAMPLES = """
+examples, from the repository root:
+  python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json, results.csv and results.md
+  python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
+
+providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
+calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
+values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
+out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
+"""
+
+
+class Problem(NamedTuple):
+    """One shape: items of whole sequences, (B, H, L, D), and tables, (L, D) or (B, H, L, D)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    w_q: Tensor
+    w_k: Tensor
+    refinement: str
+
+    @property
+    def content(self) -> bool:
+        return self.w_q.dim() == 4
+
+    @property
+    def label(self) -> str:
+        (batch, heads, length, d), dtype = self.q.shape, str(self.q.dtype).removeprefix("torch.")
+        tables = "" if self.refinement == "none" else f", {TABLES[self.content]} tables"
+        return f"{self.refinement}{tables}, {dtype}: B {batch}, H {heads}, L {length}, D = D_v = R = {d}"
+
+    def rows(self, first: int, end: int | None = None) -> list[Tensor]:
+        """The call's tensors cut to some rows; position tables stay whole."""
+        return [x[:, :, first:end] if x.dim() == 4 else x for x in self[:5]]
+
+    def definition(self, dtype: torch.dtype) -> Tensor:
+        """The last row, (B, H, 1, D), entry by entry to save memory."""
+        found = []
+        for b in range(self.q.shape[0]):
+            tensors = [(x[b : b + 1] if x.dim() == 4 else x).to(dtype) for x in self[:5]]
+            found.append(refined_attention(*tensors, refinement=self.refinement, backend="reference")[:, :, -1:])
+        return torch.cat(found)
+
+
+class Provider(NamedTuple):
+    """A call that gives the last row, and what takes its item back out of a cache."""
+
+    name: str
+    role: str
+    call: Callable[[], Tensor]
+    undo: Callable[[], None]
+
+
+def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCache]:
+    (batch, heads, length, d), refinement = problem.q.shape, problem.refinement
+    d_v, r = problem.v.shape[-1], problem.w_q.shape[-1]
+    sizes: dict[str, Any] = {"kv_heads": problem.k.shape[1], "head_dim": d, "value_dim": d_v, "rank": r}
+    options: dict[str, Any] = {"refinement": refinement, "tables": TABLES[problem.content], "dtype": problem.q.dtype}
+    cache = RefinedCache(batch, length, heads=heads, device=problem.q.device, **sizes, **options)
+    q, k, v, w_q, w_k = problem.rows(0, length - 1)
+    refined_attention_prefill(q, k, v, w_q, w_k, cache)
+    q, k, v, w_q, w_k = problem.rows(length - 1)
+
+    def call() -> Tensor:
+        return refined_attention_step(q, k, v, w_q, w_k, cache, backend=backend)
+
+    return Provider("step", "ours", call, lambda: cache.crop(length - 1)), cache
+
+
+def full(problem: Problem) -> Provider:
+    def call() -> Tensor:
+        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
+
+    return Provider("full", "ours", call, lambda: None)
+
+
+def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
+    """Two stages of stock attention for one query; `cache` says what earlier positions left."""
+    q, k, v, w_q, w_k = (x.expand(*problem.k.shape[:3], -1) for x in problem[:5])
+    at, refinement, rank = k.shape[2] - 1, problem.refinement, w_q.shape[-1]
+    new_q, keys = q[:, :, at:], cache.k.clone()
+    tables = [] if refinement == "none" else [w_q, w_k]
+    direct = [] if refinement == "simple" else [v]
+    growing = [*(tables if problem.content else []), *direct]  # a step brings a row of each
+    blocks = [*tables, *direct]
+    if split:
+        blocks = [x.clone() if any(x is each for each in growing) else x for x in blocks]
+    else:
+        blocks, fresh = [torch.cat(blocks, -1)], torch.cat([x[:, :, at:] for x in growing] or [v[:, :, at:, :0]], -1)
+    values = None if cache.y is None and cache.k_a is None else (cache.v if cache.y is None else cache.y).clone()
+    k_a = None if cache.k_a is None else cache.k_a.clone()
+    appended = [(keys, k)]
+    if split:
+        appended += [(rows, x) for rows, x in zip(blocks, (*tables, *direct), strict=True) if rows is not x]
+    if refinement == "additive" and split:
+        values = blocks[-1]
+    elif values is not None and cache.y is None:
+        appended.append((values, v))
+
+    def call() -> Tensor:
+        for rows, new in appended:
+            rows[:, :, at] = new[:, :, at]
+        if not split and growing:
+            blocks[0][:, :, at:, blocks[0].shape[-1] - fresh.shape[-1] :] = fresh
+        parts = [F.scaled_dot_product_attention(new_q, keys, x) for x in blocks]
+        if not split:
+            parts = list(parts[0].split([x.shape[-1] for x in (*tables, *direct)], -1))
+        if k_a is None or values is None:
+            return parts[0]
+        k_a[:, :, at:] = parts[1]
+        if refinement == "value":
+            values[:, :, at:] = parts[2]
+        out = F.scaled_dot_product_attention(parts[0], k_a, values, scale=rank**-0.5)
+        return parts[2] + out if refinement == "additive" else out
+
+    return Provider("sdpa2-split" if split else "sdpa2", "rival", call, lambda: None)
+
+
+def check(provider: Provider, exact: Tensor, same: Tensor) -> None:
+    lines = wrong_results({"out": provider.call()}, {"out": exact}, {"out": same}, same.dtype)
+    provider.undo()
+    if lines:
+        raise WrongResult(f"{provider.name}: {lines[0]}")
+
+
+def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Row]:
+    """Rows of one problem, all providers side by side. Raises WrongResult."""
+    exact, same = problem.definition(torch.float64), problem.definition(problem.q.dtype)
+    ours, cache = step(problem)
+    providers = [ours, full(problem), *(stock(problem, cache, split) for split in (False, True))]
+    for provider in providers:
+        check(provider, exact, same)
+    clock = Clock(problem.q.device)
+    samples: list[list[float]] = [[] for _ in providers]
+    for i in turns(len(providers), reps, budget):
+        spans = []
+        for _ in range(1 if providers[i].name == "full" else 8):
+            spans.append(clock.timed(providers[i].call)[1])
+            providers[i].undo()
+        samples[i].append(clock.total_ms(spans) / len(spans))
+    batch, heads, length, d = problem.q.shape
+    shape = {"B": batch, "H": heads, "L": length, "D": d, "D_v": d, "R": d, "dtype": str(problem.q.dtype)[6:]}
+    rows: list[report.Row] = []
+    for provider, found in zip(providers, samples, strict=True):
+        median, p20, p80 = quantiles(found)
+        named = {"provider": provider.name, "role": provider.role, "refinement": problem.refinement, "task": problem.label}
+        times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(found)}
+        rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
+    sizes = Shape(batch, heads, heads, length, d, d, d)
+    task = Task(sizes, problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)
+    rows[0]["bytes"] = step_launch(task, problem.content).bytes
+    for row in rows:
+        row["ratio_to_full"] = rows[1]["median_ms"] / row["median_ms"]
+    return rows
+
+
+COLUMNS: list[report.Column] = [
+    ("provider", -12, lambda r: r["provider"]),
+    ("median ms", 10, lambda r: f"{r['median_ms']:.3f}"),
+    ("p20..p80", 19, lambda r: f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"),
+    ("GB/s", 7, lambda r: f"{r['bytes'] / r['median_ms'] / 1e6:.1f}" if "bytes" in r else "-"),
+    ("vs full", 8, lambda r: f"{r['ratio_to_full']:.1f}x"),
+]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Milliseconds of a step, and the other providers' times relative to it, as a table for a page."""
+    about = f"{results['device']}, torch {results['versions']['torch']}, commit {results['commit'][:12]}"
+    lines = [f"One decoding step, {about}.", "Milliseconds of `step`; the others' times relative to it (below 1 is faster).", ""]
+    names = list(dict.fromkeys(row["provider"] for row in results["rows"]))
+    lines += ["| problem | `step` ms | " + " | ".join(f"`{name}`" for name in names[1:]) + " |", "|--|" + "--|" * len(names)]
+    for task in dict.fromkeys(row["task"] for row in results["rows"]):
+        found = {row["provider"]: row["median_ms"] for row in results["rows"] if row["task"] == task}
+        shown = [f"{found[name] / found['step']:.2f}" for name in names[1:]]
+        lines.append(f"| {task} | {found['step']:.3f} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="decode_bench.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--batch", type=whole(1), nargs="+", default=[1, 8], metavar="B", help="default 1 and 8")
+    add("--length", type=whole(2), nargs="+", default=[1024], metavar="L", help="items with the new one (default 1024)")
+    add("--heads", type=whole(1), default=4, metavar="H", help="default 4")
+    add("--dim", type=whole(1, 256), default=64, metavar="D", help="D, D_v and R (default 64)")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=list(REFINEMENTS), help="default all")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default both")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
+    add("--threads", type=whole(1), metavar="N", help="CPU threads")
+    add("--reps", type=whole(1), metavar="N", help="samples instead of a time budget")
+    add("--budget", type=number(0, 1e9, "a number of seconds"), default=4.0, metavar="S", help="seconds per problem (default 4)")
+    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and results.md")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = make_parser().parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    begin = time.perf_counter()
+    rows: list[report.Row] = []
+    about = report.about(options.device)
+    print(report.about_line(about), flush=True)
+    kinds = [(r, t) for r in options.refinement for t in options.tables if r != "none" or t == options.tables[0]]
+    for length, batch in ((length, batch) for length in options.length for batch in options.batch):
+        for refinement, tables in kinds:
+            torch.manual_seed(0)
+            size = (batch, options.heads, length, options.dim)
+            shapes = [size] * 3 + [size if tables == "content" else size[2:]] * 2
+            q, k, v, w_q, w_k = (torch.randn(s, device=options.device).to(getattr(torch, options.dtype)) for s in shapes)
+            problem = Problem(q, k, v, w_q, w_k, refinement)
+            try:
+                with torch.no_grad():
+                    found = measure(problem, options.reps, options.budget)
+            except WrongResult as error:
+                print(f"decode_bench.py: WRONG, nothing was written: {problem.label}: {error}", file=sys.stderr)
+                return 1
+            rows += found
+            print("\n".join([problem.label, *report.grid(COLUMNS, found)]) + "\n", flush=True)
+    command = shlex.join(["python", "benchmarks/decode_bench.py", *(sys.argv[1:] if argv is None else argv)])
+    results = {"kind": KIND} | about | {"command": command, "rows": rows}
+    if wide := report.unsteady(rows):
+        print(f"{wide} of {len(rows)} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
+    if options.out:
+        print("wrote", ", ".join(report.write_data(options.out, results, markdown(results))))
+    print(f"{time.perf_counter() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Tables and pictures of the study, from its files alone.
+
+    python benchmarks/study_report.py          # benchmarks/results/study/study.md and study_*.png
+
+What a gain is, and when it is called better, stands in `study_gains.py`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __package__ is None:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from awrsr.files import atomic  # noqa: E402
+from benchmarks.study.gains import gains, gather  # noqa: E402
+from benchmarks.study.plots import forest, short_picture  # noqa: E402
+from benchmarks.study.run import RESULTS, Results  # noqa: E402
+from benchmarks.study.tables import QUESTIONS, markdown  # noqa: E402
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of study.json, where tables and pictures go; default %(default)s"
+    )
+    options = parser.parse_args(arguments)
+    results = Results(options.out)
+    cells = gather(results)
+    if not cells:
+        parser.error(f"{options.out} holds no run of the plan; python benchmarks/study.py makes them")
+    compared = gains(cells)
+    page = markdown(results, cells, compared)
+    with atomic(options.out / "study.md") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    for group in ("short", *QUESTIONS):
+        figure = short_picture(compared) if group == "short" else forest(compared, group)
+        if figure is not None:
+            with atomic(options.out / f"study_{group}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""What train_bench.py measures: one model trained and evaluated in three layouts, and the gate that all of them pass first.
+
+packed      histories one after another, AWRSR.forward: the model's own
+bucketed    histories sorted by length, each batch padded to its longest, AWRSR.forward_padded
+padded      batches in random order, padded to the window
+
+Backend "stosa" is the rival between Gaussians: the same model, its attention written as STOSA's code has it, in eager torch and
+padded. All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
+B sequences of a batch, L window, T real events, K negatives, E hidden size.
+"""
+
+import copy
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import awrsr.models.attention
+from awrsr.config import NEGATIVES
+from awrsr.data.histories import Split
+from awrsr.evaluation.ranking import Targets, rank_batch, ranks
+from awrsr.models.network import AWRSR, AWRSRConfig
+from awrsr.training.batches import Batch, Batches, Windows
+from awrsr.training.losses import LOSSES, draw_negatives
+
+from ..operator.measure import WrongResult, traced, turns
+from ..operator.wasserstein import stosa
+
+LAYOUTS = ("packed", "bucketed", "padded")
+PASSES = ("train", "eval")
+LEARNING_RATE = 1e-3
+GATE_STEPS = 30
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}  # of the loss at every step, relative; Adam magnifies rounding
+RANK_TOLERANCE = 1e-4  # of a score, relative to the largest: ranks may differ where scores are this close
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all contestants compute. `threads` and the device stand in the result's head."""
+
+    split: Split
+    config: AWRSRConfig
+    loss: str
+    batch_size: int
+    device: torch.device
+    seed: int
+    source: str
+
+    @functools.cached_property
+    def windows(self) -> Windows:
+        return Windows(self.split, self.config.max_len)
+
+    @functools.cached_property
+    def targets(self) -> Targets:
+        return Targets(self.split, "test", self.config.max_len, filter_seen=not self.split.histories.repeats())
+
+
+@dataclass
+class Contestant:
+    """One way of computing a problem, its model, and what was found out about it."""
+
+    problem: Problem
+    refinement: str
+    layout: str
+    backend: str
+    model: AWRSR
+    optimizer: torch.optim.Optimizer
+    samples: dict[str, list["Lap"]] = field(default_factory=lambda: {p: [] for p in PASSES})
+    first_ms: dict[str, float] = field(default_factory=dict)
+    peak_mib: dict[str, float] = field(default_factory=dict)
+    deviation: float = 0.0  # of the loss curve from the yardstick's, relative, the largest
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.layout} {self.refinement}"
+
+
+class Lap(NamedTuple):
+    """Seconds of a sample, and of the processor's time."""
+
+    seconds: float
+    cpu_seconds: float
+
+
+def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
+    """A contestant with the parameters that the problem's seed gives. dropout: instead of the configuration's."""
+    changes: dict[str, Any] = {"refinement": refinement, "backend": "reference" if backend == "stosa" else backend}
+    if dropout is not None:
+        changes |= {"hidden_dropout": dropout, "attention_dropout": dropout}
+    torch.manual_seed(problem.seed)
+    model = AWRSR(replace(problem.config, **changes)).to(problem.device)
+    return Contestant(problem, refinement, layout, backend, model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True))
+
+
+# What a contestant does
+
+
+def attention_of(it: Contestant) -> AbstractContextManager[Any]:
+    """Where the contestant's forward runs: in STOSA's formulation, if it is that."""
+    if it.backend != "stosa":
+        return nullcontext()
+    return mock.patch.object(awrsr.attention, "stochastic_refined_attention", eager_attention)
+
+
+def eager_attention(
+    *, refinement: str, gate: Any, dropout_p: float, lengths: Tensor, refine_scale: float | None, backend: str, **tensors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`stosa` under the operator's names."""
+    assert refine_scale is None
+    items = tuple(tensors[name] for name in ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov"))
+    tables = tuple(w for name in awrsr.models.attention.TABLES if (w := tensors.get(name)) is not None)
+    return stosa(items, tables, 1.0 if gate is None else gate, refinement, dropout_p, lengths)
+
+
+def order(length: np.ndarray, batch_size: int, layout: str) -> list[np.ndarray]:
+    """Which sequences are in which batch: as they come, bucketed sorted by length."""
+    chosen = np.argsort(length, kind="stable") if layout == "bucketed" else np.arange(len(length))
+    return np.array_split(chosen, max(1, round(len(chosen) / batch_size)))
+
+
+def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """(T, E) hidden states of the events, and (B,) where those of each history's last event are."""
+    last = cu_seqlens[1:] - 1
+    if it.layout == "packed":
+        return it.model(items, cu_seqlens, longest), last
+    width = longest if it.layout == "bucketed" else it.problem.config.max_len
+    lengths = cu_seqlens.diff()
+    real = torch.arange(width, device=items.device) >= width - lengths[:, None]
+    padded = items.new_zeros(real.shape)
+    padded[real] = items
+    with attention_of(it):
+        return it.model.forward_padded(padded, lengths)[real], last
+
+
+def loss_of(it: Contestant, batch: Batch, step: int) -> Tensor:
+    """Mean loss over the events of a batch, with the negatives that belong to this step."""
+    problem, device = it.problem, it.problem.device
+    generator = torch.Generator(device).manual_seed(problem.seed * 1_000_003 + step)
+    items, targets, cu_seqlens = (x.to(device) for x in (batch.items, batch.targets, batch.cu_seqlens))
+    out, _ = hidden(it, items, cu_seqlens, batch.max_seqlen)
+    negatives = draw_negatives(problem.loss, targets, problem.config.num_items, NEGATIVES[problem.loss], generator)
+    loss: Tensor = LOSSES[problem.loss](out, targets, it.model.item_table(), negatives).mean()
+    return loss
+
+
+def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
+    """Forward, loss, backward, optimizer; returns the loss before the step."""
+    it.model.train()
+    loss = loss_of(it, batch, step)
+    it.optimizer.zero_grad()
+    loss.backward()
+    it.optimizer.step()
+    return loss.detach()
+
+
+@torch.inference_mode()
+def rank_step(it: Contestant, chosen: np.ndarray) -> Tensor:
+    """(B,) ranks of these test targets among all items."""
+    it.model.eval()
+    batch = it.problem.targets.batches(len(chosen)).pack(chosen)
+    if it.layout == "packed":
+        return rank_batch(it.model, batch)
+    (items, cu_seqlens, longest), targets, row, seen = batch
+    device = it.problem.device
+    out, last = hidden(it, items.to(device), cu_seqlens.to(device), longest)
+    move = (None, None) if row is None else (row.to(device), seen.to(device))
+    return ranks(out[last], it.model.item_table(), targets.to(device), *move)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one sample consists of: (S,) training sequences and (M,) test targets, the same for every contestant."""
+
+    sequences: np.ndarray
+    targets: np.ndarray
+    eval_batch: int = 512
+
+    def batches(self, it: Contestant, pass_: str) -> list[np.ndarray]:
+        """The batches of a pass in the contestant's layout."""
+        if pass_ == "train":
+            parts = order(it.problem.windows.length[self.sequences], it.problem.batch_size, it.layout)
+            return [self.sequences[part] for part in parts]
+        parts = order(it.problem.targets.length[self.targets], self.eval_batch, it.layout)
+        return [self.targets[part] for part in parts]
+
+
+def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
+    """A batch is made, padded where the layout pads, and used; all of it counts."""
+    if pass_ == "train":
+        train_step(it, next(iter(Batches(it.problem.windows, [chosen], rank=0, world=1))), step)
+    else:
+        rank_step(it, chosen)
+
+
+def lap(it: Contestant, pass_: str, work: Work) -> Lap:
+    """One sample."""
+    batches = work.batches(it, pass_)
+    _wait(it)
+    start, cpu = time.perf_counter(), time.process_time()
+    for step, chosen in enumerate(batches):
+        one_step(it, pass_, chosen, step)
+    _wait(it)
+    return Lap(time.perf_counter() - start, time.process_time() - cpu)
+
+
+def _wait(it: Contestant) -> None:
+    if it.problem.device.type == "cuda":
+        torch.cuda.synchronize(it.problem.device)
+
+
+def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> Iterator[str]:
+    """Fill in samples round-robin; yields whose turn it is."""
+    for i in turns(len(contestants), reps, budget_s):
+        yield contestants[i].name
+        contestants[i].samples[pass_].append(lap(contestants[i], pass_, work))
+
+
+def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
+    """Peak bytes of the batch with most events, above parameters and optimizer state; and `first_ms`, one batch before all else."""
+    lengths = it.problem.windows.length if pass_ == "train" else it.problem.targets.length
+    batches = work.batches(it, pass_)
+    largest = max(
+        batches, key=lambda chosen: len(chosen) * lengths[chosen].max() if it.layout != "packed" else lengths[chosen].sum()
+    )
+    start = time.perf_counter()
+    one_step(it, pass_, batches[0], 0)
+    _wait(it)
+    it.first_ms[pass_] = (time.perf_counter() - start) * 1e3
+    it.optimizer.zero_grad()
+    it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.problem.device)[0] / 2**20
+    it.optimizer.zero_grad()
+
+
+# The gate
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the definition gives in float64, padded: a loss curve, the model at its end, bounds of the ranks with it."""
+
+    batches: list[Batch]
+    losses: Tensor  # (GATE_STEPS,)
+    model: dict[str, Tensor]
+    chosen: np.ndarray  # (M,) test targets
+    least: Tensor  # (M,) rank if all scores close to the target's were below it
+    most: Tensor  # (M,) rank if all of them were above
+
+
+def yardstick(problem: Problem, refinement: str, batch_size: int = 64, targets: int = 256) -> Yardstick:
+    """backend="reference", float64, every batch padded to the window."""
+    it = contestant(problem, refinement, "padded", "reference", dropout=0.0)
+    it.model.double()
+    epochs = (problem.windows.batches(batch_size, problem.seed, epoch) for epoch in range(GATE_STEPS))
+    batches = [batch for _, batch in zip(range(GATE_STEPS), (b for epoch in epochs for b in epoch), strict=False)]
+    losses = torch.stack([train_step(it, batch, step) for step, batch in enumerate(batches)]).cpu()
+    chosen = np.random.default_rng(problem.seed).permutation(len(problem.targets))[:targets]
+    it.model.eval()
+    with torch.no_grad():
+        (items, cu_seqlens, longest), wanted, row, seen = problem.targets.batches(len(chosen)).pack(chosen)
+        out, last = hidden(it, items.to(problem.device), cu_seqlens.to(problem.device), longest)
+        scores = (out[last] @ it.model.item_table().T).cpu()
+    own = scores.gather(1, wanted[:, None])
+    margin = RANK_TOLERANCE * scores.abs().amax(1, keepdim=True)
+    if row is not None:
+        scores[row, seen] = -torch.inf
+    scores.scatter_(1, wanted[:, None], -torch.inf)
+    least, most = (1 + (scores >= own + sign * margin).sum(1) for sign in (1, -1))
+    return Yardstick(batches, losses, copy.deepcopy(it.model.state_dict()), chosen, least, most)
+
+
+def check(it: Contestant, wanted: Yardstick, dtype: torch.dtype) -> float:
+    """The largest relative deviation of the contestant's loss curve, computed in `dtype`.
+
+    Raises WrongResult if that is more than TOLERANCE, or if ranks with the yardstick's model are not those that it gives.
+    """
+    it.model.to(dtype)
+    losses = torch.stack([train_step(it, batch, step) for step, batch in enumerate(wanted.batches)]).double().cpu()
+    off, allowed = ((losses - wanted.losses) / wanted.losses).abs(), TOLERANCE[dtype]
+    if not bool((off <= allowed).all()):  # NaN too
+        step = int((~(off <= allowed)).nonzero()[0])
+        raise WrongResult(
+            f"{it.name}, {dtype}: the loss of step {step + 1} is {losses[step]:.10g}, "
+            f"must be {wanted.losses[step]:.10g} within {allowed:g} of it"
+        )
+    it.model.load_state_dict(wanted.model)
+    found = rank_step(it, wanted.chosen).cpu()
+    wrong = ((found < wanted.least) | (found > wanted.most)).nonzero().flatten()
+    if len(wrong):
+        place = int(wrong[0])
+        raise WrongResult(
+            f"{it.name}, {dtype}: {len(wrong)} of {len(found)} ranks differ; the first is {found[place]}, "
+            f"must be in {wanted.least[place]}..{wanted.most[place]}"
+        )
+    return float(off.max())

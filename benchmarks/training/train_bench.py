@@ -1,0 +1,299 @@
+"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend."""
+
+import argparse
+import itertools
+import json
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not installed, `awrsr_kernels` importable
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import torch
+
+from awrsr.data.histories import Histories, Split, split
+from awrsr.data.readers import read
+from awrsr.data.synthetic import make
+from awrsr.models.network import AWRSRConfig
+from awrsr.training.batches import Windows
+from awrsr.training.losses import LOSSES
+from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
+from benchmarks.common import report
+from benchmarks.common.arguments import number, whole
+from benchmarks.operator.measure import WrongResult
+from benchmarks.training import report as train_report
+from benchmarks.training.contestants import (
+    GATE_STEPS,
+    LAYOUTS,
+    PASSES,
+    TOLERANCE,
+    Contestant,
+    Problem,
+    Work,
+    check,
+    contestant,
+    measure_memory,
+    race,
+    yardstick,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+BACKENDS = ("torch", "reference", "triton", "stosa")
+EXAMPLES = """
+examples, from the repository root:
+  python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
+  python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
+  python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
+                                                            what refinement costs, and nothing else
+  python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
+                                                            Wasserstein attention beside STOSA's formulation in the same model
+  python benchmarks/attn_bench.py --compare before/results.json after/results.json
+
+A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
+(AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
+repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
+pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps, or --epochs passes over
+the data, which shows bucketed batches at their best; contestants take turns, and a row is the median of its samples, with peak
+memory above parameters and optimizer state.
+
+Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
+30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
+equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
+
+"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed layout;
+beside each the same of the processor's time, which is the one to trust where a machine is busy. If the data are Amazon Beauty,
+`awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
+marked as quoted: they were not measured here.
+"""
+BEAUTY = (22_363, 12_101, 198_502)  # users, items, events
+QUOTED = (  # SASRec on Beauty, one CPU thread
+    {"who": "RecTools' SASRec", "train_sequences_per_cpu_second": 867.0, "eval_users_per_cpu_second": 1911.0},
+    {"who": "STOSA repository's SASRec", "train_sequences_per_cpu_second": 572.0, "eval_users_per_cpu_second": 1082.0},
+)
+END_TO_END = shlex.split(
+    "--threads 1 --loss bce --hidden 64 --layers 2 --heads 2 --max-len 50 --refinement additive --epochs 2 --no-progress"
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_bench.py",
+        usage="%(prog)s [options]; --help lists them with examples",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument_group("problem").add_argument
+    add("--data", type=Path, metavar="FILE", help="histories in any format that awrsr reads; without it synthetic ones")
+    add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="default sasrec")
+    add("--loss", nargs="+", choices=LOSSES, help="default bce, for stosa bpr, with one negative")
+    add("--batch-size", type=whole(1), default=256, metavar="B", help="sequences per step (default 256)")
+    add("--max-len", type=whole(1), default=50, metavar="L", help="window (default 50)")
+    add("--hidden", type=whole(1), default=64, metavar="E", help="width of the model (default 64)")
+    add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
+    add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
+    add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
+    share = number(0, 1, "in [0, 1)")
+    add(
+        "--dropout",
+        type=share,
+        default=AWRSRConfig.attention_dropout,
+        metavar="P",
+        help="of attention weights (default: the model's)",
+    )
+    add("--hidden-dropout", type=share, default=AWRSRConfig.hidden_dropout, metavar="P", help="of the rest (default: the model's)")
+    add = parser.add_argument_group("contestants").add_argument
+    add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
+    add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton; stosa: STOSA's own")
+    add = parser.add_argument_group("measurement").add_argument
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
+    length("--epochs", type=whole(1), metavar="N", help="passes over the data per sample, instead of steps")
+    add("--eval-users", type=whole(1), default=4096, metavar="N", help="users ranked per sample (default 4096)")
+    add("--reps", type=whole(1), metavar="N", help="samples per contestant instead of a time budget")
+    add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds per pass and loss (default 60)")
+    add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples; no whole runs")
+    add("--skip-end-to-end", action="store_true", help="no whole runs of awrsr train")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    add("--threads", type=whole(1), metavar="N", help="CPU threads; 1 makes CPU-seconds comparable")
+    add("--seed", type=whole(0), default=0, help="of parameters, order, negatives and the sample of users (default 0)")
+    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and results.md")
+    return parser
+
+
+def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Defaults that depend on the machine or on other options, and options that contradict them."""
+    cuda = torch.cuda.is_available()
+    options.device = options.device or ("cuda" if cuda else "cpu")
+    if options.device == "cuda" and not cuda:
+        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+    options.backends = list(dict.fromkeys(options.backends or BACKENDS[: 3 if options.device == "cuda" else 2]))
+    options.loss = options.loss or ["bce" if options.backbone == "sasrec" else "bpr"]
+    if options.backbone == "sasrec" and (wrong := {"stochastic", "stosa"} & {*options.refinements, *options.backends}):
+        parser.error(f"argument --backbone: was sasrec, must be stosa for {wrong.pop()}")
+    if options.backbone == "stosa" and (wrong := {"bce", "gbce"} & {*options.loss}):
+        parser.error(f"argument --loss: was {wrong.pop()}, which distances cannot be trained with; bpr can")
+    if options.layouts == ["packed"] and options.backends == ["stosa"]:
+        parser.error("argument --layouts: was packed, which STOSA's formulation has not (padded would work)")
+    if "triton" in options.backends and options.device == "cpu":
+        parser.error("argument --backends: was triton, which needs a GPU; torch and reference run here")
+    if options.hidden % options.heads:
+        parser.error(f"argument --heads: was {options.heads}, must divide --hidden, {options.hidden}")
+    options.refinements, options.layouts = (list(dict.fromkeys(x)) for x in (options.refinements, options.layouts))
+    if options.quick:
+        options.batch_size, options.eval_users = min(options.batch_size, 64), min(options.eval_users, 128)
+        options.steps, options.reps = options.steps or 2, options.reps or 3
+    options.steps = options.steps or 16
+    options.budget = 60.0 if options.budget is None else options.budget
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+
+def load(parser: argparse.ArgumentParser, path: Path | None) -> Histories:
+    try:
+        return read(path) if path else make()
+    except ValueError as error:
+        parser.error(f"argument --data: {error}")
+
+
+def make_work(problem: Problem, options: argparse.Namespace) -> Work:
+    """What a sample consists of: random sequences and targets, or whole epochs."""
+    rng = np.random.default_rng(options.seed)
+    count, targets = len(problem.windows), rng.permutation(len(problem.targets))[: options.eval_users]
+    if options.epochs:
+        return Work(np.concatenate([rng.permutation(count) for _ in range(options.epochs)]), targets)
+    return Work(rng.permutation(count)[: options.steps * options.batch_size], targets)
+
+
+def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """(refinement, layout, backend) of each; STOSA's formulation has no packed layout."""
+    every = itertools.product(options.refinements, options.layouts, options.backends)
+    return [each for each in every if each[1:] != ("packed", "stosa")]
+
+
+def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every contestant against the definition: what it was off by. Raises WrongResult."""
+    found = []
+    for refinement in options.refinements:
+        say(f"gate: {refinement}, {problem.loss}: the definition")
+        wanted = yardstick(problem, refinement)
+        for _, layout, backend in (each for each in contestants(options) if each[0] == refinement):
+            for dtype, tolerance in TOLERANCE.items():
+                if backend == "triton" and dtype == torch.float64:
+                    continue
+                it = contestant(problem, refinement, layout, backend, dropout=0.0)
+                off = check(it, wanted, dtype)
+                say(f"gate: {it.name}, {problem.loss}, {str(dtype)[6:]}: off by {off:.1e}")
+                named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": problem.loss}
+                found.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
+    return found
+
+
+def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]) -> list[report.Row]:
+    """Rows of one problem: memory, then times side by side; prints the table."""
+    work = make_work(problem, options)
+    rows: list[report.Row] = []
+    for pass_ in passes:
+        entered: list[Contestant] = []
+        for refinement, layout, backend in contestants(options):
+            it = contestant(problem, refinement, layout, backend)
+            say(f"memory: {pass_}, {it.name}")
+            measure_memory(it, pass_, work)
+            entered.append(it)
+        progress = report.Progress((options.reps or 0) * len(entered))
+        for name in race(entered, pass_, work, options.reps, options.budget):
+            progress.step(f"{pass_}: {name}")
+        progress.close()
+        rows += train_report.make_rows(entered, pass_, work, label(problem, options, pass_))
+    print("\n".join(train_report.table([r for r in rows if r["pass"] == p]) for p in passes), flush=True)
+    return rows
+
+
+def label(problem: Problem, options: argparse.Namespace, pass_: str) -> str:
+    c, what = problem.config, f"{problem.loss}, batches of {problem.batch_size}" if pass_ == "train" else "full ranking"
+    size = f"hidden {c.hidden}, {c.layers} layer{'s' * (c.layers > 1)}, {c.heads} heads"
+    return f"{problem.source}, {'STOSA, ' * (c.backbone == 'stosa')}{what}, window {c.max_len}, {size}"
+
+
+def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """`awrsr train` as its users run it, beside what others' figures say."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ["-m", "awrsr", "train", "--data", str(options.data.resolve()), *END_TO_END, "--seed", str(options.seed)]
+        say("end to end: awrsr " + shlex.join(arguments[2:]))
+        done = subprocess.run([sys.executable, *arguments, "--out", folder], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise WrongResult(f"awrsr train failed: {done.stderr.strip()[-400:]}")
+        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    figures = ("train_sequences_per_cpu_second", "eval_users_per_cpu_second", "peak_mib")
+    ours = {"who": "`awrsr train`, additive", "quoted": False, "command": "awrsr " + shlex.join(["train", *END_TO_END])}
+    return [ours | {name: metrics[name] for name in figures}, *(row | {"quoted": True} for row in QUOTED)]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_beauty(h: Histories) -> bool:
+    return (h.num_users, h.num_items, len(h.items)) == BEAUTY
+
+
+def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
+    """Gate everything, then measure everything."""
+    c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
+    c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
+    config = AWRSRConfig(num_items=parts.histories.num_items, **c)
+    source = options.data.name if options.data else "synthetic"
+    device = torch.device(options.device)
+    problems = [
+        Problem(parts, config, loss, options.batch_size, device, options.seed, source) for loss in dict.fromkeys(options.loss)
+    ]
+    checked = [row for problem in problems for row in gate(problem, options)]
+    rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
+    skipped = options.quick or options.skip_end_to_end or options.backbone != "sasrec"
+    whole_runs = [] if skipped or not is_beauty(parts.histories) else end_to_end(options)
+    return {"kind": train_report.KIND, "rows": rows, "gate": checked, "end_to_end": whole_runs}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = make_parser()
+    options = parser.parse_args(argv)
+    settle(parser, options)
+    begin = time.perf_counter()
+    random.seed(options.seed)
+    try:
+        parts = split(load(parser, options.data))
+        Windows(parts, options.max_len)  # which there must be
+    except ValueError as error:
+        parser.error(f"argument --data: {error}")
+    command = shlex.join(["python", "benchmarks/train_bench.py", *(sys.argv[1:] if argv is None else argv)])
+    about = report.about(options.device, "lightning")
+    print(report.about_line(about), flush=True)
+    try:
+        results = about | {"command": command} | run(options, parts)
+    except WrongResult as error:
+        print(f"train_bench.py: WRONG, nothing was written: {error}", file=sys.stderr)
+        return 1
+    for row in results["end_to_end"]:
+        train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
+        quoted = "  (quoted)" if row["quoted"] else ""
+        print(f"{row['who']:<28} {train:8.0f} training sequences, {users:8.0f} users evaluated per CPU-second{quoted}")
+    wide = report.unsteady(results["rows"])
+    if wide:
+        print(f"{wide} of {len(results['rows'])} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
+    if options.out:
+        print("wrote", ", ".join(report.write_data(options.out, results, train_report.markdown(results))))
+    print(f"{time.perf_counter() - begin:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

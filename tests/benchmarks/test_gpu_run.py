@@ -1,0 +1,235 @@
+"""The run on a GPU, as far as it goes without one: stages that fail alone, limits that hold, tools whose output is understood."""
+
+import json
+import os
+import sys
+import tarfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import checks as gpu_checks
+from benchmarks.gpu import every_kernel
+from benchmarks.gpu import run as gpu_run
+from benchmarks.gpu.checks import STOPPED, ncu_rows, profile_kernels, run, sanitizer_status, start_sanitizer
+from benchmarks.operator.launches import Call, call_launches
+
+NCU = """==PROF== Connected to process 7
+"ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
+"","","","nsecond","byte","register/thread"
+"0","_short_fwd_kernel","(1024, 1, 1)","12,500","3,000,000","168"
+"1","_short_bwd_kernel","(264, 1, 1)","40000","5000000","n/a"
+"""
+
+
+def stages(tmp_path: Path) -> gpu_run.Run:
+    for name in ("out", "folder"):
+        (tmp_path / name).mkdir()
+    return gpu_run.Run(tmp_path / "out", tmp_path / "folder", 2, {"device": "none"})
+
+
+def tool(tmp_path: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of that name, found first."""
+    path = tmp_path / name
+    path.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_all_stages_fit_in_ten_minutes() -> None:
+    assert sum(gpu_run.STAGES[name] for name in gpu_run.ALL) <= gpu_run.TOTAL < 600
+
+
+def test_a_failing_stage_costs_the_others_nothing(tmp_path: Path) -> None:
+    made = stages(tmp_path)
+    made.stage("first", 10, lambda seconds: 1 / 0)  # type: ignore[arg-type, return-value]
+    made.stage("second", 10, lambda seconds: {"a": "exit status 0", "b": f"had {seconds:.0f} s"})
+    made.begin -= gpu_run.TOTAL
+    made.stage("third", 10, lambda seconds: "exit status 0")
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["status"] == {
+        "first": "failed: ZeroDivisionError: division by zero",
+        "a": "exit status 0",
+        "b": "had 10 s",
+        "third": "not run: no time left",
+    }
+    assert set(summary["seconds"]) == {"first", "second", "third"} and not made.all_went_well()
+
+
+def test_what_is_not_installed_is_no_failure_and_what_fails_is(tmp_path: Path) -> None:
+    made = stages(tmp_path)
+    made.summary["status"] = {"tests": "9 passed, 0 failed, 1 skipped", "tuner": "not run: no tuner", "recsys": "exit status 0"}
+    assert made.all_went_well()
+    for name, status in (("tests", "failed: 1 failed, 0 skipped"), ("memcheck", "exit status 9"), ("long", "not finished")):
+        before = dict(made.summary["status"])
+        made.summary["status"][name] = status
+        assert not made.all_went_well(), name
+        made.summary["status"] = before
+
+
+def test_a_test_process_that_dies_is_missed(tmp_path: Path) -> None:
+    """A crash of the driver takes a process with it before it has written what its tests came to."""
+    made = stages(tmp_path)
+    (tmp_path / "folder/tests-0.xml").write_text('<testsuite><testcase classname="a" name="b"/></testsuite>')
+    (tmp_path / "folder/tests-1.xml").write_text("<testsuite><testca")
+    status = made.finish_tests(["a::b", "a::c"], [], 0)
+    assert status.startswith("failed: 1 passed, 0 failed, 0 skipped, 1 without outcome")
+    assert json.loads((tmp_path / "out/tests.json").read_text())["without_outcome"] == 1
+
+
+def test_a_stopped_process_leaves_no_child(tmp_path: Path) -> None:
+    child = "import subprocess, sys; p = subprocess.Popen(['sleep', '60']); print(p.pid, flush=True); p.wait()"
+    assert run([sys.executable, "-c", child], tmp_path / "log", 6) == STOPPED
+    pid = int((tmp_path / "log").read_text().splitlines()[0])
+    for _ in range(50):  # until whoever inherits it has buried it
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] if Path(f"/proc/{pid}").exists() else "gone"
+        if state in ("gone", "Z"):
+            break
+        time.sleep(0.1)
+    assert state in ("gone", "Z")
+
+
+def test_a_whole_run_leaves_nine_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stage in turn, two tests for real; what needs a GPU is played by what it would write."""
+
+    def played(command: list[str], log: Path, seconds: float, **environment: str) -> int:
+        if "--out" not in command:
+            return 0
+        made = Path(command[command.index("--out") + 1])
+        if "benchmarks/attn_bench.py" in command:
+            made.mkdir()
+            made = made / "results.json"
+        made.write_text("{}")
+        return 0
+
+    tests = [f"tests/test_roofline.py::test_{name}" for name in ("ideal_bytes_by_hand", "padding_is_written_but_not_read")]
+    monkeypatch.setattr(gpu_run, "run", played)
+    monkeypatch.setattr(gpu_run, "collect_tests", lambda: tests)
+    monkeypatch.setattr(gpu_run, "TUNER", "json.tool")
+    monkeypatch.setattr(gpu_run, "profile_kernels", lambda *_: ("by ncu", [{"kernel": "_x_kernel"}]))
+    made = stages(tmp_path)
+    made.run_all()
+    left = {"summary.json", "tests.json", "tuned.json", "logs.tar.gz", *(f"{name}.json" for name in gpu_run.BENCHMARKS)}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left and len(left) == 9
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["status"]["tests"] == "2 passed, 0 failed, 0 skipped" and made.all_went_well()
+    assert set(summary["seconds"]) == set(gpu_run.ALL)
+    monkeypatch.setattr(gpu_run, "start_sanitizer", lambda tool, folder: None)
+    made.run_all(["sanitizers"])
+    assert made.summary["status"]["memcheck"] == "not run: compute-sanitizer is not installed"
+    assert summary["kernels"] == [{"kernel": "_x_kernel"}]
+    with tarfile.open(tmp_path / "out/logs.tar.gz") as archive:
+        assert "logs/tests-0.log" in archive.getnames()
+
+
+@pytest.mark.parametrize("module,status", [("no_such_tuner", "not run: this version has no"), ("a_tuner", "exit status 0")])
+def test_the_tuner_may_be_absent(module: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_tuner.py").write_text("import sys; assert sys.argv[1] == '--out'; open(sys.argv[2], 'w').write('{}')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(gpu_run, "TUNER", module)
+    assert stages(tmp_path).tuner(60).startswith(status)
+    assert (tmp_path / "out/tuned.json").exists() == (module == "a_tuner")
+
+
+def test_sanitizers_run_where_they_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert start_sanitizer("memcheck", tmp_path) is None
+    assert sanitizer_status("memcheck", None, tmp_path) == "not run: compute-sanitizer is not installed"
+    monkeypatch.undo()
+    tool(tmp_path, "compute-sanitizer", "print('========= ERROR SUMMARY: 2 errors', sys.argv[6]); sys.exit(9)", monkeypatch)
+    process = start_sanitizer("memcheck", tmp_path)
+    assert process is not None
+    status = sanitizer_status("memcheck", gpu_checks.finish(process, 60), tmp_path)
+    assert status == "exit status 9, ERROR SUMMARY: 2 errors benchmarks/every_kernel.py"
+
+
+def test_a_sanitizer_that_is_stopped_says_so(tmp_path: Path) -> None:
+    (tmp_path / "racecheck.log").write_text("nothing yet")
+    assert sanitizer_status("racecheck", STOPPED, tmp_path) == "not finished: ran past its limit"
+    assert sanitizer_status("racecheck", 1, tmp_path) == "exit status 1, no summary in its log"
+
+
+def test_counters_are_read() -> None:
+    rows = ncu_rows(NCU)
+    assert rows[0] == {"kernel": "_short_fwd_kernel", "grid": "(1024, 1, 1)", "us": 12.5, "read_mb": 3.0, "registers": 168}
+    assert rows[1] == {"kernel": "_short_bwd_kernel", "grid": "(264, 1, 1)", "us": 40.0, "read_mb": 5.0}
+    assert ncu_rows("==ERROR== ERR_NVGPUCTRPERM - no permission\n") == []
+
+
+def test_a_profile_by_counters_or_else_by_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; '--profile' in sys.argv and open(sys.argv[-1], 'w').write('[1]')"
+    monkeypatch.setattr(gpu_checks, "LARGE", [sys.executable, "-c", script])
+    written = f"open(sys.argv[sys.argv.index('--log-file') + 1], 'w').write({NCU!r})"
+    tool(tmp_path, "ncu", written, monkeypatch)
+    assert profile_kernels(tmp_path, 60, 2) == ("by ncu", ncu_rows(NCU))
+    (tmp_path / "ncu.csv").unlink()
+    tool(tmp_path, "ncu", "print('ERR_NVGPUCTRPERM'); sys.exit(1)", monkeypatch)
+    assert profile_kernels(tmp_path, 60, 2) == ("by torch.profiler: ncu had no counters (exit status 1)", [1])
+
+
+def test_kernel_times_are_ours_alone() -> None:
+    def event(key: str, count: int, total: float) -> SimpleNamespace:
+        return SimpleNamespace(key=key, count=count, device_time_total=total)
+
+    events = [event("_short_fwd_kernel", 2, 10.0), event("vectorized_elementwise_kernel", 9, 99.0), event("_b_kernel", 4, 80.0)]
+    rows = every_kernel.kernel_times(SimpleNamespace(key_averages=lambda: events))
+    assert [(r["kernel"], r["launches"], r["mean_us"]) for r in rows] == [("_b_kernel", 4, 20.0), ("_short_fwd_kernel", 2, 5.0)]
+
+
+def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
+
+    reached, there = set(), set()
+    for module in (decode, short, tiled, tiled_bwd):
+        there |= {name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
+
+        def watch(kernel: Any, *rest: Any, launch: Any = module.launch, **arguments: Any) -> None:
+            reached.add(kernel.__name__)
+            launch(kernel, *rest, **arguments)
+
+        monkeypatch.setattr(module, "launch", watch)
+    problems = every_kernel.problems(2, (4, 130), 1, 16, "float32", "cpu")
+    for problem in problems:
+        every_kernel.run(problem)
+    every_kernel.decode(2, 1, 16, "float32", "cpu")
+    assert len(problems) == 2 * 4 * 2 and all(task.dropout_p > 0 for task, _ in problems)
+    assert reached == there
+
+
+def test_kernels_are_reached_between_gaussians_too() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
+    pytest.importorskip("triton", reason="needs Triton")
+    problems = every_kernel.problems(2, (4,), 1, 16, "float32", "cpu", "stochastic")
+    for problem in problems:
+        every_kernel.run(problem)
+    assert [task.refinement for task, _ in problems] == ["none", "simple", "value", "additive", "stochastic"]
+
+
+def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton.launch import Problem
+
+    monkeypatch.setattr(Problem, "processors", lambda self: 132)
+    options = dict(zip(gpu_checks.SMALL[2::2], gpu_checks.SMALL[3::2], strict=True))
+    every_kernel.pretend(None)
+    assert Problem.processors(None) == 132
+    every_kernel.pretend(int(options["--processors"]))
+    task, _ = every_kernel.problems(int(options["--batch"]), every_kernel.WINDOWS, 2, 32, "bfloat16", "cuda")[0]
+    for launch in call_launches(Call(task, task.users, task.shape.L, True), processors=Problem.processors(None)):
+        assert 1 < launch.starts < len(task.users) / (launch.programs / 2)  # several tiles a program, and fewer than sequences
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_run.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="needs a GPU.*make bench"):
+        gpu_run.main()

@@ -1,0 +1,333 @@
+"""The study: every run once, kept with its ranks; tables that follow from the two files; equal searches."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from filelock import FileLock
+
+from awrsr.data.synthetic import make, write
+from benchmarks.study import gains as study_gains
+from benchmarks.study import plan as study_plan
+from benchmarks.study import report as study_report
+from benchmarks.study import run as study
+from benchmarks.study import tables as study_tables
+from benchmarks.study.plan import Cell
+from benchmarks.study.run import Results
+
+USERS = 200
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    found = [Cell("core", "lastfm", kind, layers, seeds=5) for layers in (1, 2) for kind in ("none", "additive")]
+    for module in (study, study_gains, study_tables):
+        monkeypatch.setattr(module, "plan", lambda: found)
+    return found
+
+
+def metrics(ranks: np.ndarray) -> dict[str, Any]:
+    from awrsr.evaluation.ranking import metrics
+
+    test = metrics(ranks)
+    found = {"test": test, "validation": test, "epochs": 4, "best_epoch": 3, "train_cpu_seconds": 2.0, "train_seconds": 1.0}
+    return found | {"parameters": 10, "curve": [{"NDCG@10": 0.1}]}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Commands that were run instead of trained: additive ranks every target one better, where it can."""
+    commands: list[list[str]] = []
+
+    def train(command: list[str], _: Path) -> int:
+        commands.append(command)
+        option = dict(zip(command, command[1:], strict=False))
+        rng = np.random.default_rng(int(option["--seed"]))
+        ranks = rng.integers(2, 40, size=USERS) - (option["--refinement"] == "additive" and option["--layers"] == "1")
+        out = Path(option["--out"])
+        users = [str(user) for user in range(1, USERS + 1)]
+        table = {"user": users, "item": ["1"] * USERS, "position": [9] * USERS, "rank": ranks}
+        pl.DataFrame(table).write_parquet(out / "ranks_test.parquet")
+        (out / "metrics.json").write_text(json.dumps(metrics(ranks)), encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(study, "train_apart", train)
+    write(make(users=USERS, length=10, items=24), tmp_path / "lastfm.txt")
+    return commands
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    return ["--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), *more]
+
+
+@pytest.fixture(autouse=True)
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_every_run_is_trained_once(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(trained) == 8
+    assert "8 of 8 runs are done" in capsys.readouterr().out
+    assert study.main(arguments(tmp_path)) == 0 and len(trained) == 20
+    assert study.main(arguments(tmp_path, "--jobs", "2")) == 0 and len(trained) == 20
+    entries = json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))
+    wanted = {"dataset", "backbone", "variant", "refinement", "tables", "layers", "loss", "seed", "epochs", "params"}
+    wanted |= {"train_seconds", "validation", "test", "command", "commit"}
+    assert len(entries) == 20 and all(wanted <= entry.keys() and "NDCG@10" in entry["test"] for entry in entries)
+    assert not any(str(tmp_path) in json.dumps(entry) for entry in entries)
+    ranks = pl.read_parquet(out / study.RANKS)
+    assert ranks.height == 20 and set(ranks["ranks"].list.len()) == {USERS} and ranks["ranks"].list.max().max() == study.DEEPEST
+
+
+def test_a_run_is_a_training_in_a_process_of_its_own(tmp_path: Path) -> None:
+    log, out = tmp_path / "output.txt", tmp_path / "run"
+    model = ["--refinement", "none", "--hidden", "8", "--heads", "1", "--no-baseline", "--epochs", "1", "--no-progress"]
+    assert study.train_apart([*model, "--out", str(out)], log) == 0
+    assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["epochs"] == 1
+    assert study.train_apart([*model, "--heads", "0", "--out", str(out)], log) == 1
+    printed = log.read_text(encoding="utf-8")
+    assert str(out) in printed and "heads" in printed
+
+
+def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    """An entry made with other options than the plan has now is made anew and takes the old one's place."""
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    cells[0] = cells[0]._replace(options="--rank 8")
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    assert len(trained) == 5 and "--rank" in trained[-1]
+    assert len(json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))) == 4
+
+
+def test_a_default_that_changed_stops_the_study(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Commands name what differs from the defaults, so runs of the same command could otherwise be of different models."""
+    was = study.defaults()
+    assert was["data"]["rank"] == 32 and was["data"]["gate"] != was["no data"]["gate"]
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    kept = (out / study.DEFAULTS).read_text(encoding="utf-8")
+    assert json.loads(kept) == was
+    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"rank": 16}})
+    with pytest.raises(SystemExit):
+        study.main(arguments(tmp_path))
+    assert "rank is 16 with data, was 32" in capsys.readouterr().err
+    assert len(trained) == 4 and (out / study.DEFAULTS).read_text(encoding="utf-8") == kept
+    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"new": False}})  # an option that came along
+    assert (
+        study.main(arguments(tmp_path)) == 0
+        and json.loads((out / study.DEFAULTS).read_text(encoding="utf-8"))["data"]["new"] is False
+    )
+
+
+def test_the_committed_runs_had_the_defaults_of_today() -> None:
+    """An option that is new joins them when the study next runs; leaving it out must be what it was before."""
+    assert json.loads((study.RESULTS / study.DEFAULTS).read_text(encoding="utf-8")) == study.defaults()
+
+
+def test_what_the_targets_are_is_kept_beside(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "1", "--cells", "additive"))
+    (row,) = pl.read_parquet(out / study.TARGETS).iter_rows(named=True)
+    lines = [line.split()[1:-2] for line in (tmp_path / "lastfm.txt").read_text().splitlines()]
+    assert row["history"] == [9] * USERS and row["popularity"] == [sum(line.count("1") for line in lines)] * USERS
+
+
+def test_a_budget_that_is_spent_begins_nothing(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(arguments(tmp_path, "--budget", "1e-9")) == 0 and not trained
+    assert "0 of 20 runs are done, the same command goes on" in capsys.readouterr().out
+
+
+def test_two_studies_do_not_write_the_same_results(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with FileLock(out / ".study.lock"), pytest.raises(SystemExit):
+        study.main(arguments(tmp_path))
+    assert "another study.py is at work" in capsys.readouterr().err and not trained
+    assert study.main(arguments(tmp_path, "--seeds", "1")) == 0 and trained
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.main(arguments(tmp_path, "--seeds", "1", "--cells", "lastfm_none_1")) == 1  # there is no lastfm.txt
+    printed = capsys.readouterr().out
+    assert "lastfm_none_1 seed 0: awrsr train" in printed and "output.txt" in printed and "0 of 1 runs" in printed
+
+
+def test_the_list_says_what_is_missing(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.main(arguments(tmp_path, "--seeds", "2", "--cells", "additive_1"))
+    assert study.main(arguments(tmp_path, "--list")) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("core")]
+    assert [row[2] for row in rows] == ["0", "2", "0", "0"]
+
+
+def test_names_of_cells_are_names_of_folders_and_differ() -> None:
+    found = study_plan.plan()
+    assert len({cell.name for cell in found}) == len(found) == len({cell.key() for cell in found})
+    assert not any(set(cell.name) & set(" ,/") for cell in found) and {cell.group for cell in found} <= set(study_plan.GROUPS)
+
+
+def test_every_cell_is_a_command_that_training_takes() -> None:
+    from awrsr.cli import parser
+
+    takes = parser()
+    for cell in study_plan.plan():
+        parsed = takes.parse_args(["train", *cell.arguments(3)])
+        assert parsed.train.refinement == cell.refinement and parsed.train.seed == 3
+
+
+def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path))
+    found = study_gains.gather(Results(out))
+    one, deep, two = study_gains.gains(found)
+    assert (deep.question, deep.found.cell.layers, deep.base.cell.layers) == ("depth", 1, 2) and deep.verdict == "better"
+    assert one.verdict == "better" and one.low > 0 and one.p < 0.01
+    assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
+    by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
+    assert one.found.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
+    assert one.p == pytest.approx(3 / (study_gains.FLIPS + 1))  # the least that three comparisons can have
+
+
+def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_its_control(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path
+) -> None:
+    chosen = [Cell("searched", "lastfm", *each, variant="searched") for each in (("none", 2), ("value", 1))]
+    control = Cell("why", "lastfm", "additive", 1, study_plan.EQUAL, "--table-std 0")
+    ablation = chosen[1]._replace(group="ablation", variant="searched without norm", options="--no-correlation-norm")
+    wide = [Cell("recipe", "lastfm", kind, 1, "wide", "--hidden 128") for kind in ("none", "additive")]
+    cells += [*chosen, control, ablation, *wide, study_plan.control(wide[1]._replace(group="why"))]
+    study.main(arguments(tmp_path, "--seeds", "2"))
+    found = study_gains.gains(study_gains.gather(Results(out)))
+    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "searched"]
+    assert held == [(chosen[1], base) for base in (chosen[0], cells[0], cells[2])]
+    assert [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation"] == [(chosen[1], ablation)]
+    assert not any(gain.found.cell == ablation for gain in found)
+    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
+    assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
+    short = [line.split(" | ")[1:3] for line in study_tables.summary(found)[2:]]
+    assert sorted(short) == [["usual", "1"], ["wide", "1"]]
+    additive = ablation._replace(refinement="additive", variant="searched", options="")
+    plain = Cell("searched", "lastfm", "none", 1, study_plan.AS_REFINED)
+    cells += [additive, study_plan.control(additive), plain]
+    study.main(arguments(tmp_path, "--seeds", "2"))
+    found = study_gains.gains(study_gains.gather(Results(out)))
+    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation" and gain.found.cell != chosen[1]]
+    assert held == [(additive, plain), (additive, study_plan.control(additive)), (study_plan.control(additive), plain)]
+
+
+def test_equal_time_counts_the_epochs_that_fit() -> None:
+    entry = {"epochs": 4, "train_cpu_seconds": 8.0, "curve": [0.1, 0.4, 0.3, 0.5]}
+    found = study_gains.Found(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
+    assert [found.after(seconds) for seconds in (80, 8, 7.9, 2, 0.1)] == pytest.approx([0.5, 0.3, 0.25, 0.1, 0.1])
+
+
+def test_few_seeds_support_no_claim(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "4"))
+    assert {gain.verdict for gain in study_gains.gains(study_gains.gather(Results(out)))} == {"no claim"}
+
+
+def test_comparisons_that_lack_runs_are_corrected_for(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path
+) -> None:
+    """What is planned decides, not what has been run so far: runs to come cannot take back what was shown."""
+    study.main(arguments(tmp_path, "--cells", "_1"))
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    early = study_gains.gains(study_gains.gather(Results(out)))
+    assert [gain.verdict for gain in early] == ["better", "no claim", "no claim"]
+    assert early[0].p == pytest.approx(3 / (study_gains.FLIPS + 1)) and np.isnan([gain.p for gain in early[1:]]).all()
+    study.main(arguments(tmp_path))
+    assert study_gains.gains(study_gains.gather(Results(out)))[0].p <= early[0].p
+
+
+def test_cells_that_only_show_where_to_look_have_no_p_and_correct_nobodys(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path
+) -> None:
+    cells.append(cells[1]._replace(group="why", variant="rank 8", options="--rank 8", seeds=3))
+    study.main(arguments(tmp_path))
+    found = study_gains.gains(study_gains.gather(Results(out)))
+    looks = [gain for gain in found if gain.question == "why"]
+    assert [gain.verdict for gain in looks] == ["no claim"] and np.isnan(looks[0].p) and study_tables.p_text(looks[0].p) == ""
+    assert min(gain.p for gain in found if gain.complete) == pytest.approx(3 / (study_gains.FLIPS + 1))
+    page = study_tables.markdown(Results(out), study_gains.gather(Results(out)), found)
+    assert "; 3 comparisons planned, 3 of them run, Holm-corrected for all" in page
+
+
+def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path))
+    assert study_report.main(["--out", str(out)]) == 0
+    page = (out / "study.md").read_text(encoding="utf-8")
+    assert "| lastfm | additive, 1 layer | plain, 2 layers | " in page
+    assert "| lastfm | additive | 1 | 5 |" in page and "better" in page and "Every cell of the plan has all its seeds." in page
+    assert "| lastfm | 1 | history | " in page and "20 runs" in page and (out / "study_core.png").stat().st_size > 10_000
+    before = page
+    assert study_report.main(["--out", str(out)]) == 0 and (out / "study.md").read_text(encoding="utf-8") == before
+
+
+def test_missing_cells_are_shown_as_missing(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+    study.main(arguments(tmp_path, "--seeds", "3", "--cells", "_1"))
+    results = Results(out)
+    page = study_tables.markdown(results, study_gains.gather(results), [])
+    lacking = "plain, 1 layer (3 of 5); additive, 1 layer (3 of 5); plain, 2 layers (0 of 5); additive, 2 layers (0 of 5)"
+    assert f"| core | lastfm | {lacking} |" in page
+
+
+def test_a_report_of_nothing_is_refused(cells: list[Cell], out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        study_report.main(["--out", str(out)])
+    assert "holds no run of the plan" in capsys.readouterr().err
+
+
+# Searches
+
+
+def test_both_models_search_as_long_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna = pytest.importorskip("optuna")
+    from benchmarks.study import search
+
+    ran: list[list[str]] = []
+
+    def train(command: list[str], _: Path) -> int:
+        ran.append(command)
+        option = dict(zip(command, command[1:], strict=False))
+        found = {"validation": {"NDCG@10": float(option["--hidden-dropout"])}, "test": {"NDCG@10": 0.5}, "train_cpu_seconds": 1.0}
+        (Path(option["--out"]) / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(search, "train_apart", train)
+    given = ["--dataset", "wikipedia", "--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert search.main([*given, "--trials", "3"]) == 0 and len(ran) == 6
+    assert search.main([*given, "--trials", "10"]) == 0 and len(ran) == 20
+    assert sum("none" in command for command in ran) == 10 and all("--collapse" in command for command in ran)
+    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
+    for model in search.MODELS:
+        rows = [row for row in results["rows"] if row["model"] == model]
+        values = [row["validation NDCG@10"] for row in rows]
+        assert values == sorted(values, reverse=True) and [row["place"] for row in rows] == list(range(1, 11))
+        assert (
+            max(results["importances"][f"wikipedia/{model}"], key=results["importances"][f"wikipedia/{model}"].get)
+            == "hidden_dropout"
+        )
+    assert (tmp_path / "out/results.md").read_text(encoding="utf-8") == search.markdown(results)
+    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
+
+
+def test_settings_are_options_that_training_takes() -> None:
+    optuna = pytest.importorskip("optuna")
+    from awrsr.cli import parser
+    from benchmarks.study import search
+
+    takes = parser()
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for model in search.MODELS:
+        for _ in range(20):
+            flags = search.as_flags(search.settings(study.ask(), model))
+            assert (takes.parse_args(["train", *flags]).train.refinement == "none") == (model == "plain")

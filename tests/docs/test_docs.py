@@ -1,0 +1,44 @@
+"""The pages under docs/ run as they are printed, and build without a warning."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import awrsr_kernels
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+NEEDS = {"transformers.md": "transformers"}
+ELSEWHERE = {"recommenders.md"}  # runs in the environment of those libraries: tests/test_rectools.py and so on
+
+
+@pytest.mark.parametrize("page", [name for name in PAGES if name not in ELSEWHERE])
+def test_the_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page in NEEDS:
+        pytest.importorskip(NEEDS[page])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for snippet in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL):
+        exec(snippet, names)  # a page's later examples use what earlier ones made
+
+
+def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx", reason="needs the docs extra")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    assert "softmax_scale" in (tmp_path / "reference.html").read_text(encoding="utf-8")
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    reference = (DOCS / "reference.md").read_text(encoding="utf-8")
+    for name in awrsr_kernels.__all__:
+        assert f"awrsr_kernels.{name}\n" in reference, name
+
+
+def test_nothing_is_left_to_fill_in() -> None:
+    for page in PAGES:
+        assert not re.search(r"_TABLE\b|TODO|TBD|XXX", (DOCS / page).read_text(encoding="utf-8")), page

@@ -1,0 +1,174 @@
+"""Every backend and regime against the reference: outputs and all gradients, under the rule of `awrsr_kernels/tolerance.py`."""
+
+import collections
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+
+from awrsr_kernels import refined_attention
+from awrsr_kernels._torch import chunks as _fallback_chunks
+from awrsr_kernels._torch import selection as _fallback_selection
+from awrsr_kernels.tolerance import wrong_results
+
+from ..conftest import DEVICE, ENGINES
+from .problems import KINDS, Kind, Problem, disagreements, problems
+
+LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "tiled": (1, 5, 17, 40)}
+EXAMPLES = {"torch": 14, "short": 3, "tiled": 2}  # the interpreter is slow, and a GPU's kernels are compiled for each
+EXAMPLES_ONLY = settings(  # shrinking a failure would take minutes of interpreted kernels
+    phases=[Phase.generate],
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],
+)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@every_kind
+@pytest.mark.parametrize("engine", ENGINES)
+def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, choose: Callable[[str], str]) -> None:
+    if engine != "torch" and dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("needs a GPU: Triton's interpreter gets bfloat16 products wrong")
+    if engine != "torch" and dtype == torch.float64 and DEVICE != "cpu":
+        pytest.skip("needs the interpreter, that is a machine without a GPU: the kernels have no float64 there")
+    backend = choose(engine)
+    reach = 32 if engine == "short" and dtype == torch.float32 and DEVICE != "cpu" else 1000  # longer ones are tiled there
+
+    @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.gaussian)))
+    @given(problems(tuple(n for n in LENGTHS[engine] if n <= reach)))
+    def holds(problem: Problem) -> None:
+        assert disagreements(problem, kind, dtype, backend) == []
+
+    holds()
+
+
+@every_kind
+@pytest.mark.parametrize("engine", ["mixed"])
+def test_short_histories_beside_long_ones(
+    engine: str, kind: Kind, choose: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything. Additive in
+    every layout, other refinements in two each: interpreted kernels are slow."""
+    backend, went = choose(engine), collections.Counter[str]()
+    import awrsr_kernels._triton as kernels
+
+    for name in ("short_forward", "tiled_forward", "short_backward", "tiled_backward"):
+        run = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, run=run, name=name: (went.update([name]), run(*args))[1])
+    for seed, (kv_heads, table, padded, causal, side) in enumerate(
+        [
+            (2, "shared", True, True, "left"),
+            (2, "head", False, True, "right"),
+            (2, "entry", False, False, "left"),
+            (2, "entry", True, False, "left"),
+            (1, "shared", True, True, "right"),
+        ]
+    ):
+        if DEVICE == "cpu" and kind.refinement != "additive" and (seed - KINDS.index(kind)) % 5 > 1:
+            continue
+        dtype, dropout_p = (torch.float16 if seed == 1 else torch.float32), 0.3 * (seed < 3)
+        problem = Problem(
+            2, kv_heads, lengths=[20, 3, 16, 0, 5, 17, 1], padded=padded, ragged=True, extra_rows=3, widths=(16, 8, 20),
+            table=table, gate="head", side=side, causal=causal, dropout_p=dropout_p, wide_tables=False, seed=seed,
+        )  # fmt: skip
+        went.clear()
+        assert disagreements(problem, kind, dtype, backend) == []
+        assert len(went) == (4 if kv_heads == 2 else 2)  # grouped queries: tiled alone
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("causal", [True, False])
+def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: torch.dtype) -> None:
+    if DEVICE != "cpu":
+        pytest.skip("a CPU's shortcut")
+    tensors = {name: torch.randn(2, 3, 300, 24).to(dtype).requires_grad_() for name in ("q", "k", "v")}
+    doubles = {name: x.detach().double().requires_grad_() for name, x in tensors.items()}
+    dout = torch.randn(2, 3, 300, 24).to(dtype)
+
+    def results(given: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+        out = refined_attention(**given, w_q=None, w_k=None, refinement="none", causal=causal, backend=backend)
+        assert backend == "reference" or type(out.grad_fn).__name__ == "_StockAttentionBackward"
+        grads = torch.autograd.grad(out, list(given.values()), dout.to(out))
+        return {"out": out} | {f"d{name}": g for name, g in zip(given, grads, strict=True)}
+
+    found = results(tensors, "torch")
+    assert wrong_results(found, results(doubles, "reference"), results(tensors, "reference"), dtype) == []
+    with torch.no_grad():
+        out = refined_attention(**tensors, w_q=None, w_k=None, refinement="none", causal=causal, backend="torch")
+    assert wrong_results({"out": out}, {"out": results(doubles, "reference")["out"]}, {"out": found["out"]}, dtype) == []
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("refinement", ["none", "additive"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scales_of_any_sign(engine: str, refinement: str, scale: float, choose: Callable[[str], str]) -> None:
+    """With a gradient and without: torch's own attention, which hides later keys before it scales, serves some of these calls."""
+    backend, length = choose(engine), 70 if engine == "torch" else 6
+    given = [torch.randn(1, 2, length, 8, device=DEVICE) for _ in range(3)]
+    tables = [torch.randn(length, 8, device=DEVICE) if refinement != "none" else None for _ in range(2)]
+    options = {"refinement": refinement, "softmax_scale": scale} | ({"refine_scale": scale} if refinement != "none" else {})
+    dout = torch.randn(1, 2, length, 8, device=DEVICE)
+
+    def results(backend: str, learn: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        tensors = [x.to(dtype).requires_grad_(learn) for x in given]
+        out = refined_attention(*tensors, *(w if w is None else w.to(dtype) for w in tables), **options, backend=backend)
+        grads = torch.autograd.grad(out, tensors, dout.to(dtype)) if learn else ()
+        return {"out": out} | {f"d{name}": x for name, x in zip("qkv", grads, strict=False)}
+
+    for learn in (False, True):
+        exact, same = results("reference", learn, torch.float64), results("reference", learn)
+        assert wrong_results(results(backend, learn), exact, same, torch.float32) == []
+
+
+@pytest.mark.parametrize("table,causal", [("shared", True), ("head", False), ("entry", True)])
+@every_kind
+def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torch backend on a CPU: each result agrees, and windows with several histories were used."""
+    if DEVICE != "cpu":
+        pytest.skip("a CPU's way")
+    made: list[list[int]] = []
+    used: list[object] = []
+    pack = _fallback_selection._pack
+
+    def record(lengths: list[int], span: int) -> list[list[int]]:
+        windows = pack(lengths, span)
+        assert sorted(i for x in windows for i in x) == list(range(len(lengths)))
+        assert all(sum(lengths[i] for i in x) <= span for x in windows)
+        made.extend(windows)
+        return windows
+
+    shares = _fallback_chunks.Plan._find_shares
+    monkeypatch.setattr(_fallback_selection, "_SHARING_WEIGHTS", 0)
+    monkeypatch.setattr(_fallback_selection, "_pack", record)
+    monkeypatch.setattr(_fallback_chunks.Plan, "_find_shares", lambda plan, length: (used.append(plan), shares(plan, length))[1])
+    for seed, padded in enumerate([False, True]):
+        lengths = torch.randint(0, 12, (30,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50, 100]
+        problem = Problem(
+            heads=4, kv_heads=2, lengths=lengths, padded=padded, ragged=True, extra_rows=3, widths=(20, 16, 8), table=table,
+            gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
+        )  # fmt: skip
+        assert disagreements(problem, kind, torch.float32, "torch") == []
+    assert max(len(window) for window in made) > 5 and len(used) == 2
+
+
+@every_kind
+@pytest.mark.parametrize("engine", ["reference", *ENGINES])
+def test_gradcheck(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
+    if DEVICE != "cpu" and engine in ("short", "tiled"):
+        pytest.skip("float64 kernels need the interpreter, that is a machine without a GPU")
+    backend = choose(engine)
+    tensors = kind.draw((1, 2, 4, 3), (4, 2), torch.float64)
+    tensors |= {"gate": torch.randn(2, dtype=torch.float64, device=DEVICE)} if kind.refinement == "additive" else {}
+    given = [x.requires_grad_() for x in tensors.values()]
+
+    def function(*t: Tensor) -> tuple[Tensor, ...]:
+        return tuple(kind.call(**dict(zip(tensors, t, strict=True)), backend=backend).values())
+
+    assert torch.autograd.gradcheck(function, given, fast_mode=backend == "triton")
+    if backend == "reference":
+        assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
