@@ -1,58 +1,134 @@
-"""The recommender's imports go one way: the operator enters by one door, and what reads data knows nothing of models."""
+"""The tree is the architecture: imports go down the floors named here and never in circles, and every file is small and says its purpose."""
 
 import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-import awrsr
+import pytest
 
-ROOT = Path(awrsr.__file__).parent
-ARROWS = {  # module: those of the package that it may import, at its head or inside a function
-    "options": set(),
-    "config": {"data", "options"},
-    "files": set(),
-    "data": {"files", "options"},
-    "attention": set(),
-    "batches": {"data"},
-    "distance": {"attention"},
-    "losses": {"distance"},
-    "cooccurrence": {"data"},
-    "loop": {"config", "files"},
-    "recommender": {"batches", "config", "data", "distance", "files", "train"},
-    "model": {"attention", "config", "distance", "recommender"},
-    "ranking": {"batches", "data", "files", "recommender"},
-    "train": {"batches", "config", "cooccurrence", "data", "files", "loop", "losses", "ranking", "recommender"},
-    "tables": {"files", "recommender"},
-    "significance": set(),
-    "compare": {"config", "files", "ranking", "significance"},
-    "explain": {"files"},
-    "analyse": {"config", "data", "model", "ranking", "recommender", "significance"},
-    "analysis_page": {"analyse", "config"},
-    "export": {"attention", "files", "model"},
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import those before it
+
+# The floors of each package, the lowest first. A room is a module or a folder; it imports rooms of lower floors alone.
+FLOORS = {
+    "awrsr_kernels": [
+        "torch_state tolerance",
+        "checks dropout gaussian launch_config",
+        "call tuned",
+        "windows operators",
+        "reference _torch _triton",
+        "backends",
+        "jagged cache tables",
+        "api",
+        "stochastic decoding",
+        "module",
+        "integrations tuning compile_report",
+        "tune __init__",
+    ],
+    "awrsr": [
+        "files options",
+        "data",
+        "config",
+        "models",
+        "evaluation",
+        "training",
+        "recommender",
+        "analysis export",
+        "cli",
+        "__init__ __main__",
+    ],
 }
-COMMANDS = {"cli", "commands", "__main__", "__init__"}  # these put the others together
+TRITON = {"_triton", "tuning", "tuned", "compile_report"}  # the rooms that may import Triton
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 450, 110
 
 
-def imports(path: Path) -> list[tuple[str, int]]:
-    """(module, how many folders up; 0 for one outside the package) of every import in a file."""
-    found: list[tuple[str, int]] = []
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, anywhere in it: a module, or a module and a name of it."""
+    package = module_of(path).split(".")
+    package = package if path.name == "__init__.py" else package[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found += [(each.name, 0) for each in node.names]
+            yield from (each.name for each in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found += [(node.module, node.level)] if node.module else [(each.name, node.level) for each in node.names]
-    return found
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), each.name]) for each in node.names)
 
 
-def test_imports_go_one_way() -> None:
-    for path in ROOT.rglob("*.py"):
-        inside = path.relative_to(ROOT)
-        module = inside.parts[0].removesuffix(".py")
-        for name, level in imports(path):
-            if level == len(inside.parts) and module not in COMMANDS:
-                assert name.split(".")[0] in ARROWS[module], f"{inside} imports {name}"
-            assert not name.startswith(("benchmarks", "tests")), f"{inside} imports {name}"
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down(package: str) -> None:
+    floor = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms.split()}
+    for path in python_files(package):
+        room = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] in PACKAGES[PACKAGES.index(package) + 1 :]:
+                raise AssertionError(f"{path.relative_to(ROOT)} imports {name} from a package above its own")
+            if parts[0] == package and len(parts) > 1 and parts[1] in floor and parts[1] != room:
+                assert floor[parts[1]] < floor[room], f"{path.relative_to(ROOT)} imports {name}, which is not on a floor below"
 
 
-def test_the_operator_enters_by_one_door() -> None:
-    doors = {path.name for path in ROOT.rglob("*.py") if any(name.startswith("awrsr_kernels") for name, _ in imports(path))}
-    assert doors == {"attention.py"}
+def test_benchmarks_share_what_is_common() -> None:
+    for path in python_files("benchmarks/common"):
+        assert not [name for name in imports(path) if name.startswith("benchmarks.") and not name.startswith("benchmarks.common")], path
+
+
+def test_no_import_is_circular() -> None:
+    modules = {module_of(path): path for path in python_files("awrsr_kernels", "awrsr", "benchmarks")}
+    arrows: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = {name if name in modules else name.rpartition(".")[0] for name in imports(path)}
+        arrows[module] = {name for name in names if name in modules and name != module}
+    list(graphlib.TopologicalSorter(arrows).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_operator_enters_the_recommender_by_one_door() -> None:
+    doors = [path for path in python_files("awrsr") if any(name.startswith("awrsr_kernels") for name in imports(path))]
+    assert [path.relative_to(ROOT / "awrsr").as_posix() for path in doors] == ["models/attention.py"]
+
+
+def test_triton_is_imported_where_kernels_are() -> None:
+    for path in python_files("awrsr_kernels", "awrsr"):
+        room = path.relative_to(ROOT).parts[1].removesuffix(".py")
+        assert room in TRITON or not [name for name in imports(path) if name.split(".")[0] == "triton"], path
+
+
+def is_kernel(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is device code: a long kernel keeps in registers what a split one would have to hand over."""
+    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def test_files_are_short_and_say_what_they_are_for() -> None:
+    for path in [*python_files(*PACKAGES), ROOT / "setup.py"]:
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        tree = ast.parse(text)
+        assert text.count("\n") <= MOST_LINES, f"{name} has {text.count(chr(10))} lines"
+        purpose = ast.get_docstring(tree) or ""
+        assert purpose[:1].isupper() or purpose[:1] in "`AI", f"{name} does not open with a sentence: {purpose[:60]!r}"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
+                lines = (node.end_lineno or node.lineno) - node.lineno
+                assert lines <= MOST_LINES_OF_A_FUNCTION, f"{name}: {node.name} has {lines} lines"
+
+
+def forwarding_files() -> list[str]:
+    """Commands at the old places, which only forward."""
+    found = [path for path in (ROOT / "benchmarks").glob("*.py") if "forwards to" in path.read_text(encoding="utf-8")]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+@pytest.mark.parametrize("command", [*forwarding_files(), "awrsr_kernels.tune"])
+def test_old_commands_still_run(command: str) -> None:
+    arguments = [command] if command.endswith(".py") else ["-m", command]
+    done = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert not done.returncode and "usage:" in done.stdout, done.stderr
