@@ -22,23 +22,31 @@ from torch import Tensor
 
 from .launch import RUNTIME, Problem, allocate, ceil_div, launch
 from .primitives import (
-    LOG2E,
     correlation_points,
     dot,
     drop_by_word,
     keep_word,
     load_gate,
+    load_table,
     load_tile,
-    locate,
-    score_tile,
+    padding_seats,
     seats,
     shared_seats,
     slope_of_points,
     softmax_tile,
     store_tile,
+    store_zeros,
     visible_in_shared_tile,
-    zero_padding,
 )
+
+
+@triton.jit
+def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK_L, BLOCK_R]: Q_A or K_A, as P times a table; with POINTS those of "stochastic". In the dtype of `first`."""
+    tile = dot(first, w_tile, PRECISION)
+    if POINTS:
+        tile = correlation_points(tile, R, BLOCK_R)
+    return tile.to(first.dtype)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -53,43 +61,37 @@ def _short_fwd_kernel(
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head, kv_head = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP
     begin = (tl.program_id(0) // heads) * run
     last = tl.minimum(begin + run, batch)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    POINTS: tl.constexpr = REFINEMENT == "stochastic"
 
     sequence = begin
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
-            taken, first_row, length, seat, table_seat = shared_seats(
+            taken, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            entry = sequence + seat[2].to(tl.int32)
             sequence += taken
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
-            q_tile = load_tile(q, head, seat, D, BLOCK_D)
-            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
-            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
+            k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
             weights = first
-            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             if GAUSSIAN:
-                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
+                v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
 
             if REFINEMENT != "none":
-                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
-                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first.to(DTYPE), w_q_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    q_a = correlation_points(q_a, R, BLOCK_R)
-                q_a = q_a.to(DTYPE)
-                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    k_a = correlation_points(k_a, R, BLOCK_R)
-                k_a = k_a.to(DTYPE)
-                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
-                weights = softmax_tile(scores * (refine_scale * LOG2E), visible)
+                w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_L, BLOCK_R]
+                w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+                q_a = correlation_tile(first.to(DTYPE), w_q_tile, POINTS, R, BLOCK_R, PRECISION)
+                k_a = correlation_tile(first.to(DTYPE), w_k_tile, POINTS, R, BLOCK_R, PRECISION)
+                weights = softmax_tile(q_a, k_a, visible, refine_scale, POINTS, PRECISION)
                 if REFINEMENT == "value":
                     v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
                     if GAUSSIAN:
@@ -100,19 +102,18 @@ def _short_fwd_kernel(
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
-            tile = dot(weights.to(DTYPE), v_tile, PRECISION)
-            store_tile(out, head, seat, tile, DV, BLOCK_DV)
+            store_tile(out, head, seat, dot(weights.to(DTYPE), v_tile, PRECISION), DV, BLOCK_DV)
             if GAUSSIAN:
-                tile = dot((weights * weights).to(DTYPE), v_cov_tile, PRECISION)
+                tile = dot((weights * weights).to(DTYPE), v_cov_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
-            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-            zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
+            store_zeros(out, head, padding, DV, BLOCK_DV)
             if GAUSSIAN:
-                zero_padding(out_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+                store_zeros(out_cov, head, padding, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -127,11 +128,13 @@ def _short_bwd_kernel(
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
+    head, kv_head, split = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP, tl.program_id(0) // heads
     begin = split * run
     last = tl.minimum(begin + run, batch)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    POINTS: tl.constexpr = REFINEMENT == "stochastic"
     gate = load_gate(gate_ptr, gate_stride, head, ACC)
     dgate = tl.zeros((BLOCK_L,), ACC)
     dw_q_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
@@ -140,50 +143,44 @@ def _short_bwd_kernel(
     sequence = begin
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
-            taken, first_row, length, seat, table_seat = shared_seats(
+            taken, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            entry = sequence + seat[2].to(tl.int32)
             sequence += taken
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
-            q_tile = load_tile(q, head, seat, D, BLOCK_D)
-            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
-            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
+            k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
+            v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
-            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
 
             first_half = first.to(DTYPE)
             weights = first
             values = v_tile
             if GAUSSIAN:
-                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
+                v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
                 dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
                 values_cov = v_cov_tile
             if REFINEMENT != "none":
-                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
-                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first_half, w_q_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    q_a = correlation_points(q_a, R, BLOCK_R)
-                q_a = q_a.to(DTYPE)
-                k_a = dot(first_half, w_k_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    k_a = correlation_points(k_a, R, BLOCK_R)
-                k_a = k_a.to(DTYPE)
+                w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_L, BLOCK_R]
+                w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+                q_a = correlation_tile(first_half, w_q_tile, POINTS, R, BLOCK_R, PRECISION)
+                k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
                 if REFINEMENT == "value":
                     values = dot(first_half, v_tile, PRECISION).to(DTYPE)
                     if GAUSSIAN:
                         values_cov = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
-                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
-                higher = softmax_tile(scores * (refine_scale * LOG2E), visible)
+                higher = softmax_tile(q_a, k_a, visible, refine_scale, POINTS, PRECISION)
                 weights = higher
                 if REFINEMENT == "additive":
                     weights = first + gate * higher
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+
+            # Through the outputs to the weights
             if GAUSSIAN:
                 squares = tl.trans((weights * weights).to(DTYPE))
                 through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
@@ -193,22 +190,25 @@ def _short_bwd_kernel(
                 dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
+
+            # Through the higher-order weights to the correlation space
             if REFINEMENT != "none":
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
                     dgate += inner
                 dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
-                dq_a = dot(dhigher, k_a, PRECISION)
-                if REFINEMENT == "stochastic":
+                dq_a = dot(dhigher, k_a, PRECISION)  # [BLOCK_L, BLOCK_R]
+                if POINTS:
                     dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
                 dq_a = dq_a.to(DTYPE)
                 dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
-                if REFINEMENT == "stochastic":
+                if POINTS:
                     dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
                     dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
                 dk_a = dk_a.to(DTYPE)
 
-            dvalues = dot(weights, dout_tile, PRECISION)
+            # To the values
+            dvalues = dot(weights, dout_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
             if REFINEMENT == "value":
                 dvalues_half = dvalues.to(DTYPE)
             else:
@@ -221,6 +221,8 @@ def _short_bwd_kernel(
                     dvalues_cov_half = dvalues_cov.to(DTYPE)
                     dvalues_cov = dot(tl.trans((first * first).to(DTYPE)), dvalues_cov_half, PRECISION)
                 store_tile(dv_cov, head, seat, dvalues_cov, DV, BLOCK_DV)
+
+            # To the first-order weights
             if REFINEMENT == "none":
                 dfirst = dweights
             else:
@@ -235,8 +237,9 @@ def _short_bwd_kernel(
                 else:
                     dfirst += dweights
 
+            # To queries, keys and tables
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
-            dkeys = dot(tl.trans(dscores), q_tile, PRECISION)
+            dkeys = dot(tl.trans(dscores), q_tile, PRECISION)  # [BLOCK_L, BLOCK_D]
             if GAUSSIAN:
                 dkeys -= k_tile.to(ACC) * tl.sum(dscores.to(ACC), 0)[:, None]
             store_tile(dk, head, seat, dkeys, D, BLOCK_D)
@@ -257,18 +260,17 @@ def _short_bwd_kernel(
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
-            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-            zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
-            zero_padding(dk, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
-            zero_padding(dv, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
+            store_zeros(dq, head, padding, D, BLOCK_D)
+            store_zeros(dk, head, padding, D, BLOCK_D)
+            store_zeros(dv, head, padding, DV, BLOCK_DV)
             if GAUSSIAN:
-                zero_padding(dv_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+                store_zeros(dv_cov, head, padding, DV, BLOCK_DV)
             if PER_ENTRY:
-                zero_padding(dw_q, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
-                zero_padding(dw_k, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
+                store_zeros(dw_q, head, padding, R, BLOCK_R)
+                store_zeros(dw_k, head, padding, R, BLOCK_R)
     if REFINEMENT != "none" and not PER_ENTRY:
-        rows = tl.arange(0, BLOCK_L)
-        partial = seats(split, begin * 0, rows, BLOCK_L)
+        partial = seats(split, begin * 0, tl.arange(0, BLOCK_L), BLOCK_L)
         store_tile(dw_q, head, partial, dw_q_sum, R, BLOCK_R)
         store_tile(dw_k, head, partial, dw_k_sum, R, BLOCK_R)
     if dgate_ptr is not None:
