@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
 from .torch_state import autocast, batched, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
+REFINEMENTS = ("none", "simple", "value", "additive")
+GAUSSIAN_REFINEMENTS = (*REFINEMENTS, "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_FEATURES = 256
 ROWS = "; what decides rows: max_len of RefinedMultiheadAttention, max_positions of a refined transformers model"
@@ -338,7 +339,7 @@ def _shape(x: Any) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
-def no_transform(backend: str, given: Inputs) -> None:
+def no_transform(backend: str, tensors: Iterable[Tensor | None]) -> None:
     if transformed():
         raise ValueError(
             f'backend is "{backend}"; it must be "reference" under torch.func (vmap, grad, jvp ...). Or leave that out: instead of '
@@ -346,7 +347,7 @@ def no_transform(backend: str, given: Inputs) -> None:
             "sequences); instead of grad, call torch.autograd.grad"
         )
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in given):
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(f'backend is "{backend}", which has no forward mode AD; it must be "reference"')
 
 

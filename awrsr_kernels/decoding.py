@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .api import choose_backend, run
+from .backends import choose_backend, run
 from .cache import RefinedCache
 from .call import Call, Inputs
 from .launch_config import table_features
@@ -245,7 +245,7 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
     found: list[Tensor] = []
     for pack in packs:
         joint = pack[0] if len(pack) == 1 else torch.cat(pack, -1)
-        out = run(Inputs(q, k, joint, None, None, None, lengths, None), None, call, backend)[0]
+        out = run(Inputs(q, k, joint, None, None, None, lengths), call, None, backend)[0]
         found += out.split([x.shape[-1] for x in pack], -1)
     return found
 

@@ -1,6 +1,8 @@
 """The short regime: a tile holds whole heads, every matrix stays on chip, one launch forward and one backward.
 
-L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_L, BLOCK_D]` is the shape of a tile.
+
+A program owns one head of a run of consecutive sequences and seats as
 many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
 sequences in one tile do not see each other. Sequences of more than `reach` items are passed over: the tiled kernels take them,
 which pass over the others in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`;
@@ -20,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
     correlation_points,
     dot,
@@ -38,6 +40,8 @@ from .primitives import (
     store_zeros,
     visible_in_shared_tile,
 )
+from .problem import Problem
+from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
 
 
 @triton.jit
@@ -284,7 +288,7 @@ def short_buffers(problem: Problem) -> dict[str, Tensor]:
     return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
-def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
+def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v); in `outs`, if the tiled kernels have written longer sequences there."""
     p = problem
     outs = list(short_buffers(p).values()) if outs is None else outs
@@ -295,40 +299,40 @@ def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Te
         out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
         reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
-        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
     return outs
 
 
-def short_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; found: those that the tiled kernels have begun."""
+def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those that the tiled kernels have begun."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients() if found is None else found[:3]
-    dv_cov = p.covariance_gradient() if found is None or not p.call.gaussian else found[-1]
-    dk_heads, dv_heads, dv_cov_heads = (p.per_query_head(x) for x in (dk, dv, dv_cov))
+    dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
+    dv_cov = p.covariance_gradient() if tiled is None or not p.call.gaussian else tiled[-1]
+    dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
     if p.w_q is None:
         dw_q = dw_k = dq
     elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients() if found is None else found[3:5]
+        dw_q, dw_k = p.table_gradients() if tiled is None else tiled[3:5]
     else:
-        partials = p.partial_tables(splits, block)
+        partials = partial_tables(p, splits, block)
         dw_q, dw_k = partials
     dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
+    packed_tables = p.call.per_entry and p.call.varlen
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
         dout=p.view(douts[0]), dout_cov=p.gaussian_view(douts[-1]),
         dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.gaussian_view(dv_cov_heads),
-        dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
+        dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
-        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
-    if p.w_q is not None and not p.call.per_entry:
-        dw_q, dw_k = p.sum_tables(partials)
-    inputs = [p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)]
-    dgate, dv_cov = None if dgate is None else dgate.sum(0), p.sum_group(dv_cov_heads, dv_cov)
-    results = p.results([dq, *inputs], [dw_q, dw_k], dgate, dv_cov)
-    return results if found is None else p.add_sums(found, results)
+    tables = [] if p.w_q is None else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
+    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
+    dv_cov = sum_query_heads(p, dv_cov_heads, dv_cov)
+    gradients = in_order(p, items, tables, None if dgate is None else dgate.sum(0), dv_cov)
+    return gradients if tiled is None else add_regimes(p, tiled, gradients)

@@ -1,6 +1,9 @@
 """The tiled regime, forward: any length, in flash-attention's manner, with the tables as values.
 
-L positions, D, DV, R features of q, v and the tables. One kernel, launched once per stage:
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
+keys.
+
+One kernel, launched once per stage:
 
     "none"    out = P V
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
@@ -24,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
     correlation_points,
@@ -46,6 +49,7 @@ from .primitives import (
     table_start,
     visible_tile,
 )
+from .problem import Problem
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -191,7 +195,7 @@ def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
     }
 
 
-def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
+def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
     """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
     p, refinement = problem, problem.call.refinement
     dropped = refinement in ("none", "additive") or higher
@@ -208,7 +212,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
         "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
     }
-    views = dict(p.inputs)
+    views = dict(p.tensors)
     if not values:
         views["v_cov"] = None
     rest = buffers.get("higher_rest" if higher else "first_rest")
@@ -225,16 +229,20 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     return arguments | views | groups
 
 
-def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool) -> dict[str, Any]:
+def other_stage_arguments(
+    problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool
+) -> dict[str, Any]:
     """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none.
-    here: arguments of the stage itself."""
-    there = stage(problem, buffers, not higher) if needed else here
+
+    here: arguments of the stage itself.
+    """
+    there = stage_arguments(problem, buffers, not higher) if needed else here
     found = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
     return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
 
 
-def tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
+def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
     buffers = tiled_buffers(p, keep)
@@ -247,8 +255,8 @@ def tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
         kept = "higher" if higher else "first"
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
-        arguments = stage(p, buffers, higher)
-        arguments |= other_stage(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
+        arguments = stage_arguments(p, buffers, higher)
+        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
         del arguments["other_gate_ptr"]  # 1 in stage 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,

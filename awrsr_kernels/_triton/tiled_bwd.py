@@ -1,7 +1,10 @@
 """The tiled regime, backward: weights are recomputed from the saved log-sum-exps, every sum has one owner, no atomics.
 
-L positions, D, DV, R features of q, v and the tables. A stage recomputes its weights p from what plays q and k in it, and what
-reaches them is a sum of outer products, g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
+keys.
+
+A stage recomputes its weights p from what plays q and k in it, and what reaches them is a sum of outer products,
+g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
 
     delta = rowsum(p*g), taken from what the forward saved: rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + rowsum(dO*O)
     ds    = scale p*(g - delta)         dq = ds k         dk = ds^T q         dv = (p*Z)^T dO        dW = p^T [dQ_A | dK_A]
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
     before_points,
     dot,
@@ -38,7 +41,9 @@ from .primitives import (
     table_start,
     visible_tile,
 )
-from .tiled import other_stage, stage, tiled_widths
+from .problem import Problem
+from .reduce import in_order, partial_tables, sum_tables
+from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -119,7 +124,9 @@ def _tiled_bwd_rows_kernel(
                 mixed = weights
                 if other_q is not None:
                     other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
-                    other = known_softmax_tile(other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION)
+                    other = known_softmax_tile(
+                        other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION
+                    )
                     mixed = gate * weights + other_gate * other
                 cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
                 dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
@@ -306,7 +313,7 @@ def _tiled_bwd_tables_kernel(
     store_tile(dw_k, head, table_seat, dw_k_sum, R, BLOCK_R)
 
 
-class _Backward:
+class TiledBackward:
     """The launches of one backward and the tensors between them."""
 
     def __init__(self, problem: Problem, saved: list[Tensor]) -> None:
@@ -321,11 +328,12 @@ class _Backward:
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
 
-    def stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
+    def launch_stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
         """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
-        arguments = stage(p, saved, higher)
-        arguments |= other_stage(p, saved, higher, arguments, needed=p.call.gaussian and p.call.refinement == "additive")
+        needed = p.call.gaussian and p.call.refinement == "additive"
+        arguments = stage_arguments(p, saved, higher)
+        arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
@@ -356,7 +364,7 @@ class _Backward:
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip
 
-    def tables(self) -> list[Tensor]:
+    def launch_tables(self) -> list[Tensor]:
         """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
@@ -365,36 +373,37 @@ class _Backward:
         if per_entry:
             dw_q, dw_k = p.table_gradients()
         else:
-            partials = p.partial_tables(splits, p.call.max_len)
+            partials = partial_tables(p, splits, p.call.max_len)
             dw_q, dw_k = partials
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
-        shared = {name: value for name, value in stage(p, self.saved, higher=False).items() if name in used}
+        shared = {name: value for name, value in stage_arguments(p, self.saved, higher=False).items() if name in used}
         launch(
             _tiled_bwd_tables_kernel, (tiles * splits * p.heads,), tile, p.q.device,
             dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
             splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
         )  # fmt: skip
-        return [dw_q, dw_k] if per_entry else p.sum_tables(partials)
+        return [dw_q, dw_k] if per_entry else sum_tables(p, partials)
 
 
-def tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `tiled_forward` returned."""
+def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `launch_tiled_forward` returned."""
     p, refinement = problem, problem.call.refinement
-    step = _Backward(p, saved)
+    step = TiledBackward(p, saved)
     dvs = [step.dv, step.dv_cov]
     if refinement == "none":
-        step.stage(False, douts, dvs)
+        step.launch_stage(False, douts, dvs)
     elif refinement == "value":
         between = [step.space(p.v.shape[-1]) for _ in douts]
-        step.stage(True, douts, [between[0], between[-1]])
-        step.stage(False, between, dvs)
+        step.launch_stage(True, douts, [between[0], between[-1]])
+        step.launch_stage(False, between, dvs)
     elif refinement == "additive":  # squares are of both stages together, so that one of them gives dv_cov
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
-        step.stage(True, douts, [from_higher, None])
-        step.stage(False, douts, dvs, dv_added=from_higher)
+        step.launch_stage(True, douts, [from_higher, None])
+        step.launch_stage(False, douts, dvs, dv_added=from_higher)
     else:
-        step.stage(True, douts, dvs)
-        step.stage(False, douts, dvs)
-    tables = step.tables() if p.w_q is not None else []
-    return p.results([step.dq, step.dk, step.dv], tables, None if step.dgate is None else step.dgate.sum((0, 2)), step.dv_cov)
+        step.launch_stage(True, douts, dvs)
+        step.launch_stage(False, douts, dvs)
+    tables = step.launch_tables() if p.w_q is not None else []
+    dgate = None if step.dgate is None else step.dgate.sum((0, 2))
+    return in_order(p, [step.dq, step.dk, step.dv], tables, dgate, step.dv_cov)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from awrsr_kernels import RefinedCache, decoding, refined_attention, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
 from benchmarks.operator import decode_bench
 

@@ -77,21 +77,21 @@ def test_the_torch_backend_is_a_wellformed_operator(kind: Kind, layout: str) -> 
 @pytest.mark.parametrize("kind", [Kind("none"), Kind("additive", True)], ids=str)
 def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
     choose(engine)
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import autograd
 
     q, w = torch.randn(2, 2, 6, 8, device=DEVICE), torch.randn(1, 1, 6, 4, device=DEVICE)
     tables = (None, None) if kind.refinement == "none" else (w, w.clone())
     gate = torch.ones(1, device=DEVICE) if kind.refinement == "additive" else None
     tensors = (q, q.clone(), q.clone(), *tables, gate, None, None, q.clone() if kind.gaussian else None)
     call = (kind.refinement, True, False, True, 6, False, 0.3, 0.5, 0.0, kind.gaussian)
-    torch.library.opcheck(kernels._forward_op, (*tensors, *call, True))
-    found, outputs = kernels._forward_op(*tensors, *call, True), 1 + kind.gaussian
-    assert len(kernels._forward_op(*tensors, *call, False)) == outputs
+    torch.library.opcheck(autograd.forward_op, (*tensors, *call, True))
+    found, outputs = autograd.forward_op(*tensors, *call, True), 1 + kind.gaussian
+    assert len(autograd.forward_op(*tensors, *call, False)) == outputs
     saved = found if len(found) > outputs else []
     assert len(saved) == {"short": 0, "tiled": {"none": 2, "additive": 10}[kind.refinement]}[engine]
     assert max((x.numel() for x in saved), default=0) <= q.numel()  # nothing of the size of L x L
     douts = [torch.randn_like(q) for _ in range(outputs)]
-    torch.library.opcheck(kernels._backward_op, (douts, saved, *tensors, *call))
+    torch.library.opcheck(autograd.backward_op, (douts, saved, *tensors, *call))
 
 
 @pytest.mark.parametrize("engine", ["short", "tiled"])

@@ -273,11 +273,11 @@ TINY = Case(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """Kernels by name with the configuration that each is launched with."""
     pytest.importorskip("triton", reason="needs Triton")
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import short, tiled, tiled_bwd
 
     seen: list[tuple[str, Config]] = []
-    inner = kernels.launch.launch
-    for module in (kernels.short, kernels.tiled, kernels.tiled_bwd):
+    inner = short.launch
+    for module in (short, tiled, tiled_bwd):
 
         def launch(kernel, grid, config, device, **arguments) -> None:  # type: ignore[no-untyped-def]
             block = arguments.get("BLOCK_L") or (arguments["BLOCK_M"], arguments["BLOCK_N"])
@@ -326,12 +326,12 @@ def test_candidates_are_compiled_ahead_while_there_is_time(monkeypatch: pytest.M
 
 def test_what_a_kernel_leaves_unwritten_is_wrong(monkeypatch: pytest.MonkeyPatch, launches: list) -> None:
     """Even where the memory that it was given holds the right result of a candidate before it."""
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import short
 
     torch.use_deterministic_algorithms(False)
     workload = Workload(TINY, torch.device(DEVICE))
     assert workload.wrong() == []
-    monkeypatch.setattr(kernels.short, "launch", lambda *_, **more: None)
+    monkeypatch.setattr(short, "launch", lambda *_, **more: None)
     assert any(line.startswith("out is off by nan") for line in workload.wrong())
     assert not torch.are_deterministic_algorithms_enabled()
 
