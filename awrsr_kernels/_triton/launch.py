@@ -10,7 +10,7 @@ from ..launch_config import Config
 
 View = tuple[Tensor, int, int, int]  # and strides of entries, heads and rows
 
-# Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
+# Numbers that kernels are not specialised for: a launch with other lengths or another batch compiles nothing anew.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
 RUNTIME += ["drop_threshold", "capacity"]
 
