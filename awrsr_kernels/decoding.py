@@ -242,12 +242,12 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
         if sum(each.shape[-1] for each in packs[-1]) + x.shape[-1] > checks.MAX_FEATURES:
             packs.append([])
         packs[-1].append(x)
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for pack in packs:
         joint = pack[0] if len(pack) == 1 else torch.cat(pack, -1)
         out = run(Inputs(q, k, joint, None, None, None, lengths), call, None, backend)[0]
-        found += out.split([x.shape[-1] for x in pack], -1)
-    return found
+        results += out.split([x.shape[-1] for x in pack], -1)
+    return results
 
 
 # One position

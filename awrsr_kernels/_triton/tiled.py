@@ -169,21 +169,21 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
     """
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
-    found: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
-    found["first_lse"] = None
+    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
+    widths["first_lse"] = None
     if refinement != "none":
-        found |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
+        widths |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
     kinds = ("values", "cov") if p.call.gaussian else ("values",)
     if refinement in ("value", "additive"):
-        found |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
+        widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
-        found |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
+        widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
     if p.q.dtype.itemsize == 2 and (keep or (p.call.gaussian and refinement == "additive")):
         if refinement != "none":
-            found["higher_rest"] = d_v * len(kinds)
+            widths["higher_rest"] = d_v * len(kinds)
         meets_values = refinement in ("none", "value", "additive")
-        found["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
-    return found
+        widths["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
+    return widths
 
 
 def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
@@ -237,9 +237,9 @@ def other_stage_arguments(
     here: arguments of the stage itself.
     """
     there = stage_arguments(problem, buffers, not higher) if needed else here
-    found = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
+    taken = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
-    return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
+    return {name: there[x] if needed else None for name, x in taken.items()} | {name: there[x] for name, x in widths.items()}
 
 
 def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
