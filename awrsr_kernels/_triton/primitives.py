@@ -59,6 +59,12 @@ def seats(entry, start, rows, length):
 
 
 @triton.jit
+def key_seats(entry, start, table_start, columns, length):
+    """Seats of the keys of one sequence: in the inputs and in the tables."""
+    return seats(entry, start, columns, length), seats(entry, table_start, columns, length)
+
+
+@triton.jit
 def padded_seats(entry, start, rows, length, total, PADDED: tl.constexpr):
     """Seats to store at: with PADDED the rows from `length` to `total` are those of the padding, which wraps around `total`."""
     if PADDED:

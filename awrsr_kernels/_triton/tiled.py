@@ -33,6 +33,7 @@ from .primitives import (
     correlation_points,
     dot,
     keep_tile,
+    key_seats,
     known_softmax_tile,
     load_gate,
     load_rows,
@@ -98,8 +99,7 @@ def _tiled_fwd_kernel(
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        column_seat = seats(entry, start, columns, length)
-        table_seat = seats(entry, w_start, columns, length)
+        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
         visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
         k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)

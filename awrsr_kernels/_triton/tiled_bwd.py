@@ -26,6 +26,7 @@ from .primitives import (
     before_points,
     dot,
     keep_tile,
+    key_seats,
     known_softmax_tile,
     load_gate,
     load_rows,
@@ -61,6 +62,10 @@ def _tiled_bwd_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
@@ -69,10 +74,6 @@ def _tiled_bwd_rows_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     seat = seats(entry, start, rows, length)
     at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-    q_ptr, _, _, _ = q
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
 
     q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
@@ -111,8 +112,7 @@ def _tiled_bwd_rows_kernel(
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        column_seat = seats(entry, start, columns, length)
-        table_seat = seats(entry, w_start, columns, length)
+        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
         visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
         k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
@@ -169,10 +169,9 @@ def _tiled_bwd_columns_kernel(
     first_column = (tl.program_id(0) // (batch * owners)) * BLOCK_N
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     columns = first_column + tl.arange(0, BLOCK_N)
-    column_seat = seats(entry, start, columns, length)
-    padded_seat = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
-    table_seat = seats(entry, w_start, columns, length)
+    column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+    padded_seat = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
