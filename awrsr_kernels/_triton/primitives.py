@@ -59,9 +59,9 @@ def seats(entry, start, rows, length):
 
 
 @triton.jit
-def key_seats(entry, start, table_start, columns, length):
+def key_seats(entry, start, w_start, columns, length):
     """Seats of the keys of one sequence: in the inputs and in the tables."""
-    return seats(entry, start, columns, length), seats(entry, table_start, columns, length)
+    return seats(entry, start, columns, length), seats(entry, w_start, columns, length)
 
 
 @triton.jit

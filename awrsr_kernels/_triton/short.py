@@ -53,6 +53,61 @@ def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK
     return tile.to(first.dtype)
 
 
+@triton.jit
+def higher_weights(
+    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
+    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
+    that the weights meet, [BLOCK_L, BLOCK_DV]. first, first_half: P, and P in the dtype of the products."""
+    POINTS: tl.constexpr = REFINEMENT == "stochastic"
+    DTYPE: tl.constexpr = first_half.dtype
+    w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
+    w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+    q_a = correlation_tile(first_half, w_q_tile, POINTS, R, BLOCK_R, PRECISION)
+    k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
+    if REFINEMENT == "value":
+        v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
+        if GAUSSIAN:
+            v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
+    higher = softmax_tile(q_a, k_a, visible, scale, POINTS, PRECISION)
+    return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
+
+
+@triton.jit
+def correlation_gradients(
+    higher, q_a, k_a, dweights, inner, scale, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR), scale: that of T times the gate."""
+    ACC: tl.constexpr = higher.dtype
+    dhigher = (higher * (dweights - inner[:, None]) * scale).to(q_a.dtype)
+    dq_a = dot(dhigher, k_a, PRECISION)
+    if POINTS:
+        dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
+    dq_a = dq_a.to(q_a.dtype)
+    dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
+    if POINTS:
+        dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
+        dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
+    return dq_a, dk_a.to(q_a.dtype)
+
+
+@triton.jit
+def zero_gradients(
+    dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store zeros at the seats of padding in every gradient that has a row per item."""
+    store_zeros(dq, head, padding, D, BLOCK_D)
+    store_zeros(dk, head, padding, D, BLOCK_D)
+    store_zeros(dv, head, padding, DV, BLOCK_DV)
+    if dv_cov is not None:
+        store_zeros(dv_cov, head, padding, DV, BLOCK_DV)
+    if PER_ENTRY:
+        store_zeros(dw_q, head, padding, R, BLOCK_R)
+        store_zeros(dw_k, head, padding, R, BLOCK_R)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_fwd_kernel(
     q, k, v, v_cov, w_q, w_k, out, out_cov,
@@ -70,7 +125,6 @@ def _short_fwd_kernel(
     last = tl.minimum(begin + run, batch)
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    POINTS: tl.constexpr = REFINEMENT == "stochastic"
 
     sequence = begin
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
@@ -86,29 +140,24 @@ def _short_fwd_kernel(
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
             weights = first
-            v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
+            values = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
+            values_cov = values
             if GAUSSIAN:
-                v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
-
+                values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
-                w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_L, BLOCK_R]
-                w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-                q_a = correlation_tile(first.to(DTYPE), w_q_tile, POINTS, R, BLOCK_R, PRECISION)
-                k_a = correlation_tile(first.to(DTYPE), w_k_tile, POINTS, R, BLOCK_R, PRECISION)
-                weights = softmax_tile(q_a, k_a, visible, refine_scale, POINTS, PRECISION)
-                if REFINEMENT == "value":
-                    v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
-                        v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
+                weights, _, _, _, _, values, values_cov = higher_weights(
+                    first, first.to(DTYPE), visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
+                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
 
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
-            store_tile(out, head, seat, dot(weights.to(DTYPE), v_tile, PRECISION), DV, BLOCK_DV)
+            store_tile(out, head, seat, dot(weights.to(DTYPE), values, PRECISION), DV, BLOCK_DV)
             if GAUSSIAN:
-                tile = dot((weights * weights).to(DTYPE), v_cov_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
+                tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
@@ -162,21 +211,16 @@ def _short_bwd_kernel(
 
             first_half = first.to(DTYPE)
             weights = first
-            values = v_tile
+            v_cov_tile = v_tile
             if GAUSSIAN:
                 v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
                 dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
-                values_cov = v_cov_tile
+            values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
-                w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_L, BLOCK_R]
-                w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-                q_a = correlation_tile(first_half, w_q_tile, POINTS, R, BLOCK_R, PRECISION)
-                k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
-                if REFINEMENT == "value":
-                    values = dot(first_half, v_tile, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
-                        values_cov = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
-                higher = softmax_tile(q_a, k_a, visible, refine_scale, POINTS, PRECISION)
+                higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
+                    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
+                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":
                     weights = first + gate * higher
@@ -200,25 +244,15 @@ def _short_bwd_kernel(
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
                     dgate += inner
-                dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
-                dq_a = dot(dhigher, k_a, PRECISION)  # [BLOCK_L, BLOCK_R]
-                if POINTS:
-                    dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
-                dq_a = dq_a.to(DTYPE)
-                dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
-                if POINTS:
-                    dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
-                    dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
-                dk_a = dk_a.to(DTYPE)
+                scale = gate * refine_scale
+                dq_a, dk_a = correlation_gradients(higher, q_a, k_a, dweights, inner, scale, POINTS, R, BLOCK_R, PRECISION)
 
             # To the values
             dvalues = dot(weights, dout_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
             if REFINEMENT == "value":
                 dvalues_half = dvalues.to(DTYPE)
-            else:
-                store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
-            if REFINEMENT == "value":
-                store_tile(dv, head, seat, dot(tl.trans(first_half), dvalues_half, PRECISION), DV, BLOCK_DV)
+                dvalues = dot(tl.trans(first_half), dvalues_half, PRECISION)
+            store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
             if GAUSSIAN:
                 dvalues_cov = dot(squares, dcov_tile, PRECISION)
                 if REFINEMENT == "value":
@@ -265,14 +299,9 @@ def _short_bwd_kernel(
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
-            store_zeros(dq, head, padding, D, BLOCK_D)
-            store_zeros(dk, head, padding, D, BLOCK_D)
-            store_zeros(dv, head, padding, DV, BLOCK_DV)
-            if GAUSSIAN:
-                store_zeros(dv_cov, head, padding, DV, BLOCK_DV)
-            if PER_ENTRY:
-                store_zeros(dw_q, head, padding, R, BLOCK_R)
-                store_zeros(dw_k, head, padding, R, BLOCK_R)
+            zero_gradients(
+                dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY, D, DV, R, BLOCK_D, BLOCK_DV, BLOCK_R
+            )
     if REFINEMENT != "none" and not PER_ENTRY:
         partial = seats(split, begin * 0, tl.arange(0, BLOCK_L), BLOCK_L)
         store_tile(dw_q, head, partial, dw_q_sum, R, BLOCK_R)

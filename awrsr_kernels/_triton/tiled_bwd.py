@@ -236,10 +236,8 @@ def _tiled_bwd_columns_kernel(
                 if dv_cov is not None:
                     dv_cov_sum += dot(tl.trans((mixed * mixed).to(DTYPE)), dcov_tile, PRECISION)
             if TABLES:
-                rows_tile = load_tile(dq_a, head, seat, R, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-                dweights += dot(rows_tile, tl.trans(w_q_tile), PRECISION)
-                rows_tile = load_tile(dk_a, head, seat, R, BLOCK_R)
-                dweights += dot(rows_tile, tl.trans(w_k_tile), PRECISION)
+                dweights += dot(load_tile(dq_a, head, seat, R, BLOCK_R), tl.trans(w_q_tile), PRECISION)
+                dweights += dot(load_tile(dk_a, head, seat, R, BLOCK_R), tl.trans(w_k_tile), PRECISION)
             delta = load_rows(delta_ptr, at, rows, length)
             dscores = (weights * (dweights - delta[:, None]) * (score_scale * gate)).to(DTYPE)
             dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
@@ -298,10 +296,8 @@ def _tiled_bwd_tables_kernel(
             visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N]
             weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
             at_columns = tl.trans(weights.to(DTYPE))  # [BLOCK_N, BLOCK_M]
-            rows_tile = load_tile(dq_a, head, seat, R, BLOCK_R)  # [BLOCK_M, BLOCK_R]
-            dw_q_sum += dot(at_columns, rows_tile, PRECISION)
-            rows_tile = load_tile(dk_a, head, seat, R, BLOCK_R)
-            dw_k_sum += dot(at_columns, rows_tile, PRECISION)
+            dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
+            dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
 
     if PER_ENTRY:  # one sequence per program
         start, length = locate_long(bounds_ptr, split, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
