@@ -1,20 +1,16 @@
-"""The public call: checks what it is given, brings padded and packed batches to one form, and chooses a backend.
+"""The public calls on vectors: their arguments, checked, in the one form that every backend takes.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement
 rank, N table rows.
 """
 
-import torch
 from torch import Tensor
 
 from . import checks, jagged
-from ._torch.attention import fallback_attention
+from .backends import run
 from .call import Call, Inputs
-from .launch_config import table_features, unsupported_reason
-from .reference import reference_attention, reference_weights
-from .torch_state import exports_any_size, without_autocast
-
-BACKENDS = ("auto", "triton", "torch", "reference")
+from .reference import reference_weights
+from .torch_state import without_autocast
 
 
 def refined_attention(
@@ -85,9 +81,12 @@ def refined_attention(
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p)
+    call = Call.padded(
+        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    return run(Inputs(q, k, v, w_q, w_k, gate, lengths, None), dropout_seed, call, backend)[0]
+    return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend)[0]
 
 
 def refined_attention_varlen(
@@ -132,10 +131,13 @@ def refined_attention_varlen(
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
-    call = packed_call(q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p)
+    call = Call.packed(
+        q, w_q, refinement=refinement, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, align=align,
+        per_entry=per_entry, softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    given = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens, None)
-    return run(given, dropout_seed, call, backend)[0].squeeze(0).transpose(0, 1)
+    inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
+    return run(inputs, call, dropout_seed, backend)[0].squeeze(0).transpose(0, 1)
 
 
 def attention_weights(
@@ -161,116 +163,15 @@ def attention_weights(
     checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = padded_call(q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0)
+    call = Call.padded(
+        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        softmax_scale=softmax_scale, refine_scale=refine_scale,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
-        return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, None), call)
-
-
-def padded_call(
-    q: Tensor,
-    w_q: Tensor | None,
-    refinement: str,
-    causal: bool,
-    lengths: Tensor | None,
-    padding_side: str,
-    per_entry: bool,
-    softmax_scale: float | None,
-    refine_scale: float | None,
-    dropout_p: float,
-    gaussian: bool = False,
-) -> Call:
-    """What a padded call comes to, beside its tensors."""
-    checks.choice("padding_side", padding_side, ("left", "right"))
-    checks.lengths(lengths, q)
-    return Call(
-        refinement=refinement,
-        causal=checks.flag("causal", causal),
-        varlen=False,
-        align_right=padding_side == "left",
-        max_len=q.shape[2],
-        per_entry=per_entry,
-        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-        refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
-        dropout_p=checks.probability("dropout_p", dropout_p),
-        gaussian=gaussian,
-    )
-
-
-def packed_call(
-    q: Tensor,
-    w_q: Tensor | None,
-    refinement: str,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    align: str,
-    per_entry: bool,
-    softmax_scale: float | None,
-    refine_scale: float | None,
-    dropout_p: float,
-    gaussian: bool = False,
-) -> Call:
-    """What a packed call comes to, beside its tensors."""
-    checks.choice("align", align, ("left", "right"))
-    cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
-    table_rows = None if w_q is None or per_entry else w_q.shape[2]
-    return Call(
-        refinement=refinement,
-        causal=checks.flag("causal", causal),
-        varlen=True,
-        align_right=align == "right",
-        max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows),
-        per_entry=per_entry,
-        softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-        refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
-        dropout_p=checks.probability("dropout_p", dropout_p),
-        gaussian=gaussian,
-    )
+        return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths), call)
 
 
 def as_rows(x: Tensor) -> Tensor:
     """(T, H, F) as (1, H, T, F)."""
     return x.transpose(0, 1).unsqueeze(0)
-
-
-def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: str) -> tuple[Tensor, ...]:
-    """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
-    q, rank = given.q, 1 if given.w_q is None else given.w_q.shape[-1]
-    features = table_features(q.shape[-1], given.v.shape[-1], rank, call.gaussian, call.refinement)
-    backend = choose_backend(backend, q, features)
-    if backend != "reference":
-        checks.no_transform(backend, given)
-    learns = given.need_gradient() and torch.compiler.is_exporting()
-    if backend == "torch" and (learns or exports_any_size(q, given.bounds)):
-        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand, and written in place
-    if torch.compiler.is_compiling():  # which wants every input of an autograd Function to be another tensor
-        given = Inputs._make(x if x is None else x.view_as(x) for x in given)
-    if call.dropout_p:
-        given = given._replace(seed=checks.seed(dropout_seed, q.device))
-    with without_autocast(q.device):
-        if backend == "reference":
-            return reference_attention(given, call)
-        if backend == "torch":
-            return fallback_attention(given, call)
-        from ._triton import triton_attention
-
-        return triton_attention(given, call)
-
-
-def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
-    """The backend that "auto", or the name of one, comes to; features: those of q, v and the tables."""
-    checks.choice("backend", backend, BACKENDS)
-    if backend == "auto" and not q.is_cuda:
-        return "torch"
-    if backend not in ("auto", "triton"):
-        return backend
-    reason = unsupported_reason(q.device, q.dtype, features)
-    if backend == "triton" and reason is not None:
-        raise ValueError(f'backend is "triton", which cannot run here: {reason}')
-    return "triton" if reason is None else "torch"
-
-
-def _rank(w_q: Tensor | None, refinement: str) -> int:
-    """Columns of a table that the caller gave; those of "stochastic" lie side by side."""
-    return 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))

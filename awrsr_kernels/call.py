@@ -1,10 +1,10 @@
-"""Padded and packed batches as one thing: every sequence lies in a window of rows.
+"""One call, checked, whether it came padded or packed: its tensors, and everything about it that is not a tensor.
 
-B sequences, H query heads, L window length, N table rows, T packed rows, R refinement rank.
+B sequences, H query heads, L positions, N table rows, T packed rows, R refinement rank.
 
 Inside the package every tensor is four-dimensional: (entries, heads, rows, features). A padded batch has one entry per
-sequence; a packed batch is a single entry whose rows hold all sequences one after another. `Call` carries whatever is not a
-tensor, `bounds` is the one tensor that says where sequences lie (lengths, cumulative lengths, or nothing).
+sequence; a packed batch is a single entry whose rows hold all sequences one after another. `bounds` is the one tensor that says
+where sequences lie (lengths, cumulative lengths, or nothing).
 """
 
 from typing import NamedTuple
@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-REFINEMENTS = ("none", "simple", "value", "additive")
-GAUSSIAN_REFINEMENTS = (*REFINEMENTS, "stochastic")
+from . import checks
 
 
 class Call(NamedTuple):
@@ -30,6 +29,72 @@ class Call(NamedTuple):
     dropout_p: float
     gaussian: bool = False  # items are Gaussians: q and k hold [mean | deviation], and squared weights meet v_cov
 
+    @classmethod
+    def padded(
+        cls,
+        q: Tensor,
+        w_q: Tensor | None,
+        *,
+        refinement: str,
+        causal: bool,
+        lengths: Tensor | None,
+        padding_side: str,
+        per_entry: bool,
+        softmax_scale: float | None,
+        refine_scale: float | None,
+        dropout_p: float = 0.0,
+        gaussian: bool = False,
+    ) -> "Call":
+        """Of a padded batch, from checked queries (B, H, L, D) and tables; the other arguments are checked here."""
+        checks.choice("padding_side", padding_side, ("left", "right"))
+        checks.lengths(lengths, q)
+        return cls(
+            refinement=refinement,
+            causal=checks.flag("causal", causal),
+            varlen=False,
+            align_right=padding_side == "left",
+            max_len=q.shape[2],
+            per_entry=per_entry,
+            softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
+            refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
+            dropout_p=checks.probability("dropout_p", dropout_p),
+            gaussian=gaussian,
+        )
+
+    @classmethod
+    def packed(
+        cls,
+        q: Tensor,
+        w_q: Tensor | None,
+        *,
+        refinement: str,
+        causal: bool,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        align: str,
+        per_entry: bool,
+        softmax_scale: float | None,
+        refine_scale: float | None,
+        dropout_p: float,
+        gaussian: bool = False,
+    ) -> "Call":
+        """Of a packed batch, from checked queries (T, H, D) and tables; the other arguments are checked here."""
+        checks.choice("align", align, ("left", "right"))
+        cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
+        table_rows = None if w_q is None or per_entry else w_q.shape[2]
+        return cls(
+            refinement=refinement,
+            causal=checks.flag("causal", causal),
+            varlen=True,
+            align_right=align == "right",
+            max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows),
+            per_entry=per_entry,
+            softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
+            refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
+            dropout_p=checks.probability("dropout_p", dropout_p),
+            gaussian=gaussian,
+        )
+
 
 class Inputs(NamedTuple):
     """The tensors of one call, (entries, heads, rows, features) each where nothing else is said."""
@@ -41,91 +106,13 @@ class Inputs(NamedTuple):
     w_k: Tensor | None
     gate: Tensor | None  # (1 or H,)
     bounds: Tensor | None  # lengths (B,), or cumulative lengths (B + 1,) if packed
-    seed: Tensor | None  # () int64, only under dropout
+    seed: Tensor | None = None  # () int64, only under dropout
     v_cov: Tensor | None = None  # like v, only between Gaussians
 
     def need_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)
 
 
-class Windows(NamedTuple):
-    """A window of `valid.shape[1]` positions for each of n sequences, all aligned the same way."""
-
-    sequence: Tensor  # (n,) int64, index of the sequence in the batch
-    first: Tensor  # (n,) int64, position of the first real item in its window
-    valid: Tensor  # (n, window) bool, whether a position holds a real item
-    rows: Tensor  # (n, window) int64, row of each position; positions without an item point into the entry's rows, too
-
-
-def sequence_lengths(call: Call, bounds: Tensor) -> Tensor:
-    """(B,) int64: real items per sequence, clamped to what the call allows."""
-    bounds = bounds.long()
-    return (bounds.diff() if call.varlen else bounds).clamp(0, call.max_len)
-
-
-def make_windows(
-    call: Call, bounds: Tensor, num_rows: int, length: int | None = None, select: Tensor | None = None
-) -> Windows:
-    """Windows of `length` positions (default: `call.max_len`) for the sequences named by `select` (default: all)."""
-    lengths = sequence_lengths(call, bounds)
-    sequence = torch.arange(lengths.shape[0], device=bounds.device) if select is None else select
-    length = call.max_len if length is None else length
-    lengths = lengths[sequence]
-    first = length - lengths if call.align_right else torch.zeros_like(lengths)
-    local = torch.arange(length, device=bounds.device) - first[:, None]
-    valid = (local >= 0) & (local < lengths[:, None])
-    if call.varlen:
-        start = bounds.long()[sequence]
-    else:
-        start = num_rows - lengths if call.align_right else torch.zeros_like(lengths)
-    rows = (start[:, None] + local).clamp(0, max(num_rows - 1, 0))
-    return Windows(sequence, first, valid, rows)
-
-
-def gather_windows(x: Tensor, windows: Windows, varlen: bool, group: int = 1) -> Tensor:
-    """(entries, heads, rows, F) -> (n, heads * group, window, F); positions without an item read as zero, even over NaN."""
-    if not x.shape[2]:
-        count, length = windows.valid.shape
-        return x.new_zeros(count, x.shape[1] * group, length, x.shape[3]) + x.sum()  # an empty sum, for its gradient
-    entry = torch.zeros_like(windows.sequence) if varlen else windows.sequence
-    head = torch.arange(x.shape[1] * group, device=x.device) // group
-    found = x[entry[:, None, None], head[:, None], windows.rows[:, None]]
-    return torch.where(windows.valid[:, None, :, None], found, 0)
-
-
-def row_buffer(like: Tensor, heads: int, features: int, varlen: bool) -> Tensor:
-    """Zeros (entries, heads, rows, features) for `scatter_windows`, laid out in memory as the caller will see them.
-
-    When packed that is (T + 1, heads, features): the last row takes what belongs to no item and is cut off afterwards.
-    """
-    entries, rows = like.shape[0], like.shape[2]
-    if varlen:
-        return like.new_zeros(rows + 1, heads, features).transpose(0, 1).unsqueeze(0)
-    return like.new_zeros(entries, heads, rows, features)
-
-
-def scatter_windows(out: Tensor, value: Tensor, windows: Windows, varlen: bool) -> Tensor:
-    """Write (n, heads, window, F), zero where there is no item, into a `row_buffer`."""
-    head = torch.arange(out.shape[1], device=out.device)
-    if varlen:
-        entry = torch.zeros_like(windows.sequence)
-        rows = torch.where(windows.valid, windows.rows, out.shape[2] - 1)
-    else:
-        entry, rows = windows.sequence, windows.rows
-    return out.index_put_((entry[:, None, None], head[:, None], rows[:, None]), value.to(out.dtype))
-
-
-def table_window(table: Tensor, call: Call, length: int) -> Tensor:
-    """The rows of a position table (..., N, R) that a window of `length` positions uses."""
-    return table.narrow(-2, table.shape[-2] - length if call.align_right else 0, length)
-
-
-def visibility(valid: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
-    """(n or 1, 1, length, length) bool: whether row i may attend to column j; None if every position sees every other."""
-    visible = None
-    if valid is not None:
-        visible = (valid[:, :, None] & valid[:, None, :])[:, None]
-    if causal:
-        past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        visible = past[None, None] if visible is None else visible & past
-    return visible
+def _rank(w_q: Tensor | None, refinement: str) -> int:
+    """Columns of a table that the caller gave; those of "stochastic" lie side by side."""
+    return 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))

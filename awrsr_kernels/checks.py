@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import GAUSSIAN_REFINEMENTS, REFINEMENTS, Inputs
 from .torch_state import autocast, batched, readable, transformed
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
+REFINEMENTS = ("none", "simple", "value", "additive")
+GAUSSIAN_REFINEMENTS = (*REFINEMENTS, "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_FEATURES = 256
 ROWS = "; what decides rows: max_len of RefinedMultiheadAttention, max_positions of a refined transformers model"
@@ -48,11 +49,11 @@ def covariance(name: str, cov: Tensor, mean: Tensor) -> Tensor:
     """Diagonal covariances beside their checked means, under autocast in its dtype."""
     _tensor(name, cov)
     _same_device(name, cov, mean)
-    cov, beside = autocast(cov), name.replace("cov", "mean")
+    cov, of_mean = autocast(cov), name.replace("cov", "mean")
     if cov.shape != mean.shape:
-        refuse(name, _shape(cov), f"of {beside}'s shape, {tuple(mean.shape)}")
+        refuse(name, _shape(cov), f"of {of_mean}'s shape, {tuple(mean.shape)}")
     if cov.dtype != mean.dtype:
-        refuse(name, str(cov.dtype), f"of {beside}'s dtype, {mean.dtype}", TypeError)
+        refuse(name, str(cov.dtype), f"of {of_mean}'s dtype, {mean.dtype}", TypeError)
     return cov
 
 
@@ -102,8 +103,8 @@ def gaussian_tables(
     w_q, w_k, per_entry = check(*w, q, refinement)
     names = ("w_q_cov", "w_k_cov")
     if refinement != "stochastic":
-        for name, given in zip(names, w_cov, strict=True):
-            if given is not None:
+        for name, table in zip(names, w_cov, strict=True):
+            if table is not None:
                 refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
         return w_q, w_k, per_entry
     w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
@@ -245,16 +246,16 @@ def enough_rows(w_q: Tensor, items: int) -> None:
         refuse("w_q", f"of {w_q.shape[2]} rows", must)
 
 
-def inference(given: dict[str, Any]) -> None:
+def inference(arguments: dict[str, Any]) -> None:
     """Nothing that would get a gradient."""
-    for name, x in given.items():
+    for name, x in arguments.items():
         if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
             refuse(name, "a tensor that requires a gradient", "without one: decoding has no backward (use torch.no_grad())")
 
 
-def indices(name: str, value: Tensor, count: int, beside: Tensor) -> None:
+def indices(name: str, value: Tensor, count: int, like: Tensor) -> None:
     """(n,) indices of `count` entries."""
-    _integers(name, value, beside)
+    _integers(name, value, like)
     if value.dim() != 1:
         refuse(name, _shape(value), "of shape (B',)")
     if readable(value) and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < count:
@@ -338,7 +339,7 @@ def _shape(x: Any) -> str:
     return f"of shape {tuple(x.shape)}"
 
 
-def no_transform(backend: str, given: Inputs) -> None:
+def no_transform(backend: str, tensors: Iterable[Tensor | None]) -> None:
     if transformed():
         raise ValueError(
             f'backend is "{backend}"; it must be "reference" under torch.func (vmap, grad, jvp ...). Or leave that out: instead of '
@@ -346,7 +347,7 @@ def no_transform(backend: str, given: Inputs) -> None:
             "sequences); instead of grad, call torch.autograd.grad"
         )
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in given):
+        if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise NotImplementedError(f'backend is "{backend}", which has no forward mode AD; it must be "reference"')
 
 

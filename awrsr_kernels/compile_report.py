@@ -29,7 +29,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .call import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from .checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
 
 
@@ -153,7 +153,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     from triton.runtime import driver
 
     from ._triton import decode, short, tiled, tiled_bwd
-    from ._triton.launch import Problem
+    from ._triton.problem import Problem
     from .call import Call, Inputs
 
     target = TARGETS[case.target]
@@ -189,10 +189,10 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = target.shared
     if problem.is_short():
-        short.short_forward(problem)
-        short.short_backward(problem, douts, [])
+        short.launch_short_forward(problem)
+        short.launch_short_backward(problem, douts)
     else:
-        tiled_bwd.tiled_backward(problem, douts, tiled.tiled_forward(problem))
+        tiled_bwd.launch_tiled_backward(problem, douts, tiled.launch_tiled_forward(problem))
     return rows
 
 
@@ -273,7 +273,7 @@ def _uniform(text: str, wide: int) -> set[int]:
 
 
 def unset_registers(sass: str) -> list[str]:
-    """Instructions that read a uniform register which nothing above them writes: see `_triton/assembler.py` for who makes such.
+    """Instructions that read a uniform register which nothing above them writes: see `_triton/ptxas.py` for who makes such.
 
     In code for compute capability 8.0 to 9.0.
     """
@@ -315,7 +315,8 @@ def _source_hash() -> str:
     import triton
 
     root, digest = Path(__file__).parent, hashlib.sha256(triton.__version__.encode())
-    for path in sorted([*root.glob("_triton/*.py"), root / "launch_config.py", root / "dropout.py", Path(__file__)]):
+    others = (root / f"{name}.py" for name in ("call", "dropout", "launch_config", "tuned"))
+    for path in sorted([*root.glob("_triton/*.py"), *others, Path(__file__)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .api import choose_backend, run
+from .backends import choose_backend, run
 from .cache import RefinedCache
 from .call import Call, Inputs
 from .launch_config import table_features
@@ -26,7 +26,7 @@ from .reference import masked_softmax
 from .torch_state import without_autocast
 
 
-class _Step(NamedTuple):
+class _Checked(NamedTuple):
     """The checked tensors of a call, and what they come to."""
 
     q: Tensor
@@ -79,16 +79,16 @@ def refined_attention_prefill(
     Raises:
         ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
     """
-    given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
-    length = given.q.shape[2]
+    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    length = checked.q.shape[2]
     if cache.end_bound:
         raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
     checks.choice("padding_side", padding_side, ("left", "right"))
-    checks.lengths(lengths, given.q)
+    checks.lengths(lengths, checked.q)
     least, most = checks.length_range(lengths, length)
     left = padding_side == "left" and lengths is not None
-    if given.w_q is not None and cache.tables == "position":
-        checks.enough_rows(given.w_q, most)
+    if checked.w_q is not None and cache.tables == "position":
+        checks.enough_rows(checked.w_q, most)
     cache.make_room(length)
     cache.end_bound, cache.length_bound = (length if left else most), most  # first, so that a call that fails leaves it in use
     cache.ragged = least < cache.end_bound
@@ -99,8 +99,8 @@ def refined_attention_prefill(
     else:
         cache.end.fill_(length)
         cache.first.zero_()
-    with without_autocast(given.q.device):
-        return _prefill(given, cache, lengths, left)
+    with without_autocast(checked.q.device):
+        return _prefill(checked, cache, lengths, left)
 
 
 def refined_attention_step(
@@ -138,22 +138,22 @@ def refined_attention_step(
         ValueError, TypeError: an argument does not fit, the message names it; one requires a gradient while those are recorded; the
             position tables have no row for this item; the named backend cannot run.
     """
-    given = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
+    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
     table_rows = None
-    if given.w_q is not None and cache.tables == "position":
-        checks.enough_rows(given.w_q, cache.length_bound + 1)
-        table_rows = given.w_q.shape[2]
+    if checked.w_q is not None and cache.tables == "position":
+        checks.enough_rows(checked.w_q, cache.length_bound + 1)
+        table_rows = checked.w_q.shape[2]
     cache.make_room(1, table_rows)
-    with without_autocast(given.q.device):
-        if given.backend == "reference":
-            out = _reference_step(given, cache)
-        elif given.backend == "torch":
-            out = _torch_step(given, cache)
+    with without_autocast(checked.q.device):
+        if checked.backend == "reference":
+            out = _reference_step(checked, cache)
+        elif checked.backend == "torch":
+            out = _torch_step(checked, cache)
         else:
             from ._triton.decode import triton_step
 
-            new, kept = given[:6], (cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end)
-            out = triton_step(*new, *kept, cache.refinement, given.softmax_scale, given.refine_scale)
+            new, kept = checked[:6], (cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end)
+            out = triton_step(*new, *kept, cache.refinement, checked.softmax_scale, checked.refine_scale)
         cache.end.add_(1)
     cache.end_bound += 1
     cache.length_bound += 1
@@ -173,7 +173,7 @@ def _checked(
     refine_scale: float | None,
     backend: str,
     one: bool = False,
-) -> _Step:
+) -> _Checked:
     if not isinstance(cache, RefinedCache):
         raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
     checks.choice("align", align, ("left", "right"))
@@ -185,20 +185,20 @@ def _checked(
     rank = 1 if w_q is None else w_q.shape[-1]
     features = table_features(q.shape[-1], v.shape[-1], rank, False, cache.refinement)
     scales = checks.scale("softmax_scale", softmax_scale, q.shape[-1]), checks.scale("refine_scale", refine_scale, rank)
-    return _Step(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
+    return _Checked(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
 
 
 # Prompts
 
 
-def _prefill(given: _Step, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
+def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
     """The output; stores the rows of the prompts."""
-    q, k, v, w_q, w_k, gate, *_ = given
-    length, group = q.shape[2], given.group
+    q, k, v, w_q, w_k, gate, *_ = checked
+    length, group = q.shape[2], checked.group
     kept = {"k": k, "v": v}
-    call = Call("none", True, False, left, length, False, given.softmax_scale, 1.0, 0.0)
+    call = Call("none", True, False, left, length, False, checked.softmax_scale, 1.0, 0.0)
     if w_q is None or w_k is None:
-        out = _attend(q, k, [v], call, given.backend, lengths)[0]
+        out = _attend(q, k, [v], call, checked.backend, lengths)[0]
     else:
         if cache.tables == "content":
             kept |= {"w_q": w_q, "w_k": w_k}
@@ -209,10 +209,10 @@ def _prefill(given: _Step, cache: RefinedCache, lengths: Tensor | None, left: bo
         keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), per_query)
         tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
         direct = [values] if cache.refinement in ("value", "additive") else []
-        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, given.backend, lengths)
+        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, checked.backend, lengths)
         kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
-        call = call._replace(softmax_scale=given.refine_scale)
-        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, given.backend, lengths)[0]
+        call = call._replace(softmax_scale=checked.refine_scale)
+        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, checked.backend, lengths)[0]
         if cache.refinement == "additive":
             wide = torch.promote_types(out.dtype, torch.float32)
             higher = out.to(wide) if gate is None else gate.to(wide).view(-1, 1, 1) * out
@@ -242,12 +242,12 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
         if sum(each.shape[-1] for each in packs[-1]) + x.shape[-1] > checks.MAX_FEATURES:
             packs.append([])
         packs[-1].append(x)
-    found: list[Tensor] = []
+    results: list[Tensor] = []
     for pack in packs:
         joint = pack[0] if len(pack) == 1 else torch.cat(pack, -1)
-        out = run(Inputs(q, k, joint, None, None, None, lengths, None), None, call, backend)[0]
-        found += out.split([x.shape[-1] for x in pack], -1)
-    return found
+        out = run(Inputs(q, k, joint, None, None, None, lengths), call, None, backend)[0]
+        results += out.split([x.shape[-1] for x in pack], -1)
+    return results
 
 
 # One position
@@ -262,15 +262,15 @@ def _append(rows: Tensor, new: Tensor, cache: RefinedCache) -> None:
         rows.select(2, cache.end_bound).copy_(new)
 
 
-def _reference_step(given: _Step, cache: RefinedCache) -> Tensor:
+def _reference_step(checked: _Checked, cache: RefinedCache) -> Tensor:
     """The equations at the head of this file over all N rows, of which the row sees those from first to end."""
-    q, w_q, w_k, group = given.q, given.w_q, given.w_k, given.group
-    _append(cache.k, given.k, cache)
-    _append(cache.v, given.v, cache)
+    q, w_q, w_k, group = checked.q, checked.w_q, checked.w_k, checked.group
+    _append(cache.k, checked.k, cache)
+    _append(cache.v, checked.v, cache)
     at = torch.arange(cache.capacity, device=q.device)
     visible = ((at >= cache.first[:, None]) & (at <= cache.end[:, None]))[:, None, None]
     k, v = (x.repeat_interleave(group, 1) for x in (cache.k, cache.v))
-    p = masked_softmax(given.softmax_scale * q @ k.transpose(-1, -2), visible)
+    p = masked_softmax(checked.softmax_scale * q @ k.transpose(-1, -2), visible)
     if w_q is None or w_k is None or cache.k_a is None:
         return p @ v
     if cache.w_q is not None and cache.w_k is not None:
@@ -282,18 +282,18 @@ def _reference_step(given: _Step, cache: RefinedCache) -> Tensor:
         w_q, w_k = (w[0][:, item].transpose(0, 1).to(q.dtype) for w in (w_q, w_k))
     q_a = p @ w_q
     _append(cache.k_a, p @ w_k, cache)
-    r = masked_softmax(given.refine_scale * q_a @ cache.k_a.transpose(-1, -2), visible)
+    r = masked_softmax(checked.refine_scale * q_a @ cache.k_a.transpose(-1, -2), visible)
     if cache.y is not None:
         _append(cache.y, p @ v, cache)
         return r @ cache.y
     if cache.refinement == "additive":
-        r = p + (1.0 if given.gate is None else given.gate.to(q.dtype).view(-1, 1, 1)) * r
+        r = p + (1.0 if checked.gate is None else checked.gate.to(q.dtype).view(-1, 1, 1)) * r
     return r @ v
 
 
-def _torch_step(given: _Step, cache: RefinedCache) -> Tensor:
+def _torch_step(checked: _Checked, cache: RefinedCache) -> Tensor:
     """The same over the rows in use, in as few torch calls as it takes; half precision in float32."""
-    q, k, v, w_q, w_k, gate, softmax_scale, refine_scale, _ = given
+    q, k, v, w_q, w_k, gate, softmax_scale, refine_scale, _ = checked
     (batch, heads, _, _), used = q.shape, cache.end_bound + 1
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = back = None
@@ -321,7 +321,7 @@ def _torch_step(given: _Step, cache: RefinedCache) -> Tensor:
 
     _append(cache.k, k, cache)
     _append(cache.v, v, cache)
-    p = softmax(q.reshape(batch * k.shape[1], given.group, q.shape[-1]), cache.k, softmax_scale)
+    p = softmax(q.reshape(batch * k.shape[1], checked.group, q.shape[-1]), cache.k, softmax_scale)
     if w_q is None or w_k is None or cache.k_a is None:
         return meet(p, cache.v).to(q.dtype).view(batch, heads, 1, v.shape[-1])
     if cache.w_q is not None and cache.w_k is not None:

@@ -69,8 +69,8 @@ def scaled_mask(
     local_rows = rows[None] if first is None else (rows[None] - first[:, None]) & _WORD
     head = torch.arange(heads, device=device).view(-1, 1, 1)
     counter = groups, head, local_rows[:, None, :, None], sequence.view(-1, 1, 1, 1)
-    found = draw(seed, dropout_p, counter, dtype).flatten(-2)
+    mask = draw(seed, dropout_p, counter, dtype).flatten(-2)
     if first is None:
-        return found[..., :columns]
+        return mask[..., :columns]
     local = (torch.arange(columns, device=device) - first[:, None]).clamp_(min=0)
-    return found.gather(-1, local[:, None, None, :].expand(n, heads, rows.shape[0], columns))
+    return mask.gather(-1, local[:, None, None, :].expand(n, heads, rows.shape[0], columns))

@@ -30,16 +30,16 @@ class _Points(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        cov, found = ctx.saved_tensors
+        cov, output = ctx.saved_tensors
         d_mean, d_root = grad.chunk(2, -1)
         above = cov > SMALLEST  # NaN is not: padding, whose gradient is 0, may hold it
-        return d_mean, torch.where(above, 0.5 * d_root / found.chunk(2, -1)[1], 0)
+        return d_mean, torch.where(above, 0.5 * d_root / output.chunk(2, -1)[1], 0)
 
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:
     """(..., D) means and covariances -> (..., 2 D) [mean | deviation] in their dtype; covariances below `SMALLEST` count as it."""
-    found: Tensor = _Points.apply(mean, cov)
-    return found
+    output: Tensor = _Points.apply(mean, cov)
+    return output
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -50,8 +50,8 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype == torch.float64:
         return (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
     a, b = x.float(), y.float()
-    found = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
-    return found.to(x.dtype)
+    squares = a.square().sum(-1)[..., :, None] + b.square().sum(-1)[..., None, :] - 2 * a @ b.transpose(-1, -2)
+    return squares.to(x.dtype)
 
 
 def correlation_points(x: Tensor) -> Tensor:

@@ -23,11 +23,11 @@ def packed(items: dict[str, Tensor], tables: dict[str, Tensor | None], lengths: 
     if lengths is not None:
         refuse("lengths", "given", f"None: {first} is jagged and knows its lengths")
     choice("padding_side", padding_side, ("left", "right"))
-    found: dict[str, Any] = {name: rows(name, x, first, like) for name, x in items.items()}
+    arguments: dict[str, Any] = {name: rows(name, x, first, like) for name, x in items.items()}
     for name, w in tables.items():
-        found[name] = rows(name, w, first, like) if is_nested(w) else w[None] if isinstance(w, Tensor) and w.dim() == 3 else w
+        arguments[name] = rows(name, w, first, like) if is_nested(w) else w[None] if isinstance(w, Tensor) and w.dim() == 3 else w
     align = "right" if padding_side == "left" else "left"
-    return found | bounds(like) | {"align": align}
+    return arguments | bounds(like) | {"align": align}
 
 
 def bounds(x: Tensor) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
         refuse(name, f"of {x.dim()} dimensions, jagged in dimension {x._ragged_idx}", form)  # type: ignore[attr-defined]
     if x.lengths() is not None:  # type: ignore[attr-defined]
         refuse(name, "jagged with holes between sequences", "without: call .contiguous()")
-    mine, its = x.offsets(), like.offsets()  # type: ignore[attr-defined]
-    if mine is not its and not (readable(mine) and torch.equal(mine, its)):
+    offsets, expected = x.offsets(), like.offsets()  # type: ignore[attr-defined]
+    if offsets is not expected and not (readable(offsets) and torch.equal(offsets, expected)):
         refuse(name, "of sequences of other lengths", f"made with the offsets of {first}")
     values: Tensor = x.values()
     return values.transpose(0, 1) if ragged == 2 else values
@@ -55,5 +55,5 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
 def unpacked(out: Tensor, like: Tensor) -> Tensor:
     """Packed (T, ...) as jagged (B, j, ...) of the ragged structure of `like`: what has it can be added to what has it."""
     known = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}  # type: ignore[attr-defined]
-    found: Tensor = torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)
-    return found
+    nested: Tensor = torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)
+    return nested

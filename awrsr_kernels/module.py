@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, jagged
-from .api import BACKENDS, attention_weights, refined_attention, refined_attention_varlen
+from .api import attention_weights, refined_attention, refined_attention_varlen
+from .backends import BACKENDS
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
 from .torch_state import autocast, readable

@@ -29,9 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Call, Inputs, Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
+from .call import Call, Inputs
 from .dropout import scaled_mask
 from .gaussian import correlation_points, squared_distances
+from .windows import Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
@@ -68,9 +69,9 @@ class _Prepared(NamedTuple):
     visible: Tensor | None
 
 
-def prepare(given: Inputs, call: Call) -> _Prepared:
-    q, group = given.q, given.q.shape[1] // given.k.shape[1]
-    windows = None if given.bounds is None else make_windows(call, given.bounds, q.shape[2])
+def prepare(inputs: Inputs, call: Call) -> _Prepared:
+    q, group = inputs.q, inputs.q.shape[1] // inputs.k.shape[1]
+    windows = None if inputs.bounds is None else make_windows(call, inputs.bounds, q.shape[2])
 
     def windowed(x: Tensor) -> Tensor:
         if windows is None:
@@ -84,17 +85,17 @@ def prepare(given: Inputs, call: Call) -> _Prepared:
             return None
         return (windowed(w) if call.per_entry else table_window(w, call, call.max_len)).to(q.dtype)
 
-    values = [given.v] if given.v_cov is None else [given.v, given.v_cov]
-    q, k, *values = (windowed(x) for x in (q, given.k, *values))
+    values = [inputs.v] if inputs.v_cov is None else [inputs.v, inputs.v_cov]
+    q, k, *values = (windowed(x) for x in (q, inputs.k, *values))
     k, *values = (x.repeat_interleave(group, dim=1) for x in (k, *values))
     visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
-    return _Prepared(q, k, values, table(given.w_q), table(given.w_k), windows, visible)
+    return _Prepared(q, k, values, table(inputs.w_q), table(inputs.w_k), windows, visible)
 
 
-def reference_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
+def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     """The outputs in rows form, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
-    (_, heads, num_rows, _), seed = given.q.shape, given.seed
-    q, k, values, w_q, w_k, windows, visible = prepare(given, call)
+    (_, heads, num_rows, _), seed = inputs.q.shape, inputs.seed
+    q, k, values, w_q, w_k, windows, visible = prepare(inputs, call)
 
     first = first_weights(q, k, visible, call)
     drop: Tensor | float = 1.0
@@ -107,7 +108,7 @@ def reference_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
     if w_q is not None and w_k is not None:
         weights = correlation_weights(first, w_q, w_k, visible, call)
         if call.refinement == "additive":
-            weights = first + _per_head(given.gate, q.dtype) * weights
+            weights = first + _per_head(inputs.gate, q.dtype) * weights
     powers = [drop * weights]
     if call.gaussian:
         powers.append(powers[0].square())
@@ -119,13 +120,13 @@ def reference_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
         return tuple(outs)
     if not call.varlen:
         return tuple(torch.where(windows.valid[:, None, :, None], out, 0) for out in outs)
-    buffers = [row_buffer(given.q, heads, out.shape[-1], varlen=True) for out in outs]
+    buffers = [row_buffer(inputs.q, heads, out.shape[-1], varlen=True) for out in outs]
     return tuple(scatter_windows(b, out, windows, True)[:, :, :num_rows] for b, out in zip(buffers, outs, strict=True))
 
 
-def reference_weights(given: Inputs, call: Call) -> tuple[Tensor, Tensor]:
+def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(P, M), each (B, H, L, L); the values are not looked at."""
-    q, k, _, w_q, w_k, _, visible = prepare(given, call)
+    q, k, _, w_q, w_k, _, visible = prepare(inputs, call)
     first = first_weights(q, k, visible, call)
     if w_q is None or w_k is None:
         return first, first
@@ -133,7 +134,7 @@ def reference_weights(given: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     if call.refinement == "value":
         return first, higher @ first
     if call.refinement == "additive":
-        return first, first + _per_head(given.gate, q.dtype) * higher
+        return first, first + _per_head(inputs.gate, q.dtype) * higher
     return first, higher
 
 

@@ -7,13 +7,15 @@ N table rows.
 from torch import Tensor
 
 from . import checks, jagged
-from .api import as_rows, packed_call, padded_call, run
-from .call import Inputs
+from .api import as_rows
+from .backends import run
+from .call import Call, Inputs
 from .gaussian import points
 from .reference import reference_weights
 from .torch_state import without_autocast
 
 _MEANS = ("q_mean", "k_mean", "v_mean")
+_COVARIANCES = ("q_cov", "k_cov", "v_cov")
 
 
 def stochastic_refined_attention(
@@ -75,15 +77,16 @@ def stochastic_refined_attention(
         return jagged.unpacked(mean, q_mean).transpose(1, 2), jagged.unpacked(cov, q_mean).transpose(1, 2)
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)
-    q_cov, k_cov, v_cov = _covariances(q_cov, k_cov, v_cov, q, k, v)
+    q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
-    call = padded_call(
-        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
-    )
+    call = Call.padded(
+        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
-        given = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, None, v_cov)
-    mean, cov = run(given, dropout_seed, call, backend)
+        inputs = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, v_cov=v_cov)
+    mean, cov = run(inputs, call, dropout_seed, backend)
     return mean, cov
 
 
@@ -122,16 +125,17 @@ def stochastic_refined_attention_varlen(
     """
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.packed(q_mean, k_mean, v_mean, _MEANS)
-    q_cov, k_cov, v_cov = _covariances(q_cov, k_cov, v_cov, q, k, v)
+    q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.packed_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
-    call = packed_call(
-        q, w_q, refinement, causal, cu_seqlens, max_seqlen, align, per_entry, softmax_scale, refine_scale, dropout_p, gaussian=True
-    )
+    call = Call.packed(
+        q, w_q, refinement=refinement, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, align=align,
+        per_entry=per_entry, softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
         x_q, x_k = as_rows(points(q, q_cov)), as_rows(points(k, k_cov))
-    given = Inputs(x_q, x_k, as_rows(v), w_q, w_k, gate, cu_seqlens, None, as_rows(v_cov))
-    mean, cov = (x.squeeze(0).transpose(0, 1) for x in run(given, dropout_seed, call, backend))
+    inputs = Inputs(x_q, x_k, as_rows(v), w_q, w_k, gate, cu_seqlens, v_cov=as_rows(v_cov))
+    mean, cov = (x.squeeze(0).transpose(0, 1) for x in run(inputs, call, dropout_seed, backend))
     return mean, cov
 
 
@@ -160,15 +164,12 @@ def stochastic_attention_weights(
     """
     checks.refinement(refinement, gaussian=True)
     q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)
-    q_cov, k_cov, _ = _covariances(q_cov, k_cov, k_cov, q, k, k)
+    q_cov, k_cov = map(checks.covariance, _COVARIANCES[:2], (q_cov, k_cov), (q, k))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
-    call = padded_call(
-        q, w_q, refinement, causal, lengths, padding_side, per_entry, softmax_scale, refine_scale, 0.0, gaussian=True
-    )
+    call = Call.padded(
+        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, gaussian=True,
+    )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
-        return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths, None), call)
-
-
-def _covariances(q_cov: Tensor, k_cov: Tensor, v_cov: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return checks.covariance("q_cov", q_cov, q), checks.covariance("k_cov", k_cov, k), checks.covariance("v_cov", v_cov, v)
+        return reference_weights(Inputs(points(q, q_cov), points(k, k_cov), k, w_q, w_k, gate, lengths), call)

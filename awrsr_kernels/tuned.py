@@ -25,9 +25,9 @@ Entry = dict[str, Any]
 
 
 def tuned_path() -> Path:
-    given = os.environ.get("AWRSR_KERNELS_TUNED")
+    named = os.environ.get("AWRSR_KERNELS_TUNED")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(given) if given else cache / "awrsr_kernels" / "tuned.json"
+    return Path(named) if named else cache / "awrsr_kernels" / "tuned.json"
 
 
 def machine(device: torch.device) -> tuple[str, str]:
@@ -61,16 +61,16 @@ def read_entries(path: Path) -> list[Entry]:
         ValueError: the file is not what the tuner writes; the message names it and what is wrong.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); it must be a file that awrsr_kernels.tuning writes") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}); it must be what awrsr_kernels.tuning writes: delete it") from None
-    if not isinstance(found, dict) or found.get("version") != VERSION or not isinstance(found.get("entries"), list):
+    if not isinstance(content, dict) or content.get("version") != VERSION or not isinstance(content.get("entries"), list):
         raise ValueError(f"{path} must be an object of version {VERSION} with entries; delete it and tune again")
-    for number, entry in enumerate(found["entries"]):
+    for number, entry in enumerate(content["entries"]):
         parts = entry if isinstance(entry, dict) else {}
         key, config = _numbers(parts.get("key"), 1, 3), _numbers(parts.get("config"), 0, 5)
         named = all(isinstance(parts.get(name), str) for name in ("gpu", "triton", "source"))
@@ -79,7 +79,7 @@ def read_entries(path: Path) -> list[Entry]:
         reason = misfit(Key(*key), Config(*config))
         if reason:
             raise ValueError(f"{path}: entry {number} has a config that {key[0]} cannot run: {Config(*config)}; {reason}")
-    return found["entries"]
+    return content["entries"]
 
 
 def _numbers(value: Any, names: int, numbers: int) -> list[Any] | None:
@@ -160,5 +160,5 @@ def _of(device: torch.device) -> Tuned:
 
 def tuned_for(device: torch.device) -> Tuned:
     """What is forced, then what was tuned for this GPU and the Triton that is installed; the file is read once per process."""
-    found = _of(device)
-    return {**found, **_forced} if _forced else found
+    tuned = _of(device)
+    return {**tuned, **_forced} if _forced else tuned

@@ -15,7 +15,7 @@ if not __package__:  # run as a script: make `benchmarks` and, not installed, `a
 
 import torch
 
-from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
 from benchmarks.common import compare, report
 from benchmarks.common.arguments import number, whole
 from benchmarks.operator.graphs import time_graphs

@@ -94,22 +94,22 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         if engine not in ("short", "tiled", "mixed"):
             return engine
         pytest.importorskip("triton", reason="needs Triton")
-        import awrsr_kernels._triton as kernels
         from awrsr_kernels import launch_config
+        from awrsr_kernels._triton import autograd, problem
 
         if engine != "mixed":
-            monkeypatch.setattr(kernels, {"short": "tiled_forward", "tiled": "short_forward"}[engine], refuse)
-        monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
+            monkeypatch.setattr(autograd, {"short": "launch_tiled_forward", "tiled": "launch_short_forward"}[engine], refuse)
+        monkeypatch.setattr(problem.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
         if engine == "short" and DEVICE == "cpu":  # whatever the size of an element: the interpreter has room
-            monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 64)
-            monkeypatch.setattr(kernels.launch.Problem, "config", short_config)
+            monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 64)
+            monkeypatch.setattr(problem.Problem, "config", short_config)
         if engine == "tiled":
-            monkeypatch.setattr(kernels.launch, "is_short", lambda *_: False)
-            monkeypatch.setattr(kernels.launch, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
+            monkeypatch.setattr(problem, "is_short", lambda *_: False)
+            monkeypatch.setattr(problem, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
         if engine == "mixed":  # sequences of up to 16 items in the short regime, beside longer ones in the tiled one
-            monkeypatch.setattr(kernels.launch, "is_short", lambda max_len, *_: max_len <= 16)
+            monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 16)
             small = {True: launch_config.Config(32, 32, 1, 1, programs=1), False: launch_config.Config(32, 16, 4, 1)}
-            monkeypatch.setattr(kernels.launch, "choose", lambda key, *_: small[key.kernel in launch_config.SHORT_KERNELS])
+            monkeypatch.setattr(problem, "choose", lambda key, *_: small[key.kernel in launch_config.SHORT_KERNELS])
         return "triton"
 
     return chosen

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Inputs, sequence_lengths, table_window
+from ..call import Call, Inputs
 from ..dropout import WEIGHTS_PER_CALL, draw, scaled_mask
+from ..windows import sequence_lengths, table_window
 from .selection import Selection, drawn_at_most, row_blocks, selections
 
 _DRAWN_AT_ONCE = 1 << 15  # calls of the generator

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..call import Call, Inputs
-from ..operators import register
+from ..checks import one_gradient
+from ..operators import define_operators
+from ..torch_state import without_autocast
 from .chunks import Plan
 from .passes import backward_pass, forward_pass, items_of, kinds_of, saved_shapes, values_of, weights_kept, widths_of
 from .selection import LANES
@@ -113,6 +116,34 @@ def _fake_backward(douts: list[Tensor], saved: list[Tensor], given: Inputs, call
     return [found[name] for name in Inputs._fields if name in found]
 
 
-_forward_op, _backward_op, operator_attention = register(
-    "refined_attention_torch", _forward, _fake_forward, _backward, _fake_backward, reads_outputs=False
-)
+_forward_op, _backward_op = define_operators("refined_attention_torch", _forward, _fake_forward, _backward, _fake_backward)
+
+
+class OperatorAttention(torch.autograd.Function):
+    """The tensors of `Inputs` one by one, then the call, to the outputs; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.call = arguments
+        *outs, state = _forward_op(*tensors, *ctx.call, True)
+        ctx.save_for_backward(*tensors, state)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        one_gradient("torch", douts)
+        *tensors, state = ctx.saved_tensors  # read once: a checkpoint gives them once
+        inputs = Inputs(*tensors)
+        with without_autocast(inputs.q.device):
+            gradients = iter(_backward_op(list(douts), [state], *inputs, *ctx.call))
+        differentiable = inputs._replace(bounds=None, seed=None)
+        return *(None if x is None else next(gradients) for x in differentiable), None
+
+
+def operator_attention(given: Inputs, call: Call) -> tuple[Tensor, ...]:
+    """As `fallback_attention`, for torch.compile."""
+    if given.need_gradient():
+        outs: tuple[Tensor, ...] = OperatorAttention.apply(*given, call)
+        return outs
+    return tuple(_forward_op(*given, *call, False))

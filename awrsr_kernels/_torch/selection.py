@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..call import Call, Inputs, sequence_lengths
+from ..call import Call, Inputs
 from ..dropout import WEIGHTS_PER_CALL
+from ..windows import sequence_lengths
 
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time

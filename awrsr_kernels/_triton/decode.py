@@ -1,6 +1,6 @@
 """One new position per entry against the rows that a cache holds: one launch, a program per entry and query head.
 
-D, D_v, R features of q, v and the tables; N rows of the cache.
+H query heads, D, D_v, R features of q, v and the tables, N rows of the cache. Shapes in comments are those of tiles.
 
 The row of `decoding.py` in two sweeps over the items before it: first softmax(q K^T) meets the tables and, where it must, V; then
 softmax(q_a K_A^T) meets V or Y. The new item itself never leaves registers between the two, so no program waits for what another
@@ -16,18 +16,13 @@ from torch.library import custom_op
 
 from ..launch_config import step_config
 from .launch import RUNTIME, View, launch, view_of, with_rows
-from .primitives import LOG2E, load_gate, load_tile, seats, store_tile
+from .primitives import LOG2E, load_gate, load_table, load_tile, seats, store_tile
 
 
 @triton.jit
-def load_row(view, entry, head, row, present, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """[1, BLOCK]: one row, zero unless present is 1."""
-    return load_tile(view, head, seats(entry, row, tl.zeros((1,), tl.int32), present), WIDTH, BLOCK).to(ACC)
-
-
-@triton.jit
-def store_row(view, entry, head, row, present, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    store_tile(view, head, seats(entry, row, tl.zeros((1,), tl.int32), present), tile, WIDTH, BLOCK)
+def row_seat(entry, row, present):
+    """The seat of one row; nothing is there unless present is 1."""
+    return seats(entry, row, tl.zeros((1,), tl.int32), present)
 
 
 @triton.jit
@@ -60,7 +55,7 @@ def sweep(
     for low in range(first, end, BLOCK_N):
         rows = low + tl.arange(0, BLOCK_N)
         seat = seats(entry, first * 0, rows, end)
-        key_tile = load_tile(keys, key_head, seat, D, BLOCK_D).to(ACC)
+        key_tile = load_tile(keys, key_head, seat, D, BLOCK_D).to(ACC)  # [BLOCK_N, BLOCK_D]
         scores = tl.where(rows < end, tl.sum(key_tile * query, 1) * (scale * LOG2E), float("-inf"))
         new_peak = tl.maximum(peak, scores)
         weights = tl.exp2(scores - new_peak)
@@ -69,12 +64,12 @@ def sweep(
         peak = new_peak
         if TABLES:
             table_seat = seats(entry, first * 0, rows - table_first, tl.minimum(end - table_first, table_rows))
-            tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE).to(ACC)
+            tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R).to(ACC)  # [BLOCK_N, BLOCK_R]
             q_sums = q_sums * decay[:, None] + weights[:, None] * tile
-            tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE).to(ACC)
+            tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R).to(ACC)
             k_sums = k_sums * decay[:, None] + weights[:, None] * tile
         if VALUES:
-            tile = load_tile(values, value_head, seat, DV, BLOCK_DV).to(ACC)
+            tile = load_tile(values, value_head, seat, DV, BLOCK_DV).to(ACC)  # [BLOCK_N, BLOCK_DV]
             sums = sums * decay[:, None] + weights[:, None] * tile
     top = tl.max(peak, 0)
     share = tl.exp2(peak - top)
@@ -103,14 +98,18 @@ def _decode_step_kernel(
     first = tl.minimum(tl.maximum(tl.load(first_ptr + entry), 0), end).to(tl.int32)
     room = tl.where(end < capacity, 1, 0)  # without any, nothing is written
     lead = room * tl.where(head % GROUP == 0, 1, 0)  # of the query heads of a key head one appends its rows
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
-    query = load_row(q, entry, head, end * 0, 1, D, BLOCK_D, ACC)
-    own_k = load_row(new_k, entry, kv_head, end * 0, 1, D, BLOCK_D, ACC)
-    own_v = load_row(new_v, entry, kv_head, end * 0, 1, DV, BLOCK_DV, ACC)
-    store_row(k, entry, kv_head, end, lead, own_k, D, BLOCK_D)
-    store_row(v, entry, kv_head, end, lead, own_v, DV, BLOCK_DV)
+    new_seat = row_seat(entry, end * 0, 1)
+    seat = row_seat(entry, end, room)
+    lead_seat = row_seat(entry, end, lead)
+    query = load_tile(q, head, new_seat, D, BLOCK_D).to(ACC)  # [1, BLOCK_D]
+    own_k = load_tile(new_k, kv_head, new_seat, D, BLOCK_D).to(ACC)
+    own_v = load_tile(new_v, kv_head, new_seat, DV, BLOCK_DV).to(ACC)  # [1, BLOCK_DV]
+    store_tile(k, kv_head, lead_seat, own_k, D, BLOCK_D)
+    store_tile(v, kv_head, lead_seat, own_v, DV, BLOCK_DV)
     if REFINEMENT == "none":
         _, _, result = sweep(
             query, own_k, own_v, own_v, own_v, k, v, k, k, softmax_scale, entry, kv_head, kv_head, head, first, end, 0, 0,
@@ -118,24 +117,24 @@ def _decode_step_kernel(
         )  # fmt: skip
     else:
         if CONTENT:
-            own_q_a = load_row(new_w_q, entry, head, end * 0, 1, R, BLOCK_R, ACC).to(DTYPE)
-            own_k_a = load_row(new_w_k, entry, head, end * 0, 1, R, BLOCK_R, ACC).to(DTYPE)
-            store_row(w_q, entry, head, end, room, own_q_a, R, BLOCK_R)
-            store_row(w_k, entry, head, end, room, own_k_a, R, BLOCK_R)
+            own_q_a = load_table(new_w_q, head, new_seat, DTYPE, R, BLOCK_R)  # [1, BLOCK_R]
+            own_k_a = load_table(new_w_k, head, new_seat, DTYPE, R, BLOCK_R)
+            store_tile(w_q, head, seat, own_q_a, R, BLOCK_R)
+            store_tile(w_k, head, seat, own_k_a, R, BLOCK_R)
             table_first = end * 0
         else:
-            there = tl.where(end - first < table_rows, 1, 0)
-            own_q_a = load_row(w_q, entry, head, end - first, there, R, BLOCK_R, ACC).to(DTYPE)
-            own_k_a = load_row(w_k, entry, head, end - first, there, R, BLOCK_R, ACC).to(DTYPE)
+            table_seat = row_seat(entry, end - first, tl.where(end - first < table_rows, 1, 0))
+            own_q_a = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
+            own_k_a = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
             table_first = first
         q_a, own_k_a, weighted = sweep(
             query, own_k, own_v, own_q_a.to(ACC), own_k_a.to(ACC), k, v, w_q, w_k, softmax_scale,
             entry, kv_head, kv_head, head, first, end, table_first, table_rows,
             True, REFINEMENT != "simple", DTYPE, D, DV, R, BLOCK_N, BLOCK_D, BLOCK_DV, BLOCK_R,
         )  # fmt: skip
-        store_row(k_a, entry, head, end, room, own_k_a, R, BLOCK_R)
+        store_tile(k_a, head, seat, own_k_a, R, BLOCK_R)
         if REFINEMENT == "value":
-            store_row(y, entry, head, end, room, weighted, DV, BLOCK_DV)
+            store_tile(y, head, seat, weighted, DV, BLOCK_DV)
             _, _, result = sweep(
                 q_a, own_k_a, weighted, own_v, own_v, k_a, y, k, k, refine_scale, entry, head, head, head, first, end, 0, 0,
                 False, True, DTYPE, R, DV, R, BLOCK_N, BLOCK_R, BLOCK_DV, BLOCK_R,
@@ -147,7 +146,7 @@ def _decode_step_kernel(
             )  # fmt: skip
         if REFINEMENT == "additive":
             result = weighted + load_gate(gate_ptr, gate_stride, head, ACC) * result
-    store_row(out, entry, head, end * 0, 1, result, DV, BLOCK_DV)
+    store_tile(out, head, new_seat, result, DV, BLOCK_DV)
 
 
 def launch_step(

@@ -1,54 +1,30 @@
-"""What every launcher needs: a call's tensors as the kernels take them, scratch memory, and the launch itself.
-
-B sequences, H query heads, H_kv key heads, N table rows, D, D_v, R features of q, v and the tables.
-"""
+"""The launch of a kernel, and what it takes: tensors as views, memory for results."""
 
 import contextlib
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from ..call import Call, Inputs
-from ..dropout import quantise
-from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, table_features
-from ..launch_config import is_short as is_short_call
-from ..launch_config import key_of as key_of_call
-from ..launch_config import shared_memory as shared_memory_of
-from ..tuned import tuned_for
+from ..launch_config import Config
 
-View = tuple[Tensor, int, int, int]
-Found = TypeVar("Found")
+View = tuple[Tensor, int, int, int]  # and strides of entries, heads and rows
 
-# Numbers that kernels take as they come: a launch with other lengths or another batch compiles nothing anew.
+# Numbers that kernels are not specialised for: a launch with other lengths or another batch compiles nothing anew.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
 RUNTIME += ["drop_threshold", "capacity"]
 
 
-def remembered(function: Callable[..., Found]) -> Callable[..., Found]:
-    """functools.cache, but for sizes that torch.compile leaves open: those have no hash."""
-    known = functools.lru_cache(1024)(function)
-
-    def call(*arguments: Any) -> Found:
-        try:
-            return known(*arguments)
-        except TypeError:
-            return function(*arguments)
-
-    return call
+def view_of(x: Tensor, packed: bool = False) -> View:
+    """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
+    entries, heads, *_ = x.shape
+    entry, head, row, _ = x.stride()
+    return x, 0 if packed or entries == 1 else entry, 0 if heads == 1 else head, row
 
 
-is_short, key_of, shared_memory = remembered(is_short_call), remembered(key_of_call), remembered(shared_memory_of)
-
-
-@remembered
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def with_rows(x: Tensor) -> Tensor:
+    """`x` with a contiguous last dimension; copied only if it has none."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
@@ -70,214 +46,3 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-class Problem:
-    """One call as the launchers see it: tensors with a contiguous last dimension, sizes, and arguments that kernels share."""
-
-    def __init__(self, given: Inputs, call: Call) -> None:
-        self.q, self.k, self.v = with_rows(given.q), with_rows(given.k), with_rows(given.v)
-        self.w_q = None if given.w_q is None else with_rows(given.w_q)
-        self.w_k = None if given.w_k is None else with_rows(given.w_k)
-        self.v_cov = None if given.v_cov is None else with_rows(given.v_cov)
-        self.gate, self.seed, self.call = given.gate, given.seed, call
-        self.bounds = None if given.bounds is None else given.bounds.contiguous()  # kernels step through them one by one
-        q, k, v, bounds = self.q, self.k, self.v, self.bounds
-        self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
-        self.group = self.heads // self.kv_heads
-        self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
-        self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian, call.refinement)
-        self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
-        self.interpreted = q.device.type == "cpu"
-        self.shared = shared_memory(q.device)
-        self.reach: int | None = None
-
-    def is_short(self) -> bool:
-        return self.short_reach() == self.call.max_len
-
-    def short_reach(self) -> int:
-        """Up to how many items the short kernels take sequences: max_len if that is short, otherwise what fits where lengths vary.
-
-        0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
-        """
-        if self.reach is None:
-            call = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
-            reach = next((n for n in reversed(LENGTHS) if is_short(n, *call)), 0)
-            if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
-                self.reach = self.call.max_len
-            else:
-                self.reach = reach if self.bounds is not None and self.group == 1 else 0
-        return self.reach
-
-    def least(self) -> int:
-        """Items of the shortest sequence that the tiled kernels take."""
-        return self.short_reach() + 1
-
-    def sum_dtype(self, like: Tensor) -> torch.dtype:
-        """Of gradients that are sums over sequences: that of `like`, but the accumulator's while one regime waits for the other."""
-        return self.accumulator if not self.is_short() and self.short_reach() else like.dtype
-
-    def config(self, kernel: str) -> Config:
-        length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
-        key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
-        assert key is not None
-        tuned = None if self.call.gaussian else tuned_for(self.q.device)  # the tuner measures dot products
-        return choose(key, self.shared, tuned)
-
-    def view(self, x: Tensor, packed: bool | None = None) -> View:
-        """A tensor as kernels take it; a dimension of size one has stride 0, so that it stands for any entry or head."""
-        return view_of(x, self.call.varlen if packed is None else packed)
-
-    @functools.cached_property
-    def inputs(self) -> dict[str, Any]:
-        w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
-        views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
-        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.gaussian_view(self.v_cov)}
-
-    def gaussian_view(self, x: Tensor | None) -> View | None:
-        """A tensor that the kernels take between Gaussians alone."""
-        return None if x is None or not self.call.gaussian else self.view(x)
-
-    def scales(self) -> tuple[float, float]:
-        """Factors of the scores of both stages as kernels compute them: half a squared distance is a dot product less a number."""
-        call = self.call
-        return call.softmax_scale * (1 + call.gaussian), call.refine_scale * (1 + (call.refinement == "stochastic"))
-
-    @functools.cached_property
-    def sequences(self) -> dict[str, Any]:
-        return {
-            "bounds_ptr": self.bounds,
-            "rows_total": self.rows,
-            "max_len": self.call.max_len,
-            "table_rows": 0 if self.w_q is None else self.w_q.shape[2],
-            "CAUSAL": self.call.causal,
-            "VARLEN": self.call.varlen,
-            "ALIGN_RIGHT": self.call.align_right,
-            "PER_ENTRY": self.call.per_entry,
-        }
-
-    @functools.cached_property
-    def dropout(self) -> dict[str, Any]:
-        threshold, scale = quantise(self.call.dropout_p)
-        return {"seed_ptr": self.seed, "drop_threshold": threshold, "drop_scale": scale}
-
-    def gate_stride(self) -> int:
-        return 0 if self.gate is None or self.gate.numel() == 1 else self.gate.stride(0)
-
-    def refinement(self) -> dict[str, Any]:
-        return {
-            "REFINEMENT": self.call.refinement,
-            "GAUSSIAN": self.call.gaussian,
-            "gate_ptr": self.gate,
-            "gate_stride": self.gate_stride(),
-            "softmax_scale": self.scales()[0],
-            "refine_scale": self.scales()[1],
-        }
-
-    @functools.cached_property
-    def widths(self) -> dict[str, Any]:
-        d, dv, r = self.q.shape[-1], self.v.shape[-1], self.rank
-        blocks = [max(16, 1 << (x - 1).bit_length()) for x in (d, dv, r)]
-        return {
-            "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
-            "PRECISION": self.precision(),
-        }  # fmt: skip
-
-    def precision(self) -> str:
-        """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
-        if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
-            return "ieee"
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not self.call.gaussian  # distances are small differences
-        return "tf32" if allowed else "tf32x3"
-
-    def run(self, programs: int) -> int:
-        """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""
-        return max(1, ceil_div(self.batch * self.heads, programs * self.processors()))
-
-    def splits(self, programs: int) -> int:
-        """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
-        return max(1, min(self.batch, ceil_div(2 * self.processors(), programs)))
-
-    def offset_type(self, block: int, *more: Tensor | None) -> Any:
-        """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
-        tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
-        rows = block if self.bounds is None else max(block, self.rows)
-        widest = max(block * entry + rows * row for _, entry, _, row in map(self.view, tensors))
-        return tl.int64 if widest >= 2**31 else tl.int32
-
-    def processors(self) -> int:
-        if self.q.device.type != "cuda":
-            return 1  # interpreted: few enough that every program has several sequences to walk over
-        return processors(self.q.device)
-
-    def row_numbers(self) -> Tensor:
-        """Uninitialised, a number per head and row: (entries, H, rows)."""
-        return self.q.new_empty(self.q.shape[0], self.heads, self.rows, dtype=self.accumulator)
-
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
-
-    def covariance_gradient(self) -> Tensor | None:
-        return None if self.v_cov is None else torch.empty_like(self.v_cov)
-
-    def per_query_head(self, gradient: Tensor | None) -> Tensor | None:
-        """Uninitialised memory for the parts of a key head's gradient that its query heads contribute; itself if there is one."""
-        if self.group == 1 or gradient is None:
-            return gradient
-        return allocate(gradient, self.heads, gradient.shape[-1], self.call.varlen, self.accumulator)
-
-    def sum_group(self, parts: Tensor | None, gradient: Tensor | None) -> Tensor | None:
-        """The gradient from what `per_query_head` allocated, summed in a fixed order."""
-        if parts is None or gradient is None or parts is gradient:
-            return gradient
-        return gradient.copy_(parts.unflatten(1, (self.kv_heads, self.group)).sum(2))
-
-    def table_gradients(self) -> tuple[Tensor, Tensor]:
-        assert self.w_q is not None and self.w_k is not None
-        return torch.empty_like(self.w_q), torch.empty_like(self.w_k)
-
-    def partial_tables(self, splits: int, rows: int) -> Tensor:
-        """Uninitialised memory for the parts of both tables' gradients, one per program and head: (2, splits, heads, rows, R)."""
-        return self.q.new_empty(2, splits, self.heads, rows, self.rank, dtype=self.accumulator)
-
-    def sum_tables(self, partials: Tensor) -> list[Tensor]:
-        """The gradients of both tables, (1, 1 or H, N, R) each, from their parts; summed in a fixed order."""
-        assert self.w_q is not None
-        w = self.w_q
-        total = partials.sum(1 if w.shape[1] > 1 else (1, 2)).view(2, 1, w.shape[1], *partials.shape[3:])
-        missing, dtype = w.shape[2] - partials.shape[3], self.sum_dtype(w)  # rows that no sequence reaches; below 0: of no use
-        if self.call.align_right and (self.call.varlen or self.bounds is not None):
-            total, pads = total[:, :, :, max(0, -missing) :], (0, 0, missing, 0)
-        else:
-            total, pads = total[:, :, :, : w.shape[2]], (0, 0, 0, missing)
-        parts = total.unbind()
-        return [F.pad(x, pads).to(dtype) if missing > 0 else x.to(dtype, copy=True) for x in parts]
-
-    def results(self, inputs: list[Tensor], tables: list[Tensor], dgate: Tensor | None, dv_cov: Tensor | None) -> list[Tensor]:
-        """Gradients in the order of the inputs that the call has: q, k, v, W_q, W_k, gate, v_cov; dgate comes per head."""
-        found = inputs + (tables if self.w_q is not None else [])
-        if self.gate is not None and dgate is not None:
-            dgate = dgate if self.gate.numel() == self.heads else dgate.sum(0, keepdim=True)
-            found.append(dgate.to(self.sum_dtype(self.gate)))
-        return found if dv_cov is None else [*found, dv_cov]
-
-    def add_sums(self, tiled: list[Tensor], short: list[Tensor]) -> list[Tensor]:
-        """The results of both regimes, which share all gradients but those that are sums over sequences."""
-        first = 5 if self.w_q is not None and self.call.per_entry else 3
-        sums = ([] if first == 5 or self.w_q is None else [self.w_q, self.w_k]) + ([] if self.gate is None else [self.gate])
-        both = zip(tiled[first:], short[first:], sums, strict=False)
-        added = [(a + b).to(x.dtype) for a, b, x in both if x is not None]
-        return short[:first] + added + short[first + len(sums) :]
-
-
-def view_of(x: Tensor, packed: bool = False) -> View:
-    """As `Problem.view`."""
-    entries, heads, *_ = x.shape
-    entry, head, row, _ = x.stride()
-    return x, 0 if packed or entries == 1 else entry, 0 if heads == 1 else head, row
-
-
-def with_rows(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension; copied only if it has none."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,8 +1,11 @@
 """Device helpers that every kernel shares: where a sequence lies, tiles in and out, softmax, dropout bits.
 
-L length of a sequence, D features of a tile. A *view* is the tuple (pointer, entry stride, head stride, row stride) of a tensor
-(entries, heads, rows, D) whose last dimension is contiguous; for packed batches the entry stride is 0. Rows count from the
-sequence's first real item ("local"), on both sides of every tile; its *seats* say where a tile's rows lie.
+L length of a sequence, D features of a tile, R refinement rank. Shapes in comments and docstrings are those of tiles.
+
+A *view* is the tuple (pointer, entry_stride, head_stride, row_stride) of a tensor (entries, heads, rows, D) whose last dimension is
+contiguous; for packed batches the entry stride is 0. Rows are "local": they count from the sequence's first real item, on both
+sides of every tile. *Seats* say where the rows of a tile lie in such a tensor, as a tuple (first_entry, first_row, entries, rows,
+filled): entry and row of the tile's origin, then per row of the tile the entries and rows beyond it and whether an item sits there.
 """
 
 import triton
@@ -51,11 +54,14 @@ def table_start(start, length, table_rows, VARLEN: tl.constexpr, ALIGN_RIGHT: tl
 
 @triton.jit
 def seats(entry, start, rows, length):
-    """Seats of local rows of one sequence: where each row of a tile lies in a tensor.
-
-    A tuple (entry and row of the tile's origin, then per row of the tile: entries and rows beyond it, whether an item sits there).
-    """
+    """Seats of local rows of one sequence."""
     return entry, start, 0, rows.to(tl.int64), rows < length
+
+
+@triton.jit
+def key_seats(entry, start, w_start, columns, length):
+    """Seats of the keys of one sequence: in the inputs and in the tables."""
+    return seats(entry, start, columns, length), seats(entry, w_start, columns, length)
 
 
 @triton.jit
@@ -78,8 +84,8 @@ def shared_seats(
 
     One of more than `reach` items, which is at most BLOCK, counts as empty: the tiled kernels take it.
 
-    Returns their number, then per row: its sequence's first row in the tile and its length (0 if the row stays empty), seats in the
-    inputs, and seats in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that counts.
+    Returns their number, then per row: its sequence, that one's first row in the tile and its length (0 if the row stays empty),
+    then seats in the inputs and in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that.
     """
     candidate = sequence + tl.arange(0, CANDIDATES)
     start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
@@ -105,45 +111,84 @@ def shared_seats(
     seat = sequence, origin, owner.to(OFFSET), steps.to(OFFSET), filled
     if VARLEN and not PER_ENTRY:
         steps = local + (table_rows - length if ALIGN_RIGHT else 0)
-        return taken, first, length, seat, (sequence, sequence * 0, owner.to(OFFSET), steps.to(OFFSET), filled)
+        table_seat = sequence, sequence * 0, owner.to(OFFSET), steps.to(OFFSET), filled
+        return taken, sequence + owner, first, length, seat, table_seat
     else:
-        return taken, first, length, seat, seat
+        return taken, sequence + owner, first, length, seat, seat
 
 
 @triton.jit
 def tile_pointers(view, head, seat, columns):
-    base = view[0] + (seat[0].to(tl.int64) * view[1] + head.to(tl.int64) * view[2] + seat[1].to(tl.int64) * view[3])
-    return base + ((seat[2] * view[1] + seat[3] * view[3])[:, None] + columns[None, :])
+    """[rows of the seat, len(columns)]: where the numbers of a tile lie."""
+    pointer, entry_stride, head_stride, row_stride = view
+    first_entry, first_row, entries, rows, _ = seat
+    origin = first_entry.to(tl.int64) * entry_stride + head.to(tl.int64) * head_stride + first_row.to(tl.int64) * row_stride
+    return pointer + origin + ((entries * entry_stride + rows * row_stride)[:, None] + columns[None, :])
+
+
+@triton.jit
+def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows of the seat, BLOCK] bool: rows with an item, and WIDTH columns of BLOCK."""
+    _, _, _, _, filled = seat
+    return filled[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
 
 
 @triton.jit
 def load_tile(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
-    """[len(seat), BLOCK]: rows of one head and WIDTH features from FIRST, zero where no item sits and beyond those features."""
-    columns = tl.arange(0, BLOCK)
-    mask = seat[4][:, None] & (columns < WIDTH)[None, :]
-    return tl.load(tile_pointers(view, head, seat, FIRST + columns), mask=mask, other=0.0)
+    """[rows of the seat, BLOCK]: a head's WIDTH features from FIRST on, zero where no item sits and beyond those features."""
+    pointers = tile_pointers(view, head, seat, FIRST + tl.arange(0, BLOCK))
+    return tl.load(pointers, mask=tile_mask(seat, WIDTH, BLOCK), other=0.0)
+
+
+@triton.jit
+def load_table(view, head, seat, DTYPE: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """[rows of the seat, BLOCK_R]: rows of W_q or W_k, which may be float32 beside half precision, in the dtype of the products."""
+    return load_tile(view, head, seat, R, BLOCK_R).to(DTYPE)
 
 
 @triton.jit
 def store_tile(view, head, seat, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
-    columns = tl.arange(0, BLOCK)
-    mask = seat[4][:, None] & (columns < WIDTH)[None, :]
-    tl.store(tile_pointers(view, head, seat, FIRST + columns), tile.to(view[0].dtype.element_ty), mask=mask)
+    """Store a tile where `load_tile` would find it, in the dtype of the tensor."""
+    tl.store(tile_pointers(view, head, seat, FIRST + tl.arange(0, BLOCK)), tile, mask=tile_mask(seat, WIDTH, BLOCK))
 
 
 @triton.jit
-def zero_padding(view, entry, head, start, length, total, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Store zeros in the rows of an entry that hold no item; ROWS is a bound on `total`."""
-    rows = tl.arange(0, ROWS)
+def padding_seats(
+    bounds_ptr, entry, total, max_len, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Seats of the rows of an entry that hold no item; BLOCK is a bound on `total`."""
+    start, length = locate(bounds_ptr, entry, total, max_len, VARLEN, ALIGN_RIGHT)
+    rows = tl.arange(0, BLOCK)
     padding = (rows < total) & ((rows < start) | (rows >= start + length))
-    seat = entry, start * 0, 0, rows.to(tl.int64), padding
-    store_tile(view, head, seat, tl.zeros((ROWS, BLOCK), view[0].dtype.element_ty), WIDTH, BLOCK)
+    return entry, start * 0, 0, rows.to(tl.int64), padding
 
 
 @triton.jit
-def rounding_rest(tile, DTYPE: tl.constexpr):
-    """What rounding to half precision loses."""
-    return tile - tile.to(DTYPE).to(tile.dtype)
+def store_zeros(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    tl.store(tile_pointers(view, head, seat, tl.arange(0, BLOCK)), 0.0, mask=tile_mask(seat, WIDTH, BLOCK))
+
+
+@triton.jit
+def store_with_rest(
+    view, rest, head, seat, rest_seat, tile,
+    HALF: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """Store a tile and, with HALF, what rounding it loses: in the columns of `rest` from FIRST on."""
+    store_tile(view, head, seat, tile, WIDTH, BLOCK)
+    if HALF:
+        store_tile(rest, head, rest_seat, tile - tile.to(DTYPE).to(tile.dtype), WIDTH, BLOCK, FIRST)
+
+
+@triton.jit
+def load_with_rest(
+    view, rest, head, seat,
+    HALF: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
+):  # fmt: skip
+    """[rows of the seat, BLOCK]: what `store_with_rest` stored, both parts together."""
+    tile = load_tile(view, head, seat, WIDTH, BLOCK).to(ACC)
+    if HALF:
+        tile += load_tile(rest, head, seat, WIDTH, BLOCK, FIRST).to(ACC)
+    return tile
 
 
 @triton.jit
@@ -194,13 +239,22 @@ def score_tile(q_tile, k_tile, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def known_softmax_tile(
-    q_tile, k_tile, lse, rows, columns, length, scale,
-    DISTANCE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def softmax_tile(q_tile, k_tile, visible, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
+    """Softmax of whole rows; one that sees nothing is zero."""
+    scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E)
+    scores = tl.where(visible, scores, float("-inf"))
+    peak = tl.max(scores, 1)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(scores - peak[:, None])
+    total = tl.sum(weights, 1)
+    return weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+
+
+@triton.jit
+def known_softmax_tile(q_tile, k_tile, lse, visible, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
     """Softmax of rows whose log-sum-exp is known, in units of log 2; zero where nothing is visible."""
     scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E) - lse[:, None]
-    return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
+    return tl.exp2(tl.where(visible, scores, float("-inf")))
 
 
 @triton.jit
@@ -225,17 +279,6 @@ def slope_of_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
     columns = tl.arange(0, BLOCK_R)[None, :]
     slope = tl.where(points >= 1, 0.5 / tl.where(points >= 1, points, 1), 0.5 * points)
     return tl.where((columns >= R // 2) & (columns < R), slope, 1)
-
-
-@triton.jit
-def softmax_tile(scores, visible):
-    """Softmax of whole rows whose scores are in units of log 2; a row that sees nothing is zero."""
-    scores = tl.where(visible, scores, float("-inf"))
-    peak = tl.max(scores, 1)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(scores - peak[:, None])
-    total = tl.sum(weights, 1)
-    return weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
 
 
 @triton.jit

@@ -1,6 +1,8 @@
 """The short regime: a tile holds whole heads, every matrix stays on chip, one launch forward and one backward.
 
-L positions, D, DV, R features of q, v and the tables. A program owns one head of a run of consecutive sequences and seats as
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_L, BLOCK_D]` is the shape of a tile.
+
+A program owns one head of a run of consecutive sequences and seats as
 many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
 sequences in one tile do not see each other. Sequences of more than `reach` items are passed over: the tiled kernels take them,
 which pass over the others in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`;
@@ -20,25 +22,90 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
-    LOG2E,
     correlation_points,
     dot,
     drop_by_word,
     keep_word,
     load_gate,
+    load_table,
     load_tile,
-    locate,
-    score_tile,
+    padding_seats,
     seats,
     shared_seats,
     slope_of_points,
     softmax_tile,
     store_tile,
+    store_zeros,
     visible_in_shared_tile,
-    zero_padding,
 )
+from .problem import Problem
+from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
+
+
+@triton.jit
+def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
+    """[BLOCK_L, BLOCK_R]: Q_A or K_A, as P times a table; with POINTS those of "stochastic". In the dtype of `first`."""
+    tile = dot(first, w_tile, PRECISION)
+    if POINTS:
+        tile = correlation_points(tile, R, BLOCK_R)
+    return tile.to(first.dtype)
+
+
+@triton.jit
+def higher_weights(
+    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
+    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
+    that the weights meet, [BLOCK_L, BLOCK_DV]. first, first_half: P, and P in the dtype of the products."""
+    POINTS: tl.constexpr = REFINEMENT == "stochastic"
+    DTYPE: tl.constexpr = first_half.dtype
+    w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
+    w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+    q_a = correlation_tile(first_half, w_q_tile, POINTS, R, BLOCK_R, PRECISION)
+    k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
+    if REFINEMENT == "value":
+        v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
+        if GAUSSIAN:
+            v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
+    higher = softmax_tile(q_a, k_a, visible, scale, POINTS, PRECISION)
+    return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
+
+
+@triton.jit
+def correlation_gradients(
+    higher, q_a, k_a, dweights, inner, scale, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
+):
+    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR), scale: that of T times the gate."""
+    ACC: tl.constexpr = higher.dtype
+    dhigher = (higher * (dweights - inner[:, None]) * scale).to(q_a.dtype)
+    dq_a = dot(dhigher, k_a, PRECISION)
+    if POINTS:
+        dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
+    dq_a = dq_a.to(q_a.dtype)
+    dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
+    if POINTS:
+        dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
+        dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
+    return dq_a, dk_a.to(q_a.dtype)
+
+
+@triton.jit
+def zero_gradients(
+    dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Store zeros at the seats of padding in every gradient that has a row per item."""
+    store_zeros(dq, head, padding, D, BLOCK_D)
+    store_zeros(dk, head, padding, D, BLOCK_D)
+    store_zeros(dv, head, padding, DV, BLOCK_DV)
+    if dv_cov is not None:
+        store_zeros(dv_cov, head, padding, DV, BLOCK_DV)
+    if PER_ENTRY:
+        store_zeros(dw_q, head, padding, R, BLOCK_R)
+        store_zeros(dw_k, head, padding, R, BLOCK_R)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -53,66 +120,53 @@ def _short_fwd_kernel(
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(0) % heads
+    head, kv_head = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP
     begin = (tl.program_id(0) // heads) * run
     last = tl.minimum(begin + run, batch)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     sequence = begin
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
-            taken, first_row, length, seat, table_seat = shared_seats(
+            taken, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            entry = sequence + seat[2].to(tl.int32)
             sequence += taken
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
-            q_tile = load_tile(q, head, seat, D, BLOCK_D)
-            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
-            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
+            k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
             weights = first
-            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            values = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
+            values_cov = values
             if GAUSSIAN:
-                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
-
+                values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
-                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
-                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first.to(DTYPE), w_q_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    q_a = correlation_points(q_a, R, BLOCK_R)
-                q_a = q_a.to(DTYPE)
-                k_a = dot(first.to(DTYPE), w_k_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    k_a = correlation_points(k_a, R, BLOCK_R)
-                k_a = k_a.to(DTYPE)
-                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
-                weights = softmax_tile(scores * (refine_scale * LOG2E), visible)
-                if REFINEMENT == "value":
-                    v_tile = dot(first.to(DTYPE), v_tile, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
-                        v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
+                weights, _, _, _, _, values, values_cov = higher_weights(
+                    first, first.to(DTYPE), visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
+                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
 
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
-            tile = dot(weights.to(DTYPE), v_tile, PRECISION)
-            store_tile(out, head, seat, tile, DV, BLOCK_DV)
+            store_tile(out, head, seat, dot(weights.to(DTYPE), values, PRECISION), DV, BLOCK_DV)
             if GAUSSIAN:
-                tile = dot((weights * weights).to(DTYPE), v_cov_tile, PRECISION)
+                tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
-            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-            zero_padding(out, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+            padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
+            store_zeros(out, head, padding, DV, BLOCK_DV)
             if GAUSSIAN:
-                zero_padding(out_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
+                store_zeros(out_cov, head, padding, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -127,11 +181,13 @@ def _short_bwd_kernel(
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, split = tl.program_id(0) % heads, tl.program_id(0) // heads
+    head, kv_head, split = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP, tl.program_id(0) // heads
     begin = split * run
     last = tl.minimum(begin + run, batch)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    POINTS: tl.constexpr = REFINEMENT == "stochastic"
     gate = load_gate(gate_ptr, gate_stride, head, ACC)
     dgate = tl.zeros((BLOCK_L,), ACC)
     dw_q_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
@@ -140,50 +196,39 @@ def _short_bwd_kernel(
     sequence = begin
     for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
         if sequence < last:
-            taken, first_row, length, seat, table_seat = shared_seats(
+            taken, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            entry = sequence + seat[2].to(tl.int32)
             sequence += taken
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)
-            q_tile = load_tile(q, head, seat, D, BLOCK_D)
-            k_tile = load_tile(k, head // GROUP, seat, D, BLOCK_D)
-            v_tile = load_tile(v, head // GROUP, seat, DV, BLOCK_DV)
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
+            k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
+            v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
-            first = softmax_tile(score_tile(q_tile, k_tile, GAUSSIAN, PRECISION) * (softmax_scale * LOG2E), visible)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
 
             first_half = first.to(DTYPE)
             weights = first
-            values = v_tile
+            v_cov_tile = v_tile
             if GAUSSIAN:
-                v_cov_tile = load_tile(v_cov, head // GROUP, seat, DV, BLOCK_DV)
+                v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
                 dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
-                values_cov = v_cov_tile
+            values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
-                w_q_tile = load_tile(w_q, head, table_seat, R, BLOCK_R).to(DTYPE)
-                w_k_tile = load_tile(w_k, head, table_seat, R, BLOCK_R).to(DTYPE)
-                q_a = dot(first_half, w_q_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    q_a = correlation_points(q_a, R, BLOCK_R)
-                q_a = q_a.to(DTYPE)
-                k_a = dot(first_half, w_k_tile, PRECISION)
-                if REFINEMENT == "stochastic":
-                    k_a = correlation_points(k_a, R, BLOCK_R)
-                k_a = k_a.to(DTYPE)
-                if REFINEMENT == "value":
-                    values = dot(first_half, v_tile, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
-                        values_cov = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
-                scores = score_tile(q_a, k_a, REFINEMENT == "stochastic", PRECISION)
-                higher = softmax_tile(scores * (refine_scale * LOG2E), visible)
+                higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
+                    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
+                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":
                     weights = first + gate * higher
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+
+            # Through the outputs to the weights
             if GAUSSIAN:
                 squares = tl.trans((weights * weights).to(DTYPE))
                 through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
@@ -193,34 +238,29 @@ def _short_bwd_kernel(
                 dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
+
+            # Through the higher-order weights to the correlation space
             if REFINEMENT != "none":
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
                     dgate += inner
-                dhigher = (higher * (dweights - inner[:, None]) * (gate * refine_scale)).to(DTYPE)
-                dq_a = dot(dhigher, k_a, PRECISION)
-                if REFINEMENT == "stochastic":
-                    dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
-                dq_a = dq_a.to(DTYPE)
-                dk_a = dot(tl.trans(dhigher), q_a, PRECISION)
-                if REFINEMENT == "stochastic":
-                    dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
-                    dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
-                dk_a = dk_a.to(DTYPE)
+                scale = gate * refine_scale
+                dq_a, dk_a = correlation_gradients(higher, q_a, k_a, dweights, inner, scale, POINTS, R, BLOCK_R, PRECISION)
 
-            dvalues = dot(weights, dout_tile, PRECISION)
+            # To the values
+            dvalues = dot(weights, dout_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
             if REFINEMENT == "value":
                 dvalues_half = dvalues.to(DTYPE)
-            else:
-                store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
-            if REFINEMENT == "value":
-                store_tile(dv, head, seat, dot(tl.trans(first_half), dvalues_half, PRECISION), DV, BLOCK_DV)
+                dvalues = dot(tl.trans(first_half), dvalues_half, PRECISION)
+            store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
             if GAUSSIAN:
                 dvalues_cov = dot(squares, dcov_tile, PRECISION)
                 if REFINEMENT == "value":
                     dvalues_cov_half = dvalues_cov.to(DTYPE)
                     dvalues_cov = dot(tl.trans((first * first).to(DTYPE)), dvalues_cov_half, PRECISION)
                 store_tile(dv_cov, head, seat, dvalues_cov, DV, BLOCK_DV)
+
+            # To the first-order weights
             if REFINEMENT == "none":
                 dfirst = dweights
             else:
@@ -235,8 +275,9 @@ def _short_bwd_kernel(
                 else:
                     dfirst += dweights
 
+            # To queries, keys and tables
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
-            dkeys = dot(tl.trans(dscores), q_tile, PRECISION)
+            dkeys = dot(tl.trans(dscores), q_tile, PRECISION)  # [BLOCK_L, BLOCK_D]
             if GAUSSIAN:
                 dkeys -= k_tile.to(ACC) * tl.sum(dscores.to(ACC), 0)[:, None]
             store_tile(dk, head, seat, dkeys, D, BLOCK_D)
@@ -257,18 +298,12 @@ def _short_bwd_kernel(
     if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
-            start, length = locate(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT)
-            zero_padding(dq, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
-            zero_padding(dk, padded, head, start, length, rows_total, BLOCK_L, D, BLOCK_D)
-            zero_padding(dv, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
-            if GAUSSIAN:
-                zero_padding(dv_cov, padded, head, start, length, rows_total, BLOCK_L, DV, BLOCK_DV)
-            if PER_ENTRY:
-                zero_padding(dw_q, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
-                zero_padding(dw_k, padded, head, start, length, rows_total, BLOCK_L, R, BLOCK_R)
+            padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
+            zero_gradients(
+                dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY, D, DV, R, BLOCK_D, BLOCK_DV, BLOCK_R
+            )
     if REFINEMENT != "none" and not PER_ENTRY:
-        rows = tl.arange(0, BLOCK_L)
-        partial = seats(split, begin * 0, rows, BLOCK_L)
+        partial = seats(split, begin * 0, tl.arange(0, BLOCK_L), BLOCK_L)
         store_tile(dw_q, head, partial, dw_q_sum, R, BLOCK_R)
         store_tile(dw_k, head, partial, dw_k_sum, R, BLOCK_R)
     if dgate_ptr is not None:
@@ -282,7 +317,7 @@ def short_buffers(problem: Problem) -> dict[str, Tensor]:
     return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
-def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
+def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v); in `outs`, if the tiled kernels have written longer sequences there."""
     p = problem
     outs = list(short_buffers(p).values()) if outs is None else outs
@@ -293,40 +328,40 @@ def short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Te
         out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
         reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
-        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
     return outs
 
 
-def short_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor], found: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; found: those that the tiled kernels have begun."""
+def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those that the tiled kernels have begun."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients() if found is None else found[:3]
-    dv_cov = p.covariance_gradient() if found is None or not p.call.gaussian else found[-1]
-    dk_heads, dv_heads, dv_cov_heads = (p.per_query_head(x) for x in (dk, dv, dv_cov))
+    dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
+    dv_cov = p.covariance_gradient() if tiled is None or not p.call.gaussian else tiled[-1]
+    dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
     if p.w_q is None:
         dw_q = dw_k = dq
     elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients() if found is None else found[3:5]
+        dw_q, dw_k = p.table_gradients() if tiled is None else tiled[3:5]
     else:
-        partials = p.partial_tables(splits, block)
+        partials = partial_tables(p, splits, block)
         dw_q, dw_k = partials
     dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
+    packed_tables = p.call.per_entry and p.call.varlen
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
         dout=p.view(douts[0]), dout_cov=p.gaussian_view(douts[-1]),
         dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.gaussian_view(dv_cov_heads),
-        dw_q=p.view(dw_q, p.call.per_entry and p.call.varlen), dw_k=p.view(dw_k, p.call.per_entry and p.call.varlen),
+        dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
-        **p.inputs, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
     )  # fmt: skip
-    if p.w_q is not None and not p.call.per_entry:
-        dw_q, dw_k = p.sum_tables(partials)
-    inputs = [p.sum_group(dk_heads, dk), p.sum_group(dv_heads, dv)]
-    dgate, dv_cov = None if dgate is None else dgate.sum(0), p.sum_group(dv_cov_heads, dv_cov)
-    results = p.results([dq, *inputs], [dw_q, dw_k], dgate, dv_cov)
-    return results if found is None else p.add_sums(found, results)
+    tables = [] if p.w_q is None else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
+    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
+    dv_cov = sum_query_heads(p, dv_cov_heads, dv_cov)
+    gradients = in_order(p, items, tables, None if dgate is None else dgate.sum(0), dv_cov)
+    return gradients if tiled is None else add_regimes(p, tiled, gradients)

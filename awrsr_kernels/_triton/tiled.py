@@ -1,6 +1,9 @@
 """The tiled regime, forward: any length, in flash-attention's manner, with the tables as values.
 
-L positions, D, DV, R features of q, v and the tables. One kernel, launched once per stage:
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
+keys.
+
+One kernel, launched once per stage:
 
     "none"    out = P V
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
@@ -24,26 +27,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
     LOG2E,
     correlation_points,
     dot,
     keep_tile,
+    key_seats,
     known_softmax_tile,
     load_gate,
     load_rows,
+    load_table,
     load_tile,
+    load_with_rest,
     locate_long,
     padded_seats,
-    rounding_rest,
     row_index,
     score_tile,
     seats,
     store_tile,
+    store_with_rest,
     table_start,
     visible_tile,
 )
+from .problem import Problem
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -67,10 +74,13 @@ def _tiled_fwd_kernel(
     first_row = ((tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)) * BLOCK_M
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     rows = first_row + tl.arange(0, BLOCK_M)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    seat = seats(entry, start, rows, length)
+    at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
-    q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
+    q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     peak = tl.full((BLOCK_M,), float("-inf"), ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -83,16 +93,17 @@ def _tiled_fwd_kernel(
         cov_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
     if other_q is not None:
         cross_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
-        other_at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-        other_lse = load_rows(other_lse_ptr, other_at, rows, length)
+        other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
+        other_lse = load_rows(other_lse_ptr, at, rows, length)
 
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
+        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+        visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
+        k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)
-        scores = tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf"))
+        scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - shift[:, None])
@@ -100,75 +111,55 @@ def _tiled_fwd_kernel(
         total = total * decay + tl.sum(weights, 1)
         peak = new_peak
         if TABLES:
-            w_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
             q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
-            w_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
             k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
         if VALUES:
             if seed_ptr is not None:
                 weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
-            v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+            v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
         if v_cov is not None:
-            cov_tile = load_tile(v_cov, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+            cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
             cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
         if other_q is not None:
-            other_tile = load_tile(other_k, head // OTHER_GROUP, seats(entry, start, columns, length), OTHER_D, BLOCK_OTHER_D)
-            other = known_softmax_tile(
-                other_q_tile, other_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
-            )
+            other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
+            other = known_softmax_tile(other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION)
             cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: sums of zero, and a finite log-sum-exp
     shift = tl.where(peak == float("-inf"), 0.0, peak)
-    at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
     share = (1.0 / total)[:, None]
+    padded_seat = padded_seats(entry, start, rows, length, rows_total, not VARLEN)
     REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
         if POINTS:
             q_a_sum = correlation_points(q_a_sum, R, BLOCK_R)
             k_a_sum = correlation_points(k_a_sum, R, BLOCK_R)
-        store_tile(q_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), q_a_sum, R, BLOCK_R)
-        store_tile(k_a, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), k_a_sum, R, BLOCK_R)
-        if HALF:
-            lost = rounding_rest(q_a_sum, DTYPE)
-            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, R, BLOCK_R)
-            lost = rounding_rest(k_a_sum, DTYPE)
-            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, R, BLOCK_R, R)
+        store_with_rest(q_a, rest, head, padded_seat, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
+        store_with_rest(k_a, rest, head, padded_seat, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
     if VALUES:
         sums = sums * (share * drop_scale)  # applied to weights, the scale would be rounded with them
-        store_tile(weighted, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), sums, DV, BLOCK_DV)
-        if HALF:
-            lost = rounding_rest(sums, DTYPE)
-            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST)
+        store_with_rest(weighted, rest, head, padded_seat, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
         if ADDED:
             gate = load_gate(gate_ptr, gate_stride, head, ACC)
-            other_sums = load_tile(added, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
-            sums = other_sums + gate * sums
-            store_tile(out, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), sums, DV, BLOCK_DV)
+            sums = load_tile(added, head, seat, DV, BLOCK_DV).to(ACC) + gate * sums
+            store_tile(out, head, padded_seat, sums, DV, BLOCK_DV)
     if v_cov is not None:
         share = share * drop_scale
         cov_sums = cov_sums * (share * share)
         if other_q is not None:
             cross_sums = cross_sums * (share * drop_scale)
             cov_sums = cross_sums + gate * cov_sums
-            first_sums = load_tile(added_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
-            if HALF:
-                first_sums += load_tile(added_rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R + DV).to(ACC)
+            first_sums = load_with_rest(added_cov, added_rest, head, seat, HALF, ACC, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cross_sums
-            store_tile(added_cov, head, padded_seats(entry, start, rows, length, rows_total, False), first_sums, DV, BLOCK_DV)
-            if HALF:
-                lost = rounding_rest(first_sums, DTYPE)
-                seat = padded_seats(entry, start, rows, length, rows_total, False)
-                store_tile(added_rest, head, seat, lost, DV, BLOCK_DV, 2 * R + DV)
+            store_with_rest(added_cov, added_rest, head, seat, seat, first_sums, HALF, DTYPE, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cov_sums
-            store_tile(out_cov, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), first_sums, DV, BLOCK_DV)
-        store_tile(weighted_cov, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), cov_sums, DV, BLOCK_DV)
-        if HALF:
-            lost = rounding_rest(cov_sums, DTYPE)
-            store_tile(rest, head, padded_seats(entry, start, rows, length, rows_total, False), lost, DV, BLOCK_DV, REST + DV)
+            store_tile(out_cov, head, padded_seat, first_sums, DV, BLOCK_DV)
+        store_with_rest(weighted_cov, rest, head, padded_seat, seat, cov_sums, HALF, DTYPE, DV, BLOCK_DV, REST + DV)
 
 
 def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
@@ -178,21 +169,21 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
     """
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
-    found: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
-    found["first_lse"] = None
+    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
+    widths["first_lse"] = None
     if refinement != "none":
-        found |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
+        widths |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
     kinds = ("values", "cov") if p.call.gaussian else ("values",)
     if refinement in ("value", "additive"):
-        found |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
+        widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
-        found |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
+        widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
     if p.q.dtype.itemsize == 2 and (keep or (p.call.gaussian and refinement == "additive")):
         if refinement != "none":
-            found["higher_rest"] = d_v * len(kinds)
+            widths["higher_rest"] = d_v * len(kinds)
         meets_values = refinement in ("none", "value", "additive")
-        found["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
-    return found
+        widths["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
+    return widths
 
 
 def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
@@ -204,7 +195,7 @@ def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
     }
 
 
-def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
+def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
     """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
     p, refinement = problem, problem.call.refinement
     dropped = refinement in ("none", "additive") or higher
@@ -221,7 +212,7 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
         "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
     }
-    views = dict(p.inputs)
+    views = dict(p.tensors)
     if not values:
         views["v_cov"] = None
     rest = buffers.get("higher_rest" if higher else "first_rest")
@@ -238,16 +229,20 @@ def stage(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[st
     return arguments | views | groups
 
 
-def other_stage(problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool) -> dict[str, Any]:
+def other_stage_arguments(
+    problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool
+) -> dict[str, Any]:
     """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none.
-    here: arguments of the stage itself."""
-    there = stage(problem, buffers, not higher) if needed else here
-    found = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
+
+    here: arguments of the stage itself.
+    """
+    there = stage_arguments(problem, buffers, not higher) if needed else here
+    taken = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
-    return {name: there[x] if needed else None for name, x in found.items()} | {name: there[x] for name, x in widths.items()}
+    return {name: there[x] if needed else None for name, x in taken.items()} | {name: there[x] for name, x in widths.items()}
 
 
-def tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
+def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
     buffers = tiled_buffers(p, keep)
@@ -260,8 +255,8 @@ def tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
         kept = "higher" if higher else "first"
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
-        arguments = stage(p, buffers, higher)
-        arguments |= other_stage(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
+        arguments = stage_arguments(p, buffers, higher)
+        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
         del arguments["other_gate_ptr"]  # 1 in stage 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,

@@ -1,7 +1,10 @@
 """The tiled regime, backward: weights are recomputed from the saved log-sum-exps, every sum has one owner, no atomics.
 
-L positions, D, DV, R features of q, v and the tables. A stage recomputes its weights p from what plays q and k in it, and what
-reaches them is a sum of outer products, g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
+L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
+keys.
+
+A stage recomputes its weights p from what plays q and k in it, and what reaches them is a sum of outer products,
+g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
 
     delta = rowsum(p*g), taken from what the forward saved: rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + rowsum(dO*O)
     ds    = scale p*(g - delta)         dq = ds k         dk = ds^T q         dv = (p*Z)^T dO        dW = p^T [dQ_A | dK_A]
@@ -18,15 +21,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, Problem, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, launch
 from .primitives import (
     before_points,
     dot,
     keep_tile,
+    key_seats,
     known_softmax_tile,
     load_gate,
     load_rows,
+    load_table,
     load_tile,
+    load_with_rest,
     locate_long,
     padded_seats,
     row_index,
@@ -34,8 +40,11 @@ from .primitives import (
     slope_of_points,
     store_tile,
     table_start,
+    visible_tile,
 )
-from .tiled import other_stage, stage, tiled_widths
+from .problem import Problem
+from .reduce import in_order, partial_tables, sum_tables
+from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -53,85 +62,81 @@ def _tiled_bwd_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
     first_row = tile * BLOCK_M
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     rows = first_row + tl.arange(0, BLOCK_M)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    seat = seats(entry, start, rows, length)
+    at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
 
-    q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
+    q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     delta = tl.zeros((BLOCK_M,), ACC)
     if TABLES:
-        dq_a_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-        dk_a_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-        space = load_tile(q_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
-        if HALF:
-            space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
+        dq_a_tile = load_tile(dq_a, head, seat, R, BLOCK_R)  # [BLOCK_M, BLOCK_R]
+        dk_a_tile = load_tile(dk_a, head, seat, R, BLOCK_R)
+        space = load_with_rest(q_a, rest, head, seat, HALF, ACC, R, BLOCK_R, 0)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
-        space = load_tile(k_a, head, seats(entry, start, rows, length), R, BLOCK_R).to(ACC)
-        if HALF:
-            space += load_tile(rest, head, seats(entry, start, rows, length), R, BLOCK_R, R).to(ACC)
+        space = load_with_rest(k_a, rest, head, seat, HALF, ACC, R, BLOCK_R, R)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
-        dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
-        saved = load_tile(weighted, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
-        if HALF:
-            saved += load_tile(rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R if TABLES else 0).to(ACC)
+        dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
+        saved = load_with_rest(weighted, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
     if v_cov is not None:
-        dcov_tile = load_tile(dout_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV)
-        saved = load_tile(weighted_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV).to(ACC)
-        if HALF:
-            saved += load_tile(rest, head, seats(entry, start, rows, length), DV, BLOCK_DV, 2 * R + DV if TABLES else DV).to(ACC)
+        dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
+        saved = load_with_rest(weighted_cov, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST + DV)
         delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
         tiles = tl.num_programs(0) // (batch * heads)
         tl.store(dgate_ptr + pair.to(tl.int64) * tiles + tile, tl.sum(delta, 0))
-    at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
     tl.store(delta_ptr + at, delta, mask=rows < length)
     lse = load_rows(lse_ptr, at, rows, length)
     if other_q is not None:
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
-        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
+        other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
         other_lse = load_rows(other_lse_ptr, at, rows, length)
 
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), ACC)
     end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
-        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
-        weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
+        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+        visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
+        k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
         dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if VALUES:
-            v_tile = load_tile(v, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+            v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
             if v_cov is not None:
                 mixed = weights
                 if other_q is not None:
-                    seat = seats(entry, start, columns, length)
-                    other_tile = load_tile(other_k, head // OTHER_GROUP, seat, OTHER_D, BLOCK_OTHER_D)
+                    other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
                     other = known_softmax_tile(
-                        other_q_tile, other_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
+                        other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION
                     )
                     mixed = gate * weights + other_gate * other
-                cov_tile = load_tile(v_cov, head // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+                cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
                 dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
             if seed_ptr is not None:
                 kept = keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N)
                 dweights = tl.where(kept, dweights * drop_scale, 0.0)
         if TABLES:
-            w_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
             dweights += dot(dq_a_tile, tl.trans(w_tile), PRECISION)
-            w_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
             dweights += dot(dk_a_tile, tl.trans(w_tile), PRECISION)
         dscores = weights * (dweights - delta[:, None])
         dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
@@ -160,62 +165,66 @@ def _tiled_bwd_columns_kernel(
     owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v, or both
     pair = tl.program_id(0) % (batch * owners)
     entry, owner = pair // owners, pair % owners
+    v_head = owner * GROUP // V_GROUP
     first_column = (tl.program_id(0) // (batch * owners)) * BLOCK_N
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     columns = first_column + tl.arange(0, BLOCK_N)
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
+    column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+    padded_seat = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     first_row = (first_column // BLOCK_M) * BLOCK_M if CAUSAL else first_column * 0
 
     dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if VALUES:
         dv_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-        v_tile = load_tile(v, owner * GROUP // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+        v_tile = load_tile(v, v_head, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         if ADDED:
-            dv_sum += load_tile(dv_added, owner, seats(entry, start, columns, length), DV, BLOCK_DV)
+            dv_sum += load_tile(dv_added, owner, column_seat, DV, BLOCK_DV)
     if DISTANCE:
         moved = tl.zeros((BLOCK_N,), ACC)  # sums of ds over rows
     if v_cov is not None:
         dv_cov_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-        cov_tile = load_tile(v_cov, owner * GROUP // V_GROUP, seats(entry, start, columns, length), DV, BLOCK_DV)
+        cov_tile = load_tile(v_cov, v_head, column_seat, DV, BLOCK_DV)
     for member in tl.range(GROUP):
         head = owner * GROUP + member
-        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         if TABLES:
-            w_q_tile = load_tile(w_q, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
-            w_k_tile = load_tile(w_k, head, seats(entry, w_start, columns, length), R, BLOCK_R).to(DTYPE)
+            w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+            w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
         if other_q is not None:
             other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
-            seat = seats(entry, start, columns, length)
-            other_k_tile = load_tile(other_k, head // OTHER_GROUP, seat, OTHER_D, BLOCK_OTHER_D)
+            other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
         if K_GROUP == 1:
             dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
             if DISTANCE:
                 moved = tl.zeros((BLOCK_N,), ACC)
         for low in range(first_row, tl.where(first_column < length, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
+            seat = seats(entry, start, rows, length)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-            q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
+            visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             lse = load_rows(lse_ptr, at, rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
+            weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
-                dout_tile = load_tile(dout, head, seats(entry, start, rows, length), DV, BLOCK_DV)
+                dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
                 met = weights
                 if v_cov is not None:
                     mixed = weights
                     if other_q is not None:
-                        other_q_tile = load_tile(other_q, head, seats(entry, start, rows, length), OTHER_D, BLOCK_OTHER_D)
+                        other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
                         other_lse = load_rows(other_lse_ptr, at, rows, length)
                         other = known_softmax_tile(
-                            other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
-                            OTHER_DISTANCE, CAUSAL, PRECISION,
-                        )  # fmt: skip
+                            other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION
+                        )
                         mixed = gate * weights + other_gate * other
-                    dcov_tile = load_tile(dout_cov, head, seats(entry, start, rows, length), DV, BLOCK_DV)
+                    dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
                     dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
                 if seed_ptr is not None:
                     kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
@@ -227,10 +236,8 @@ def _tiled_bwd_columns_kernel(
                 if dv_cov is not None:
                     dv_cov_sum += dot(tl.trans((mixed * mixed).to(DTYPE)), dcov_tile, PRECISION)
             if TABLES:
-                rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-                dweights += dot(rows_tile, tl.trans(w_q_tile), PRECISION)
-                rows_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-                dweights += dot(rows_tile, tl.trans(w_k_tile), PRECISION)
+                dweights += dot(load_tile(dq_a, head, seat, R, BLOCK_R), tl.trans(w_q_tile), PRECISION)
+                dweights += dot(load_tile(dk_a, head, seat, R, BLOCK_R), tl.trans(w_k_tile), PRECISION)
             delta = load_rows(delta_ptr, at, rows, length)
             dscores = (weights * (dweights - delta[:, None]) * (score_scale * gate)).to(DTYPE)
             dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
@@ -241,16 +248,16 @@ def _tiled_bwd_columns_kernel(
                 dk_sum -= k_tile.to(ACC) * moved[:, None]
             if POINTS and not TABLES:
                 dk_sum = dk_sum * slope_of_points(k_tile.to(ACC), R, BLOCK_R)
-            store_tile(dk, head, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
+            store_tile(dk, head, padded_seat, dk_sum, D, BLOCK_D)
     if K_GROUP > 1:
         if DISTANCE:
-            k_tile = load_tile(k, owner, seats(entry, start, columns, length), D, BLOCK_D)
+            k_tile = load_tile(k, owner, column_seat, D, BLOCK_D)
             dk_sum -= k_tile.to(ACC) * moved[:, None]
-        store_tile(dk, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
+        store_tile(dk, owner, padded_seat, dk_sum, D, BLOCK_D)
     if VALUES:
-        store_tile(dv, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dv_sum, DV, BLOCK_DV)
+        store_tile(dv, owner, padded_seat, dv_sum, DV, BLOCK_DV)
     if dv_cov is not None:
-        store_tile(dv_cov, owner, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dv_cov_sum, DV, BLOCK_DV)
+        store_tile(dv_cov, owner, padded_seat, dv_cov_sum, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -266,7 +273,8 @@ def _tiled_bwd_tables_kernel(
     split, head = pair // heads, pair % heads
     first_column = (tl.program_id(0) // (splits * heads)) * BLOCK_N
     window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, counted in the window
-    DTYPE: tl.constexpr = q[0].dtype.element_ty
+    q_ptr, _, _, _ = q
+    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     SHIFTED: tl.constexpr = ALIGN_RIGHT and not PER_ENTRY and (VARLEN or bounds_ptr is not None)
     dw_q_sum = tl.zeros((BLOCK_N, BLOCK_R), ACC)
@@ -277,31 +285,30 @@ def _tiled_bwd_tables_kernel(
         start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         offset = max_len - length if SHIFTED else length * 0
         columns = tl.where(window < offset, length, window - offset)  # before the first item: as good as after the last
-        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)
+        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         first_row = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else length * 0
         reached = (first_column < offset + length) & (first_column + BLOCK_N > offset)
         for low in range(first_row, tl.where(reached, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
-            q_tile = load_tile(q, head, seats(entry, start, rows, length), D, BLOCK_D)
-            at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-            lse = load_rows(lse_ptr, at, rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
-            at_columns = tl.trans(weights.to(DTYPE))
-            rows_tile = load_tile(dq_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-            dw_q_sum += dot(at_columns, rows_tile, PRECISION)
-            rows_tile = load_tile(dk_a, head, seats(entry, start, rows, length), R, BLOCK_R)
-            dw_k_sum += dot(at_columns, rows_tile, PRECISION)
+            seat = seats(entry, start, rows, length)
+            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            lse = load_rows(lse_ptr, row_index(entry, head, heads, start, rows, rows_total, VARLEN), rows, length)
+            visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N]
+            weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
+            at_columns = tl.trans(weights.to(DTYPE))  # [BLOCK_N, BLOCK_M]
+            dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
+            dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
 
     if PER_ENTRY:  # one sequence per program
         start, length = locate_long(bounds_ptr, split, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
-        store_tile(dw_q, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_q_sum, R, BLOCK_R)
-        store_tile(dw_k, head, padded_seats(split, start, window, length, rows_total, not VARLEN), dw_k_sum, R, BLOCK_R)
+        table_seat = padded_seats(split, start, window, length, rows_total, not VARLEN)
     else:
-        store_tile(dw_q, head, seats(split, split * 0, window, max_len), dw_q_sum, R, BLOCK_R)
-        store_tile(dw_k, head, seats(split, split * 0, window, max_len), dw_k_sum, R, BLOCK_R)
+        table_seat = seats(split, split * 0, window, max_len)
+    store_tile(dw_q, head, table_seat, dw_q_sum, R, BLOCK_R)
+    store_tile(dw_k, head, table_seat, dw_k_sum, R, BLOCK_R)
 
 
-class _Backward:
+class TiledBackward:
     """The launches of one backward and the tensors between them."""
 
     def __init__(self, problem: Problem, saved: list[Tensor]) -> None:
@@ -316,11 +323,12 @@ class _Backward:
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
 
-    def stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
+    def launch_stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
         """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
-        arguments = stage(p, saved, higher)
-        arguments |= other_stage(p, saved, higher, arguments, needed=p.call.gaussian and p.call.refinement == "additive")
+        needed = p.call.gaussian and p.call.refinement == "additive"
+        arguments = stage_arguments(p, saved, higher)
+        arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
@@ -351,7 +359,7 @@ class _Backward:
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip
 
-    def tables(self) -> list[Tensor]:
+    def launch_tables(self) -> list[Tensor]:
         """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
@@ -360,36 +368,37 @@ class _Backward:
         if per_entry:
             dw_q, dw_k = p.table_gradients()
         else:
-            partials = p.partial_tables(splits, p.call.max_len)
+            partials = partial_tables(p, splits, p.call.max_len)
             dw_q, dw_k = partials
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
-        shared = {name: value for name, value in stage(p, self.saved, higher=False).items() if name in used}
+        shared = {name: value for name, value in stage_arguments(p, self.saved, higher=False).items() if name in used}
         launch(
             _tiled_bwd_tables_kernel, (tiles * splits * p.heads,), tile, p.q.device,
             dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
             splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
         )  # fmt: skip
-        return [dw_q, dw_k] if per_entry else p.sum_tables(partials)
+        return [dw_q, dw_k] if per_entry else sum_tables(p, partials)
 
 
-def tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `tiled_forward` returned."""
+def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
+    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `launch_tiled_forward` returned."""
     p, refinement = problem, problem.call.refinement
-    step = _Backward(p, saved)
+    step = TiledBackward(p, saved)
     dvs = [step.dv, step.dv_cov]
     if refinement == "none":
-        step.stage(False, douts, dvs)
+        step.launch_stage(False, douts, dvs)
     elif refinement == "value":
         between = [step.space(p.v.shape[-1]) for _ in douts]
-        step.stage(True, douts, [between[0], between[-1]])
-        step.stage(False, between, dvs)
+        step.launch_stage(True, douts, [between[0], between[-1]])
+        step.launch_stage(False, between, dvs)
     elif refinement == "additive":  # squares are of both stages together, so that one of them gives dv_cov
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
-        step.stage(True, douts, [from_higher, None])
-        step.stage(False, douts, dvs, dv_added=from_higher)
+        step.launch_stage(True, douts, [from_higher, None])
+        step.launch_stage(False, douts, dvs, dv_added=from_higher)
     else:
-        step.stage(True, douts, dvs)
-        step.stage(False, douts, dvs)
-    tables = step.tables() if p.w_q is not None else []
-    return p.results([step.dq, step.dk, step.dv], tables, None if step.dgate is None else step.dgate.sum((0, 2)), step.dv_cov)
+        step.launch_stage(True, douts, dvs)
+        step.launch_stage(False, douts, dvs)
+    tables = step.launch_tables() if p.w_q is not None else []
+    dgate = None if step.dgate is None else step.dgate.sum((0, 2))
+    return in_order(p, [step.dq, step.dk, step.dv], tables, dgate, step.dv_cov)

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..call import REFINEMENTS
+from ..checks import REFINEMENTS
 from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
 from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
 from .search import Instrument, Verdict, candidates, describe, search

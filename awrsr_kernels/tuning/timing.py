@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..api import refined_attention
-from ..call import REFINEMENTS
+from ..checks import REFINEMENTS
 from ..launch_config import LENGTHS, SHORT_KERNELS, TILED, TILED_KERNELS, Config, Key, is_short, key_of
 from ..tolerance import wrong_results
 from ..tuned import forced

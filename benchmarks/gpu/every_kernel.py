@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS
 from benchmarks.common.report import atomic
 from benchmarks.operator.measure import gradients
 from benchmarks.operator.providers import ours
@@ -79,7 +79,7 @@ def decode(batch: int, heads: int, dim: int, dtype: str, device: str) -> None:
 def pretend(processors: int | None) -> None:
     """As if the GPU had so few processors: programs of the short regime then own several sequences even in a small batch."""
     if processors:
-        from awrsr_kernels._triton.launch import Problem
+        from awrsr_kernels._triton.problem import Problem
 
         Problem.processors = lambda self: processors  # type: ignore[method-assign]
 

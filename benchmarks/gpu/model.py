@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.launch_config import key_of
 from benchmarks.attn_bench import sizes
 from benchmarks.common import compare

@@ -20,7 +20,7 @@ if __package__ is None:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from awrsr.files import atomic  # noqa: E402
-from awrsr_kernels.call import REFINEMENTS  # noqa: E402
+from awrsr_kernels.checks import REFINEMENTS  # noqa: E402
 from benchmarks.common import report
 from benchmarks.gpu import model as gpu_model
 from benchmarks.operator import cost_plots, decode_bench

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
 from benchmarks.common import report
 from benchmarks.common.arguments import number, whole

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awrsr_kernels.call import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
 
 DOT, STOCHASTIC = "dot-product", "stochastic"
 BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as options and as results have them

@@ -25,7 +25,7 @@ from awrsr.data.synthetic import make
 from awrsr.models.network import AWRSRConfig
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES
-from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
 from benchmarks.common import report
 from benchmarks.common.arguments import number, whole
 from benchmarks.operator.measure import WrongResult

@@ -216,7 +216,7 @@ def test_kernels_are_reached_between_gaussians_too() -> None:
 
 def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton")
-    from awrsr_kernels._triton.launch import Problem
+    from awrsr_kernels._triton.problem import Problem
 
     monkeypatch.setattr(Problem, "processors", lambda self: 132)
     options = dict(zip(gpu_checks.SMALL[2::2], gpu_checks.SMALL[3::2], strict=True))

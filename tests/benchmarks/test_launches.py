@@ -153,9 +153,9 @@ def test_counts_of_a_decoding_step(refinement: str, content: bool, meters: list[
 def test_counts_where_both_regimes_share_a_call(
     refinement: str, layout: str, meters: list[Meter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton.problem import Problem as KernelProblem
 
-    monkeypatch.setattr(kernels.launch.Problem, "processors", lambda _: PROCESSORS)
+    monkeypatch.setattr(KernelProblem, "processors", lambda _: PROCESSORS)
     users = (70, 5, 64, 80, 3)
     task = Task(Shape(B=5, H=2, H_kv=2, L=80, D=8, D_v=12, R=20), refinement, "float16", 0.1, "cpu", users, len(users))
     batch = build(task, layout)[0]
@@ -173,7 +173,7 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
-    from awrsr_kernels._triton.launch import Problem
+    from awrsr_kernels._triton.problem import Problem
     from awrsr_kernels.call import Call as KernelCall
     from awrsr_kernels.call import Inputs
 
@@ -200,9 +200,9 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
     problem = Problem(Inputs(q, k, v, *refined, None, None), KernelCall(refinement, True, False, False, s.L, False, 0.1, 0.1, 0.0))
     with Record():
         if regime == "short":
-            short.short_backward(problem, [dout], [])
+            short.launch_short_backward(problem, [dout])
         else:
-            tiled_bwd.tiled_backward(problem, [dout], tiled.tiled_forward(problem))
+            tiled_bwd.launch_tiled_backward(problem, [dout], tiled.launch_tiled_forward(problem))
     counted = task_launches(Task(s, refinement, dtype, 0.0, "cpu"), "padded", processors=PROCESSORS)
     assert ran == [(x.kernel, x.read, x.written) for x in counted if x.tile is None]
 

@@ -15,7 +15,7 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
-from awrsr_kernels.call import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
 from awrsr_kernels.tolerance import allowed_errors, wrong_results
 
 from ..conftest import DEVICE, cumulative

@@ -55,11 +55,11 @@ def test_short_histories_beside_long_ones(
     """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything. Additive in
     every layout, other refinements in two each: interpreted kernels are slow."""
     backend, went = choose(engine), collections.Counter[str]()
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import autograd
 
-    for name in ("short_forward", "tiled_forward", "short_backward", "tiled_backward"):
-        run = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *args, run=run, name=name: (went.update([name]), run(*args))[1])
+    for name in ("launch_short_forward", "launch_tiled_forward", "launch_short_backward", "launch_tiled_backward"):
+        run = getattr(autograd, name)
+        monkeypatch.setattr(autograd, name, lambda *args, run=run, name=name: (went.update([name]), run(*args))[1])
     for seed, (kv_heads, table, padded, causal, side) in enumerate(
         [
             (2, "shared", True, True, "left"),

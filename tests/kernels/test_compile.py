@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from awrsr_kernels import compile_report
-from awrsr_kernels.call import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.compile_report import KINDS, TARGETS, cases, spill_budget
 from awrsr_kernels.launch_config import (
     SHORT_KERNELS,

@@ -1,14 +1,11 @@
 """Errors, backend choice, import cost of the contract, and the kernels as torch operators."""
 
-import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-import awrsr_kernels
 from awrsr_kernels import launch_config, refined_attention, refined_attention_varlen
 
 from ..conftest import DEVICE, cumulative
@@ -226,73 +223,6 @@ def test_a_regime_is_chosen_by_what_fits() -> None:
 
     assert tiled((64, 64, 64), 2, h100).num_stages == 2 and tiled((64, 64, 64), 2, consumer).num_stages == 1
     assert tiled((8, 256, 8), 4, h100).block_m == 16
-
-
-ARROWS = {  # module: those of the package that it may import
-    "module": {"api", "cache", "checks", "decoding", "jagged", "state"},
-    "api": {"checks", "fallback", "jagged", "launch_config", "layout", "reference", "state", "_triton"},
-    "cache": {"checks", "state"},
-    "decoding": {"api", "cache", "checks", "launch_config", "layout", "reference", "state", "_triton"},
-    "stochastic": {"api", "checks", "gaussian", "jagged", "layout", "reference", "state"},
-    "jagged": {"checks", "state"},
-    "reference": {"dropout", "gaussian", "layout"},
-    "gaussian": set(),
-    "fallback": {
-        "checks",
-        "layout",
-        "state",
-        "_fallback_chunks",
-        "_fallback_operator",
-        "_fallback_passes",
-        "_fallback_stock",
-        "_fallback_sweeps",
-    },
-    "_fallback_operator": {
-        "layout",
-        "operators",
-        "_fallback_chunks",
-        "_fallback_passes",
-        "_fallback_selection",
-        "_fallback_sweeps",
-    },
-    "_fallback_passes": {"layout", "_fallback_chunks", "_fallback_sweeps"},
-    "_fallback_sweeps": {"layout", "_fallback_chunks", "_fallback_selection"},
-    "_fallback_chunks": {"dropout", "layout", "_fallback_selection"},
-    "_fallback_selection": {"dropout", "layout"},
-    "_fallback_stock": {"layout"},
-    "checks": {"layout", "state"},
-    "state": set(),
-    "layout": set(),
-    "operators": {"checks", "layout", "state"},
-    "dropout": set(),
-    "tolerance": set(),
-    "launch_config": set(),
-    "tuned": {"launch_config"},
-    "tune": {"launch_config", "layout", "tuned", "_tune_bench", "_tune_search"},
-    "_tune_search": {"launch_config", "tuned", "_tune_bench"},
-    "_tune_bench": {"api", "launch_config", "layout", "tolerance", "tuned"},
-    "compile_report": {"launch_config", "layout", "_triton"},
-    "_triton": {"dropout", "launch_config", "layout", "operators", "tuned"},
-    "integrations": {"api", "cache", "checks", "decoding", "module", "state"},
-}
-
-
-def test_imports_go_one_way() -> None:
-    root = Path(awrsr_kernels.__file__).parent
-    for path in root.rglob("*.py"):
-        inside = path.relative_to(root)
-        module = inside.parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == len(inside.parts):
-                found = {node.module.split(".")[0]} if node.module else {a.name for a in node.names}
-                assert module == "__init__" or found <= ARROWS[module], f"{inside} imports {found}"
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            for name in names:
-                assert not name.startswith(("awrsr", "benchmarks", "tests")), f"{inside} imports {name}"
-                may = module in ("_triton", "compile_report", "tune", "tuned")
-                assert may or not name.startswith("triton"), f"{inside} imports {name}"
 
 
 def test_import_is_cheap() -> None:

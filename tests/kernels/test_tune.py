@@ -1,8 +1,5 @@
-"""The tuner without a GPU: what it tries and chooses by an invented clock, its file, forced configurations in the interpreter."""
+"""The tuner without a GPU: what it tries and chooses by an invented clock, and its checks in the interpreter."""
 
-import json
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,58 +7,14 @@ import torch
 
 from awrsr_kernels import launch_config, refined_attention, tuned
 from awrsr_kernels.launch_config import LENGTHS, TABLE, TILED, Config, Key, choose
-from awrsr_kernels.tuned import forced, read_entries, tuned_entries, tuned_for, write_entries
+from awrsr_kernels.tuned import read_entries
 from awrsr_kernels.tuning import __main__ as tune
 from awrsr_kernels.tuning import timing as _tune_bench
 from awrsr_kernels.tuning.search import MARGIN, candidates, carried, search
 from awrsr_kernels.tuning.timing import Bench, Case, Workload, guards
 
 from ..conftest import DEVICE
-
-H100 = 232448
-FORWARD, BACKWARD = Key("short_fwd", 64, 64, 2), Key("short_bwd", 64, 64, 2)
-TILED_FORWARD = Key("tiled_fwd", TILED, 64, 2)
-OTHER = Config(64, 64, 8, 1, 2)
-CASES = [Case(8, 2, 50, 32, 32, torch.bfloat16), Case(8, 2, 50, 64, 64, torch.bfloat16)]
-HERE = ("A GPU", "3.6.0")
-ALONE = ("--processes", "1")
-
-
-def entry(key: Key = FORWARD, config: Config = OTHER, gpu: str = HERE[0], triton: str = HERE[1]) -> dict:
-    return {"gpu": gpu, "triton": triton, "key": list(key), "config": list(config), "source": "a test"}
-
-
-class Fake:
-    """An instrument whose times and refusals are functions of case and configuration."""
-
-    def __init__(self, ms: Callable[[Case, Config], float], refusal: Callable[[Case, Config], str | None] | None = None) -> None:
-        self.ms, self.refuse = ms, refusal or (lambda case, config: None)
-        self.checked: list[tuple[Case, Config]] = []
-        self.timed: list[tuple[Case, Config]] = []
-
-    def refusal(self, case: Case, key: Key, config: Config) -> str | None:
-        self.checked.append((case, config))
-        return self.refuse(case, config)
-
-    def time(self, case: Case, key: Key, config: Config) -> float:
-        assert (case, config) in self.checked, "timed before it was checked"
-        self.timed.append((case, config))
-        return self.ms(case, config)
-
-
-def quietly(line: str) -> None:
-    pass
-
-
-@pytest.fixture
-def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("AWRSR_KERNELS_TUNED", str(tmp_path / "cache" / "tuned.json"))
-    tuned._of.cache_clear()
-    yield tuned.tuned_path()
-    tuned._of.cache_clear()
-
-
-# What is tried
+from .tuning import BACKWARD, CASES, FORWARD, H100, HERE, OTHER, TILED_FORWARD, Fake, quietly
 
 
 @pytest.mark.parametrize("key", TABLE, ids=lambda key: "-".join(map(str, key)))
@@ -95,9 +48,6 @@ def test_guards_belong_to_the_key_they_guard(key: Key) -> None:
     assert all(case.ragged and case.dropout_p and case.kv_heads < case.heads for case in found)
     launched = [case for case in found if case.refinement != "none" or key.kernel != "tiled_bwd_tables"]
     assert all(key in case.keys(H100) and max(case.features()) == key.width for case in launched)
-
-
-# The search
 
 
 def test_the_fastest_over_all_cases_of_a_key_is_chosen() -> None:
@@ -173,99 +123,6 @@ def test_rounds_are_interleaved_and_medians_shrug_off_a_disturbance() -> None:
     assert all(a != b for a, b in zip(order, order[1:], strict=False))
 
 
-# The file
-
-
-def test_cache_round_trip(path: Path) -> None:
-    assert read_entries(path) == []
-    write_entries(path, [entry(), entry(BACKWARD)])
-    assert read_entries(path) == [entry(), entry(BACKWARD)]
-    write_entries(path, [])
-    assert read_entries(path) == []
-
-
-def test_merging_keeps_other_gpus_versions_and_keys() -> None:
-    old = [entry(), entry(BACKWARD), entry(gpu="Another"), entry(triton="3.9.0")]
-    new = entry(config=Config(64, 64, 2, 1, 1))
-    assert tuned.merged(old, [new], *HERE, [FORWARD]) == [*old[1:], new]
-    assert tuned.merged(old, [], *HERE, [FORWARD]) == old[1:]  # the table's row was as good
-
-
-def test_a_write_that_fails_leaves_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_entries(path, [entry()])
-    with pytest.raises(TypeError):
-        write_entries(path, [entry(), {"gpu": object()}])
-    monkeypatch.setattr(tuned.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        write_entries(path, [])
-    assert read_entries(path) == [entry()] and [p.name for p in path.parent.iterdir()] == ["tuned.json"]
-
-
-@pytest.mark.parametrize(
-    "text,told",
-    [
-        ("{", "is no JSON"),
-        ("[]", "must be an object of version 1"),
-        ('{"version": 2, "entries": []}', "must be an object of version 1"),
-        ('{"version": 1}', "must be an object of version 1"),
-        (json.dumps({"version": 1, "entries": [entry(), 7]}), "entry 1 is 7; it must name gpu"),
-        (json.dumps({"version": 1, "entries": [entry() | {"gpu": 3}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry() | {"key": [["short_fwd"], 64, 64, 2]}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry() | {"key": ["short_fwd", 63, 64, 2]}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry() | {"config": [64, 64, 4]}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry() | {"config": [64, 64, True, 1, 4]}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry(config=Config(32, 64, 4, 1, 4))]}), "entry 0 .* from the length class, 64"),
-        (json.dumps({"version": 1, "entries": [entry(config=Config(64, 64, 3, 1, 4))]}), "entry 0 .*num_warps must be"),
-        (json.dumps({"version": 1, "entries": [entry(config=Config(64, 64, 4, 1, 0))]}), "entry 0 .*programs must be"),
-        (json.dumps({"version": 1, "entries": [entry(TILED_FORWARD, Config(48, 64, 4, 1))]}), "entry 0 .*powers of two"),
-    ],
-)
-def test_a_malformed_file_is_named_with_its_entry(text: str, told: str, path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path.parent.mkdir()
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=rf"{path}.*{told}"):
-        read_entries(path)
-    assert tune.main(["--list"]) == 1
-    assert str(path) in capsys.readouterr().err
-
-
-def test_a_tuned_entry_goes_before_the_table_on_its_own_gpu_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_entries(path, [entry(gpu="Another"), entry(triton="3.0.0"), entry(BACKWARD)])
-    assert tuned_entries(read_entries(path), *HERE) == {BACKWARD: OTHER}
-    monkeypatch.setattr(tuned, "machine", lambda device: HERE)
-    found = tuned_for(torch.device("cuda", 0))
-    assert choose(BACKWARD, H100, found) == OTHER != choose(BACKWARD, H100)
-    assert choose(FORWARD, H100, found) == choose(FORWARD, H100)
-    write_entries(path, [entry()])  # is seen at once
-    assert choose(FORWARD, H100, tuned_for(torch.device("cuda", 0))) == OTHER
-    assert tuned_for(torch.device("cpu")) == {}
-
-
-# Forced configurations
-
-
-def test_forced_nests_and_ends_and_reaches_other_threads() -> None:
-    cpu, found = torch.device("cpu"), []
-    inner = Config(64, 64, 2, 1, 1)
-    with forced({FORWARD: OTHER}):
-        with pytest.raises(RuntimeError), forced({FORWARD: inner, BACKWARD: inner}):
-            thread = threading.Thread(target=lambda: found.append(dict(tuned_for(cpu))))  # as autograd's threads do
-            thread.start()
-            thread.join()
-            raise RuntimeError
-        assert tuned_for(cpu) == {FORWARD: OTHER} and choose(FORWARD, H100, tuned_for(cpu)) == OTHER
-    assert tuned_for(cpu) == {} and found == [{FORWARD: inner, BACKWARD: inner}]
-
-
-def test_forcing_what_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="configs is .*from the length class, 64"), forced({FORWARD: Config(32, 32, 4, 1, 4)}):
-        pass
-    with pytest.raises(ValueError, match="no such key"), forced({Key("short_fwd", 128, 64, 2): OTHER}):
-        pass
-
-
-# Checks in the interpreter
-
 TINY = Case(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 
 
@@ -273,11 +130,11 @@ TINY = Case(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """Kernels by name with the configuration that each is launched with."""
     pytest.importorskip("triton", reason="needs Triton")
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import short, tiled, tiled_bwd
 
     seen: list[tuple[str, Config]] = []
-    inner = kernels.launch.launch
-    for module in (kernels.short, kernels.tiled, kernels.tiled_bwd):
+    inner = short.launch
+    for module in (short, tiled, tiled_bwd):
 
         def launch(kernel, grid, config, device, **arguments) -> None:  # type: ignore[no-untyped-def]
             block = arguments.get("BLOCK_L") or (arguments["BLOCK_M"], arguments["BLOCK_N"])
@@ -326,12 +183,12 @@ def test_candidates_are_compiled_ahead_while_there_is_time(monkeypatch: pytest.M
 
 def test_what_a_kernel_leaves_unwritten_is_wrong(monkeypatch: pytest.MonkeyPatch, launches: list) -> None:
     """Even where the memory that it was given holds the right result of a candidate before it."""
-    import awrsr_kernels._triton as kernels
+    from awrsr_kernels._triton import short
 
     torch.use_deterministic_algorithms(False)
     workload = Workload(TINY, torch.device(DEVICE))
     assert workload.wrong() == []
-    monkeypatch.setattr(kernels.short, "launch", lambda *_, **more: None)
+    monkeypatch.setattr(short, "launch", lambda *_, **more: None)
     assert any(line.startswith("out is off by nan") for line in workload.wrong())
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -357,119 +214,3 @@ def test_the_whole_search_in_the_interpreter(path: Path, launches: list) -> None
     assert set(found.medians) == {found.table, rival} and not found.refused
     tune.save(path, found, *HERE)
     assert len(read_entries(path)) == (found.chosen == rival)
-
-
-# The command line
-
-
-def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert tune.main([]) == 2
-    told = capsys.readouterr()
-    assert "tuning needs a GPU (NVIDIA of compute capability 8.0 or newer, or AMD)" in told.err and not told.out
-
-
-@pytest.mark.parametrize(
-    "options,told",
-    [
-        (["--shapes", "1,2,3"], "was '1,2,3', must be B,H,L,D"),
-        (["--shapes", "1,2,3,257"], "D and R up to 256"),
-        (["--dropout", "1"], "must be a number in [0, 1)"),
-        (["--seconds", "soon"], "was 'soon', must be a number"),
-        (["--processes", "0"], "was 0, must be at least 1"),
-        (["--preset", "long", "--shapes", "1,1,1,1"], "leave one of them out"),
-        (["--kernel", "short"], "invalid choice: 'short'"),
-    ],
-)
-def test_a_wrong_option_is_named(options: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        tune.main(options)
-    assert stopped.value.code == 2 and told in capsys.readouterr().err
-
-
-def test_help_teaches_by_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        tune.main(["--help"])
-    examples = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  python -m")]
-    assert len(examples) == 5
-    for line in examples:
-        tune.make_parser().parse_args(line.split()[3:])
-
-
-def test_the_list_shows_table_and_source(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_entries(path, [entry()])
-    assert tune.main(["--list"]) == 0
-    told = capsys.readouterr().out
-    assert "tuned for A GPU, Triton 3.6.0: 64x64 warps 8 programs 2\n      a test" in told and str(path) in told
-    assert told.count("tiled_bwd_tables") == sum(key.kernel == "tiled_bwd_tables" for key in TABLE)
-
-
-@pytest.fixture
-def pretended(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A GPU as far as the command line looks at one."""
-    monkeypatch.setattr(tune, "missing_gpu", lambda cases: None)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tune, "shared_memory", lambda device: H100)
-    for module in (tune, tuned):
-        monkeypatch.setattr(module, "machine", lambda device: HERE)
-    return path
-
-
-def test_a_run_from_options_to_file(pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    winner, stale = {FORWARD: OTHER, BACKWARD: TABLE[BACKWARD][0].config}, Key("short_fwd", 32, 64, 2)
-    old = [entry(BACKWARD), entry(stale, Config(32, 32, 1, 1, 1)), entry(gpu="Another")]
-    write_entries(pretended, old)
-    bench = Fake(lambda case, config: 0.5 if config in winner.values() and config.num_warps > 4 else 1.0)
-    monkeypatch.setattr(tune, "Bench", lambda device: bench)
-    shapes = ["--shapes", "8,2,50,32", "8,2,50,64,16", "--refinement", "simple", "additive", "--kernel", "short_fwd", "short_bwd"]
-    assert tune.main([*shapes, *ALONE]) == 0
-    found = read_entries(pretended)
-    assert found[:2] == old[1:]
-    mine = tuned_entries(found, *HERE)
-    assert mine[FORWARD] == OTHER and mine[stale] == Config(32, 32, 1, 1, 1)
-    source = found[-1]["source"] if found[-1]["key"][0] == "short_fwd" else found[-2]["source"]
-    assert "B 8 H 2 L 50 D 64 R 16 bfloat16 additive: 0.5000 ms, table 1.0000 ms" in source and "torch" in source
-    told = capsys.readouterr().out
-    assert "100.0%" in told and str(pretended) in told
-
-
-@pytest.mark.parametrize("name", ["tuned.json", "another.json"])
-def test_what_the_file_has_is_tried_again_wherever_it_lies(name: str, pretended: Path) -> None:
-    path = pretended.with_name(name) if name != pretended.name else pretended
-    write_entries(path, [entry()])
-    bench = Fake(lambda case, config: 0.5 if config == OTHER else 1.0)
-    tune.tune({FORWARD: CASES[:1]}, torch.device("cuda"), bench, path, HERE, 0.0)  # no time for any but those known
-    assert tuned_entries(read_entries(path), *HERE)[FORWARD] == OTHER
-
-
-def test_a_kernel_that_no_shape_reaches_is_told(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        tune.main(["--preset", "long", "--kernel", "short_fwd"])
-    assert "none of the shapes reaches" in capsys.readouterr().err
-
-
-def test_a_broken_row_of_the_table_is_an_error(
-    pretended: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = TABLE[FORWARD][0].config
-    monkeypatch.setattr(tune, "Bench", lambda device: Fake(lambda *_: 1.0, lambda case, c: "WRONG" if c == table else None))
-    assert tune.main(["--shapes", "8,2,50,64", "--kernel", "short_fwd", *ALONE]) == 1
-    assert "please report it" in capsys.readouterr().err and len(read_entries(pretended)) == 1
-
-
-def test_interrupted_it_keeps_what_it_found(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(Fake):
-        def refusal(self, case: Case, key: Key, config: Config) -> str | None:
-            if key == BACKWARD:
-                raise KeyboardInterrupt
-            return super().refusal(case, key, config)
-
-    monkeypatch.setattr(tune, "Bench", lambda device: Interrupted(lambda case, config: 0.5 if config == OTHER else 1.0))
-    assert tune.main(["--shapes", "8,2,50,64", *ALONE]) == 130
-    assert tuned_entries(read_entries(pretended), *HERE) == {FORWARD: OTHER}
-
-
-def test_a_file_that_cannot_be_written_is_told_before_the_work(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretended.parent.write_text("a file where the folder should be", encoding="utf-8")
-    assert tune.main(["--shapes", "8,2,50,64", *ALONE]) == 1
-    assert "awrsr_kernels.tune: " in capsys.readouterr().err

@@ -1,0 +1,94 @@
+"""The kernels as an autograd Function and as torch operators, and the choice between their regimes.
+
+H query heads, D_v value dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..call import Call, Inputs
+from ..checks import one_gradient
+from ..operators import define_operators, must_dispatch
+from ..torch_state import without_autocast
+from .launch import with_rows
+from .problem import Problem
+from .short import launch_short_backward, launch_short_forward, short_buffers
+from .tiled import launch_tiled_forward, tiled_buffers
+from .tiled_bwd import launch_tiled_backward
+
+
+def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
+    """The outputs, (entries, H, rows, D_v), and if `keep` what the backward needs besides the inputs: outputs first, and in the
+    short regime nothing. Where lengths vary a call may run in both regimes: long sequences in the tiled one, then short ones."""
+    problem = Problem(inputs, call)
+    if problem.is_short():
+        return launch_short_forward(problem)
+    results = launch_tiled_forward(problem, keep)
+    if problem.short_reach():
+        launch_short_forward(problem, results[: 1 + call.gaussian])
+    return results
+
+
+def launch_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov."""
+    problem = Problem(inputs, call)
+    douts = [with_rows(dout) for dout in douts]
+    if problem.is_short():
+        return launch_short_backward(problem, douts)
+    gradients = launch_tiled_backward(problem, douts, saved)
+    return launch_short_backward(problem, douts, gradients) if problem.short_reach() else gradients
+
+
+def _fake_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
+    problem = Problem(inputs, call)
+    buffers = short_buffers(problem) if problem.is_short() or not keep else tiled_buffers(problem)
+    return list(buffers.values())
+
+
+def _fake_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:
+    problem, (w_q, w_k) = Problem(inputs, call), (inputs.w_q, inputs.w_k)
+    gradients = list(problem.gradients())
+    if w_q is not None and w_k is not None:
+        gradients += problem.table_gradients() if call.per_entry else (w.new_empty(w.shape) for w in (w_q, w_k))
+    return gradients + [x.new_empty(x.shape) for x in (inputs.gate, inputs.v_cov) if x is not None]
+
+
+forward_op, backward_op = define_operators("refined_attention", launch_forward, _fake_forward, launch_backward, _fake_backward)
+
+
+class TritonAttention(torch.autograd.Function):
+    """The tensors of `Inputs` one by one, then the call, to the outputs; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, ctx.call = arguments
+        inputs, outputs = Inputs(*tensors), 1 + ctx.call.gaussian
+        dispatched = must_dispatch(inputs)
+        results = forward_op(*inputs, *ctx.call, True) if dispatched else launch_forward(inputs, ctx.call, True)
+        ctx.save_for_backward(*tensors, *(results if len(results) > outputs else ()))
+        return tuple(results[:outputs])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        one_gradient("triton", douts)
+        tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: a checkpoint gives them once
+        inputs, saved = Inputs(*tensors[:size]), list(tensors[size:])
+        with without_autocast(inputs.q.device):
+            if must_dispatch(inputs) or must_dispatch(douts):
+                gradients = iter(backward_op(list(douts), saved, *inputs, *ctx.call))
+            else:
+                gradients = iter(launch_backward(list(douts), saved, inputs, ctx.call))
+        differentiable = inputs._replace(bounds=None, seed=None)
+        return *(None if x is None else next(gradients) for x in differentiable), None
+
+
+def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
+    """The outputs, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
+    if inputs.need_gradient():
+        outputs: tuple[Tensor, ...] = TritonAttention.apply(*inputs, call)
+        return outputs
+    return tuple(forward_op(*inputs, *call, False) if must_dispatch(inputs) else launch_forward(inputs, call, False))

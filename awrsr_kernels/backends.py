@@ -1,0 +1,52 @@
+"""Which backend computes a call, and the way there.
+
+H query heads, D head dim, D_v value dim.
+"""
+
+import torch
+from torch import Tensor
+
+from . import checks, launch_config
+from ._torch.attention import fallback_attention
+from .call import Call, Inputs
+from .reference import reference_attention
+from .torch_state import exports_any_size, without_autocast
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+
+
+def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: str) -> tuple[Tensor, ...]:
+    """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
+    q, rank = inputs.q, 1 if inputs.w_q is None else inputs.w_q.shape[-1]
+    features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.gaussian, call.refinement)
+    backend = choose_backend(backend, q, features)
+    if backend != "reference":
+        checks.no_transform(backend, inputs)
+    learns = inputs.need_gradient() and torch.compiler.is_exporting()
+    if backend == "torch" and (learns or exports_any_size(q, inputs.bounds)):
+        backend = "reference"  # chunks and blocks of rows are made for the sizes at hand, and written in place
+    if torch.compiler.is_compiling():  # which wants every input of an autograd Function to be another tensor
+        inputs = Inputs._make(x if x is None else x.view_as(x) for x in inputs)
+    if call.dropout_p:
+        inputs = inputs._replace(seed=checks.seed(dropout_seed, q.device))
+    with without_autocast(q.device):
+        if backend == "reference":
+            return reference_attention(inputs, call)
+        if backend == "torch":
+            return fallback_attention(inputs, call)
+        from ._triton.autograd import triton_attention
+
+        return triton_attention(inputs, call)
+
+
+def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
+    """The backend that "auto", or the name of one, comes to; features: those of q, v and the tables."""
+    checks.choice("backend", backend, BACKENDS)
+    if backend == "auto" and not q.is_cuda:
+        return "torch"
+    if backend not in ("auto", "triton"):
+        return backend
+    reason = launch_config.unsupported_reason(q.device, q.dtype, features)
+    if backend == "triton" and reason is not None:
+        raise ValueError(f'backend is "triton", which cannot run here: {reason}')
+    return "triton" if reason is None else "torch"

@@ -1,0 +1,101 @@
+"""From a public call to each kernel by searching for the next name: CONTRIBUTING's hops, followed through the source."""
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+import awrsr_kernels
+
+ROOT = Path(awrsr_kernels.__file__).parent
+Hop = tuple[str, str]  # a function, "Class.method" or assigned name, and its file
+Node = ast.FunctionDef | ast.ClassDef | ast.Assign
+
+CALLS: list[Hop] = [
+    ("refined_attention", "api.py"),
+    ("refined_attention_varlen", "api.py"),
+    ("stochastic_refined_attention", "stochastic.py"),
+    ("stochastic_refined_attention_varlen", "stochastic.py"),
+]
+TO_FUNCTION: list[Hop] = [
+    ("run", "backends.py"),
+    ("triton_attention", "_triton/autograd.py"),
+    ("TritonAttention.forward", "_triton/autograd.py"),
+    ("launch_forward", "_triton/autograd.py"),
+]
+FROM_BACKWARD: list[Hop] = [("TritonAttention.backward", "_triton/autograd.py"), ("launch_backward", "_triton/autograd.py")]
+TO_TILED_BACKWARD: list[Hop] = [*FROM_BACKWARD, ("launch_tiled_backward", "_triton/tiled_bwd.py")]
+PATHS: list[list[Hop]] = [
+    *(
+        [call, *TO_FUNCTION, ("launch_short_forward", "_triton/short.py"), ("_short_fwd_kernel", "_triton/short.py")]
+        for call in CALLS
+    ),
+    [CALLS[0], *TO_FUNCTION, ("launch_tiled_forward", "_triton/tiled.py"), ("_tiled_fwd_kernel", "_triton/tiled.py")],
+    [*FROM_BACKWARD, ("launch_short_backward", "_triton/short.py"), ("_short_bwd_kernel", "_triton/short.py")],
+    *(
+        [*TO_TILED_BACKWARD, (f"TiledBackward.{launcher}", "_triton/tiled_bwd.py"), (kernel, "_triton/tiled_bwd.py")]
+        for launcher, kernel in (
+            ("launch_stage", "_tiled_bwd_rows_kernel"),
+            ("launch_stage", "_tiled_bwd_columns_kernel"),
+            ("launch_tables", "_tiled_bwd_tables_kernel"),
+        )
+    ),
+    [
+        ("refined_attention_step", "decoding.py"),
+        ("triton_step", "_triton/decode.py"),
+        ("launch_step", "_triton/decode.py"),
+        ("_decode_step_kernel", "_triton/decode.py"),
+    ],
+]
+
+
+@functools.cache
+def parsed(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def definition(name: str, file: str) -> Node:
+    """Where a file defines a name, at its head or in a class."""
+    scope: ast.Module | ast.ClassDef = parsed(file)
+    *classes, last = name.split(".")
+    for wanted in classes:
+        scope = next(node for node in scope.body if isinstance(node, ast.ClassDef) and node.name == wanted)
+    for node in scope.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == last:
+            return node
+        if isinstance(node, ast.Assign) and any(isinstance(x, ast.Name) and x.id == last for x in node.targets):
+            return node
+    raise AssertionError(f"{file} does not define {name}")
+
+
+def names(node: ast.AST) -> set[str]:
+    """Every name that stands in a piece of source, of variables and of attributes."""
+    every = ast.walk(node)
+    return {x.id if isinstance(x, ast.Name) else x.attr for x in every if isinstance(x, ast.Name | ast.Attribute)}
+
+
+def imported(name: str, file: str, source: str) -> bool:
+    """Whether a file takes a name from another one."""
+    module = source.removesuffix(".py").split("/")[-1]
+    froms = (node for node in ast.walk(parsed(file)) if isinstance(node, ast.ImportFrom))
+    return any((node.module or "").split(".")[-1] == module and name in [x.name for x in node.names] for node in froms)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path[0][0]} to {path[-1][0]}")
+def test_each_hop_names_the_next(path: list[Hop]) -> None:
+    for (name, file), (following, source) in zip(path, path[1:], strict=False):
+        definition(following, source)
+        first = following.split(".")[0]  # autograd finds a Function's forward and backward by itself
+        assert first in names(definition(name, file)), f"{name} in {file} does not name {following}"
+        assert file == source or imported(first, file, source), f"{file} does not import {first} from {source}"
+
+
+def test_every_kernel_has_a_path() -> None:
+    kernels = {
+        node.name
+        for path in (ROOT / "_triton").glob("*.py")
+        for node in parsed(str(path.relative_to(ROOT))).body
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    }
+    assert kernels == {path[-1][0] for path in PATHS}
