@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks, jagged
-from ._torch.attention import fallback_attention
+from ._torch.attention import torch_attention
 from .call import Call, Inputs
 from .launch_config import table_features, unsupported_reason
 from .reference import reference_attention, reference_weights
@@ -252,7 +252,7 @@ def run(given: Inputs, dropout_seed: int | Tensor | None, call: Call, backend: s
         if backend == "reference":
             return reference_attention(given, call)
         if backend == "torch":
-            return fallback_attention(given, call)
+            return torch_attention(given, call)
         from ._triton import triton_attention
 
         return triton_attention(given, call)

@@ -33,6 +33,36 @@ def watched(tensors: Iterable[Tensor | None]) -> bool:
     return not all(x is None or type(x) in PLAIN for x in tensors)
 
 
+def must_dispatch(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody must see the operator: torch.compile, a dispatch mode, a subclass of Tensor."""
+    return watched(tensors)
+
+
+def split_arguments(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
+    """The fields of both, one by one, as `Inputs` and `Call`."""
+    return Inputs(*arguments[:_SIZE]), Call(*arguments[_SIZE:])
+
+
+def define_operators(
+    name: str, forward: Forward, fake_forward: Forward, backward: Backward, fake_backward: Backward
+) -> tuple[Any, Any]:
+    """`awrsr_kernels::NAME` and `awrsr_kernels::NAME_backward`, with fakes; arguments as in `register`."""
+
+    def run_forward(*arguments: Any) -> list[Tensor]:
+        return forward(*split_arguments(arguments[:-1]), arguments[-1])
+
+    def run_backward(douts: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
+        return backward(douts, saved, *split_arguments(arguments))
+
+    new = torch.library.custom_op
+    forward_op = new(f"awrsr_kernels::{name}", run_forward, mutates_args=(), schema=f"({_INPUTS}, {_CALL}, bool keep) -> Tensor[]")
+    schema = f"(Tensor[] douts, Tensor[] saved, {_INPUTS}, {_CALL}) -> Tensor[]"
+    backward_op = new(f"awrsr_kernels::{name}_backward", run_backward, mutates_args=(), schema=schema)
+    forward_op.register_fake(lambda *arguments: fake_forward(*split_arguments(arguments[:-1]), arguments[-1]))
+    backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split_arguments(arguments)))
+    return forward_op, backward_op
+
+
 def register(
     name: str, forward: Forward, fake_forward: Forward, backward: Backward, fake_backward: Backward, *, reads_outputs: bool
 ) -> tuple[Any, Any, Attention]:
@@ -50,22 +80,8 @@ def register(
         before `keep`), and the call: inputs and call to outputs, differentiable once.
     """
 
-    def split(arguments: tuple[Any, ...]) -> tuple[Inputs, Call]:
-        return Inputs(*arguments[:_SIZE]), Call(*arguments[_SIZE:])
-
-    def run_forward(*arguments: Any) -> list[Tensor]:
-        return forward(*split(arguments[:-1]), arguments[-1])
-
-    def run_backward(douts: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
-        return backward(douts, saved, *split(arguments))
-
-    new = torch.library.custom_op
-    forward_op = new(f"awrsr_kernels::{name}", run_forward, mutates_args=(), schema=f"({_INPUTS}, {_CALL}, bool keep) -> Tensor[]")
-    schema = f"(Tensor[] douts, Tensor[] saved, {_INPUTS}, {_CALL}) -> Tensor[]"
-    backward_op = new(f"awrsr_kernels::{name}_backward", run_backward, mutates_args=(), schema=schema)
+    forward_op, backward_op = define_operators(name, forward, fake_forward, backward, fake_backward)
     backend = "torch" if name.endswith("_torch") else "triton"
-    forward_op.register_fake(lambda *arguments: fake_forward(*split(arguments[:-1]), arguments[-1]))
-    backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split(arguments)))
 
     def forward_of(given: Inputs, call: Call, keep: bool) -> list[Tensor]:
         found: list[Tensor] = forward_op(*given, *call, keep) if watched(given) else forward(given, call, keep)
