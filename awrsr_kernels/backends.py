@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import checks, launch_config
-from ._torch.attention import fallback_attention
+from ._torch.attention import torch_attention
 from .call import Call, Inputs
 from .reference import reference_attention
 from .torch_state import exports_any_size, without_autocast
@@ -33,7 +33,7 @@ def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: 
         if backend == "reference":
             return reference_attention(inputs, call)
         if backend == "torch":
-            return fallback_attention(inputs, call)
+            return torch_attention(inputs, call)
         from ._triton.autograd import triton_attention
 
         return triton_attention(inputs, call)

@@ -17,21 +17,22 @@ from ..call import Call, Inputs
 _FEWEST_ROWS = {torch.float64: 64, torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
 
 
-def takes(given: Inputs, call: Call) -> bool:
-    q, k, v = given.q, given.k, given.v
+def has_stock_kernel(inputs: Inputs, call: Call) -> bool:
+    """Whether torch's kernel computes this call, and faster."""
+    q, k, v = inputs.q, inputs.k, inputs.v
     fits = q.device.type == "cpu" and q.shape == k.shape == v.shape and q.numel() > 0
-    plain = call.refinement == "none" and not (call.gaussian or call.dropout_p) and given.bounds is None
+    plain = call.refinement == "none" and not (call.gaussian or call.dropout_p) and inputs.bounds is None
     scales = call.softmax_scale > 0 or not call.causal  # it hides later keys by -inf before it scales
-    return fits and plain and scales and (not given.need_gradient() or q.shape[2] >= _FEWEST_ROWS[q.dtype])
+    return fits and plain and scales and (not inputs.need_gradient() or q.shape[2] >= _FEWEST_ROWS[q.dtype])
 
 
 class _StockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, call):  # type: ignore[no-untyped-def]
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, call.causal, scale=call.softmax_scale)
+        outputs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, call.causal, scale=call.softmax_scale)
         ctx.call = call
-        ctx.save_for_backward(q, k, v, *found)
-        return found[0]
+        ctx.save_for_backward(q, k, v, *outputs)
+        return outputs[0]
 
     @staticmethod
     @once_differentiable
@@ -41,9 +42,9 @@ class _StockAttention(torch.autograd.Function):
         return *backward(dout.contiguous(), *ctx.saved_tensors, **options), None
 
 
-def stock_attention(given: Inputs, call: Call) -> Tensor:
+def stock_attention(inputs: Inputs, call: Call) -> Tensor:
     """The output, (entries, H, rows, D_v); no O(L^2) memory either way."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in given[:3] if x is not None)
-    if given.need_gradient():
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs[:3] if x is not None)
+    if inputs.need_gradient():
         return _StockAttention.apply(q, k, v, call)
     return F.scaled_dot_product_attention(q, k, v, is_causal=call.causal, scale=call.softmax_scale)

@@ -1,0 +1,166 @@
+"""The forward pass, chunk by chunk and block by block.
+
+n windows of a chunk, H query heads, L window length, m rows of a block, c columns, D, D_v, R feature sizes.
+
+A chunk is cut into blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row
+only, and one sweep over the blocks serves both stages: K_A (and P V) are complete for the rows above. The bidirectional case takes
+one sweep per stage. P and R are as in `reference.py`, scores between Gaussians (the points x in Q and K) in another form: a softmax
+sees no difference where a row adds the same number to all its scores, so
+
+    S_ij = softmax_scale (x_i.x_j - |x_j|^2 / 2)          where `attention.py` has doubled the scale
+
+and T of "stochastic" likewise. What torch does on a CPU shapes the rest. Batched products are quick only into contiguous memory,
+where they also scale and add for free: so chunks are three-dimensional, (n * H, rows, features), and results go straight to where
+they are wanted. Passes over a block of weights that are not products are few.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..call import Inputs
+from .chunks import Chunk, Operands, Products, load_operands, make_products
+from .packing import Block
+from .plan import Plan
+
+
+@dataclass
+class Projection:
+    """product = P factor, or if `squared` (P*P) factor; in the backward the gradients of both."""
+
+    factor: Tensor  # (n * H, L, F), or (L, F) shared
+    product: Tensor  # (n * H, L, F)
+    squared: bool = False
+
+
+def projections(tables: list[Tensor], values: list[Tensor], products: Products) -> list[Projection]:
+    """What P is multiplied with."""
+    if products.q_a is None or products.k_a is None:
+        return []
+    found = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
+    if products.y is not None:
+        found.append(Projection(values[0], products.y))
+    if products.y_cov is not None:
+        found.append(Projection(values[1], products.y_cov, squared=True))
+    return found
+
+
+def met_values(values: list[Tensor], products: Products) -> list[Tensor]:
+    """What M meets and, between Gaussians, what its square meets."""
+    return values if products.y is None else [x for x in (products.y, products.y_cov) if x is not None]
+
+
+def multiply(total: Tensor, left: Tensor, right: Tensor, *, add: bool = False, scale: float = 1.0) -> None:
+    """total = scale * left @ right (add: +=), for (n * H, rows, features) and right without n * H if all share it."""
+    if not total.is_contiguous():
+        part = torch.empty_like(total, memory_format=torch.contiguous_format)
+        multiply(part, left, right, scale=scale)
+        total.add_(part) if add else total.copy_(part)
+    elif right.dim() == 2:
+        total.view(-1, total.shape[-1]).addmm_(left.flatten(0, 1), right, beta=int(add), alpha=scale)
+    else:
+        total.baddbmm_(left, right, beta=int(add), alpha=scale)
+
+
+def key_term(points: Tensor) -> Tensor:
+    """(n * H, L, F) -> (n * H, 1, L): what a key adds to the dot products with it, -|x_j|^2 / 2."""
+    return points.square().sum(-1).mul_(-0.5).unsqueeze(1)
+
+
+def _to_points(x: Tensor) -> None:
+    """`correlation_points` in place; passes over half of each row are slow, so that half is moved out and back."""
+    half = x.chunk(2, -1)[1]
+    r = half.contiguous()
+    low = r.clamp(max=0).mul_(0.5).exp_()
+    half.copy_(r.clamp_(min=0).add_(1).sqrt_().mul_(low))
+
+
+def weights(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float) -> Tensor:
+    """Softmax of a block's queries against the keys that it may see, (n * H, m, c); term: `key_term` of keys between Gaussians."""
+    first, end, columns = block
+    scores = queries.new_empty(queries.shape[0], end - first, columns)
+    scores.baddbmm_(queries[:, first:end], keys[:, :columns].transpose(1, 2), beta=0, alpha=scale)
+    if term is not None:
+        scores.add_(term[..., :columns], alpha=scale)
+    hidden = chunk.hidden(block)
+    if hidden is not None:
+        scores.unflatten(0, (-1, chunk.heads))[..., columns - hidden.shape[-1] :].add_(hidden)
+    return torch.softmax(scores, -1)  # in place it is slower
+
+
+def mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
+    """M of "additive"."""
+    return first + higher if gate is None else torch.addcmul(first, gate, higher)
+
+
+def one_sweep(chunk: Chunk) -> bool:
+    return chunk.call.refinement == "none" or chunk.call.causal or len(chunk.blocks) == 1
+
+
+class _ChunkForward:
+    """Writes the products and the outputs (n * H, L, D_v), those of the values and, between Gaussians, of their covariances."""
+
+    def __init__(self, chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor]) -> None:
+        self.chunk, self.operands, self.products, self.outs = chunk, operands, products, outs
+        self.projections = projections(operands.tables, operands.values, products)
+        self.values = met_values(operands.values, products)
+        self.term = key_term(operands.k) if chunk.call.gaussian else None
+        self.higher_term: Tensor | None = None
+        if chunk.call.refinement == "stochastic":
+            self.higher_term = operands.k.new_empty(operands.k.shape[0], 1, chunk.length)
+
+    def run(self) -> None:
+        blocks = self.chunk.blocks
+        if one_sweep(self.chunk):
+            for block in blocks:
+                first = self._first(block)
+                self._project(block, first)
+                self._attend(block, first)
+            return
+        for block in blocks:
+            self._project(block, self._first(block))
+        for block in blocks:
+            self._attend(block, self._first(block) if self.chunk.call.refinement == "additive" else None)
+
+    def _first(self, block: Block) -> Tensor:
+        return weights(self.chunk, block, self.operands.q, self.operands.k, self.term, self.chunk.call.softmax_scale)
+
+    def _project(self, block: Block, first: Tensor) -> None:
+        rows = slice(block.first, block.end)
+        for each in self.projections:
+            multiply(each.product[:, rows], first.square() if each.squared else first, each.factor[..., : block.columns, :])
+            if self.higher_term is not None:
+                _to_points(each.product[:, rows])
+        if self.higher_term is not None and self.products.k_a is not None:
+            self.higher_term[..., rows] = key_term(self.products.k_a[:, rows])
+
+    def _attend(self, block: Block, first: Tensor | None) -> None:
+        """first: P, where that meets the values."""
+        chunk, products, seed = self.chunk, self.products, self.operands.seed
+        mix = first
+        if products.q_a is not None and products.k_a is not None:
+            mix = weights(chunk, block, products.q_a, products.k_a, self.higher_term, chunk.call.refine_scale)
+            if chunk.call.refinement == "additive" and first is not None:
+                mix = mixed(first, mix, self.operands.gate)
+        assert mix is not None
+        mix = mix if seed is None else mix * chunk.mask(seed, block)
+        for power, (out, value) in enumerate(zip(self.outs, self.values, strict=True)):
+            multiply(out[:, block.first : block.end], mix.square() if power else mix, value[:, : block.columns])
+
+
+def forward_chunk(chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor]) -> None:
+    _ChunkForward(chunk, operands, products, outs).run()
+
+
+def forward_pass(plan: Plan, inputs: Inputs, loaded: Inputs, *, keep: bool) -> tuple[tuple[Tensor, ...], Products]:
+    """The outputs in rows form and, if `keep`, the products of all chunks, which the backward needs."""
+    values = [x for x in (inputs.v, inputs.v_cov) if x is not None]
+    outs = [plan.buffer(x.shape[-1]) for x in values]
+    buffers = make_products(inputs, plan.call, plan.buffer) if keep else Products()
+    for chunk in plan.chunks:
+        products = Products(*(x if x is None else chunk.rows_of(x) for x in buffers))
+        if not keep:
+            products = make_products(inputs, plan.call, chunk.empty)
+        forward_chunk(chunk, load_operands(chunk, loaded), products, [chunk.rows_of(out) for out in outs])
+    return tuple(plan.collect(out, x.dtype) for out, x in zip(outs, values, strict=True)), buffers
