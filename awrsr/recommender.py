@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .config import without_removed_options
 from .data.histories import Histories, Split
 from .files import atomic, read_json, write_json
 from .models.distance import rows_of_columns
@@ -234,7 +235,7 @@ class Recommender(nn.Module):
         for name in (CONFIG, WEIGHTS, ITEMS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
-        stored = read_json(folder / CONFIG)
+        stored = without_removed_options(read_json(folder / CONFIG), folder / CONFIG)
         with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
             try:
                 config = type(cls().config)(**stored["model"])

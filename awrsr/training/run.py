@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from ..config import WATCHED, AWRSRConfig, TrainingOptions, before_averaging
+from ..config import WATCHED, AWRSRConfig, TrainingOptions, before_averaging, without_removed_options
 from ..data.histories import Split
 from ..evaluation.ranking import Targets, evaluate, metrics, rank_batch, recall, write_ranks
 from ..files import first_process, read_json, sweep, write_json
@@ -119,12 +119,7 @@ class Training(L.LightningModule):
     def configure_optimizers(self) -> "OptimizerLRScheduler":
         o = self.options
         fused = o.precision != "16-mixed"
-        weights: list[Any] = list(self.model.parameters())
-        if o.table_rate != 1:
-            tables = self.model.correlation_tables()
-            rest = [weight for weight in weights if all(weight is not table for table in tables)]
-            weights = [{"params": rest}, {"params": tables, "lr": o.table_rate * o.learning_rate}]
-        optimizer = torch.optim.AdamW(weights, o.learning_rate, weight_decay=o.weight_decay, fused=fused)
+        optimizer = torch.optim.AdamW(self.model.parameters(), o.learning_rate, weight_decay=o.weight_decay, fused=fused)
         if o.schedule == "constant":
             return optimizer
         steps = o.epochs * len(self.windows.batches(o.batch_size, o.seed, 0))
@@ -286,7 +281,8 @@ def holds(folder: Path, config: dict[str, Any]) -> bool:
     if not (folder / CONFIG).exists() or not (state or (folder / WEIGHTS).exists()):
         return False
     usual = {"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())}
-    old, new = (flat(usual) | flat(each) for each in (read_json(folder / CONFIG), json.loads(json.dumps(config))))
+    stored = without_removed_options(read_json(folder / CONFIG), folder / CONFIG)
+    old, new = (flat(usual) | flat(each) for each in (stored, json.loads(json.dumps(config))))
     fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
     differs = sorted(
         name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed

@@ -135,22 +135,6 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypa
     assert record["best"] != best_without
 
 
-@pytest.mark.parametrize("tables", ["position", "content"])
-def test_tables_learn_at_a_rate_of_their_own(tables: str, parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: dict[int, float] = {}
-    step = torch.optim.AdamW.step
-
-    def watched(self: torch.optim.AdamW, closure: Any = None) -> Any:
-        rates.update({id(weight): group["lr"] for group in self.param_groups for weight in group["params"]})
-        return step(self, closure)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    model, _ = fit(parts, {"tables": tables}, epochs=1, learning_rate=0.01, table_rate=3.0)
-    own = {name for name, weight in model.named_parameters() if rates[id(weight)] == pytest.approx(0.03)}
-    assert own == {name for name, _ in model.named_parameters() if name.endswith(("w_q", "w_k", "to_tables"))} != set()
-    assert {rates[id(weight)] for name, weight in model.named_parameters() if name not in own} == {0.01}
-
-
 def test_weight_decay_shrinks_what_no_event_touches() -> None:
     lists = {user: [item for item in items if item != "i7"] + ["i7"] for user, items in histories().items()}
     parts = split(Histories.from_lists(lists))  # i7 is a test target alone: its embedding gets no gradient from bpr on the others
