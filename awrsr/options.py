@@ -1,4 +1,4 @@
-"""Options: what a dataclass field means and may be, said once, for `--help`, for checks and for readers of the code."""
+"""Options as dataclass fields: the meaning and the range of each are said once, for `--help`, for checks and for readers."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,8 @@ def check(options: Any) -> None:
         if hasattr(value, "item"):  # a number of numpy's
             value = value.item()
             object.__setattr__(options, each.name, value)
-        number = isinstance(default, int | float) and not isinstance(default, bool)
-        fits = (
-            isinstance(value, int | float) and not isinstance(value, bool)
-            if isinstance(default, float)
-            else isinstance(value, type(default))
-        )
-        if default is not None and (not fits or number and isinstance(value, bool)):
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
             raise TypeError(f"{each.name} is {value!r}, must be of type {type(default).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{each.name} is {value!r}, must be a finite number")

@@ -1,4 +1,4 @@
-"""Refined self-attention as a module: linear maps around the operator, and the learned tables.
+"""Refined self-attention as a module: linear maps around the operator and its learned tables.
 
 B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and value heads, D head dim, R refinement rank, N max_len.
 """
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, jagged
-from .api import BACKENDS, attention_weights, refined_attention, refined_attention_varlen
+from .api import attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
+from .tables import RefinedLayer
 from .torch_state import autocast, readable
 
 
@@ -23,7 +24,7 @@ class _Place(NamedTuple):
     turn: Tensor | None  # (B,): row i of the operator is row (i + turn) % L of the caller
 
 
-class RefinedMultiheadAttention(nn.Module):
+class RefinedMultiheadAttention(RefinedLayer):
     """Multi-head self-attention with refined weights (AWRSR, RecSys 2024), batch first.
 
     out(refined_attention(q, k, v, W_q, W_k)), with q, k, v from one linear map of x. W_q and W_k span the correlation space:
@@ -47,12 +48,17 @@ class RefinedMultiheadAttention(nn.Module):
         align: which rows of position tables a sequence of n uses, and where `lengths` expects padding. "right": the last n, so that
             a row means a distance from the end (recommenders; padding on the left). "left": the first n, so that a row means an
             absolute position (language models, decoding; padding on the right).
-        table_std: standard deviation of the entries of W at the start; of content tables where x has unit scale.
+        table_std: root mean square of the entries of W at the start, 0 or more; of content tables where x has unit scale.
+        table_init: start of position tables, unused otherwise. "normal": drawn at random. "orthogonal": with orthogonal columns
+            (rows, where R > N). "identity": W_q = W_k with a column per position, or per few positions where R < N, so that items
+            attend to items that attend alike. "shifted": W_k is W_q moved on by one position, so that items attend to what
+            followed the items that first-order weights find.
         refine_scale: factor of the correlations; default 1/sqrt(R).
+        learned_scale: whether each head learns a factor of refine_scale, which starts at 1; unused with "none".
         backend: of the operator. `state_dict` does not depend on it.
 
     Parameters in `state_dict`: qkv.weight (E + 2 H_kv D, E), out.weight (E, E), their biases, w_q and w_k (N, R) or (H, N, R), or
-    to_tables (E, 2 R) or (E, 2 H R), and gate (H,).
+    to_tables (E, 2 R) or (E, 2 H R), gate (H,) and scale (H, 1, 1).
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -76,12 +82,13 @@ class RefinedMultiheadAttention(nn.Module):
         causal: bool = True,
         align: str = "right",
         table_std: float = 1.0,
+        table_init: str = "normal",
         refine_scale: float | None = None,
+        learned_scale: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             checks.whole(name, number, 1)
@@ -89,48 +96,16 @@ class RefinedMultiheadAttention(nn.Module):
             must = f"a multiple of num_heads = {num_heads}, {checks.MAX_FEATURES} times that at most"
             checks.refuse("embed_dim", str(embed_dim), must)
         checks.divisor("num_kv_heads", num_kv_heads, num_heads)
-        checks.refinement(refinement)
-        checks.choice("tables", tables, ("position", "content"))
-        checks.choice("align", align, ("left", "right"))
-        checks.choice("backend", backend, BACKENDS)
-        checks.probability("dropout", dropout)
-        for name, value in (("gate_init", gate_init), ("table_std", table_std)):
-            checks.number(name, value)
-        checks.scale("refine_scale", refine_scale, 1)
-        if table_std < 0:
-            checks.refuse("table_std", str(table_std), "0 or more")
-        if refinement != "additive" and gate is not True and gate is not False:
-            checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
-        if gate_init and (refinement != "additive" or gate is not True):
-            was = f'refinement is "{refinement}"' if refinement != "additive" else f"gate is {gate}"
-            checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive" and its gate is learned; {was}')
-        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, num_kv_heads
-        self.head_dim = embed_dim // num_heads
-        self.rank = checks.whole("rank", self.head_dim if rank is None else rank, 1, checks.MAX_FEATURES)
-        self.refinement, self.align, self.table_std = refinement, align, table_std
-        self.dropout, self.refine_scale, self.backend = dropout, refine_scale, backend
-        self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
-        self.tables, self.gate_init = tables, gate_init
-        self.max_len: int | None = None
+        head_dim = embed_dim // num_heads
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=bias, **factory)
+        super().__init__(
+            embed_dim, num_heads, max_len=max_len, refinement=refinement, tables=tables, rank=head_dim if rank is None else rank,
+            per_head=per_head, gate=gate, gate_init=gate_init, dropout=dropout, table_std=table_std, table_init=table_init,
+            refine_scale=refine_scale, learned_scale=learned_scale, backend=backend, causal=causal, align=align, **factory,
+        )  # fmt: skip
+        self.embed_dim, self.num_kv_heads, self.head_dim = embed_dim, num_kv_heads, head_dim
+        self.qkv = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
         self.out = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
-        self.w_q: Tensor | None = None
-        self.w_k: Tensor | None = None
-        self.to_tables: Tensor | None = None
-        self.gate: Tensor | float | None = None
-        if refinement == "additive":
-            fixed = None if gate is False else checks.number("gate", 1.0 if gate is True else gate)
-            self.gate = nn.Parameter(torch.empty(num_heads, **factory)) if gate is True else fixed
-        heads = num_heads if per_head else 1
-        if refinement != "none" and tables == "content":
-            self.to_tables = nn.Parameter(torch.empty(embed_dim, 2 * heads * self.rank, **factory))
-        elif refinement != "none":
-            if max_len is None:
-                checks.refuse("max_len", "None", 'given with position tables; or take tables="content"')
-            self.max_len = checks.whole("max_len", max_len, 1)
-            shape = (heads, max_len, self.rank) if per_head else (max_len, self.rank)
-            self.w_q, self.w_k = (nn.Parameter(torch.empty(shape, **factory)) for _ in range(2))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -142,17 +117,6 @@ class RefinedMultiheadAttention(nn.Module):
             if bias is not None:
                 bias.zero_()
         self.reset_refinement()
-
-    @torch.no_grad()
-    def reset_refinement(self) -> None:
-        """Draw the tables and reset the gate."""
-        if self.to_tables is not None:
-            self.to_tables.normal_(std=self.table_std / self.embed_dim**0.5)
-        for w in (self.w_q, self.w_k):
-            if w is not None:
-                w.normal_(std=self.table_std)
-        if isinstance(self.gate, Tensor):
-            self.gate.fill_(self.gate_init)
 
     @classmethod
     def from_multihead(
@@ -237,8 +201,7 @@ class RefinedMultiheadAttention(nn.Module):
         place = self._place(x, lengths, key_padding_mask)
         rows = x if place.turn is None else _turned(x, place.turn)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
-        options = self._padded_tables(rows) | self._call() | self._training() | self._side()
-        out = refined_attention(q, k, v, lengths=place.lengths, **options)
+        out = refined_attention(q, k, v, lengths=place.lengths, **self._padded_options(rows), **self._run_options())
         out = self.out(out.transpose(1, 2).flatten(-2))
         return out if place.turn is None else _turned(out, -place.turn)
 
@@ -246,8 +209,7 @@ class RefinedMultiheadAttention(nn.Module):
         """First-order weights P and those that meet the values, M, each (B, H, L, L), of x (B, L, E): O(L^2) memory on purpose."""
         self._check(x, "(B, L, E)", 3)
         q, k, _ = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
-        options = self._padded_tables(x) | self._call() | self._side()
-        return attention_weights(q, k, lengths=lengths, **options)
+        return attention_weights(q, k, lengths=lengths, **self._padded_options(x))
 
     def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> RefinedCache:
         """An empty cache for decoding `batch` sequences; it grows beyond `capacity` positions where the tables allow that.
@@ -275,7 +237,7 @@ class RefinedMultiheadAttention(nn.Module):
         lengths: (B,) real items per prompt; the rest is padding on `padding_side`, by default where `forward` expects it.
         """
         self._check(x, "(B, L, E)", 3)
-        padding_side = self._side()["padding_side"] if padding_side is None else padding_side
+        padding_side = self._padding_side() if padding_side is None else padding_side
         return self._decode(refined_attention_prefill, x, cache, lengths=lengths, padding_side=padding_side)
 
     def step(self, x: Tensor, cache: RefinedCache) -> Tensor:
@@ -289,54 +251,19 @@ class RefinedMultiheadAttention(nn.Module):
             must = f"for {self.refinement}, tables {self.tables}, as make_cache makes it"
             checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
-        w_q, w_k = (self.w_q, self.w_k) if self.to_tables is None else (w.transpose(1, 2) for w in self._content(x))
         options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
-        return self.out(call(q, k, v, w_q, w_k, cache, **where, **options).transpose(1, 2).flatten(-2))
+        out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
+        return self.out(out.transpose(1, 2).flatten(-2))
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, projected: Tensor | None = None) -> Tensor:
         q, k, v = self._split(self.qkv(x) if projected is None else projected)
-        tables: list[Tensor | None] = [w if w is None or w.dim() == 2 else w[None] for w in (self.w_q, self.w_k)]
-        w_q, w_k = tables if self.to_tables is None else self._content(x)
-        options = self._call() | self._training()
-        out = refined_attention_varlen(q, k, v, w_q, w_k, cu_seqlens, max_seqlen, align=self.align, **options)
+        out = refined_attention_varlen(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **self._packed_options(x))
         return self.out(out.flatten(-2))
-
-    def _call(self) -> dict[str, Any]:
-        return {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale, "causal": self.causal}
-
-    def _training(self) -> dict[str, Any]:
-        return {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}
-
-    def _side(self) -> dict[str, Any]:
-        return {"padding_side": "left" if self.align == "right" else "right"}
 
     def _split(self, x: Tensor) -> list[Tensor]:
         """(..., (H + 2 H_kv) D) -> (..., H, D) and twice (..., H_kv, D)."""
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         return [a.unflatten(-1, (-1, self.head_dim)) for a in x.split([h * self.head_dim for h in heads], -1)]
-
-    def _content(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., E) -> twice (..., H, R)."""
-        assert self.to_tables is not None
-        w_q, w_k = (x @ self.to_tables).unflatten(-1, (2, -1, self.rank)).unbind(-3)
-        shape = (*x.shape[:-1], self.num_heads, self.rank)
-        return w_q.expand(shape), w_k.expand(shape)
-
-    def _padded_tables(self, x: Tensor) -> dict[str, Any]:
-        if self.to_tables is not None:
-            w_q, w_k = self._content(x)
-            return {"w_q": w_q.transpose(1, 2), "w_k": w_k.transpose(1, 2)}
-        if self.w_q is None or self.w_k is None:
-            return {"w_q": None, "w_k": None}
-        assert self.max_len is not None
-        size = x.shape[1]
-        if size > self.max_len:
-            checks.refuse("x", f"{size} positions long", f"at most max_len = {self.max_len} long with position tables")
-        if not torch.compiler.is_compiling() and size == self.max_len:
-            return {"w_q": self.w_q, "w_k": self.w_k}
-        first = self.max_len - size if self.align == "right" else 0
-        used = torch.arange(first, first + size, device=x.device)  # a slice would tie an exported program to one length
-        return {"w_q": self.w_q.index_select(-2, used), "w_k": self.w_k.index_select(-2, used)}
 
     def _check(self, x: Tensor, form: str, dims: int) -> None:
         if not isinstance(x, Tensor) or x.is_nested:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AWRSRConfig
-from .attention import NormedAttention, Packed, Padded, RefinedAttention, StochasticAttention, positive
+from .attention import DotProductAttention, Packed, Padded, StochasticAttention, positive
 from .distance import distance_columns, distance_rows, gaussian_points
 
 
@@ -122,11 +122,10 @@ class Branch(nn.Module):
 class Block(Branch):
     """Refined attention, then a feed-forward layer; both add to what they read."""
 
-    attention: RefinedAttention
+    attention: DotProductAttention
 
     def __init__(self, c: AWRSRConfig) -> None:
-        attention = NormedAttention if c.correlation_norm else RefinedAttention
-        super().__init__(c, attention(c.hidden, c.heads, **attention_options(c)))
+        super().__init__(c, DotProductAttention(c.hidden, c.heads, **attention_options(c)))
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         return self.after_attention(x, self.attention(self.before_attention(x), where))
@@ -176,9 +175,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 def attention_options(c: AWRSRConfig) -> dict[str, Any]:
-    tables = "max_len rank tables per_head table_std table_init"
-    names = f"refinement {tables} refine_scale learned_scale gate learned_gate backend".split()
-    return {name: getattr(c, name) for name in names} | {"dropout": c.attention_dropout}
+    """The configuration in the words of `RefinedMultiheadAttention`."""
+    names = ("refinement", "max_len", "rank", "tables", "table_std", "table_init", "learned_scale", "backend")
+    gated = c.refinement == "additive"
+    return {name: getattr(c, name) for name in names} | {
+        "per_head": c.per_head or c.tables == "content",
+        "refine_scale": c.refine_scale or None,
+        "gate": True if c.learned_gate or not gated else c.gate,
+        "gate_init": c.gate if c.learned_gate and gated else 0.0,
+        "dropout": c.attention_dropout,
+    }
 
 
 def initialise(module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import awrsr.models.attention
+import awrsr_kernels.module
 from awrsr.config import AWRSRConfig
 from awrsr.data.histories import split
 from awrsr.data.synthetic import make
@@ -146,8 +146,8 @@ def test_a_sabotaged_backend_stops_the_benchmark(
 ) -> None:
     """In float64 whatever the flaw; in float32 what is more than rounding."""
     wanted = yardstick(problem, "additive", batch_size=8)
-    right = awrsr.models.attention.refined_attention_varlen
-    monkeypatch.setattr(awrsr.attention, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
+    right = awrsr_kernels.module.refined_attention_varlen
+    monkeypatch.setattr(awrsr_kernels.module, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
     with pytest.raises(WrongResult, match=r"torch packed additive, torch.float\d\d: the loss of step \d+ is"):
         check(contestant(problem, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
 
@@ -162,8 +162,8 @@ def test_wrong_ranks_stop_it_too(problem: Problem, monkeypatch: pytest.MonkeyPat
 def test_a_failing_gate_writes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = awrsr.models.attention.refined_attention
-    monkeypatch.setattr(awrsr.attention, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
+    right = awrsr_kernels.module.refined_attention
+    monkeypatch.setattr(awrsr_kernels.module, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--refinements", "additive", *SMALL]
     assert train_bench.main(options) == 1
     assert "WRONG, nothing was written: torch bucketed additive" in capsys.readouterr().err

@@ -285,7 +285,7 @@ def file(tmp_path: Path, format: str) -> Path:
         ("torch", {"backbone": "stosa", "refinement": "value", "tables": "content", "layers": 2}),
         ("torch", {"backbone": "stosa", "refinement": "none", "mean_branch": "published", "norm": "post"}),
         ("onnx", {"refinement": "value", "tables": "content"}),
-        ("onnx", {"refinement": "additive", "learned_gate": True, "layers": 2, "correlation_norm": True}),
+        ("onnx", {"refinement": "additive", "learned_gate": True, "layers": 2, "learned_scale": True}),
         ("onnx", {"backbone": "stosa", "refinement": "stochastic", "norm": "post", "layers": 2}),
     ],
     indirect=["format"],

@@ -113,7 +113,8 @@ def test_shifted_tables_begin_at_what_followed() -> None:
 def test_orthogonal_tables_have_orthogonal_columns(size: int, rank: int, per_head: bool) -> None:
     """Or rows where there are fewer; entries have the deviation that is asked for."""
     options = {"max_len": size, "rank": rank, "per_head": per_head, "table_init": "orthogonal", "table_std": 0.5}
-    for table in AWRSR(AWRSRConfig(num_items=ITEMS, **options)).correlation_tables():
+    attention = AWRSR(AWRSRConfig(num_items=ITEMS, **options)).blocks[0].attention
+    for table in (attention.w_q, attention.w_k):
         for w in table.detach().view(-1, size, rank):
             w = w if size > rank else w.T
             torch.testing.assert_close(w.T @ w, torch.eye(w.shape[1]) * len(w) * 0.25)
@@ -127,7 +128,7 @@ def test_identity_tables_compare_what_events_attend_to() -> None:
     future = torch.ones(WINDOW, WINDOW).triu(1).bool()
     scores = (first @ first.mT * WINDOW * 0.25).masked_fill(future, -torch.inf)
     torch.testing.assert_close(refined, scores.softmax(-1), **EXACT)
-    wrapped = AWRSR(AWRSRConfig(num_items=ITEMS, max_len=WINDOW, rank=3, **options)).correlation_tables()[0]
+    wrapped = AWRSR(AWRSRConfig(num_items=ITEMS, max_len=WINDOW, rank=3, **options)).blocks[0].attention.w_q
     assert torch.equal(wrapped[..., -1, :], wrapped[..., -4, :]) and not torch.equal(wrapped[..., -1, :], wrapped[..., -2, :])
 
 
@@ -213,16 +214,9 @@ def test_whole_numbers_serve_as_floats() -> None:
     assert AWRSRConfig(hidden_dropout=0, table_std=2).table_std == 2
 
 
-def test_a_norm_is_refused_where_nothing_can_be_normed() -> None:
-    for options in ({"refinement": "none"}, {"backbone": "stosa"}):
-        with pytest.raises(ValueError, match="correlation_norm is True, must be False"):
-            AWRSRConfig(num_items=ITEMS, correlation_norm=True, **options)
-
-
-def test_a_learned_scale_is_refused_where_it_would_do_nothing_or_something_else() -> None:
-    for options in ({"correlation_norm": True}, {"backbone": "stosa", "refinement": "stochastic"}):
-        with pytest.raises(ValueError, match="learned_scale is True, must be False with"):
-            AWRSRConfig(num_items=ITEMS, learned_scale=True, **options)
+def test_distances_in_the_correlation_space_have_no_learned_scale() -> None:
+    with pytest.raises(ValueError, match="learned_scale is True, must be False with refinement 'stochastic'"):
+        AWRSRConfig(num_items=ITEMS, learned_scale=True, backbone="stosa", refinement="stochastic")
 
 
 def test_distances_have_no_temperature() -> None:

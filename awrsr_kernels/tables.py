@@ -1,0 +1,182 @@
+"""The learned parts of a refined attention layer, tables, gate and scale: how they are made, drawn and handed to the operator.
+
+B batch, L positions, T packed positions, E features of a row, H heads, R refinement rank, N max_len.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks
+from .api import BACKENDS
+
+TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")  # the last two for refinement "stochastic" alone
+STARTS = ("normal", "orthogonal", "identity", "shifted")
+
+
+class RefinedLayer(nn.Module):
+    """Base of the layers that call the operator: it holds everything but their linear maps.
+
+    A subclass makes its linear maps after this class has made its parameters, and then draws all of them. The arguments are those
+    of `RefinedMultiheadAttention`, with E = features for content tables.
+    """
+
+    gaussian = False  # whether a subclass attends between Gaussians, where refinement may be "stochastic"
+    w_q: Tensor | None
+    w_k: Tensor | None
+    to_tables: Tensor | None
+    gate: Tensor | float | None
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        features: int,
+        num_heads: int,
+        *,
+        max_len: int | None,
+        refinement: str,
+        tables: str,
+        rank: int,
+        per_head: bool,
+        gate: bool | float,
+        gate_init: float,
+        dropout: float,
+        table_std: float,
+        table_init: str,
+        refine_scale: float | None,
+        learned_scale: bool,
+        backend: str,
+        causal: bool = True,
+        align: str = "right",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        checks.refinement(refinement, self.gaussian)
+        checks.choice("tables", tables, ("position", "content"))
+        checks.choice("table_init", table_init, STARTS)
+        checks.choice("align", align, ("left", "right"))
+        checks.choice("backend", backend, BACKENDS)
+        checks.probability("dropout", dropout)
+        for name, value in (("gate_init", gate_init), ("table_std", table_std)):
+            checks.number(name, value)
+        checks.scale("refine_scale", refine_scale, 1)
+        if table_std < 0:
+            checks.refuse("table_std", str(table_std), "0 or more")
+        if refinement != "additive" and gate is not True and gate is not False:
+            checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
+        if gate_init and (refinement != "additive" or gate is not True):
+            was = f'refinement is "{refinement}"' if refinement != "additive" else f"gate is {gate}"
+            checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive" and its gate is learned; {was}')
+        self.features, self.num_heads = features, num_heads
+        self.rank = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
+        self.refinement, self.tables, self.align, self.gate_init = refinement, tables, align, gate_init
+        self.table_std, self.table_init = table_std, table_init
+        self.dropout, self.refine_scale, self.backend = dropout, refine_scale, backend
+        self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
+        self.table_names = TABLES[: {"none": 0, "stochastic": 4}.get(refinement, 2)]
+        self.max_len: int | None = None
+        self.w_q = self.w_k = self.to_tables = self.gate = self.scale = None
+
+        def new(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if refinement == "additive" and gate is not False:
+            self.gate = new(num_heads) if gate is True else checks.number("gate", gate)
+        if checks.flag("learned_scale", learned_scale) and self.table_names:
+            self.scale = new(num_heads, 1, 1)
+        heads = num_heads if per_head else 1
+        if self.table_names and tables == "content":
+            self.to_tables = new(features, len(self.table_names) * heads * self.rank)
+        elif self.table_names:
+            if max_len is None:
+                checks.refuse("max_len", "None", 'given with position tables; or take tables="content"')
+            self.max_len = checks.whole("max_len", max_len, 1)
+            for name in self.table_names:
+                setattr(self, name, new(heads, max_len, self.rank) if per_head else new(max_len, self.rank))
+
+    @torch.no_grad()
+    def reset_refinement(self) -> None:
+        """Draw the tables, and set the gate to gate_init and the scale to 1."""
+        if self.to_tables is not None:
+            self._draw_content_tables(self.to_tables)
+        else:
+            tables = [getattr(self, name) for name in self.table_names]
+            for w in tables:
+                _draw_position_tables(w, self.table_init, self.table_std)
+            for w_q, w_k in zip(tables[::2], tables[1::2], strict=True) if self.table_init == "shifted" else ():
+                w_k[..., 1:, :] = w_q[..., :-1, :]
+        if isinstance(self.gate, Tensor):
+            self.gate.fill_(self.gate_init)
+        if self.scale is not None:
+            self.scale.fill_(1)
+
+    def _draw_content_tables(self, to_tables: Tensor) -> None:
+        to_tables.normal_(std=self.table_std / self.features**0.5)
+
+    def _tables(self, x: Tensor) -> dict[str, Any]:
+        """Position tables whole, (N, R) or (H, N, R) each; or tables computed from x (..., E), (..., H, R) each."""
+        if not self.table_names:
+            return {"w_q": None, "w_k": None}
+        scale = self.scale
+        if self.to_tables is None:
+            tables = {name: getattr(self, name) for name in self.table_names}
+        else:
+            shape = (*x.shape[:-1], self.num_heads, self.rank)
+            computed = (x @ self.to_tables).unflatten(-1, (len(self.table_names), -1, self.rank)).unbind(-3)
+            tables = {name: w.expand(shape) for name, w in zip(self.table_names, computed, strict=True)}
+            scale = None if scale is None else scale[..., 0]
+        if scale is not None:  # the operator has one refine_scale for all heads, so each head's factor goes to W_q
+            tables["w_q"] = tables["w_q"] * scale.to(tables["w_q"].dtype)
+            tables["w_k"] = tables["w_k"].expand_as(tables["w_q"])
+        return tables
+
+    def _cached_tables(self, x: Tensor) -> dict[str, Any]:
+        """Position tables whole; or those computed from x (B, L, E), (B, H, L, R) each: as a `RefinedCache` takes them."""
+        tables = self._tables(x)
+        return tables if self.to_tables is None else {name: w if w is None else w.transpose(1, 2) for name, w in tables.items()}
+
+    def _padded_options(self, x: Tensor) -> dict[str, Any]:
+        """What the operator takes beside rows x (B, L, E) and their lengths: tables, and all that weights depend on."""
+        tables = self._cached_tables(x)
+        if self.table_names and self.to_tables is None:
+            assert self.max_len is not None
+            size = x.shape[1]
+            if size > self.max_len:
+                checks.refuse("x", f"{size} positions long", f"at most max_len = {self.max_len} long with position tables")
+            if torch.compiler.is_compiling() or size < self.max_len:
+                first = self.max_len - size if self.align == "right" else 0
+                used = torch.arange(first, first + size, device=x.device)  # a slice would tie an exported program to one length
+                tables = {name: w.index_select(-2, used) for name, w in tables.items()}
+        return tables | self._weight_options() | {"padding_side": self._padding_side()}
+
+    def _packed_options(self, x: Tensor) -> dict[str, Any]:
+        """What the operator takes beside packed rows x (T, E) and their bounds."""
+        tables = self._tables(x)
+        if self.table_names and self.to_tables is None:  # (H, N, R) might pass for content
+            tables = {name: w if w.dim() == 2 else w[None] for name, w in tables.items()}
+        return tables | self._weight_options() | self._run_options() | {"align": self.align}
+
+    def _weight_options(self) -> dict[str, Any]:
+        return {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale, "causal": self.causal}
+
+    def _run_options(self) -> dict[str, Any]:
+        return {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}
+
+    def _padding_side(self) -> str:
+        return "left" if self.align == "right" else "right"
+
+
+def _draw_position_tables(w: Tensor, start: str, std: float) -> None:
+    """Fill (..., N, R) with entries whose mean square is std^2."""
+    size, rank = w.shape[-2:]
+    if start == "identity":
+        column = torch.arange(size - 1, -1, -1) % rank
+        w.copy_(torch.eye(rank)[column] * rank**0.5).mul_(std)
+        return
+    w.normal_(std=std)
+    if start == "orthogonal":
+        for table in w.view(-1, size, rank):
+            full = torch.empty_like(table, dtype=torch.promote_types(w.dtype, torch.float32))  # no half precision in torch's QR
+            table.copy_(nn.init.orthogonal_(full, max(size, rank) ** 0.5)).mul_(std)
