@@ -6,7 +6,7 @@ from .config import AWRSRConfig, TrainingOptions
 from .data import DataError, Histories, Split, read, split
 
 if TYPE_CHECKING:
-    from .models.network import AWRSR
+    from .recommender import AWRSR
 
 __all__ = ["AWRSR", "AWRSRConfig", "DataError", "Histories", "Split", "TrainingOptions", "read", "split"]
 
@@ -14,7 +14,7 @@ __all__ = ["AWRSR", "AWRSRConfig", "DataError", "Histories", "Split", "TrainingO
 def __getattr__(name: str) -> object:
     """The model loads torch, which reading data does without."""
     if name == "AWRSR":
-        from .models.network import AWRSR
+        from .recommender import AWRSR
 
         return AWRSR
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

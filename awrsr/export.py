@@ -24,7 +24,8 @@ from .files import atomic
 from .models.attention import RefinedAttention
 
 if TYPE_CHECKING:
-    from .models.network import AWRSR
+    from .models.network import AWRSRNetwork
+    from .recommender import AWRSR
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 ABOUT = "awrsr.json"  # of the file's extra files (torch) or its metadata (ONNX): the configuration, and the catalogue's ids
@@ -38,7 +39,7 @@ def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bo
     """Write the scoring path of a trained model to a file, for use on a CPU. Whole or not at all.
 
     Args:
-        model: on any device; it stays as it is.
+        model: on any device; it is not changed.
         path: ends in .pt2 ("torch") or .onnx ("onnx").
         format: "torch" (`torch.export.load(path).module()(items, lengths)`, any device after
             `torch.export.passes.move_to_device_pass`) or "onnx" (any ONNX runtime; needs onnx and onnxscript to write).
@@ -57,7 +58,7 @@ def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bo
     if not model.config.num_items:
         raise ValueError("model has no items: it must be fitted or loaded before it can be exported")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scorer = _Scorer(model)
+    scorer = _Scorer(model.network)
     program = _traced(scorer)
     about = json.dumps({"config": asdict(model.config), "item_ids": model.ids().tolist()}, ensure_ascii=False, default=str)
     write, load = {"torch": (_write_torch, _load_torch), "onnx": (_write_onnx, _load_onnx)}[format]
@@ -70,11 +71,11 @@ def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bo
 
 
 class _Scorer(nn.Module):
-    """A copy of the model on the CPU, in evaluation mode, whose forward scores."""
+    """A copy of the network on the CPU, in evaluation mode, whose forward scores."""
 
-    def __init__(self, model: "AWRSR") -> None:
+    def __init__(self, network: "AWRSRNetwork") -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+        self.model = copy.deepcopy(network).cpu().eval().requires_grad_(False)
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         return self.model.scores_padded(items, lengths)
@@ -169,11 +170,11 @@ def _batches(num_items: int, max_len: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def _compare(run: Run, model: "AWRSR", path: Path) -> None:
+def _compare(run: Run, network: "AWRSRNetwork", path: Path) -> None:
     """Raise RuntimeError unless the file's scores are the model's."""
-    for items, lengths in _batches(model.config.num_items, model.config.max_len):
-        wanted, found = model.scores_padded(items, lengths), run(items, lengths)
-        error, most = float((found - wanted).abs().max()), float((wanted.amax(1) - wanted.amin(1)).max())
+    for items, lengths in _batches(network.config.num_items, network.config.max_len):
+        expected, actual = network.scores_padded(items, lengths), run(items, lengths)
+        error, most = float((actual - expected).abs().max()), float((expected.amax(1) - expected.amin(1)).max())
         if not error <= TOLERANCE * most:  # false for NaN, too
             raise RuntimeError(
                 f"{path} was not written: its scores differ from the model's by {error:.2e} where they span {most:.2e} "

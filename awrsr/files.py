@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then moved there."""
+"""Files that are whole or absent: written under a temporary name, then renamed."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder and with the same suffix; what was written there takes the place of `path` at the end,
-    or is removed if an error ends the block."""
+    """A temporary path in the same folder and with the same suffix. What was written there is renamed to `path` at the end of the
+    block, or removed if an error ends it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
@@ -29,14 +29,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a killed process left of writing files of these names (patterns) there."""
+    """Remove the temporary files that a killed process left when it wrote files of these names (patterns)."""
     for name in names:
-        for left in folder.glob(f".{name}.*"):
-            left.unlink(missing_ok=True)
+        for temporary in folder.glob(f".{name}.*"):
+            temporary.unlink(missing_ok=True)
 
 
 def first_process() -> bool:
-    """Whether this is the first of several processes, or the only one; whatever started the others told them their number."""
+    """Whether this is the first of several processes, or the only one, by the variables that launchers set."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
@@ -46,7 +46,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises FileNotFoundError, or ValueError naming the file where it is no JSON."""
+    """Raises FileNotFoundError, or ValueError naming the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -18,8 +18,7 @@ from ..config import WATCHED
 from ..data.histories import Split
 from ..evaluation import significance
 from ..evaluation.ranking import Evaluation, evaluate, metric
-from ..models.network import AWRSR
-from ..recommender import Recommender
+from ..recommender import AWRSR
 
 WEIGHTS_HELD = 1 << 22  # weights of a batch held at a time
 RESAMPLES = 1000
@@ -105,7 +104,7 @@ def analyse(
     model: AWRSR,
     split: Split,
     *,
-    baseline: Recommender | None = None,
+    baseline: AWRSR | None = None,
     part: str = "test",
     users: int = 512,
     examples: int = 3,
@@ -315,7 +314,7 @@ def buckets(gains: np.ndarray, of: np.ndarray, ends: tuple[int, ...]) -> list[Bu
 
 def example(
     model: AWRSR,
-    other: Recommender,
+    other: AWRSR,
     split: Split,
     both: tuple[Evaluation, Evaluation],
     m: int,

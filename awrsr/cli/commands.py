@@ -14,7 +14,7 @@ from ..data.prepare import DEMO, OF_SPLIT, DataOptions, divide, histories
 from ..files import first_process, read_json, write_json
 
 if TYPE_CHECKING:
-    from ..models.network import AWRSR
+    from ..recommender import AWRSR
 
 
 COLUMNS = ("user_column", "item_column", "time_column")
@@ -46,7 +46,7 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     """Train, evaluate and report one model; what it wrote to metrics.json, or nothing in a process beside the first."""
     import torch
 
-    from ..models.network import AWRSR
+    from ..recommender import AWRSR
     from ..training.run import report, train
 
     seen = "left out of the ranking" if training.filters_seen(split) else "ranked too"
@@ -176,8 +176,8 @@ def run_analyse(options: Any) -> None:
     from ..analysis.analyse import analyse
     from ..analysis.page import page
     from ..files import atomic
-    from ..models.network import AWRSR
-    from ..recommender import CONFIG
+    from ..recommender import AWRSR
+    from ..run_folder import CONFIG
 
     model, data, config = open_run(options)
     baseline = AWRSR.load(options.baseline).to(model.items.weight.device) if options.baseline else None
@@ -204,7 +204,7 @@ def run_analyse(options: Any) -> None:
 
 def run_export(options: Any) -> None:
     from ..export import export
-    from ..models.network import AWRSR
+    from ..recommender import AWRSR
 
     model = AWRSR.load(options.run)
     output = options.output or Path(options.run) / ("model.pt2" if options.format == "torch" else "model.onnx")
@@ -280,8 +280,8 @@ def open_run(options: Any) -> tuple["AWRSR", DataOptions, dict[str, Any]]:
     """The model of a run, on a GPU where there is one; how its data were read; its configuration."""
     import torch
 
-    from ..models.network import AWRSR
-    from ..recommender import CONFIG
+    from ..recommender import AWRSR
+    from ..run_folder import CONFIG
 
     if options.threads:
         torch.set_num_threads(options.threads)

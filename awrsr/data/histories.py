@@ -313,3 +313,9 @@ def split(
             longest = f"the longest history has {lengths.max(initial=0)} events"
             raise ValueError(f"split {how!r} leaves nothing for {part}: {longest}{span}")
     return parts
+
+
+def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places start .. start + length - 1 of every span, one span after another, and where each begins: (T,), (B + 1,)."""
+    cu_seqlens = np.concatenate([[0], np.cumsum(length)])
+    return np.arange(cu_seqlens[-1]) + np.repeat(start - cu_seqlens[:-1], length), cu_seqlens

@@ -7,23 +7,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.histories import Split
+from ..data.histories import Split, spans
 from ..data.synthetic import recall_answer
 from ..files import atomic
-from ..recommender import Recommender
-from ..training.batches import spans
+from ..models.network import AWRSRNetwork
 
-SCORE_BLOCK = 1 << 21  # scores held at a time, but
-LEAST_ROWS = 32  # targets at least, or a large table would be read for every few of them; less memory than that table takes
+SCORE_BLOCK = 1 << 21  # scores held at a time
+LEAST_ROWS = 32  # targets of a block at least: fewer would read a large table too often, and their scores take less memory than it
 CUTOFFS = (5, 10, 20)
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("MRR",)
+
+
+class Recommender(Protocol):
+    """What is trained and ranked with, such as `AWRSR`: a network whose items have ids. filter_seen: leave out seen items."""
+
+    network: AWRSRNetwork
+    item_ids: np.ndarray | None
+    filter_seen: bool
 
 
 def metric(name: str, ranks: np.ndarray) -> np.ndarray:
@@ -43,7 +50,7 @@ def metrics(ranks: np.ndarray, names: tuple[str, ...] = METRICS) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Ranks of targets: parallel (M,) arrays of the user's place, the target's place in the history, the item and its rank."""
+    """Ranks of targets: parallel (M,) arrays of the user's index, the target's position in the history, the item and its rank."""
 
     users: np.ndarray
     places: np.ndarray
@@ -55,18 +62,18 @@ class Evaluation:
         return metrics(self.ranks)
 
 
-def recall(found: Evaluation, split: Split) -> dict[str, float]:
+def recall(ranked: Evaluation, split: Split) -> dict[str, float]:
     """Of the targets where the current item had occurred before: how many, how often what followed it then follows again ("rule
     HR@1": what a model that knows this rule alone would reach) and HR@1 of the ranks."""
-    answer = recall_answer(split.histories, found.users, found.places)
+    answer = recall_answer(split.histories, ranked.users, ranked.places)
     may = answer >= 0
     count = int(may.sum())
     if not count:
         return {}
     return {
         "targets": count,
-        "rule HR@1": float((answer == found.items)[may].mean()),
-        "HR@1": float((found.ranks == 1)[may].mean()),
+        "rule HR@1": float((answer == ranked.items)[may].mean()),
+        "HR@1": float((ranked.ranks == 1)[may].mean()),
     }
 
 
@@ -76,7 +83,7 @@ class Targets:
     def __init__(self, split: Split, part: str, max_len: int, filter_seen: bool) -> None:
         self.split, self.filter_seen = split, filter_seen
         self.users, self.places = split.targets(part)
-        self.end = split.histories.offsets[self.users] + self.places  # the target's place in the flat array
+        self.end = split.histories.offsets[self.users] + self.places  # the target's index in the flat array
         self.items = split.histories.items[self.end]
         self.length = np.minimum(self.places, max_len)
 
@@ -106,31 +113,31 @@ class TargetBatches:
     def pack(self, chosen: np.ndarray) -> Any:
         t, items = self.targets, self.targets.split.histories.items
         end, length, before = t.end[chosen], t.length[chosen], t.places[chosen]
-        place, cu_seqlens = spans(end - length, length)
+        events, cu_seqlens = spans(end - length, length)
         seen = row = None
         if t.filter_seen:
             seen = torch.from_numpy(items[spans(end - before, before)[0]])
             row = torch.from_numpy(np.repeat(np.arange(len(chosen)), before))
-        packed = torch.from_numpy(items[place]), torch.from_numpy(cu_seqlens), int(length.max())
+        packed = torch.from_numpy(items[events]), torch.from_numpy(cu_seqlens), int(length.max())
         return packed, torch.from_numpy(t.items[chosen]), row, seen
 
 
-def rank_batch(model: Recommender, batch: Any, table: Tensor | None = None) -> Tensor:
-    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the model's `item_table`, where it is at hand."""
-    device = next(model.parameters()).device
+def rank_batch(network: AWRSRNetwork, batch: Any, table: Tensor | None = None) -> Tensor:
+    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the network's `item_table`, where it is at hand."""
+    device = next(network.parameters()).device
     (items, cu_seqlens, max_seqlen), targets, row, seen = batch
-    hidden = model(items.to(device), cu_seqlens.to(device), max_seqlen)
+    hidden = network(items.to(device), cu_seqlens.to(device), max_seqlen)
     last = hidden[cu_seqlens[1:].to(device) - 1]
-    move = (None, None) if row is None else (row.to(device), seen.to(device))
-    return ranks(last, model.item_table() if table is None else table, targets.to(device), *move)
+    filtered = (None, None) if row is None else (row.to(device), seen.to(device))
+    return ranks(last, network.item_table() if table is None else table, targets.to(device), *filtered)
 
 
 @torch.no_grad()
 def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
     """(M,) rank of each target among the N items by the scores hidden (M, S) @ table.T, 1 = best.
 
-    Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does whatever is
-    no number. seen: items that history row[i] holds, no candidates; a target among them could not be recommended and is last, N.
+    Ties count against the target: its rank is the number of candidates not scored below it, itself included. So does NaN. seen:
+    items that history row[i] holds, which are not candidates; a target among them could not be recommended and is last, N.
     Scores are of the table's dtype, under autocast too: in half precision too many of them would tie.
     """
     out, hidden = torch.empty_like(targets), hidden.to(table.dtype)
@@ -172,32 +179,32 @@ def evaluate(
     Raises:
         ValueError: the split has another number of items than the model.
     """
-    ids, found = model.item_ids, split.histories.item_ids
-    if len(found) != model.config.num_items or ids is not None and not np.array_equal(found, ids):
+    network, item_ids = model.network, split.histories.item_ids
+    if len(item_ids) != network.config.num_items or model.item_ids is not None and not np.array_equal(item_ids, model.item_ids):
         raise ValueError(
-            f"split has {len(found)} items, must have the model's {model.config.num_items} in the model's order; "
+            f"split has {len(item_ids)} items, must have the model's {network.config.num_items} in the model's order; "
             "Split.numbered_as(model.ids()) numbers other data like the model's"
         )
-    targets = Targets(split, part, model.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
+    targets = Targets(split, part, network.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
     ranked = np.empty(len(targets), dtype=np.int64)
-    training, start = model.training, time.process_time()
-    model.eval()
+    training, start = network.training, time.process_time()
+    network.eval()
     bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
-    table = model.item_table()
+    table = network.item_table()
     for chosen, batch in targets.batches(batch_size):
-        ranked[chosen] = rank_batch(model, batch, table).cpu().numpy()
+        ranked[chosen] = rank_batch(network, batch, table).cpu().numpy()
         bar.update(len(chosen))
     bar.close()
-    model.train(training)
+    network.train(training)
     seconds = time.process_time() - start
     return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
 
 
-def write_ranks(found: Evaluation, split: Split, path: Path) -> None:
+def write_ranks(ranked: Evaluation, split: Split, path: Path) -> None:
     """A Parquet file with a row per target: user, item (ids of the data), position in the history, rank."""
     import polars as pl
 
     h = split.histories
-    columns = {"user": h.user_ids[found.users], "item": h.item_ids[found.items], "position": found.places, "rank": found.ranks}
+    columns = {"user": h.user_ids[ranked.users], "item": h.item_ids[ranked.items], "position": ranked.places, "rank": ranked.ranks}
     with atomic(path) as temporary:
         pl.DataFrame(columns).write_parquet(temporary)

@@ -6,35 +6,32 @@ F = 2 E, those of means and those of covariances before ELU + 1. Rows that are m
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AWRSRConfig
-from ..recommender import Recommender
-from .attention import TABLES, DotProductAttention, Packed, Padded, StochasticAttention, positive
+from .attention import DotProductAttention, Packed, Padded, StochasticAttention, positive
 from .distance import distance_columns, distance_rows, gaussian_points
 
-__all__ = ["AWRSR", "AWRSRConfig"]
 
+class AWRSRNetwork(nn.Module):
+    """Item and position embeddings, blocks of refined attention, and scores by the item embeddings. `AWRSR` holds one."""
 
-class AWRSR(Recommender):
-    """Sequential recommender whose attention weights attend to one another."""
-
-    config: AWRSRConfig
-
-    def __init__(self, config: AWRSRConfig | None = None) -> None:
+    def __init__(self, config: AWRSRConfig) -> None:
         super().__init__()
-        self.config = config or AWRSRConfig()
-        c, parts = self.config, BACKBONES[self.config.backbone]
-        self.parts, self.by_distance = parts, parts.by_distance
-        self.computes_table = parts.by_distance or c.temperature > 0
-        self.items = nn.Embedding(c.num_items, parts.width * c.hidden)  # read by events and, tied, by scores
-        self.positions = nn.Embedding(c.max_len, parts.width * c.hidden)  # the last row is the event before the prediction
-        self.blocks: Sequence[Block] = nn.ModuleList(parts.block(c) for _ in range(c.layers))  # type: ignore[assignment]
-        self.norm = parts.norm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
+        self.config = c = config
+        self.by_distance = c.backbone == "stosa"  # whether scores are negative squared distances
+        self.computes_table = self.by_distance or c.temperature > 0  # whether `item_table` is more than the embeddings
+        features = (2 if self.by_distance else 1) * c.hidden  # F
+        block = StochasticBlock if self.by_distance else Block
+        self.items = nn.Embedding(c.num_items, features)  # read by events and, tied, by scores
+        self.positions = nn.Embedding(c.max_len, features)  # the last row is the event before the prediction
+        self.blocks: Sequence[Block] = nn.ModuleList(block(c) for _ in range(c.layers))  # type: ignore[assignment]
+        norm = NormOfHalves if self.by_distance else nn.LayerNorm
+        self.norm = norm(c.hidden)  # of the embeddings ("post"), or of the last block's output ("pre")
         self.dropout = nn.Dropout(c.hidden_dropout)
         self.apply(initialise)
         if c.init != "normal":
@@ -62,9 +59,10 @@ class AWRSR(Recommender):
         x = self.embed(items, where)
         for block in self.blocks:
             x = block(x, where)
-        rows = self.parts.rows(self.norm(x) if self.config.norm == "pre" else x)
-        temperature = self.config.temperature
-        return F.normalize(rows, dim=-1) / temperature if temperature else rows
+        x = self.norm(x) if self.config.norm == "pre" else x
+        if self.by_distance:
+            return distance_rows(gaussian_points(x))
+        return F.normalize(x, dim=-1) / self.config.temperature if self.config.temperature else x
 
     def embed(self, items: Tensor, where: Packed | Padded) -> Tensor:
         """(...) -> (..., F)."""
@@ -73,15 +71,14 @@ class AWRSR(Recommender):
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
         """What a hidden state is multiplied with for scores: (N, S), or only the rows of some items."""
-        columns = self.parts.columns(self.items.weight if items is None else self.items(items))
-        return F.normalize(columns, dim=-1) if self.config.temperature else columns
+        table = self.items.weight if items is None else self.items(items)
+        if self.by_distance:
+            return distance_columns(gaussian_points(table))
+        return F.normalize(table, dim=-1) if self.config.temperature else table
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """Scores of all items as the next one, (B, L), (B,) -> (B, N): the path that is exported."""
         return self.forward_padded(items, lengths)[:, -1] @ self.item_table().T
-
-    def correlation_tables(self) -> list[nn.Parameter]:
-        return [weight for name, weight in self.named_parameters() if name.rpartition(".")[2] in (*TABLES, "to_tables")]
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
         """First-order and refined weights (P, M) of every block, each (B, H, L, L)."""
@@ -174,33 +171,6 @@ class NormOfHalves(nn.Module):
         return torch.cat([self.mean(mean), self.cov(cov)], -1)
 
 
-class Backbone(NamedTuple):
-    """What backbones differ in. Scores are products of the rows that it makes of states and the columns it makes of embeddings."""
-
-    width: int  # F / E
-    norm: Callable[[int], nn.Module]
-    block: Callable[[AWRSRConfig], nn.Module]
-    rows: Callable[[Tensor], Tensor]  # (..., F) -> (..., S)
-    columns: Callable[[Tensor], Tensor]
-    by_distance: bool
-
-
-def same(x: Tensor) -> Tensor:
-    return x
-
-
-def state_rows(x: Tensor) -> Tensor:
-    return distance_rows(gaussian_points(x))
-
-
-def item_columns(x: Tensor) -> Tensor:
-    return distance_columns(gaussian_points(x))
-
-
-BACKBONES = {
-    "sasrec": Backbone(1, nn.LayerNorm, Block, same, same, by_distance=False),
-    "stosa": Backbone(2, NormOfHalves, StochasticBlock, state_rows, item_columns, by_distance=True),
-}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "elu": F.elu}
 
 

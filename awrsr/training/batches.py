@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.histories import Split
+from ..data.histories import Split, spans
 
 
 class Batch(NamedTuple):
@@ -20,12 +20,12 @@ class Batch(NamedTuple):
     targets: Tensor  # (T,) what followed each
     cu_seqlens: Tensor  # (B + 1,)
     max_seqlen: int
-    first: int  # place of this process's first event among those of the whole step
+    first: int  # index of this process's first event among those of the whole step
     events: int  # of the whole step, over all processes
 
 
 class Windows:
-    """Where the training sequences lie: for each, `length` events from `start` on, followed by their targets one place later."""
+    """Where the training sequences lie: for each, `length` events from `start` on, followed by their targets one event later."""
 
     def __init__(self, split: Split, max_len: int, windows: str = "last") -> None:
         """windows: "last": the end of each training history (SASRec); "all": all of it, cut into windows from the end."""
@@ -79,14 +79,8 @@ class Batches:
 
     def pack(self, chosen: np.ndarray, first: int, events: int) -> Batch:
         start, length = self.windows.start[chosen], self.windows.length[chosen]
-        place, cu_seqlens = spans(start, length)
-        items, targets = self.windows.items[place], self.windows.items[place + 1]
+        places, cu_seqlens = spans(start, length)
+        items, targets = self.windows.items[places], self.windows.items[places + 1]
         return Batch(
             torch.from_numpy(items), torch.from_numpy(targets), torch.from_numpy(cu_seqlens), int(length.max()), first, events
         )
-
-
-def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places start .. start + length - 1 of every span, one span after another, and where each begins: (T,), (B + 1,)."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(length)])
-    return np.arange(cu_seqlens[-1]) + np.repeat(start - cu_seqlens[:-1], length), cu_seqlens

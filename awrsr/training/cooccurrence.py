@@ -22,15 +22,15 @@ def association(split: Split) -> sparse.csr_matrix:
     h = split.histories
     counts = np.asarray(split.train_end)
     user = np.repeat(np.arange(len(counts)), counts)
-    place = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
-    items = h.items[h.offsets[user] + place]
+    position = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+    items = h.items[h.offsets[user] + position]
     number = np.bincount(items, minlength=h.num_items).astype(np.float64)
     pairs = sparse.csr_matrix(sparse.diags(number))
     for apart in range(1, min(REACH, int(counts.max(initial=1)) - 1) + 1):
-        same = user[apart:] == user[:-apart]
-        one, other = items[:-apart][same], items[apart:][same]
-        found = sparse.csr_matrix((np.ones(len(one)), (one, other)), shape=pairs.shape)
-        pairs = pairs + found + found.T
+        in_one_history = user[apart:] == user[:-apart]
+        earlier, later = items[:-apart][in_one_history], items[apart:][in_one_history]
+        ordered = sparse.csr_matrix((np.ones(len(earlier)), (earlier, later)), shape=pairs.shape)
+        pairs = pairs + ordered + ordered.T
     pairs = sparse.coo_matrix(pairs)
     information = np.log(pairs.data * len(items) / (number[pairs.row] * number[pairs.col]))
     kept = information > 0

@@ -21,8 +21,8 @@ PAIR_BLOCK = 1 << 22  # numbers of item embeddings held at a time by a loss of p
 
 
 def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Binary cross-entropy of the target against its own K negatives, (T, K), averaged over these. SASRec's with K = 1, but that
-    its negatives are none of the user's items; here they are any but the target (see `draw_negatives`)."""
+    """Binary cross-entropy of the target against its own K negatives, (T, K), averaged over these. With K = 1 that of
+    SASRec, whose negatives exclude all items of the user; here they exclude the target alone (see `draw_negatives`)."""
     positive, negative = pair_scores(hidden, targets, table, negatives)
     return F.softplus(-positive) + F.softplus(negative).mean(1)
 

@@ -1,4 +1,4 @@
-"""Lightning as a run needs it: progress, checkpoints, silence."""
+"""Lightning's Trainer for a run: devices, precision, progress, loggers, and states that are saved whole or not at all."""
 
 import logging
 import shutil
@@ -10,41 +10,35 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
 from ..config import WATCHED, TrainingOptions
 from ..files import atomic
-
-STATE = "last.ckpt"
+from ..run_folder import STATE
 
 
 def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
     """Lightning, set up for a run. validates: whether there is anything to validate on."""
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
-    callbacks: list[L.Callback] = [
-        ModelCheckpoint(folder, Path(STATE).stem, save_on_train_epoch_end=True, enable_version_counter=False)
-    ]
-    if o.progress:
-        callbacks.append(Progress())
-    several = o.devices * o.nodes > 1
     return L.Trainer(
         accelerator=o.accelerator,
         devices=o.devices,
         num_nodes=o.nodes,
-        strategy="ddp" if several else "auto",
+        strategy="ddp" if o.devices * o.nodes > 1 else "auto",
         precision=o.precision,  # type: ignore[arg-type]
         gradient_clip_val=o.clip or None,
         max_epochs=o.epochs,
         reload_dataloaders_every_n_epochs=1,
         num_sanity_val_steps=0,
         limit_val_batches=1.0 if validates else 0,
+        log_every_n_steps=1,  # epochs are logged, steps have nothing to log; a larger number than an epoch's steps is warned of
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=callbacks,
+        callbacks=[SaveState(folder / STATE), *([Progress()] if o.progress else [])],
         logger=loggers[o.logger](folder, "logs") if o.logger in loggers else False,
         plugins=[AtomicCheckpoints()],
         default_root_dir=folder,
@@ -53,54 +47,54 @@ def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning without its remarks on what is meant so."""
+    """Lightning without its remarks of level INFO (devices, processes, states), which no option of the Trainer turns off."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     for logger in levels:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            for message in (
-                ".*does not have many workers",
-                ".*is smaller than the logging interval",  # each epoch is logged, no step
-                "It is recommended to use `self.log",  # what is logged are sums over all processes already
-                ".*ModelCheckpoint",
-                ".*Checkpoint directory",
-                "The dirpath has changed",  # a run folder may be copied and go on
-                r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
-            ):
-                warnings.filterwarnings("ignore", message)
+            # Lightning 2.6 flattens its loaders with a class that torch 2.13 deprecates
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
             yield
     finally:
         for logger, level in levels.items():
             logger.setLevel(level)
 
 
+class SaveState(Checkpoint):
+    """The state to resume from, after every epoch. As a `Checkpoint` it runs after all else, and Lightning adds none of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+        trainer.save_checkpoint(self.path, weights_only=False)
+
+
 class Progress(L.Callback):
     """One bar over all epochs, with loss, NDCG@10 and the best so far; where there is no terminal, a line per epoch."""
 
     def on_train_start(self, trainer: L.Trainer, training: L.LightningModule) -> None:
-        steps = trainer.num_training_batches
-        total, done = int(steps * (trainer.max_epochs or 1)), int(steps * trainer.current_epoch)
-        self.bar = tqdm(
-            total=total, initial=done, unit="step", disable=None if trainer.is_global_zero else True, dynamic_ncols=True
-        )
-        self.silent = self.bar.disable and trainer.is_global_zero
+        first, steps = trainer.is_global_zero, int(trainer.num_training_batches)
+        total, done = steps * (trainer.max_epochs or 1), steps * trainer.current_epoch
+        self.bar = tqdm(total=total, initial=done, unit="step", disable=None if first else True, dynamic_ncols=True)
+        self.prints_lines = self.bar.disable and first
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.bar.update()
         if not self.bar.disable and batch_idx % 10 == 0:
-            self.tell(trainer, training)
+            self.describe(trainer, training)
 
-    def tell(self, trainer: L.Trainer, training: Any) -> None:
+    def describe(self, trainer: L.Trainer, training: Any) -> None:
         self.bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", refresh=False)
         last, best = training.curve[-1] if training.curve else {}, training.record["best"]
-        known = {WATCHED: f"{last[WATCHED]:.4f}", "best": f"{best:.4f}"} if WATCHED in last else {}
-        self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | known, refresh=False)
+        reached = {WATCHED: f"{last[WATCHED]:.4f}", "best": f"{best:.4f}"} if WATCHED in last else {}
+        self.bar.set_postfix({"loss": f"{training.losses[-1].item():.3f}"} | reached, refresh=False)
 
     def on_train_epoch_end(self, trainer: L.Trainer, training: Any) -> None:  # after validation, if there is any
         if not self.bar.disable:
-            self.tell(trainer, training)
-        if self.silent:
+            self.describe(trainer, training)
+        if self.prints_lines:
             last, best = training.curve[-1], f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
             reached = f"  {WATCHED} {last[WATCHED]:.4f}  {best}" if WATCHED in last else ""
             print(f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}{reached}", flush=True)
@@ -122,13 +116,13 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 torch.save(checkpoint, temporary)
             except RuntimeError as error:  # torch's own words do not name what the system said
                 free = shutil.disk_usage(Path(path).parent).free >> 20
-                what = f"{path} could not be written, {free} MiB are free there"
-                raise OSError(f"{what}; the same command goes on from the epoch before ({error})") from error
+                what = f"{path} could not be written ({error}), {free} MiB are free there"
+                raise OSError(f"{what}; rerun the same command to resume from the last completed epoch") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's on a file that it then refuses
                 return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
             raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error

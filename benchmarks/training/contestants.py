@@ -1,7 +1,7 @@
 """What train_bench.py measures: one model trained and evaluated in three layouts, and the gate that all of them pass first.
 
-packed      histories one after another, AWRSR.forward: the model's own
-bucketed    histories sorted by length, each batch padded to its longest, AWRSR.forward_padded
+packed      histories one after another, AWRSRNetwork.forward: the model's own
+bucketed    histories sorted by length, each batch padded to its longest, AWRSRNetwork.forward_padded
 padded      batches in random order, padded to the window
 
 Backend "stosa" is the rival between Gaussians: the same model, its attention written as STOSA's code has it, in eager torch and
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import awrsr.models.attention
-from awrsr.config import NEGATIVES
+from awrsr.config import NEGATIVES, AWRSRConfig
 from awrsr.data.histories import Split
 from awrsr.evaluation.ranking import Targets, rank_batch, ranks
-from awrsr.models.network import AWRSR, AWRSRConfig
+from awrsr.models.network import AWRSRNetwork
 from awrsr.training.batches import Batch, Batches, Windows
 from awrsr.training.losses import LOSSES, draw_negatives
 
@@ -70,7 +70,7 @@ class Contestant:
     refinement: str
     layout: str
     backend: str
-    model: AWRSR
+    model: AWRSRNetwork
     optimizer: torch.optim.Optimizer
     samples: dict[str, list["Lap"]] = field(default_factory=lambda: {p: [] for p in PASSES})
     first_ms: dict[str, float] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, 
     if dropout is not None:
         changes |= {"hidden_dropout": dropout, "attention_dropout": dropout}
     torch.manual_seed(problem.seed)
-    model = AWRSR(replace(problem.config, **changes)).to(problem.device)
+    model = AWRSRNetwork(replace(problem.config, **changes)).to(problem.device)
     return Contestant(problem, refinement, layout, backend, model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True))
 
 

@@ -20,12 +20,12 @@ if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not inst
 import numpy as np
 import torch
 
-from awrsr.config import TrainingOptions
+from awrsr.config import AWRSRConfig, TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.data.readers import read
 from awrsr.evaluation.ranking import evaluate
-from awrsr.models.network import AWRSR, AWRSRConfig
-from awrsr.training.run import Training
+from awrsr.recommender import AWRSR
+from awrsr.training.loop import TrainingLoop
 from awrsr.training.trainer import make_trainer
 from benchmarks.common import report
 from benchmarks.common.arguments import number, whole
@@ -123,7 +123,7 @@ def with_few_targets(parts: Split, count: int) -> Split:
 def train(model: AWRSR, parts: Split, options: argparse.Namespace, folder: Path) -> dict[str, float]:
     """The real training run, cut off after some steps of its first epoch."""
     settings = TrainingOptions(loss=options.loss, epochs=1, seed=options.seed, logger="none", progress=False)
-    training, trainer = Training(model, parts, settings, folder, {}), make_trainer(settings, folder)
+    training, trainer = TrainingLoop(model.network, parts, settings, folder, {}), make_trainer(settings, folder)
     trainer.limit_train_batches = options.steps
     trainer.fit(training)
     last = training.curve[-1]

@@ -19,10 +19,10 @@ if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not inst
 import numpy as np
 import torch
 
+from awrsr.config import AWRSRConfig
 from awrsr.data.histories import Histories, Split, split
 from awrsr.data.readers import read
 from awrsr.data.synthetic import make
-from awrsr.models.network import AWRSRConfig
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import awrsr_kernels.module
+from awrsr.config import AWRSRConfig
 from awrsr.data.histories import split
 from awrsr.data.synthetic import make
-from awrsr.models.network import AWRSRConfig
 from benchmarks.common import compare, report
 from benchmarks.operator.measure import WrongResult
 from benchmarks.training import contestants as training

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from awrsr import AWRSR, AWRSRConfig
 from awrsr.data.histories import Histories
-from awrsr.models.network import AWRSR, AWRSRConfig
 
 ITEMS, WINDOW = 23, 9
 BACKBONES = ("sasrec", "stosa")

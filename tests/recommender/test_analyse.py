@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from awrsr import AWRSR, AWRSRConfig
 from awrsr.analysis.analyse import ROLES, Analysis, Histories, analyse, buckets, roles, trained_on, without_refinement
 from awrsr.analysis.page import page
 from awrsr.cli import main
 from awrsr.data.histories import Histories as Data
 from awrsr.data.histories import Split, split
 from awrsr.evaluation.ranking import evaluate
-from awrsr.models.network import AWRSR, AWRSRConfig
 
 from .runs import histories, train, write
 

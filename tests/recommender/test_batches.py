@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awrsr.data.histories import Histories, Split, split
-from awrsr.training.batches import Batch, Windows, spans
+from awrsr.data.histories import Histories, Split, spans, split
+from awrsr.training.batches import Batch, Windows
 
 from .small import as_numbered, make_lists
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from awrsr import AWRSR, AWRSRConfig
 from awrsr import export as exporting
 from awrsr.analysis.explain import picture, save, summary
 from awrsr.export import export
 from awrsr.models.attention import RefinedAttention
-from awrsr.models.network import AWRSR, AWRSRConfig
 
 ITEMS = 30
 WINDOW = 9

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from awrsr import AWRSR
 from awrsr.models.attention import Padded
-from awrsr.models.network import AWRSR
 from awrsr_kernels.tolerance import allowed_errors
 
 from ..conftest import DEVICE, cumulative

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from awrsr.models.network import AWRSR, AWRSRConfig
+from awrsr import AWRSR, AWRSRConfig
 
 from .small import BACKBONES, ITEMS, WINDOW, make_lists, make_model
 from .test_model import EXACT, mixed, packed, padded

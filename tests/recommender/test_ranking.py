@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from awrsr import AWRSR
 from awrsr.data.histories import Histories, Split, split
 from awrsr.data.synthetic import make
 from awrsr.evaluation import ranking
@@ -28,7 +29,6 @@ from awrsr.evaluation.ranking import (
     recall,
     write_ranks,
 )
-from awrsr.models.network import AWRSR
 
 from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model
 

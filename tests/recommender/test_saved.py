@@ -13,9 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from awrsr import files
-from awrsr.models.network import AWRSR
-from awrsr.recommender import CONFIG, ITEMS, WEIGHTS
+from awrsr import AWRSR, files
+from awrsr.run_folder import CONFIG, ITEMS, WEIGHTS
 
 from .small import PUBLISHED, make_model
 

@@ -22,26 +22,27 @@ from safetensors.torch import load_file
 from awrsr import AWRSR, TrainingOptions, files
 from awrsr.cli import main
 from awrsr.data.histories import Histories, split
+from awrsr.run_folder import can_resume
+from awrsr.training import loop, trainer
 from awrsr.training import run as training
-from awrsr.training import trainer as loop
 
 from .runs import QUICK, STOSA, command, config, everything, histories, results, timeless, train, weights, write
 
 ROOT = Path(__file__).parents[2]
-STEP = training.Training.training_step
+STEP = loop.TrainingLoop.training_step
 KILLED = """
 import os, signal, sys
 from awrsr.cli import main
-from awrsr.training.run import Training
+from awrsr.training.loop import TrainingLoop
 
-step = Training.training_step
+step = TrainingLoop.training_step
 
 def killed(self, batch, nth):
     if (self.trainer.current_epoch, nth) == (2, 2):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, nth)
 
-Training.training_step = killed
+TrainingLoop.training_step = killed
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -71,19 +72,19 @@ def state(out: Path) -> dict[str, Any]:
 def disturb(monkeypatch: pytest.MonkeyPatch, epoch: int, what: Callable[[], object]) -> None:
     """Something happens in the middle of an epoch, counted from 1."""
 
-    def step(self: training.Training, batch: Any, nth: int) -> torch.Tensor:
+    def step(self: loop.TrainingLoop, batch: Any, nth: int) -> torch.Tensor:
         if (self.trainer.current_epoch + 1, nth) == (epoch, 2):
             what()
         return STEP(self, batch, nth)
 
-    monkeypatch.setattr(training.Training, "training_step", step)
+    monkeypatch.setattr(loop.TrainingLoop, "training_step", step)
 
 
 def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> None:
         raise AssertionError("a finished run was trained")
 
-    monkeypatch.setattr(training.Training, "training_step", step)
+    monkeypatch.setattr(loop.TrainingLoop, "training_step", step)
 
 
 # Going on.
@@ -166,13 +167,24 @@ def test_a_run_of_an_older_version_goes_on(finished: Path, run: Path) -> None:
     del stored["model"]["mean_branch"], stored["training"]["pvn_weight"]
     (run / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"training.loss was .*; training.pvn_weight was 0.0 and is 0.5"):
-        training.holds(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
+        can_resume(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
     without = stored | {"training": {name: value for name, value in stored["training"].items() if name != "average"}}
     (run / "config.json").write_text(json.dumps(without))
     with pytest.raises(ValueError, match=r"training.average was 0 and is 0.998"):  # the weights themselves, then
-        training.holds(run, stored)
+        can_resume(run, stored)
     (run / "config.json").write_text(json.dumps(stored))
     assert train(finished / "data.txt", run, epochs=3)["epochs"] == 3
+
+
+@pytest.mark.parametrize("logger", ["csv", "none"])
+def test_training_warns_of_nothing(logger: str, data: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        train(data, tmp_path / "run", epochs=1, logger=logger)
+        older = state(tmp_path / "run") | {"callbacks": {"ModelCheckpoint{'monitor': None}": {"dirpath": "run"}}}
+        torch.save(older, tmp_path / "run" / "last.ckpt")  # as runs had it that used Lightning's own checkpoint callback
+        train(data, tmp_path / "run", epochs=2, logger=logger)
+    assert not [str(each.message) for each in shown]
 
 
 def test_a_run_goes_on_with_the_same_data_at_another_place(finished: Path, run: Path, tmp_path: Path) -> None:
@@ -265,10 +277,10 @@ def test_a_full_disk_is_called_so(
     def full(*_: object) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
 
-    monkeypatch.setattr(loop.torch, "save", full)
+    monkeypatch.setattr(trainer.torch, "save", full)
     assert main(command(data, tmp_path / "run", epochs=1)) == 1
     error = capsys.readouterr().err
-    assert "last.ckpt could not be written, " in error and "MiB are free there; the same command goes on" in error
+    assert "last.ckpt could not be written (" in error and "MiB are free there; rerun the same command to resume" in error
 
 
 # A state that cannot be trusted.
@@ -360,7 +372,7 @@ def test_seeds_decide_a_run(finished: Path, tmp_path: Path) -> None:
 def scripted(monkeypatch: pytest.MonkeyPatch, *values: float) -> None:
     """Validation says these, epoch by epoch."""
     told = iter(values)
-    monkeypatch.setattr(training, "metrics", lambda ranks: {"NDCG@10": next(told)})
+    monkeypatch.setattr(loop, "metrics", lambda ranks: {"NDCG@10": next(told)})
 
 
 def test_early_stopping_keeps_the_best_epoch(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,10 +410,10 @@ def test_patience_0_never_stops_early(data: Path, tmp_path: Path, monkeypatch: p
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real, out = training.LOSSES["bce"], tmp_path / "run"
+    real, out = loop.LOSSES["bce"], tmp_path / "run"
     bad = [False]
     disturb(monkeypatch, 3, lambda: bad.append(True))
-    monkeypatch.setitem(training.LOSSES, "bce", lambda *a, **k: real(*a, **k) * (float("nan") if bad[-1] else 1.0))
+    monkeypatch.setitem(loop.LOSSES, "bce", lambda *a, **k: real(*a, **k) * (float("nan") if bad[-1] else 1.0))
     assert main(command(data, out, epochs=4, loss="bce")) == 1
     assert capsys.readouterr().err == "awrsr train: the loss is nan in epoch 3; lower learning_rate or set clip\n"
     kept = state(out)

@@ -19,7 +19,11 @@ from awrsr import AWRSR, TrainingOptions
 from awrsr.cli import main
 from awrsr.config import NEGATIVES
 from awrsr.data.histories import Histories, Split, split
+from awrsr.evaluation.ranking import evaluate
 from awrsr.training import run as training
+from awrsr.training.batches import Windows
+from awrsr.training.loop import TrainingLoop
+from awrsr.training.losses import LOSSES, draw_negatives
 
 from .runs import QUICK, SMALL, STOSA, command, config, fit, flags, histories, results, train, weights, write
 
@@ -39,7 +43,7 @@ def parts() -> Split:
 
 @pytest.mark.parametrize(
     ("loss", "model"),
-    [(loss, {}) for loss in training.LOSSES] + [(loss, STOSA) for loss in ("sampled_softmax", "cross_entropy", "bpr")],
+    [(loss, {}) for loss in LOSSES] + [(loss, STOSA) for loss in ("sampled_softmax", "cross_entropy", "bpr")],
     ids=str,
 )
 def test_every_loss_falls_and_ranks_better(loss: str, model: dict[str, Any], parts: Split) -> None:
@@ -52,18 +56,18 @@ def test_every_loss_falls_and_ranks_better(loss: str, model: dict[str, Any], par
 
 
 def test_every_loss_says_how_many_negatives_are_usual() -> None:
-    assert NEGATIVES.keys() == training.LOSSES.keys()
+    assert NEGATIVES.keys() == LOSSES.keys()
 
 
 def test_negatives_are_as_many_as_asked_for(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes, real = [], training.LOSSES["bce"]
+    shapes, real = [], LOSSES["bce"]
 
     def seen(hidden: torch.Tensor, targets: torch.Tensor, table: torch.Tensor, negatives: torch.Tensor, **_: float) -> torch.Tensor:
         shapes.append(negatives.shape[1:])
         assert not (negatives == targets[:, None]).any()
         return real(hidden, targets, table, negatives)
 
-    monkeypatch.setitem(training.LOSSES, "bce", seen)
+    monkeypatch.setitem(LOSSES, "bce", seen)
     fit(parts, loss="bce", negatives=3, epochs=1)
     assert set(shapes) == {(3,)}
 
@@ -76,7 +80,8 @@ def test_dropout_and_negatives_are_drawn_anew_at_each_step(loss: str, dropout: f
     assert len(losses) == (3 if anew else 1)
 
 
-def test_the_gradient_is_clipped(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_gradient_is_clipped(precision: str, parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     step, norms = torch.optim.AdamW.step, []
 
     def watched(self: torch.optim.AdamW, closure: Any = None) -> Any:
@@ -86,9 +91,9 @@ def test_the_gradient_is_clipped(parts: Split, monkeypatch: pytest.MonkeyPatch) 
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    fit(parts, epochs=1)
+    fit(parts, epochs=1, precision=precision)
     free, norms = norms, []
-    fit(parts, epochs=1, clip=0.01)
+    fit(parts, epochs=1, precision=precision, clip=0.01)
     assert min(free) > 0.02
     assert len(norms) == len(free)
     assert norms == pytest.approx([0.01] * len(norms), rel=1e-3)
@@ -118,12 +123,12 @@ def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypa
     best_without = fit(parts, epochs=1, average=0.0)[1]["best"]
     after: list[dict[str, torch.Tensor]] = []
 
-    def watched(self: training.Training, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def watched(self: TrainingLoop, outputs: Any, batch: Any, batch_idx: int) -> None:
         after.append({name: weight.detach().clone() for name, weight in self.model.state_dict().items()})
         follow(self, outputs, batch, batch_idx)
 
-    follow = training.Training.on_train_batch_end
-    monkeypatch.setattr(training.Training, "on_train_batch_end", watched)
+    follow = TrainingLoop.on_train_batch_end
+    monkeypatch.setattr(TrainingLoop, "on_train_batch_end", watched)
     model, record = fit(parts, epochs=1, average=0.25)
     for name, kept in model.state_dict().items():
         expected = after[0][name]
@@ -177,7 +182,7 @@ def test_a_split_of_nothing_trains_on_the_last_events(parts: Split) -> None:
     model, record = fit(everything, NO_DROPOUT, epochs=30, learning_rate=1e-2, patience=1)
     assert record["best_epoch"] == record["epochs"] == 30
     after, _ = fit(parts, NO_DROPOUT, epochs=30, learning_rate=1e-2, patience=0)
-    last = [training.evaluate(each, parts, "test").ranks.mean() for each in (model, after)]
+    last = [evaluate(each, parts, "test").ranks.mean() for each in (model, after)]
     assert last[0] < last[1]  # it has seen them
 
 
@@ -186,7 +191,7 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
     model: dict[str, Any], parts: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Squared distances are not rounded to bfloat16, wherever they are scores."""
-    kinds, real = [], training.LOSSES["sampled_softmax"]
+    kinds, real = [], LOSSES["sampled_softmax"]
     model = NO_DROPOUT | model
     exact = fit(parts, model, epochs=4, learning_rate=1e-2)[1]["curve"]
 
@@ -194,7 +199,7 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
         kinds.append((hidden @ hidden.T).dtype)
         return real(hidden, *rest, **options)
 
-    monkeypatch.setitem(training.LOSSES, "sampled_softmax", seen)
+    monkeypatch.setitem(LOSSES, "sampled_softmax", seen)
     trained, record = fit(parts, model, epochs=4, learning_rate=1e-2, precision="bf16-mixed")
     assert set(kinds) == {torch.float32 if trained.by_distance else torch.bfloat16}
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
@@ -208,22 +213,22 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
 def test_losses_that_distances_cannot_have_are_refused(loss: str, parts: Split, tmp_path: Path) -> None:
     model = AWRSR(config(num_items=24, **STOSA))
     with pytest.raises(ValueError, match=rf"loss is '{loss}', must not be with backbone 'stosa'"):
-        training.Training(model, parts, TrainingOptions(loss=loss, **QUICK), tmp_path, {})
+        TrainingLoop(model.network, parts, TrainingOptions(loss=loss, **QUICK), tmp_path, {})
 
 
 @pytest.mark.parametrize("loss", ["sampled_softmax", "cross_entropy", "bpr"])
 def test_a_table_of_the_rows_that_a_loss_needs_serves_it_like_the_whole(loss: str, parts: Split, tmp_path: Path) -> None:
     options = TrainingOptions(loss=loss, negatives=3, pvn_weight=0.1 if loss == "bpr" else 0.0, **QUICK)
-    run = training.Training(AWRSR(config(num_items=24, **STOSA)).double(), parts, options, tmp_path, {})
+    run = TrainingLoop(AWRSR(config(num_items=24, **STOSA)).double().network, parts, options, tmp_path, {})
     targets, model = torch.tensor([7, 3, 7, 20]), run.model
-    negatives = training.draw_negatives(loss, targets, 24, 3, torch.Generator().manual_seed(0))
+    negatives = draw_negatives(loss, targets, 24, 3, torch.Generator().manual_seed(0))
     hidden = model(targets, torch.tensor([0, 4]), 4).detach()
     needed = run.table_of(targets, negatives)
     assert len(needed[1]) == (24 if loss == "cross_entropy" else len(torch.cat([targets, negatives.flatten()]).unique())) <= 24
     results = []
     for given in (needed, (targets, model.item_table(), negatives)):
         model.zero_grad()
-        value = training.LOSSES[loss](hidden, *given, pvn_weight=options.pvn_weight, num_items=24)
+        value = LOSSES[loss](hidden, *given, pvn_weight=options.pvn_weight, num_items=24)
         value.sum().backward()
         results.append([value.detach(), model.items.weight.grad])
     torch.testing.assert_close(*results)
@@ -323,7 +328,7 @@ def test_a_precision_that_the_device_lacks_is_an_error(data: Path, tmp_path: Pat
 
 def test_more_processes_than_sequences_are_an_error(parts: Split) -> None:
     with pytest.raises(ValueError, match="batch_size is 4 for 61 training sequences, must leave one for each of 8 processes"):
-        training.Windows(parts, 8).batches(4, seed=0, epoch=0, world=8)
+        Windows(parts, 8).batches(4, seed=0, epoch=0, world=8)
 
 
 SCRIPT = """
