@@ -85,8 +85,8 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
         record = train(model, split, training, out, data=asdict(data))
         if not record:
             return {}
-        best = f"epoch {record['best_epoch']} was the best on validation (NDCG@10 {record['best']:.4f})"
-        say(f"{record['epochs']} epochs; {best if len(split.targets('validation')[0]) else 'nothing is held out'}")
+        best = f"of which epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
+        say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
         return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
         say(f"\nRerun the same command to resume from the last completed epoch in {out}.", file=sys.stderr)
