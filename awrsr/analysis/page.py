@@ -51,8 +51,7 @@ def page(analysis: Analysis, title: str) -> str:
     parts += [figure(distances(analysis), DISTANCES), figure(role_bars(analysis), ROLES_TEXT)]
     parts += [heads_table(analysis.heads, refined=analysis.refinement != "none")]
     if analysis.targets:
-        parts += [f"<h2>Which predictions change</h2><p>{html.escape(totals(analysis))}</p>"]
-        parts += [figure(gains(analysis), GAINS), bucket_table(analysis)]
+        parts += ["<h2>Which predictions change</h2>", figure(gains(analysis), GAINS), bucket_table(analysis)]
         for name, examples, sign in (("helped", analysis.helped, "good"), ("hurt", analysis.hurt, "bad")):
             shown = "".join(example(each, sign, analysis.other) for each in examples)
             parts += [f"<h2>Histories that it {name} most</h2>", shown or "<p>None.</p>"]
@@ -91,15 +90,13 @@ def summary(analysis: Analysis) -> list[str]:
         f"Of what moved there, {most.two_hops:.0%} went where two hops lead (by chance {most.two_hops_chance:.0%}) and "
         f"{most.followed:.0%} to what followed the events that P looks at (by chance {most.followed_chance:.0%}).",
     ]
-    return [*sentences, totals(analysis)] if analysis.targets else sentences
-
-
-def totals(analysis: Analysis) -> str:
-    equal = analysis.targets - analysis.better - analysis.worse
-    return (
-        f"Compared with {analysis.other}, {analysis.better:,} of {analysis.targets:,} targets rank higher, {analysis.worse:,} "
-        f"lower and {equal:,} the same: {WATCHED} is {analysis.value:.4f} rather than {analysis.other_value:.4f}."
-    )
+    if analysis.targets:
+        equal = analysis.targets - analysis.better - analysis.worse
+        sentences += [
+            f"Compared with {analysis.other}, {analysis.better:,} of {analysis.targets:,} targets rank higher, {analysis.worse:,} "
+            f"lower and {equal:,} the same: {WATCHED} is {analysis.value:.4f} rather than {analysis.other_value:.4f}."
+        ]
+    return sentences
 
 
 # Pictures
@@ -212,10 +209,9 @@ def heads_table(heads: list[Head], refined: bool) -> str:
     titles += ["by two hops", "by chance", "to what followed", "by chance"]
     rows = []
     for h in heads:
-        numbers = (h.span, h.span_m, h.back, h.back_m)
-        shares = (h.moved, h.two_hops, h.two_hops_chance, h.followed, h.followed_chance)
-        gate = "" if h.gate is None else f"{h.gate:.2f}"
-        rows.append([f"layer {h.layer}, head {h.head}", gate, *(f"{x:.2f}" for x in numbers), *(f"{x:.0%}" for x in shares)])
+        numbers = [f"{x:.2f}" for x in (h.span, h.span_m, h.back, h.back_m)]
+        shares = [f"{x:.0%}" for x in (h.moved, h.two_hops, h.two_hops_chance, h.followed, h.followed_chance)]
+        rows.append([f"layer {h.layer}, head {h.head}", "" if h.gate is None else f"{h.gate:.2f}", *numbers, *shares])
     return table(titles, rows)
 
 

@@ -3,27 +3,17 @@
 import os
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Callable
 from copy import copy
-from typing import Any
+from inspect import getdoc
+from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ..data.prepare import DEMO
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
-from .shared import Command, as_flags, say
+from .shared import as_flags, say
 
-COMMANDS: dict[str, Command] = {
-    "data fetch": data.FETCH,
-    "data make": data.MAKE,
-    "data stats": data.STATS,
-    "train": train.COMMAND,
-    "evaluate": evaluate.COMMAND,
-    "recommend": recommend.COMMAND,
-    "compare": compare.COMMAND,
-    "explain": explain.COMMAND,
-    "analyse": analyse.COMMAND,
-    "export": export.COMMAND,
-}
 DESCRIPTION = """Sequential recommendation with refined attention: from a file of histories to
 recommendations.
 
@@ -31,6 +21,27 @@ recommendations.
   awrsr data fetch beauty                      public data
   awrsr train --data beauty.txt --out runs/b   a model, its metrics and ranks
   awrsr recommend --run runs/b -k 5            the best next items"""
+
+
+class Command(NamedTuple):
+    """A command: the docstring of `run` is what its --help begins with, and the first sentence stands in the list of commands."""
+
+    add_flags: Callable[[ArgumentParser], None]
+    run: Callable[[Any], None]
+
+
+COMMANDS = {
+    "data fetch": Command(data.add_fetch_flags, data.fetch),
+    "data make": Command(data.add_make_flags, data.make),
+    "data stats": Command(data.add_stats_flags, data.stats),
+    "train": Command(train.add_flags, train.run),
+    "evaluate": Command(evaluate.add_flags, evaluate.run),
+    "recommend": Command(recommend.add_flags, recommend.run),
+    "compare": Command(compare.add_flags, compare.run),
+    "explain": Command(explain.add_flags, explain.run),
+    "analyse": Command(analyse.add_flags, analyse.run),
+    "export": Command(export.add_flags, export.run),
+}
 
 
 class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -53,19 +64,19 @@ def parser(demo: bool = False) -> ArgumentParser:
     """All commands and their flags. demo: train has the defaults that suit the synthetic histories."""
     top = ArgumentParser(prog="awrsr", description=DESCRIPTION, formatter_class=Help, allow_abbrev=False)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
-    actions = add(commands, "data", data.DESCRIPTION).add_subcommands(dest="action", metavar="ACTION")
+    actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
     for name, command in COMMANDS.items():
-        sub = add(actions if name.startswith("data ") else commands, name, command.description, command.usage)
+        sub = add(actions if name.startswith("data ") else commands, name, command.run)
         command.add_flags(sub)
         if demo and name == "train":
             sub.set_defaults(DEMO)
     return top
 
 
-def add(to: Any, name: str, description: str, usage: str | None = None) -> ArgumentParser:
-    """Add the parser of a command to a group of commands."""
-    options: dict[str, Any] = {"formatter_class": Help, "usage": usage, "allow_abbrev": False}
-    sub = ArgumentParser(description=description, print_config="--print-config", **options)
+def add(to: Any, name: str, documented: Any) -> ArgumentParser:
+    """Add a parser to a group of commands, with the docstring of `documented` as its help."""
+    description = getdoc(documented) or ""
+    sub = ArgumentParser(description=description, print_config="--print-config", formatter_class=Help, allow_abbrev=False)
     to.add_subcommand(name.split()[-1], sub, help=" ".join(description.partition(".")[0].split()) + ".")
     sub.prog = f"awrsr {name}"
     return sub

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..files import atomic, read_json, write_json
-from .shared import OWN_DATA, Command, OpenRun, add_data, add_filter_seen, add_part, filter_seen
+from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filter_seen
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -24,6 +24,15 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Report what attention does over many histories and which predictions refinement
+    changes. The report is one HTML page: how many events the heads attend to and
+    how far back, what refinement moves and where to, and which predictions differ
+    from those of a baseline run or, without one, of the same model with its
+    refinement switched off.
+
+      awrsr analyse runs/refined --baseline runs/plain
+      awrsr analyse runs/refined --users 2000 --output report.html --json report.json
+    """
     from ..analysis.analyse import analyse
     from ..analysis.page import page
 
@@ -56,17 +65,3 @@ def open_baseline(run: OpenRun) -> Any:
             f"or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
         )
     return baseline
-
-
-COMMAND = Command(
-    """Report what attention does over many histories and which predictions refinement
-changes. The report is one HTML page: how many events the heads attend to and
-how far back, what refinement moves and where to, and which predictions differ
-from those of a baseline run or, without one, of the same model with its
-refinement switched off.
-
-  awrsr analyse runs/refined --baseline runs/plain
-  awrsr analyse runs/refined --users 2000 --output report.html --json report.json""",
-    add_flags,
-    run,
-)

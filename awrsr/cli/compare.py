@@ -5,7 +5,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..files import write_json
-from .shared import Command, add_part
+from .shared import add_part
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -20,6 +20,13 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Test whether runs differ by more than chance. Tests are paired; confidence
+    intervals are over users, and over seeds where there are several. Runs that
+    differ only in the seed count as one variant.
+
+      awrsr compare runs/plain runs/refined
+      awrsr compare runs/plain-* runs/refined-* --metrics NDCG@10 --json comparison.json
+    """
     from ..evaluation.compare import compare
 
     settings = {name: options[name] for name in ("part", "metrics", "resamples")}
@@ -27,15 +34,3 @@ def run(options: Any) -> None:
     print(comparison)
     if options.json:
         write_json(options.json, comparison.to_json())
-
-
-COMMAND = Command(
-    """Test whether runs differ by more than chance. Tests are paired; confidence
-intervals are over users, and over seeds where there are several. Runs that
-differ only in the seed count as one variant.
-
-  awrsr compare runs/plain runs/refined
-  awrsr compare runs/plain-* runs/refined-* --metrics NDCG@10 --json comparison.json""",
-    add_flags,
-    run,
-)

@@ -1,4 +1,10 @@
-"""`awrsr data`: fetch public data, make synthetic data, describe a file."""
+"""Fetch public data, make synthetic data, describe a file. The other commands read
+such files of histories.
+
+  awrsr data fetch beauty
+  awrsr data make --output recall.txt
+  awrsr data stats recall.txt
+"""
 
 from typing import Any
 
@@ -8,7 +14,7 @@ from ..data import synthetic
 from ..data.fetch import REGISTRY
 from ..data.prepare import DEMO
 from ..files import write_json
-from .shared import COLUMNS, Command, add_format, as_flags
+from .shared import COLUMNS, add_format, as_flags
 
 DRAW = {  # arguments of synthetic.make
     "users": "Number of users.",
@@ -27,10 +33,15 @@ def add_fetch_flags(to: ArgumentParser) -> None:
     to.add_argument("--cache", type=str, default="", help="Folder to keep it in (default: the user's cache, or $AWRSR_CACHE).")
 
 
-def run_fetch(options: Any) -> None:
-    from ..data.fetch import fetch
+def fetch(options: Any) -> None:
+    """Download a public data set and keep it in a cache. Its SHA-256 is checked before
+    it takes its place.
 
-    path = fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
+      awrsr data fetch beauty
+    """
+    from ..data import fetch
+
+    path = fetch.fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
     print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
 
 
@@ -41,7 +52,14 @@ def add_make_flags(to: ArgumentParser) -> None:
         to.add_argument(f"--{name}", type=type(default), default=default, help=help)
 
 
-def run_make(options: Any) -> None:
+def make(options: Any) -> None:
+    """Draw synthetic histories of the recall task. What followed the last occurrence
+    of the current item follows again, mixed with noise and popularity. One refined
+    layer learns this rule; one plain layer cannot.
+
+      awrsr data make --users 1000 --output recall.txt
+      awrsr train --data recall.txt --baseline
+    """
     synthetic.write(synthetic.make(**{name: options[name] for name in DRAW}), options.output)
     print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}")
     print(f"  awrsr train --data {options.output} --baseline {as_flags(DEMO)}")
@@ -53,7 +71,13 @@ def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("--json", type=str, default="", help="JSON file to write the figures to as well.")
 
 
-def run_stats(options: Any) -> None:
+def stats(options: Any) -> None:
+    """Print how many users, items and events a file holds, how long histories are and
+    how popular items are. If the file is malformed, the error names the line.
+
+      awrsr data stats beauty.txt
+      awrsr data stats ratings.csv --json stats.json
+    """
     from ..data.readers import read
     from ..data.stats import stats, table
 
@@ -62,37 +86,3 @@ def run_stats(options: Any) -> None:
     print(table(values))
     if options.json:
         write_json(options.json, values)
-
-
-DESCRIPTION = """Fetch public data, make synthetic data, describe a file.
-
-  awrsr data fetch beauty
-  awrsr data make --output recall.txt
-  awrsr data stats recall.txt"""
-
-FETCH = Command(
-    """Download a public data set, check its SHA-256 and keep it in a cache.
-
-  awrsr data fetch beauty""",
-    add_fetch_flags,
-    run_fetch,
-)
-MAKE = Command(
-    """Draw synthetic histories of the recall task. What followed the last occurrence
-of the current item follows again, mixed with noise and popularity. One refined
-layer learns this rule; one plain layer cannot.
-
-  awrsr data make --users 1000 --output recall.txt
-  awrsr train --data recall.txt --baseline""",
-    add_make_flags,
-    run_make,
-)
-STATS = Command(
-    """Print how many users, items and events a file holds, how long histories are and
-how popular items are. If the file is malformed, the error names the line.
-
-  awrsr data stats beauty.txt
-  awrsr data stats ratings.csv --json stats.json""",
-    add_stats_flags,
-    run_stats,
-)

@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..files import write_json
-from .shared import OWN_DATA, Command, OpenRun, add_filter_seen, add_part, add_run, filter_seen
+from .shared import OWN_DATA, OpenRun, add_filter_seen, add_part, add_run, filter_seen
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -19,6 +19,12 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Rank the whole catalogue for every held-out event and print HR, NDCG and MRR, as
+    training does when it ends. Ties count against the model.
+
+      awrsr evaluate --run runs/beauty
+      awrsr evaluate --run runs/beauty --data later.txt --json later.json
+    """
     from ..evaluation.ranking import evaluate, write_ranks
 
     run = OpenRun(options)
@@ -41,14 +47,3 @@ def run(options: Any) -> None:
         write_json(options.json, results | {"eval_users_per_cpu_second": ranked.users_per_cpu_second})
     if options.ranks:
         write_ranks(ranked, split, Path(options.ranks))
-
-
-COMMAND = Command(
-    """Rank the whole catalogue for every held-out event and print HR, NDCG and MRR, as
-training does when it ends. Ties count against the model.
-
-  awrsr evaluate --run runs/beauty
-  awrsr evaluate --run runs/beauty --data later.txt --json later.json""",
-    add_flags,
-    run,
-)

@@ -4,7 +4,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from .shared import Command, OpenRun, add_run, find_user
+from .shared import OpenRun, add_run, find_user
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -16,6 +16,13 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Draw what a model pays attention to in one history. The picture shows first-order
+    weights P, refined weights M and their difference, with items on the axes; the
+    items that the last event attends to most are printed.
+
+      awrsr explain --run runs/beauty --user 17 --output attention.svg
+      awrsr explain --run runs/beauty --history 4 8 15 16 23
+    """
     from ..analysis.explain import picture, save, summary
 
     run = OpenRun(options)
@@ -35,15 +42,3 @@ def history_of(run: OpenRun, user: str) -> list[Any]:
     histories = run.histories()
     chosen = find_user(histories, user) if user else int((histories.lengths >= min(12, histories.lengths.max())).argmax())
     return histories.item_ids[histories.of(chosen)].tolist()
-
-
-COMMAND = Command(
-    """Draw what a model pays attention to in one history. The picture shows first-order
-weights P, refined weights M and their difference, with items on the axes; the
-items that the last event attends to most are printed.
-
-  awrsr explain --run runs/beauty --user 17 --output attention.svg
-  awrsr explain --run runs/beauty --history 4 8 15 16 23""",
-    add_flags,
-    run,
-)

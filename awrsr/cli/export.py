@@ -5,8 +5,6 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from .shared import Command
-
 
 def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
@@ -15,20 +13,15 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Export the scoring path to a file that runs without this package. Its scores are
+    compared with the model's before it takes its place.
+
+      awrsr export --run runs/beauty
+      awrsr export --run runs/beauty --format onnx --output beauty.onnx
+    """
     from ..export import SUFFIXES, export
     from ..models.network import AWRSR
 
     output = options.output or Path(options.run) / f"model{SUFFIXES[options.format]}"
     path = export(AWRSR.load(options.run), output, format=options.format)
     print(f"Wrote {path}; its scores are those of the model.")
-
-
-COMMAND = Command(
-    """Export the scoring path to a file that runs without this package. Its scores are
-compared with the model's before it takes its place.
-
-  awrsr export --run runs/beauty
-  awrsr export --run runs/beauty --format onnx --output beauty.onnx""",
-    add_flags,
-    run,
-)

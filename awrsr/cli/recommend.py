@@ -13,7 +13,7 @@ import polars as pl
 from jsonargparse import ArgumentParser
 
 from ..files import atomic
-from .shared import OWN_DATA, Command, OpenRun, add_filter_seen, add_run, filter_seen, find_user
+from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, filter_seen, find_user
 
 if TYPE_CHECKING:
     from ..recommender import TopItems
@@ -30,6 +30,15 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
+    """Recommend the best next items for every history. Rows have the columns user,
+    item, rank, score, with the ids of the data. The model need not know the users;
+    items that it does not know are left out.
+
+      awrsr recommend --run runs/beauty -k 5
+      awrsr recommend --run runs/beauty --user 17 42
+      awrsr recommend --run runs/beauty --data new.txt --output top.parquet
+      echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines
+    """
     run = OpenRun(options)
     model = run.model
     if options.data:  # all its users, whatever the run left out
@@ -77,17 +86,3 @@ def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[
                 yield lambda part: file.write(frame(part).write_csv(include_header=next(header)))
             else:
                 yield lambda part: file.write(frame(part).write_ndjson())
-
-
-COMMAND = Command(
-    """Recommend the best next items for every history. Rows have the columns user,
-item, rank, score, with the ids of the data. The model need not know the users;
-items that it does not know are left out.
-
-  awrsr recommend --run runs/beauty -k 5
-  awrsr recommend --run runs/beauty --user 17 42
-  awrsr recommend --run runs/beauty --data new.txt --output top.parquet
-  echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines""",
-    add_flags,
-    run,
-)

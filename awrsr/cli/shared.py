@@ -1,10 +1,9 @@
 """What several commands share: their flags, opening a run with its histories, warnings about changed data."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from jsonargparse import ArgumentParser
@@ -16,15 +15,6 @@ from ..files import first_process, read_json
 
 COLUMNS = ("user_column", "item_column", "time_column")
 OWN_DATA = "(default: the run's own)"
-
-
-class Command(NamedTuple):
-    """A command of the command line."""
-
-    description: str  # what --help begins with; its first sentence stands in the list of commands
-    add_flags: Callable[[ArgumentParser], None]
-    run: Callable[[Any], None]
-    usage: str | None = None
 
 
 def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.") -> None:

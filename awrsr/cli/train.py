@@ -10,12 +10,14 @@ from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
 from ..config import AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
-from .shared import Command, as_flags, say
+from .shared import as_flags, say
 
 OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
 
 
 def add_flags(to: ArgumentParser) -> None:
+    to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
+    to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, as --print-config prints it.")
     out = "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)."
     to.add_argument("--out", type=str, default="", help=out)
@@ -36,10 +38,39 @@ def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
 
 
 def run(options: Any) -> None:
+    """Train a model on a file of histories and evaluate it. Training stops when
+    validation no longer improves; the best epoch is evaluated on held-out events by
+    ranking the whole catalogue. Without --data it trains on synthetic histories, and
+    also a plain model to show what refinement is for; options then default to those
+    at the end of this text.
+
+      awrsr train
+      awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
+      awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
+      awrsr train --config plain.yaml --seed 1
+
+    The run folder then holds model.safetensors, config.json, items.parquet,
+    metrics.json and the rank of every held-out event. If training is interrupted or
+    killed, rerun the same command to resume from the last completed epoch; the
+    results are the same numbers. With more --epochs a finished run trains further.
+
+    Options of STOSA's authors, for that backbone:
+
+      --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
+      --feedforward 4 --activation elu --norm post --init normal
+      --hidden-dropout 0.3 --attention-dropout 0 --loss bpr --pvn-weight 0.005
+      --batch-size 256
+
+    Defaults without --data, unless you set the option yourself:
+    """
     data, config, training = (
         kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options}) for kind in OPTIONS.values()
     )
-    split = load(data)
+    loaded = histories(data)
+    repeats = f"{loaded.repeat_share():.1%} of the events repeat an item of their history"
+    order = "as they stand in the file" if loaded.times is None and data.data else "in order of time"
+    say(f"{data.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
+    split = divide(loaded, data)
     name = "-".join((data.name, config.backbone, config.refinement, training.loss, str(training.seed)))
     out = Path(options.out or Path("runs") / name)
     config = replace(config, num_items=split.histories.num_items)
@@ -58,14 +89,6 @@ def run(options: Any) -> None:
     if not data.data:
         print(f"  awrsr explain --run {out}          # what the model pays attention to")
     print(f"  awrsr recommend --run {out} -k 5   # the best next items for every user")
-
-
-def load(options: DataOptions) -> Split:
-    loaded = histories(options)
-    repeats = f"{loaded.repeat_share():.1%} of the events repeat an item of their history"
-    order = "as they stand in the file" if loaded.times is None and options.data else "in order of time"
-    say(f"{options.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
-    return divide(loaded, options)
 
 
 def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
@@ -108,36 +131,3 @@ def show(results: dict[str, dict[str, Any]]) -> None:
             f"\nHR@1 recall: of the {recall['targets']:,} held-out events where the current item had occurred before. "
             f"Naming what followed it then would give {recall['rule HR@1']:.4f}."
         )
-
-
-COMMAND = Command(
-    f"""Train a model on a file of histories and evaluate it. Training stops when
-validation no longer improves; the best epoch is evaluated on held-out events by
-ranking the whole catalogue. Without --data it trains on synthetic histories, and
-also a plain model to show what refinement is for; options then default to those
-at the end of this text.
-
-  awrsr train
-  awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
-  awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
-  awrsr train --config plain.yaml --seed 1
-
-The run folder then holds model.safetensors, config.json, items.parquet,
-metrics.json and the rank of every held-out event. If training is interrupted or
-killed, rerun the same command to resume from the last completed epoch; the
-results are the same numbers. With more --epochs a finished run trains further.
-
-Options of STOSA's authors, for that backbone:
-
-  --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
-  --feedforward 4 --activation elu --norm post --init normal
-  --hidden-dropout 0.3 --attention-dropout 0 --loss bpr --pvn-weight 0.005
-  --batch-size 256
-
-Defaults without --data, unless you set the option yourself:
-
-  {as_flags(DEMO)}""",
-    add_flags,
-    run,
-    usage="awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]",
-)

@@ -3,6 +3,7 @@
 U users, R runs, V variants, C metrics, K resamples. A run is the folder that training writes.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -218,27 +219,16 @@ def _differences(
     if not others:
         return []
     paired, draws = (np.concatenate([x[:, v] - x[:, base] for v in others], 1) for x in (per_user, means))
-    low, high = significance.interval(draws)
     p_t, p_flip = significance.t_test(paired), significance.sign_flip_test(paired, flips, rng)
-    p_t_holm, p_flip_holm = significance.holm(p_t), significance.holm(p_flip)
-    base_mean, difference = per_user[:, base].mean(0), paired.mean(0)
-    rows = []
-    for i, (variant, c) in enumerate((list(seeds)[v], c) for v in others for c in range(len(metrics))):
-        rows.append(
-            Difference(
-                variant=variant,
-                metric=metrics[c],
-                difference=float(difference[i]),
-                gain=float(difference[i] / base_mean[c]) if base_mean[c] else None,
-                low=float(low[i]),
-                high=float(high[i]),
-                p_t=float(p_t_holm[i]),
-                p_flip=float(p_flip_holm[i]),
-                p_t_raw=float(p_t[i]),
-                p_flip_raw=float(p_flip[i]),
-                enough_seeds=min(seeds[variant], seeds[baseline]) >= FEWEST_SEEDS,
-            )
-        )
+    numbers = {"difference": paired.mean(0), "p_t_raw": p_t, "p_flip_raw": p_flip}  # in each row, as fields of Difference
+    numbers |= {"p_t": significance.holm(p_t), "p_flip": significance.holm(p_flip)}
+    numbers |= zip(("low", "high"), significance.interval(draws), strict=True)
+    base_mean, rows = per_user[:, base].mean(0), []
+    for i, (v, c) in enumerate(itertools.product(others, range(len(metrics)))):
+        variant, row = list(seeds)[v], {name: float(column[i]) for name, column in numbers.items()}
+        gain = row["difference"] / float(base_mean[c]) if base_mean[c] else None
+        enough = min(seeds[variant], seeds[baseline]) >= FEWEST_SEEDS
+        rows.append(Difference(variant, metrics[c], gain=gain, enough_seeds=enough, **row))
     return rows
 
 
