@@ -181,7 +181,6 @@ def compare(
     means = means.reshape(resamples, len(variants), len(metrics))
     for v, members in enumerate(seeds):
         means[:, v] += significance.seed_deviations(run_means[members], resamples, rng)
-    counts = {name: len(members) for name, members in variants.items()}
     return Comparison(
         part=part,
         users=len(values),
@@ -191,7 +190,7 @@ def compare(
         runs={name: [str(folder) for folder in members] for name, members in variants.items()},
         baseline=named,
         summaries=[row for v, name in enumerate(variants) for row in _summaries(name, metrics, run_means[seeds[v]], means[:, v])],
-        differences=_differences(named, metrics, counts, per_user, means, flips, rng),
+        differences=_differences(named, metrics, variants, per_user, means, flips, rng),
     )
 
 
@@ -206,16 +205,17 @@ def _summaries(variant: str, metrics: list[str], run_means: np.ndarray, draws: n
 def _differences(
     baseline: str,
     metrics: list[str],
-    seeds: dict[str, int],
+    variants: dict[str, list[Path]],
     per_user: np.ndarray,
     means: np.ndarray,
     flips: int,
     rng: np.random.Generator,
 ) -> list[Difference]:
-    """Rows of every variant except the baseline, which are one family for Holm's correction. seeds: of each of the V variants;
-    per_user: (U, V, C); means: (K, V, C), resampled."""
-    base = list(seeds).index(baseline)
-    others = [v for v in range(len(seeds)) if v != base]
+    """Rows of every variant except the baseline, which are one family for Holm's correction, from (U, V, C) values per user and
+    (K, V, C) resampled means."""
+    names = list(variants)
+    base = names.index(baseline)
+    others = [v for v in range(len(names)) if v != base]
     if not others:
         return []
     paired, draws = (np.concatenate([x[:, v] - x[:, base] for v in others], 1) for x in (per_user, means))
@@ -225,10 +225,10 @@ def _differences(
     numbers |= zip(("low", "high"), significance.interval(draws), strict=True)
     base_mean, rows = per_user[:, base].mean(0), []
     for i, (v, c) in enumerate(itertools.product(others, range(len(metrics)))):
-        variant, row = list(seeds)[v], {name: float(column[i]) for name, column in numbers.items()}
+        row = {name: float(column[i]) for name, column in numbers.items()}
         gain = row["difference"] / float(base_mean[c]) if base_mean[c] else None
-        enough = min(seeds[variant], seeds[baseline]) >= FEWEST_SEEDS
-        rows.append(Difference(variant, metrics[c], gain=gain, enough_seeds=enough, **row))
+        enough = min(len(variants[names[v]]), len(variants[baseline])) >= FEWEST_SEEDS
+        rows.append(Difference(names[v], metrics[c], gain=gain, enough_seeds=enough, **row))
     return rows
 
 
