@@ -36,11 +36,11 @@ def run(options: Any) -> None:
     from ..analysis.analyse import analyse
     from ..analysis.page import page
 
-    run = OpenRun(options)
-    baseline = open_baseline(run) if options.baseline else None
-    split, _ = run.split().numbered_as(run.model.ids())
+    opened = OpenRun(options)
+    baseline = open_baseline(opened) if options.baseline else None
+    split, _ = opened.split().numbered_as(opened.model.ids())
     settings = {name: options[name] for name in ("part", "users", "examples")}
-    analysis = analyse(run.model, split, baseline=baseline, filter_seen=filter_seen(options), progress=True, **settings)
+    analysis = analyse(opened.model, split, baseline=baseline, filter_seen=filter_seen(options), progress=True, **settings)
     if baseline is not None:
         analysis = replace(analysis, other=f"the baseline run {Path(options.baseline).name}")
     output = Path(options.output or Path(options.run) / "analysis.html")
@@ -51,17 +51,17 @@ def run(options: Any) -> None:
     print(f"Report: {output}")
 
 
-def open_baseline(run: OpenRun) -> Any:
+def open_baseline(opened: OpenRun) -> Any:
     """The model of --baseline. Raises ValueError unless it was trained on the same data, divided alike."""
     from ..models.network import AWRSR
     from ..recommender import CONFIG
 
-    folder = run.options.baseline
-    baseline = AWRSR.load(folder).to(run.model.items.weight.device)
+    folder = opened.options.baseline
+    baseline = AWRSR.load(folder).to(opened.model.items.weight.device)
     stored = read_json(Path(folder) / CONFIG).get("data", {})
-    if len({stored.get("fingerprint"), run.stored.get("fingerprint")} - {None}) > 1:
+    if len({stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
         raise ValueError(
-            f"baseline is {folder}, must be trained on the same data and split as {run.options.run} ({run.data.split}): its data "
-            f"or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
+            f"baseline is {folder}, must be trained on the data and the split of {opened.options.run} ({opened.data.split}): its "
+            f"data or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
         )
     return baseline

@@ -27,8 +27,8 @@ def run(options: Any) -> None:
     """
     from ..evaluation.ranking import evaluate, write_ranks
 
-    run = OpenRun(options)
-    model, split, part = run.model, run.split(), options.part
+    opened = OpenRun(options)
+    model, split, part = opened.model, opened.split(), options.part
     held_out = len(split.targets(part)[0])
     split, unknown = split.numbered_as(model.ids())
     targets = len(split.targets(part)[0])

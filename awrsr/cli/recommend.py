@@ -39,11 +39,11 @@ def run(options: Any) -> None:
       awrsr recommend --run runs/beauty --data new.txt --output top.parquet
       echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines
     """
-    run = OpenRun(options)
-    model = run.model
+    opened = OpenRun(options)
+    model = opened.model
     if options.data:  # all its users, whatever the run left out
-        run.data = replace(run.data, min_user_events=1, min_item_events=1)
-    histories = run.histories()
+        opened.data = replace(opened.data, min_user_events=1, min_item_events=1)
+    histories = opened.histories()
     if options.user:
         chosen = [find_user(histories, user) for user in options.user]
         histories = histories.keep(np.isin(np.repeat(np.arange(histories.num_users), histories.lengths), chosen))
