@@ -1,0 +1,1 @@
+"""Looks inside the attention of a trained model."""

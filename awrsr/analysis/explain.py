@@ -1,4 +1,4 @@
-"""A look inside the attention on one history: pictures of first-order and refined weights, and the strongest of them in words.
+"""Shows the attention on one history: pictures of first-order and refined weights, and the strongest of them as text.
 
 H heads, n events of the history. Rows are events that attend, columns events attended to; the last row is what predicts next.
 """
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-_PANEL = (2.9, 7.0)  # inches, least and most, of the side of a panel
+_PANEL = (2.9, 7.0)  # inches: smallest and largest side of a panel
 _INCHES_PER_EVENT = 0.14
-_MARGINS = (3.6, 2.9)  # inches beside and above the panels: names, headings, colour bars
+_MARGINS = (3.6, 2.9)  # inches to the right of the panels and above them, for names, headings and colour bars
 _MOST_NAMES = 60
 _LABEL_CHARACTERS = 18
-_MARKS = np.array([0.01, 0.05, 0.1, 0.2, 0.5, 1, 2])  # of colour bars
+_TICKS = np.array([0.01, 0.05, 0.1, 0.2, 0.5, 1, 2])  # of colour bars
 _INK, _FAINT, _MARK = "#333333", "#b5b5b5", "#d1495b"
 _WEIGHTS, _DIFFERENCE = "YlGnBu", "RdBu_r"
 
@@ -32,8 +32,8 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
     """Heat maps of one layer on one history: a row per head, with first-order weights P, refined weights M and M - P.
 
     P, M: (H, n, n) tensors or arrays. labels: (n,) names of the events' items. With refinement "none", where M is P, only P.
-    P and M of a head share a scale, so that their colours compare; colours go with the root of a weight, as most weights of a long
-    history are small. What an event cannot see, the future, is left blank.
+    P and M of a head share a colour scale. Colours follow the square root of a weight, because most weights of a long history are
+    small. The future, which an event cannot see, is left blank.
 
     Raises:
         ValueError: shapes that do not fit or weights that are not finite. ImportError: matplotlib is not installed.
@@ -45,7 +45,7 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
         raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     heads, n, _ = P.shape
     columns = 1 if refinement == "none" else 3
-    side = min(max(_INCHES_PER_EVENT * n, _PANEL[0]), _PANEL[1])
+    side = _side(n)
     figure = Figure(figsize=(columns * side + _MARGINS[0], heads * side + _MARGINS[1]), layout="compressed")
     grid = figure.subplots(heads, columns, squeeze=False)
     for head, axes in enumerate(grid):
@@ -64,7 +64,7 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    """Write the picture in the format that the suffix says: .png, .svg or .pdf. Whole or not at all."""
+    """Write the picture in the format of the suffix: .png, .svg or .pdf. The file appears whole or not at all."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -77,31 +77,34 @@ def save(figure: "Figure", path: Path | str) -> Path:
 def summary(P: Any, M: Any, labels: Sequence[Any], *, top: int = 5) -> str:
     """What the last event, which predicts next, attends to most in each head, by P and by M."""
     P, M, names = _checked(P, M, labels)
-    n = len(names)
-    same = np.array_equal(P, M)
-    kinds = [("P", P)] if same else [("P", P), ("M", M)]
-    width = max(map(len, names))
+    n, width = len(names), max(map(len, names))
+    refined = not np.array_equal(P, M)
 
-    def entry(weights: np.ndarray, event: int) -> str:
-        back = n - 1 - event
-        return f"{weights[event]:.3f}  {names[event]:{width}}  {f'{back} back' if back else 'itself':>8}"
+    def column(name: str, head: int, row: np.ndarray) -> list[str]:
+        lines = []
+        for event in np.argsort(-row, kind="stable")[:top]:
+            back = n - 1 - event
+            lines.append(f"{row[event]:.3f}  {names[event]:{width}}  {f'{back} back' if back else 'itself':>8}")
+        return [f"{name} of head {head + 1}".ljust(len(lines[0])), *lines]
 
-    lines = [f"The last event, {names[-1]}, attends most to" + (" (M is P)" if same else "")]
+    lines = [f"The last event, {names[-1]}, attends most to" + ("" if refined else " (M is P)")]
     for head in range(len(P)):
-        last = [weights[head, -1] for _, weights in kinds]
-        order = [np.argsort(-x, kind="stable")[:top] for x in last]
-        cells = [[entry(x, i) for i in chosen] for x, chosen in zip(last, order, strict=True)]
-        headings = [f"{name} of head {head + 1}".ljust(len(cells[0][0])) for name, _ in kinds]
-        lines += ["", "    ".join(headings).rstrip(), *("    ".join(row) for row in zip(*cells, strict=True))]
+        columns = [column("P", head, P[head, -1])] + ([column("M", head, M[head, -1])] if refined else [])
+        heading, *rows = ("    ".join(cells) for cells in zip(*columns, strict=True))
+        lines += ["", heading.rstrip(), *rows]
     return "\n".join(lines)
+
+
+def _side(n: int) -> float:
+    """Inches of a panel of n events."""
+    return min(max(_INCHES_PER_EVENT * n, _PANEL[0]), _PANEL[1])
 
 
 def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Weights as arrays, labels as short lines of text."""
-    arrays = []
-    for name, given in (("P", P), ("M", M)):
-        array = np.asarray(given.detach().float().cpu() if hasattr(given, "detach") else given, dtype=float)
-        n = len(labels)
+    arrays, n = [], len(labels)
+    for name, weights in (("P", P), ("M", M)):
+        array = np.asarray(weights.detach().float().cpu() if hasattr(weights, "detach") else weights, dtype=float)
         if array.ndim != 3 or not array.shape[0] or array.shape[1:] != (n, n) or not n:
             raise ValueError(f"{name} has shape {array.shape}, must be (heads, n, n) for {n} labels, with an event or more")
         if not np.isfinite(array).all():
@@ -121,34 +124,25 @@ def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.nd
     n = len(P)
     visible = np.tril(np.ones((n, n), dtype=bool))
     maps = [P, M, M - P][: len(axes)]
-    most, furthest = (max(float(np.abs(x[..., visible]).max()), 1e-6) for x in (np.stack(maps[:2]), maps[-1]))
-    norms = [PowerNorm(0.5, 0, most)] * 2 + [FuncNorm((_signed_root, _signed_square), -furthest, furthest)]
-    colours = (_WEIGHTS, _WEIGHTS, _DIFFERENCE)
+    largest, furthest = (max(float(np.abs(x[..., visible]).max()), 1e-6) for x in (np.stack(maps[:2]), maps[-1]))
+    signed = (lambda x: np.sign(x) * np.sqrt(np.abs(x)), lambda x: np.sign(x) * np.square(x))  # root and its inverse
+    norms = [PowerNorm(0.5, 0, largest)] * 2 + [FuncNorm(signed, -furthest, furthest)]
     images = []
-    for axis, values, norm, colour in zip(axes, maps, norms, colours, strict=False):
-        images.append(axis.imshow(np.ma.array(values, mask=~visible), interpolation="nearest", norm=norm, cmap=colour))
+    for axis, values, norm, colours in zip(axes, maps, norms, (_WEIGHTS, _WEIGHTS, _DIFFERENCE), strict=False):
+        images.append(axis.imshow(np.ma.array(values, mask=~visible), interpolation="nearest", norm=norm, cmap=colours))
         _frame(axis, n)
-    for image, beside, end in ((images[0], axes[:2], most), (images[-1], axes[2:], furthest)):
-        if len(beside):
-            marks = _MARKS[end + 1e-6 >= _MARKS]
-            ticks = [*(-marks[::-1] if image.norm.vmin else []), 0, *marks]
-            bar = figure.colorbar(image, ax=list(beside), shrink=0.85, aspect=28, pad=0.015, format="%g")
-            if len(marks) > 1:
-                bar.set_ticks(ticks)
+    for image, panels, end in ((images[0], axes[:2], largest), (images[-1], axes[2:], furthest)):
+        if len(panels):
+            ticks = _TICKS[end + 1e-6 >= _TICKS]
+            bar = figure.colorbar(image, ax=list(panels), shrink=0.85, aspect=28, pad=0.015, format="%g")
+            if len(ticks) > 1:
+                bar.set_ticks([*(-ticks[::-1] if image.norm.vmin else []), 0, *ticks])
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.tick_params(labelsize=8, color=_FAINT, labelcolor=_INK)
 
 
-def _signed_root(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.sqrt(np.abs(x))
-
-
-def _signed_square(x: np.ndarray) -> np.ndarray:
-    return np.sign(x) * np.square(x)
-
-
 def _frame(axis: "Axes", n: int) -> None:
-    """An outline of what can be seen, a stair, and one of the last row."""
+    """Outlines of the visible part, which is a staircase, and of the last row."""
     from matplotlib.patches import Rectangle
 
     corners = np.repeat(np.arange(n + 1), 2) - 0.5
@@ -161,13 +155,11 @@ def _frame(axis: "Axes", n: int) -> None:
 
 
 def _label_events(axes: Sequence["Axes"], names: list[str], *, last: bool) -> None:
-    """Item names, thinned if there are many: down the left of the first panel, under those of the last head."""
+    """Item names, thinned if there are many: to the left of the first panel, and below those of the last head."""
     n = len(names)
-    step = math.ceil(n / _MOST_NAMES)
-    places = list(range(n - 1, -1, -step))[::-1]  # the last event always has its name
+    places = list(range(n - 1, -1, -math.ceil(n / _MOST_NAMES)))[::-1]  # the last event always has its name
     shown = [names[i] for i in places]
-    side = min(max(_INCHES_PER_EVENT * n, _PANEL[0]), _PANEL[1])
-    size = min(9.0, 72 * 0.72 * side / len(places))  # points: names must not touch
+    size = min(9.0, 72 * 0.72 * _side(n) / len(shown))  # points: names must not touch
     for i, axis in enumerate(axes):
         axis.tick_params(length=2, color=_FAINT, labelcolor=_INK, labelsize=size)
         axis.set_xticks(places, shown if last else [""] * len(places), rotation=90, parse_math=False)

@@ -1,4 +1,4 @@
-"""The analysis as one HTML page that needs nothing else: words computed from the numbers, pictures inside."""
+"""Writes an analysis as one HTML page that needs no other file: words computed from the numbers, and embedded pictures."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..config import WATCHED
-from .analyse import ROLES, Analysis, Bucket, Example, Head
+from .analyse import ROLES, Analysis, Example, Head
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,97 +33,97 @@ td,th{border-color:#333}h2{border-color:#444}.weight td{color:#222}.small{color:
 
 TERMS = {
     "P": "first-order weights: what attention computes from queries and keys.",
-    "M": "refined weights, which meet the values; divided by their sum here, so that they compare with P.",
+    "M": "refined weights, which multiply the values; divided by their sum here so that they can be compared with P.",
     "span": "how many events a row attends to: the exponential of its entropy. 1 is a single event, n is n events alike.",
-    "moved": "the share of weight that M puts elsewhere than P, their total variation distance: 0 is no change, 1 another row.",
-    "two hops": "paths i → k → j: where the events that i attends to attend themselves, P times P. Of the weight that moved, the "
-    "share that went to events with more of P P than of P; “by chance” is that share had it been spread over all events in sight.",
+    "moved": "the share of weight that M puts elsewhere than P, their total variation distance: 0 is the same row, 1 is weight on "
+    "entirely different events.",
+    "two hops": "paths i → k → j: what is attended to by the events that i attends to, P times P. Of the weight that moved, the "
+    "share that went to events with more of P P than of P; “by chance” is that share if spread evenly over all visible events.",
     "what followed": "events right after those that P attends to: the same for events whose predecessor has more of P than they.",
 }
 
 
-def page(found: Analysis, title: str) -> str:
+def page(analysis: Analysis, title: str) -> str:
     """The report."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p class=small>{html.escape(about(found))}</p>"]
-    parts += ["<p class=summary>" + " ".join(html.escape(line) for line in summary(found)) + "</p>"]
-    parts += ["<h2>Where the last event looks</h2>", figure(distances(found), DISTANCES), figure(role_bars(found), ROLES_TEXT)]
-    parts += [heads_table(found)]
-    if found.targets:
-        parts += [f"<h2>Which predictions change</h2><p>{html.escape(totals(found))}</p>"]
-        parts += [figure(gains(found), GAINS), bucket_table(found)]
-        for name, which, sign in (("helped", found.helped, "good"), ("hurt", found.hurt, "bad")):
-            parts += [f"<h2>Histories that it {name} most</h2>", *(example(each, sign, found.other) for each in which)]
-            parts += [] if which else ["<p>None.</p>"]
+    heading = html.escape(title)
+    parts = [f"<h1>{heading}</h1><p class=small>{html.escape(about(analysis))}</p>"]
+    parts += [f"<p class=summary>{html.escape(' '.join(summary(analysis)))}</p><h2>Where the last event looks</h2>"]
+    parts += [figure(distances(analysis), DISTANCES), figure(role_bars(analysis), ROLES_TEXT)]
+    parts += [heads_table(analysis.heads, refined=analysis.refinement != "none")]
+    if analysis.targets:
+        parts += ["<h2>Which predictions change</h2>", figure(gains(analysis), GAINS), bucket_table(analysis)]
+        for name, examples, sign in (("helped", analysis.helped, "good"), ("hurt", analysis.hurt, "bad")):
+            shown = "".join(example(each, sign, analysis.other) for each in examples)
+            parts += [f"<h2>Histories that it {name} most</h2>", shown or "<p>None.</p>"]
     parts += ["<h2>Terms</h2><dl>", *(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in TERMS.items()), "</dl>"]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
-    return f"<!doctype html><html lang=en><head>{head}<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{heading}</title><style>{STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def about(found: Analysis) -> str:
-    layers = max(head.layer for head in found.heads)
+def about(analysis: Analysis) -> str:
+    layers = analysis.heads[-1].layer
+    heads = len(analysis.heads) // layers
     return (
-        f"Backbone {found.backbone}, refinement {found.refinement}, {layers} layer{'s' * (layers > 1)} of "
-        f"{len(found.heads) // layers} head{'s' * (len(found.heads) > layers)}; attention of the event that predicts, in "
-        f"{found.histories:,} histories before {found.part} targets, in {found.repeats:.0%} of which its item had occurred before."
+        f"Backbone {analysis.backbone}, refinement {analysis.refinement}, {layers} layer{'s' * (layers > 1)} of "
+        f"{heads} head{'s' * (heads > 1)}; attention of the event that predicts, in {analysis.histories:,} histories before "
+        f"{analysis.part} targets. In {analysis.repeats:.0%} of them the item of that event had occurred before."
     )
 
 
-def summary(found: Analysis) -> list[str]:
-    """What stands out, in words."""
-    if found.refinement == "none":
-        widest = max(found.heads, key=lambda head: head.span)
+def summary(analysis: Analysis) -> list[str]:
+    """What stands out, in sentences."""
+    heads = analysis.heads
+    if analysis.refinement == "none":
+        spans = [head.span for head in heads]
         return [
             "This model has no refinement: M is P, and one row serves both.",
-            f"Its heads attend to {min(head.span for head in found.heads):.1f} to {widest.span:.1f} events.",
+            f"Its heads attend to {min(spans):.1f} to {max(spans):.1f} events.",
         ]
-    most = max(found.heads, key=lambda head: head.moved)
-    change = sorted(range(len(ROLES)), key=lambda i: most.roles_m[i] - most.roles[i])
-    gained, lost = change[-1], change[0]
-    lines = [
-        f"Refinement moves between {min(head.moved for head in found.heads):.0%} and {most.moved:.0%} of a head's weight.",
+    most = max(heads, key=lambda head: head.moved)
+    by_change = sorted(range(len(ROLES)), key=lambda i: most.roles_m[i] - most.roles[i])
+    gained, lost = by_change[-1], by_change[0]
+    sentences = [
+        f"Refinement moves between {min(head.moved for head in heads):.0%} and {most.moved:.0%} of a head's weight.",
         f"It changes most in head {most.head} of layer {most.layer}: there {ROLES[gained]} get{'s' * (gained in (0, 3))} "
         f"{most.roles_m[gained]:.0%} of the weight rather than {most.roles[gained]:.0%}, {ROLES[lost]} {most.roles_m[lost]:.0%} "
         f"rather than {most.roles[lost]:.0%}, and the row spans {most.span_m:.1f} events rather than {most.span:.1f}.",
-        f"Of what moved there, {most.two_hops:.0%} went where two hops lead (by chance {most.two_hops_chance:.0%}), "
+        f"Of what moved there, {most.two_hops:.0%} went where two hops lead (by chance {most.two_hops_chance:.0%}) and "
         f"{most.followed:.0%} to what followed the events that P looks at (by chance {most.followed_chance:.0%}).",
     ]
-    return [*lines, totals(found)] if found.targets else lines
-
-
-def totals(found: Analysis) -> str:
-    same = found.targets - found.better - found.worse
-    return (
-        f"Beside {found.other}, {found.better:,} of {found.targets:,} targets rank higher, {found.worse:,} lower, {same:,} the "
-        f"same: {WATCHED} {found.value:.4f} rather than {found.other_value:.4f}."
-    )
+    if analysis.targets:
+        equal = analysis.targets - analysis.better - analysis.worse
+        sentences += [
+            f"Compared with {analysis.other}, {analysis.better:,} of {analysis.targets:,} targets rank higher, {analysis.worse:,} "
+            f"lower and {equal:,} the same: {WATCHED} is {analysis.value:.4f} rather than {analysis.other_value:.4f}."
+        ]
+    return sentences
 
 
 # Pictures
 
 DISTANCES = (
-    "Mean weight of the event so many steps before the last one (0 is the last event itself), over histories that reach so far. "
-    "Where the two lines part, refinement looks elsewhere."
+    "Mean weight of the event that is so many steps before the last one (0 is the last event itself), over histories that reach so "
+    "far. Where the two lines part, refinement looks elsewhere."
 )
-ROLES_TEXT = "Whose weight it is: what each event is to the one that predicts. The first description that fits counts."
+ROLES_TEXT = "Where the weight goes: what each event is to the one that predicts. The first description that fits counts."
 GAINS = (
-    f"Difference in {WATCHED} by how long the history is and by how often the target was trained on, with 95 % intervals over "
-    "targets. Right of the line refinement is ahead."
+    f"Difference in {WATCHED} by the length of the history and by how often the target was trained on, with 95 % intervals over "
+    "targets. Right of the line, refinement is ahead."
 )
 
 
-def distances(found: Analysis) -> "Figure":
+def distances(analysis: Analysis) -> "Figure":
     """A panel per head, a row of them per layer."""
     from matplotlib.figure import Figure
 
-    layers = max(head.layer for head in found.heads)
-    heads = len(found.heads) // layers
+    layers = analysis.heads[-1].layer
+    heads = len(analysis.heads) // layers
     picture = Figure(figsize=(min(3.4 * heads, 11) + 0.6, 2.4 * layers + 0.5), layout="constrained")
     axes = picture.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-    for head in found.heads:
-        axis = axes[head.layer - 1, head.head - 1]
-        axis.plot(head.distance[:MOST_BACK], color=P_COLOR, marker="o", markersize=3, label="P")
-        if found.refinement != "none":
-            axis.plot(head.distance_m[:MOST_BACK], color=M_COLOR, marker="o", markersize=3, label="M")
+    for head, axis in zip(analysis.heads, axes.flat, strict=True):
+        lines = (("P", P_COLOR, head.distance), ("M", M_COLOR, head.distance_m))
+        for name, color, weights in lines[: 1 if analysis.refinement == "none" else 2]:
+            axis.plot(weights[:MOST_BACK], color=color, marker="o", markersize=3, label=name)
         gate = "" if head.gate is None else f", gate {head.gate:.2f}"
         tidy(axis, f"layer {head.layer}, head {head.head}{gate}")
     axes[0, 0].set_ylim(bottom=0)  # they share it
@@ -133,13 +133,15 @@ def distances(found: Analysis) -> "Figure":
     return picture
 
 
-def role_bars(found: Analysis) -> "Figure":
+def role_bars(analysis: Analysis) -> "Figure":
     """A bar for P and one for M of each head."""
     from matplotlib.figure import Figure
 
-    rows = [(f"layer {h.layer}, head {h.head}: P", h.roles) for h in found.heads]
-    if found.refinement != "none":
-        rows = [row for h, row in zip(found.heads, rows, strict=True) for row in (row, ("M", h.roles_m))]
+    rows = []
+    for head in analysis.heads:
+        rows.append((f"layer {head.layer}, head {head.head}: P", head.roles))
+        if analysis.refinement != "none":
+            rows.append(("M", head.roles_m))
     picture = Figure(figsize=(8.5, 0.32 * len(rows) + 1.1), layout="constrained")
     axis = picture.subplots()
     left = np.zeros(len(rows))
@@ -160,19 +162,21 @@ def role_bars(found: Analysis) -> "Figure":
     return picture
 
 
-def gains(found: Analysis) -> "Figure":
+def gains(analysis: Analysis) -> "Figure":
+    """Gains by length and by popularity, with their intervals."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(9.5, 2.8), layout="constrained")
-    titles = ("events before the target", "training events of the target's item")
-    for axis, title, buckets in zip(
-        picture.subplots(1, 2, sharex=True), titles, (found.by_length, found.by_popularity), strict=True
+    left, right = picture.subplots(1, 2, sharex=True)
+    for axis, title, buckets in (
+        (left, "events before the target", analysis.by_length),
+        (right, "training events of the target's item", analysis.by_popularity),
     ):
         for y, bucket in enumerate(buckets):
             color = GOOD if bucket.low > 0 else BAD if bucket.high < 0 else "#777777"
             axis.plot([bucket.low, bucket.high], [y, y], color=color, linewidth=2)
             axis.plot([bucket.gain], [y], "o", color=color, markersize=5)
-        axis.set_yticks(range(len(buckets)), [f"{b.name} ({b.targets:,})" for b in buckets])
+        axis.set_yticks(range(len(buckets)), [f"{bucket.name} ({bucket.targets:,})" for bucket in buckets])
         axis.set_ylim(len(buckets) - 0.5, -0.5)
         axis.axvline(0, color=INK, linewidth=0.8)
         tidy(axis, title)
@@ -187,54 +191,35 @@ def tidy(axis: "Axes", title: str) -> None:
 
 
 def figure(picture: "Figure", caption: str) -> str:
-    held = io.BytesIO()
-    picture.savefig(held, format="png", dpi=140, metadata={"Software": None})
-    data = base64.b64encode(held.getvalue()).decode()
-    return (
-        f"<figure><img alt='{html.escape(caption)}' src='data:image/png;base64,{data}'><figcaption>{caption}</figcaption></figure>"
-    )
+    file = io.BytesIO()
+    picture.savefig(file, format="png", dpi=140, metadata={"Software": None})
+    image = f"<img alt='{html.escape(caption)}' src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+    return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 # Tables
 
 
-def heads_table(found: Analysis) -> str:
-    """A row per head; without refinement only what P has."""
-    refined = found.refinement != "none"
-    titles = ["head", "span", "events back"]
-    if refined:
-        titles = [
-            "head",
-            "gate",
-            "span P",
-            "span M",
-            "back P",
-            "back M",
-            "moved",
-            "by two hops",
-            "by chance",
-            "to what followed",
-            "by chance",
-        ]
-
-    def row(h: Head) -> list[str]:
-        name = f"layer {h.layer}, head {h.head}"
-        if not refined:
-            return [name, f"{h.span:.2f}", f"{h.back:.2f}"]
-        numbers = (h.span, h.span_m, h.back, h.back_m)
-        shares = (h.moved, h.two_hops, h.two_hops_chance, h.followed, h.followed_chance)
-        gate = "" if h.gate is None else f"{h.gate:.2f}"
-        return [name, gate, *(f"{x:.2f}" for x in numbers), *(f"{x:.0%}" for x in shares)]
-
-    return table(titles, [row(head) for head in found.heads])
+def heads_table(heads: list[Head], refined: bool) -> str:
+    """A row per head; without refinement, only what P has."""
+    if not refined:
+        rows = [[f"layer {h.layer}, head {h.head}", f"{h.span:.2f}", f"{h.back:.2f}"] for h in heads]
+        return table(["head", "span", "events back"], rows)
+    titles = ["head", "gate", "span P", "span M", "back P", "back M", "moved"]
+    titles += ["by two hops", "by chance", "to what followed", "by chance"]
+    rows = []
+    for h in heads:
+        numbers = [f"{x:.2f}" for x in (h.span, h.span_m, h.back, h.back_m)]
+        shares = [f"{x:.0%}" for x in (h.moved, h.two_hops, h.two_hops_chance, h.followed, h.followed_chance)]
+        rows.append([f"layer {h.layer}, head {h.head}", "" if h.gate is None else f"{h.gate:.2f}", *numbers, *shares])
+    return table(titles, rows)
 
 
-def bucket_table(found: Analysis) -> str:
-    def rows(title: str, buckets: list[Bucket]) -> list[list[str]]:
-        return [[f"{title}: {b.name}", f"{b.targets:,}", f"{b.gain:+.4f}", f"{b.low:+.4f} .. {b.high:+.4f}"] for b in buckets]
-
-    body = rows("events before", found.by_length) + rows("target trained on", found.by_popularity)
-    return table(["", "targets", f"difference in {WATCHED}", "95 % interval"], body)
+def bucket_table(analysis: Analysis) -> str:
+    named = [(f"events before: {b.name}", b) for b in analysis.by_length]
+    named += [(f"target trained on: {b.name}", b) for b in analysis.by_popularity]
+    rows = [[name, f"{b.targets:,}", f"{b.gain:+.4f}", f"{b.low:+.4f} .. {b.high:+.4f}"] for name, b in named]
+    return table(["", "targets", f"difference in {WATCHED}", "95 % interval"], rows)
 
 
 def table(titles: list[str], rows: list[list[str]]) -> str:
@@ -247,26 +232,24 @@ def table(titles: list[str], rows: list[list[str]]) -> str:
 def example(each: Example, sign: str, other: str) -> str:
     """One history as a strip of events, coloured by weight, and what either model recommends."""
 
-    def weights(name: str, values: list[float], color: tuple[int, int, int]) -> str:
-        most = max(values) or 1.0
-        cells = (
-            f"<td style='background:rgba({color[0]},{color[1]},{color[2]},{value / most:.2f})'>{value:.2f}</td>" for value in values
-        )
+    def strip(name: str, weights: list[float], color: str) -> str:
+        most = max(weights) or 1.0
+        cells = (f"<td style='background:{color}{round(255 * w / most):02x}'>{w:.2f}</td>" for w in weights)
         return f"<tr class=weight><th>{name}</th>{''.join(cells)}</tr>"
 
     def top(name: str, items: list[Any], rank: int) -> str:
         names = (f"<span class=hit>{text(item)}</span>" if item == each.target else text(item) for item in items)
-        return f"<tr><td>{name}</td><td>{rank:,}</td><td style='text-align:left'>{', '.join(names)}</td></tr>"
+        return f"<tr><td>{text(name)}</td><td>{rank:,}</td><td style='text-align:left'>{', '.join(names)}</td></tr>"
 
     events = "".join(f"<td class=event title='{text(item)}'>{text(item)}</td>" for item in each.history)
     return (
         f"<p>User {text(each.user)}; next came <b>{text(each.target)}</b>, rank <b class={sign}>{each.rank:,}</b> rather than "
         f"{each.other_rank:,}.</p><div class=scroll><table><tr><th>events</th>{events}</tr>"
-        f"{weights('P', each.p, (138, 161, 177))}{weights('M', each.m, (11, 122, 117))}</table></div>"
+        f"{strip('P', each.p, P_COLOR)}{strip('M', each.m, M_COLOR)}</table></div>"
         f"<div class=scroll><table><tr><th></th><th>rank</th><th style='text-align:left'>recommended</th></tr>"
-        f"{top('this model', each.top, each.rank)}{top(html.escape(other), each.other_top, each.other_rank)}</table></div>"
+        f"{top('this model', each.top, each.rank)}{top(other, each.other_top, each.other_rank)}</table></div>"
     )
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+    return html.escape(str(value))

@@ -1,10 +1,11 @@
-"""Runs side by side: what each variant reaches over its seeds, and whether it differs from the baseline, user by user.
+"""Compares runs: what each variant reaches over its seeds, and whether it differs from the baseline on the same users.
 
-U users, R runs, C metrics, K resamples. A run is the folder that training writes.
+U users, R runs, V variants, C metrics, K resamples. A run is the folder that training writes.
 """
 
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from ..config import AWRSRConfig, before_averaging
+from ..files import read_json
 from . import significance
 from .ranking import metric
 
@@ -22,8 +24,9 @@ FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
 LEVEL = 1 - significance.CONFIDENCE
 FLIPS_PER_ROW = 200  # the least p of the permutation test, corrected for its rows, is a tenth of LEVEL
 
-# Options that do not make a run another variant: which seed, where it ran and what it wrote.
+# Options that do not make a run another variant: its seed, the machine it ran on, what it wrote.
 NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
+REMOVED = {"correlation_norm": False, "table_rate": 1.0}  # what runs of earlier versions have and later ones may lack
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Difference:
     variant: str
     metric: str
     difference: float
-    gain: float | None  # difference / baseline; None: the baseline's is 0
+    gain: float | None  # difference / the baseline's mean; None: that mean is 0
     low: float
     high: float
     p_t: float  # paired t-test over users, Holm-corrected
@@ -57,7 +60,7 @@ class Difference:
 
     @property
     def shown(self) -> bool:
-        """Whether tests and interval agree that there is a difference; a claim if there are enough seeds, too."""
+        """Whether tests and interval agree that there is a difference; with enough seeds that is a claim."""
         return max(self.p_t, self.p_flip) < LEVEL and (self.low > 0 or self.high < 0)
 
     @property
@@ -67,15 +70,16 @@ class Difference:
         return "not shown" if not self.shown else "better" if self.difference > 0 else "worse"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What `compare` found; `str` is the table."""
+    """The result of `compare`; `str` gives it as tables."""
 
     part: str
     users: int
     targets: int
     resamples: int
     flips: int
+    confidence: float = significance.CONFIDENCE
     runs: dict[str, list[str]]  # variant -> folders of its seeds
     baseline: str
     summaries: list[Summary]
@@ -83,10 +87,10 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know to read the numbers rightly."""
-        notes = [f"Intervals: {significance.CONFIDENCE:.0%}, {self.resamples:,} bootstrap resamples of users and seeds."]
+        """What a reader must know to read the numbers correctly."""
+        notes = [f"Intervals: {self.confidence:.0%}, {self.resamples:,} bootstrap resamples of users and seeds."]
         if self.targets > self.users:
-            notes.append("Users have several targets: a user's are averaged first, every user counts the same.")
+            notes.append("Some users have several targets, which are averaged first: every user counts the same.")
         if self.differences:
             notes += [
                 f"p: paired over users, given these seeds; Holm-corrected over the {len(self.differences)} rows.",
@@ -102,19 +106,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in types that json writes."""
-        return {
-            "part": self.part,
-            "users": self.users,
-            "targets": self.targets,
-            "resamples": self.resamples,
-            "flips": self.flips,
-            "confidence": significance.CONFIDENCE,
-            "runs": self.runs,
-            "baseline": self.baseline,
-            "summaries": [asdict(row) for row in self.summaries],
-            "differences": [asdict(row) | {"shown": row.shown, "verdict": row.verdict} for row in self.differences],
-            "notes": self.notes,
-        }
+        differences = [asdict(row) | {"shown": row.shown, "verdict": row.verdict} for row in self.differences]
+        return asdict(self) | {"differences": differences, "notes": self.notes}
 
     def __str__(self) -> str:
         runs = sum(map(len, self.runs.values()))
@@ -176,137 +169,116 @@ def compare(
         raise ValueError(f"runs has {len(folders)} folder(s), must have 2 or more to compare")
 
     variants = _variants(folders, [_config(folder) for folder in folders])
+    named = _baseline(baseline, variants, folders)
     values, targets = _paired_values(folders, part, metrics)
-    seeds = {name: [folders.index(folder) for folder in found] for name, found in variants.items()}
-    first = _baseline(baseline, variants, folders)
     flips = max(resamples, FLIPS_PER_ROW * len(metrics) * (len(variants) - 1))
 
     rng = np.random.default_rng(seed)
-    per_user = {name: values[:, places].mean(1) for name, places in seeds.items()}  # (U, C) each
-    draws = significance.resampled_means(np.concatenate(list(per_user.values()), 1), resamples, rng)
     run_means = values.mean(0)  # (R, C)
-    for i, places in enumerate(seeds.values()):
-        columns = slice(i * len(metrics), (i + 1) * len(metrics))
-        draws[:, columns] += significance.seed_deviations(run_means[places], resamples, rng)
-    means = {name: draws[:, i * len(metrics) : (i + 1) * len(metrics)] for i, name in enumerate(seeds)}  # (K, C) each
+    seeds = [[folders.index(folder) for folder in members] for members in variants.values()]  # numbers of the runs
+    per_user = np.stack([values[:, members].mean(1) for members in seeds], 1)  # (U, V, C)
+    means = significance.resampled_means(per_user.reshape(len(values), -1), resamples, rng)
+    means = means.reshape(resamples, len(variants), len(metrics))
+    for v, members in enumerate(seeds):
+        means[:, v] += significance.seed_deviations(run_means[members], resamples, rng)
     return Comparison(
         part=part,
         users=len(values),
         targets=targets,
         resamples=resamples,
         flips=flips,
-        runs={name: [str(folder) for folder in found] for name, found in variants.items()},
-        baseline=first,
-        summaries=[row for name in seeds for row in _summaries(name, metrics, run_means[seeds[name]], means[name])],
-        differences=_differences(first, metrics, per_user, means, {n: len(x) for n, x in seeds.items()}, flips, rng),
+        runs={name: [str(folder) for folder in members] for name, members in variants.items()},
+        baseline=named,
+        summaries=[row for v, name in enumerate(variants) for row in _summaries(name, metrics, run_means[seeds[v]], means[:, v])],
+        differences=_differences(named, metrics, variants, per_user, means, flips, rng),
     )
 
 
-def _summaries(name: str, metrics: list[str], run_means: np.ndarray, draws: np.ndarray) -> list[Summary]:
+def _summaries(variant: str, metrics: list[str], run_means: np.ndarray, draws: np.ndarray) -> list[Summary]:
     """Rows of one variant, from (S, C) means of its seeds and (K, C) resampled ones."""
     low, high = (x.tolist() for x in significance.interval(draws))
     mean, seeds = run_means.mean(0).tolist(), len(run_means)
     sd = run_means.std(0, ddof=1).tolist() if seeds > 1 else [None] * len(metrics)
-    return [Summary(name, metrics[i], seeds, mean[i], sd[i], low[i], high[i]) for i in range(len(metrics))]
+    return [Summary(variant, metrics[c], seeds, mean[c], sd[c], low[c], high[c]) for c in range(len(metrics))]
 
 
 def _differences(
     baseline: str,
     metrics: list[str],
-    per_user: dict[str, np.ndarray],
-    draws: dict[str, np.ndarray],
-    seeds: dict[str, int],
+    variants: dict[str, list[Path]],
+    per_user: np.ndarray,
+    means: np.ndarray,
     flips: int,
     rng: np.random.Generator,
 ) -> list[Difference]:
-    """Rows of every variant but the baseline, which are one family for Holm's correction."""
-    others = [name for name in per_user if name != baseline]
+    """Rows of every variant except the baseline, which are one family for Holm's correction, from (U, V, C) values per user and
+    (K, V, C) resampled means."""
+    names = list(variants)
+    base = names.index(baseline)
+    others = [v for v in range(len(names)) if v != base]
     if not others:
         return []
-    paired = np.concatenate([per_user[name] - per_user[baseline] for name in others], 1)
-    low, high = significance.interval(np.concatenate([draws[name] - draws[baseline] for name in others], 1))
-    p_t = significance.t_test(paired)
-    p_flip = significance.sign_flip_test(paired, flips, rng)
-    p_t_holm, p_flip_holm = significance.holm(p_t), significance.holm(p_flip)
-    reached, difference = per_user[baseline].mean(0), paired.mean(0)
-    rows = []
-    for i, (name, column) in enumerate((name, c) for name in others for c in range(len(metrics))):
-        rows.append(
-            Difference(
-                variant=name,
-                metric=metrics[column],
-                difference=float(difference[i]),
-                gain=float(difference[i] / reached[column]) if reached[column] else None,
-                low=float(low[i]),
-                high=float(high[i]),
-                p_t=float(p_t_holm[i]),
-                p_flip=float(p_flip_holm[i]),
-                p_t_raw=float(p_t[i]),
-                p_flip_raw=float(p_flip[i]),
-                enough_seeds=min(seeds[name], seeds[baseline]) >= FEWEST_SEEDS,
-            )
-        )
+    paired, draws = (np.concatenate([x[:, v] - x[:, base] for v in others], 1) for x in (per_user, means))
+    p_t, p_flip = significance.t_test(paired), significance.sign_flip_test(paired, flips, rng)
+    numbers = {"difference": paired.mean(0), "p_t_raw": p_t, "p_flip_raw": p_flip}  # in each row, as fields of Difference
+    numbers |= {"p_t": significance.holm(p_t), "p_flip": significance.holm(p_flip)}
+    numbers |= zip(("low", "high"), significance.interval(draws), strict=True)
+    base_mean, rows = per_user[:, base].mean(0), []
+    for i, (v, c) in enumerate(itertools.product(others, range(len(metrics)))):
+        row = {name: float(column[i]) for name, column in numbers.items()}
+        gain = row["difference"] / float(base_mean[c]) if base_mean[c] else None
+        enough = min(len(variants[names[v]]), len(variants[baseline])) >= FEWEST_SEEDS
+        rows.append(Difference(names[v], metrics[c], gain=gain, enough_seeds=enough, **row))
     return rows
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """The options of a run, nested ones by dotted names."""
+    """The options of a run."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder, must be one that awrsr train wrote")
+        raise ValueError(f"{folder} is not a folder, must be one that awrsr train wrote")
     path = folder / "metrics.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        stored = read_json(path)
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no metrics.json: not a run, or one that has not finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is not the JSON object with "config" that awrsr train writes ({error})') from error
+        raise ValueError(f"{folder} has no metrics.json: it is not a run, or one that has not finished") from None
+    config = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(config, dict):
-        raise ValueError(f'{path} has a "config" of type {type(config).__name__}, must be an object of options')
-    return _flat(config)
-
-
-def _flat(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in options.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return found
+        raise ValueError(f'{path} has no object of options called "config", which awrsr train writes')
+    return config
 
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
 
-    usual = asdict(AWRSRConfig()) | asdict(before_averaging())  # of options that came after a run
+    defaults = REMOVED | asdict(AWRSRConfig()) | asdict(before_averaging())  # for runs that lack an option
 
     def text(config: dict[str, Any], name: str) -> str:
-        value = config.get(name, usual.get(name, "unset"))
+        value = config.get(name, defaults.get(name, "unset"))
         return value if isinstance(value, str) else json.dumps(value)
 
-    names = list(dict.fromkeys(name for config in configs for name in config))
-    names = [name for name in names if name.rpartition(".")[2] not in NOT_A_VARIANT]
-    names = [name for name in names if len({text(config, name) for config in configs}) > 1]
-    short = [name.rpartition(".")[2] for name in names]
-    labels = [last if short.count(last) == 1 else name for name, last in zip(names, short, strict=True)]
-    found: dict[str, list[Path]] = {}
+    names = dict.fromkeys(name for config in configs for name in config if name not in NOT_A_VARIANT)
+    differing = [name for name in names if len({text(config, name) for config in configs}) > 1]
+    variants: dict[str, list[Path]] = {}
     seen: dict[tuple[str, str], Path] = {}
     for folder, config in zip(folders, configs, strict=True):
-        variant = ", ".join(f"{label}={text(config, name)}" for label, name in zip(labels, names, strict=True)) or "all runs"
-        seeds = ", ".join(f"seed {value}" for name, value in config.items() if name.rpartition(".")[2] == "seed") or "no seed"
-        if (variant, seeds) in seen:
+        variant = ", ".join(f"{name}={text(config, name)}" for name in differing) or "all runs"
+        seed = f"seed {config['seed']}" if "seed" in config else "no seed"
+        if (variant, seed) in seen:
             raise ValueError(
-                f"{seen[variant, seeds]} and {folder} have one configuration and {seeds}: "
+                f"{seen[variant, seed]} and {folder} have one configuration and {seed}: "
                 "seeds of a variant must differ, or one run would count twice"
             )
-        seen[variant, seeds] = folder
-        found.setdefault(variant, []).append(folder)
-    return found
+        seen[variant, seed] = folder
+        variants.setdefault(variant, []).append(folder)
+    return variants
 
 
 def _baseline(named: Path | str | None, variants: dict[str, list[Path]], folders: list[Path]) -> str:
     """The name of the variant to compare with."""
     if named is None:
         named = folders[0]
-    for variant, found in variants.items():
-        if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in found]:
+    for variant, members in variants.items():
+        if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in members]:
             return variant
     raise ValueError(f"baseline is {str(named)!r}, must be one of the runs or of the variants: {'; '.join(variants)}")
 
@@ -320,16 +292,15 @@ def _paired_values(folders: list[Path], part: str, metrics: list[str]) -> tuple[
         raise ValueError(f"{folders[0]} ranked targets of {len(counts)} user(s), must be 2 or more to compare")
     values = np.empty((len(counts), len(folders), len(metrics)))
     for r, folder in enumerate(folders):
-        found = first if r == 0 else _ranks(folder, part)
-        if not found[KEYS].equals(first[KEYS]):
-            missing, added = (a.join(b, on=KEYS, how="anti").height for a, b in ((first, found), (found, first)))
+        ranks = first if r == 0 else _ranks(folder, part)
+        if not ranks[KEYS].equals(first[KEYS]):
+            missing, added = (a.join(b, on=KEYS, how="anti").height for a, b in ((first, ranks), (ranks, first)))
             raise ValueError(
                 f"{folders[0]} and {folder} ranked different {part} targets: {missing:,} of {first.height:,} are not in the "
-                f"latter, which has {added:,} others. Runs can be compared on the same data, split alike"
+                f"latter, which has {added:,} others. Runs must be on the same data and split to be compared"
             )
-        ranks = found["rank"].to_numpy()
         for c, name in enumerate(metrics):
-            values[:, r, c] = np.bincount(users, weights=metric(name, ranks)) / counts
+            values[:, r, c] = np.bincount(users, weights=metric(name, ranks["rank"].to_numpy())) / counts
     return values, first.height
 
 
@@ -337,25 +308,25 @@ def _ranks(folder: Path, part: str) -> pl.DataFrame:
     """Checked ranks of a run, sorted by target; ids as text, so that 7 read as a number meets "7" read as text."""
     path = folder / f"ranks_{part}.parquet"
     if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}, which awrsr train writes at its end")
+        raise ValueError(f"{folder} has no {path.name}, which awrsr train writes when it ends")
     try:
-        found = pl.read_parquet(path)
+        ranks = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from error
-    lacking = [name for name in (*KEYS, "rank") if name not in found.columns]
+    lacking = [name for name in (*KEYS, "rank") if name not in ranks.columns]
     if lacking:
-        raise ValueError(f"{path} lacks column(s) {', '.join(lacking)}; it has {', '.join(found.columns)}")
+        raise ValueError(f"{path} lacks column(s) {', '.join(lacking)}; it has {', '.join(ranks.columns)}")
     for name in ("position", "rank"):
-        if not found[name].dtype.is_integer():
-            raise ValueError(f"{path}: column {name} is {found[name].dtype}, must be whole numbers")
-    found = found.select(pl.col("user", "item").cast(pl.String), pl.col("position", "rank").cast(pl.Int64))
-    if sum(found.null_count().row(0)):
+        if not ranks[name].dtype.is_integer():
+            raise ValueError(f"{path}: column {name} is {ranks[name].dtype}, must be whole numbers")
+    ranks = ranks.select(pl.col("user", "item").cast(pl.String), pl.col("position", "rank").cast(pl.Int64))
+    if sum(ranks.null_count().row(0)):
         raise ValueError(f"{path} has empty cells, must have a user, item, position and rank in every row")
-    if not (found["rank"] >= 1).all():
+    if not (ranks["rank"] >= 1).all():
         raise ValueError(f"{path} has a rank below 1, must be 1 (best) or more")
-    if found.select(KEYS).is_duplicated().any():
+    if ranks.select(KEYS).is_duplicated().any():
         raise ValueError(f"{path} has a target more than once: user, position and item must tell rows apart")
-    return found.sort(KEYS)
+    return ranks.sort(KEYS)
 
 
 def _aligned(rows: list[list[str]]) -> str:

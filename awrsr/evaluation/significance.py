@@ -1,4 +1,4 @@
-"""Statistics of paired results: intervals over users and seeds, tests over users, and their correction for being many.
+"""Statistics of paired results: intervals over users and seeds, tests over users, and their correction for multiple testing.
 
 U users, R runs (seeds of variants), C columns (metrics, or rows of a table), K resamples.
 """
@@ -10,24 +10,25 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
-_AT_A_TIME = 1 << 22  # numbers of users and resamples held at a time
+_AT_A_TIME = 1 << 22  # most numbers held at a time, resamples times users
 
 
 def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Means over users of (U, C) values, in K samples of U users drawn with replacement: (K, C). All columns share their users."""
     users = len(values)
-    found = np.empty((resamples, values.shape[1]))
+    means = np.empty((resamples, values.shape[1]))
     for part in _parts(resamples, users):
         drawn = [np.bincount(rng.integers(users, size=users), minlength=users) for _ in range(part.start, part.stop)]
-        found[part] = np.stack(drawn).astype(float) @ values / users
-    return found
+        means[part] = np.stack(drawn).astype(float) @ values / users
+    return means
 
 
 def seed_deviations(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """How far the mean over seeds may be off, from (S, C) means of S seeds: (K, C), drawn by resampling the seeds.
 
-    Few seeds resampled vary too little: by (S - 1) / S in variance, and as if that were known rather than estimated. Both are made
-    good, the latter by the ratio of Student's quantile to the normal one (Hesterberg 2015). One seed says nothing: zeros.
+    Resampling few seeds gives too little variation: the variance is too small by (S - 1) / S, and treated as known although it is
+    estimated. Both are corrected, the latter by the ratio of Student's quantile to the normal one (Hesterberg 2015). A single seed
+    says nothing about this and gives zeros.
     """
     seeds = len(means)
     if seeds == 1:
@@ -52,20 +53,20 @@ def t_test(differences: np.ndarray) -> np.ndarray:
 
 
 def sign_flip_test(differences: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Two-sided p-values (C,) of the permutation test, from (U, C) differences of the pairs: were the two of a pair
-    interchangeable, each difference could as well have the other sign. The smallest p-value there is: 1 / (K + 1)."""
+    """Two-sided p-values (C,) of the permutation test, from (U, C) differences of the pairs: if the two of a pair were
+    interchangeable, each difference could equally have the other sign. The smallest possible p-value is 1 / (K + 1)."""
     total = differences.sum(0)
-    reached = np.abs(total) * (1 - 1e-9)  # sums of one size come out rounded differently
+    threshold = np.abs(total) * (1 - 1e-9)  # equal sums may be rounded differently
     beyond = np.zeros(len(total), dtype=np.int64)
     for part in _parts(resamples, len(differences)):
         flipped = rng.integers(0, 2, size=(part.stop - part.start, len(differences)), dtype=np.int8).astype(float)
-        beyond += (np.abs(total - 2 * flipped @ differences) >= reached).sum(0)
+        beyond += (np.abs(total - 2 * flipped @ differences) >= threshold).sum(0)
     return (1 + beyond) / (1 + resamples)
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p-values corrected for their number (Holm 1979), in the order given: rejecting those below alpha errs at all with
-    probability alpha at most."""
+    """p-values corrected for multiple testing (Holm 1979), in their original order: rejecting those below alpha makes any error at
+    all with probability alpha at most."""
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
     corrected = np.empty(len(p))

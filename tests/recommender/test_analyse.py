@@ -12,21 +12,19 @@ import pytest
 import torch
 
 from awrsr import AWRSR, AWRSRConfig
-from awrsr.analysis.analyse import ROLES, Analysis, Histories, analyse, buckets, roles, trained_on, without_refinement
+from awrsr.analysis.analyse import ROLES, Analysis, analyse, batches, buckets, roles, training_counts, without_refinement
 from awrsr.analysis.page import page
-from awrsr.cli import main
-from awrsr.data.histories import Histories as Data
-from awrsr.data.histories import Split, split
+from awrsr.data.histories import Histories, Split, split
 from awrsr.evaluation.ranking import evaluate
 
-from .runs import histories, train, write
+from .runs import histories, train
 
 WINDOW, HEADS = 7, 2
 
 
 @pytest.fixture(scope="module")
 def parts() -> Split:
-    return split(Data.from_lists(histories(40)))
+    return split(Histories.from_lists(histories(40)))
 
 
 def make(parts: Split, **options: Any) -> AWRSR:
@@ -100,13 +98,12 @@ def test_roles_of_events() -> None:
     assert found[1] == [same, after, same, after, others, before, itself]
 
 
-def test_every_history_is_in_a_batch_of_bounded_size(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_history_is_in_a_batch_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awrsr.analysis.analyse.WEIGHTS_HELD", 300)
-    targets = Histories(parts, "test", WINDOW)
-    chosen = np.arange(len(targets))[::2]
-    found = list(targets.batches(chosen, HEADS))
-    assert sorted(np.concatenate(found)) == chosen.tolist() and len(found) > 3
-    assert all(len(each) == 1 or len(each) * HEADS * targets.length[each].max() ** 2 <= 300 for each in found)
+    every = [np.full(n % WINDOW + 1, n) for n in range(40)]
+    found = list(batches(every, HEADS))
+    assert sorted(items[0] for batch in found for items in batch) == list(range(40)) and len(found) > 3
+    assert all(len(batch) == 1 or len(batch) * HEADS * max(map(len, batch)) ** 2 <= 300 for batch in found)
 
 
 def test_batches_do_not_change_the_numbers(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +157,7 @@ def test_buckets_hold_their_ends() -> None:
 
 
 def test_items_are_counted_where_they_are_trained_on() -> None:
-    assert trained_on(split(Data.from_lists([[0, 1, 1, 2, 3], [1, 0, 2]]))).tolist() == [1, 3, 0, 0]
+    assert training_counts(split(Histories.from_lists([[0, 1, 1, 2, 3], [1, 0, 2]]))).tolist() == [1, 3, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -186,16 +183,20 @@ def analysis(parts: Split, **options: Any) -> Analysis:
     return analyse(make(parts, **options), parts, users=20, examples=1)
 
 
-def test_the_page_needs_nothing_else_and_is_the_same_each_time(parts: Split) -> None:
-    text = page(analysis(parts), "run")
+def test_the_page_needs_nothing_else_is_the_same_each_time_and_has_words_from_the_numbers(parts: Split) -> None:
+    found = analysis(parts, gate=2.0)
+    text = page(found, "run")
     assert not re.search(r"(src|href)=(?!'data:)|<script|@import|url\(|https?:", text)
     assert text.count("<figure>") == 3 == text.count("data:image/png;base64,")
-    assert page(analysis(parts), "run") == text
+    assert page(found, "run") == text
+    most = max(found.heads, key=lambda head: head.moved)
+    assert f"{most.moved:.0%} of a head" in text and f"{most.two_hops:.0%} went where two hops lead" in text
+    assert f"{found.better:,} of {found.targets:,} targets rank higher" in text and "switched off" in text
 
 
 def test_ids_of_the_data_are_text_and_no_markup() -> None:
     evil = {f"<b>{user}": [f"<script>{item}'\"" for item in items] for user, items in histories(12).items()}
-    text = page(analysis(split(Data.from_lists(evil))), "<title>")
+    text = page(analysis(split(Histories.from_lists(evil))), "<title>")
     assert "<script>" not in text and "&lt;script&gt;" in text and "<b>u" not in text and "<h1>&lt;title&gt;</h1>" in text
 
 
@@ -206,28 +207,17 @@ def test_without_refinement_the_page_says_that_m_is_p(parts: Split) -> None:
     assert all(head.moved < 1e-6 and head.distance == pytest.approx(head.distance_m, abs=1e-6) for head in found.heads)
 
 
-def test_the_words_come_from_the_numbers(parts: Split) -> None:
-    found = analysis(parts, gate=2.0)
-    text = page(found, "run")
-    most = max(found.heads, key=lambda head: head.moved)
-    assert f"{most.moved:.0%} of a head" in text and f"{most.two_hops:.0%} went where two hops lead" in text
-    assert f"{found.better:,} of {found.targets:,} targets rank higher" in text and "switched off" in text
-
-
-def test_the_command_writes_the_report(tmp_path: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    data = write(tmp_path / "data.txt")
-    for name, refinement in (("run", "additive"), ("plain", "none")):
-        train(data, tmp_path / name, epochs=1, refinement=refinement)
-    run, plain, numbers = tmp_path / "run", tmp_path / "plain", tmp_path / "numbers.json"
-    assert main(["analyse", str(run)]) == 0 and (run / "analysis.html").stat().st_size > 20_000
-    assert main(["analyse", str(run), "--baseline", str(plain), "--part", "validation", "--json", str(numbers)]) == 0
+def test_the_command_writes_the_report(
+    home: Path, run: Path, tmp_path: Path, refused: Callable[..., str], printed: Callable[..., str]
+) -> None:
+    plain, numbers = home / "plain", tmp_path / "numbers.json"
+    assert printed("analyse", run) == f"Report: {run / 'analysis.html'}\n" and (run / "analysis.html").stat().st_size > 20_000
+    printed("analyse", run, "--baseline", plain, "--part", "validation", "--json", numbers)
     found = json.loads(numbers.read_text(encoding="utf-8"))
     ranked = json.loads((run / "metrics.json").read_text())["validation"]["NDCG@10"]
     assert found["value"] == pytest.approx(ranked) and found["other"] == "the baseline run plain"
-    assert "analysis.html" in capsys.readouterr().out
     assert "users is 0, must be 1 or more" in refused("analyse", run, "--users", 0)
-    assert "holds no trained model" in refused("analyse", tmp_path / "nowhere")
-    train(data, tmp_path / "seen", epochs=1, split="none")
+    train(home / "data.txt", tmp_path / "seen", epochs=1, split="none")
     message = refused("analyse", run, "--baseline", tmp_path / "seen")
-    assert "another split (none)" in message and "may have been trained on what is held out here" in message
+    assert "or split (none) differ" in message and "may have been trained on what is held out here" in message
     assert "split, 'none', holds nothing out" in refused("analyse", tmp_path / "seen")

@@ -1,9 +1,7 @@
 """The command line when something is wrong: one line that says what, nothing half-written; and help that teaches at once."""
 
-import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,40 +12,22 @@ from typing import Any
 import pytest
 
 from awrsr import AWRSR, AWRSRConfig
-from awrsr.cli import main, parser
+from awrsr.cli import COMMANDS, main, parser
 
 from . import runs
-from .runs import ITEMS, SMALL, command, everything, train, write
+from .runs import SMALL, command, everything
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "evaluate", "recommend", "compare", "explain", "analyse", "export", "data fetch", "data make", "data stats")
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data.txt and run/; tests only read it."""
-    folder = tmp_path_factory.mktemp("home")
-    train(write(folder / "data.txt"), folder / "run", epochs=1)
-    return folder
-
-
-@pytest.fixture
-def run(home: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    return Path(shutil.copytree(home / "run", tmp_path / "run"))
-
-
-BAD_DATA = [
-    ("data.txt", None, "there is no such file"),
-    ("data.txt", "", "is empty"),
-    ("data.csv", "user,item\nu1,i1\nu2\n", "data.csv:3: has 1 field, the header has 2"),
-]
-ONE_ITEM_EACH = ("data.txt", "u1 i1\nu2 i2\nu3 i3\n", "leaves nothing for validation: the longest history has 1 events")
 
 
 @pytest.mark.parametrize(
     "action, name, text, message",
-    [(action, *case) for action in ("train", "data stats") for case in BAD_DATA] + [("train", *ONE_ITEM_EACH)],
+    [
+        ("data stats", "data.txt", None, "there is no such file"),
+        ("data stats", "data.csv", "user,item\nu1,i1\nu2\n", "data.csv:3: has 1 field, the header has 2"),
+        ("train", "data.txt", "", "is empty"),
+        ("train", "data.txt", "u1 i1\nu2 i2\n", "leaves nothing for validation: the longest history has 1 events"),
+    ],
 )
 def test_data_that_are_no_good_are_an_error(
     action: str, name: str, text: str | None, message: str, tmp_path: Path, refused: Callable[..., str]
@@ -70,12 +50,6 @@ def test_a_folder_that_cannot_be_written_is_an_error(home: Path, tmp_path: Path,
     "name, content, message",
     [
         ("model.safetensors", b"", "is damaged"),
-        ("model.safetensors", b"\x80\x04not safe", "is damaged"),
-        ("items.parquet", b"PAR1", "is damaged"),
-        ("config.json", b"{", "is not JSON"),
-        ("config.json", b'{"model": {"colour": "red"}}', "is no configuration of this model"),
-        ("config.json", b"[]", "is no configuration of this model"),
-        ("config.json", json.dumps({"model": SMALL | {"num_items": ITEMS, "hidden": 32}}).encode(), "another configuration"),
         ("model.safetensors", None, "model.safetensors is missing"),
     ],
 )
@@ -100,21 +74,12 @@ def test_a_damaged_run_is_an_error(
         (("evaluate", "--run", "nowhere"), "nowhere holds no trained model: config.json is missing"),
         (("compare", "nowhere", "RUN"), "nowhere"),
         (("recommend", "--run", "RUN", "--output", "out.xlsx"), "output is 'out.xlsx', must be - or end in one of .csv"),
-        (("explain", "--run", "RUN", "--user", "nobody"), "user is 'nobody', which the data do not hold"),
+        (("explain", "--run", "RUN", "--user", "nobody"), "user is 'nobody', must be a user of the data"),
         (("explain", "--run", "RUN", "--history", "i1", "zz"), "'zz', which this model does not know"),
         (("explain", "--run", "RUN", "--layer", "2"), "layer is 2, must be in 1..1"),
         (("export", "--run", "RUN", "--output", "model.bin"), "must end in .pt2"),
         (("train", "--data", "DATA", "--hidden", "15", "--heads", "2"), "hidden is 15, must be a multiple of heads (2)"),
         (("train", "--data", "DATA", "--epochs", "0"), "epochs is 0, must be at least 1"),
-        (("train", "--data", "DATA", "--learning-rate", "-1"), "learning_rate is -1.0, must be at least"),
-        (
-            ("train", "--data", "DATA", "--refinement", "stochastic"),
-            "refinement is 'stochastic', must be another with backbone 'sas",
-        ),
-        (
-            ("train", "--data", "DATA", "--mean-branch", "published"),
-            "mean_branch is 'published', must be another with backbone 'sas",
-        ),
         (("train", "--data", "DATA", "--pvn-weight", "0.1"), "pvn_weight is 0.1, must be 0 with loss 'sampled_softmax'"),
         (
             ("train", "--data", "DATA", "--loss", "bpr", "--pvn-weight", "0.1"),
@@ -140,7 +105,7 @@ def test_a_wrong_option_is_an_error(
 def test_options_of_a_file_want_the_file(home: Path, refused: Callable[..., str]) -> None:
     for name, value in (("item_column", "movie"), ("format", "csv")):
         message = refused("recommend", "--run", home / "run", f"--{name.replace('_', '-')}", value)
-        assert f"{name} is '{value}', which is of --data FILE" in message
+        assert f"{name} is '{value}', must not be set without --data FILE" in message
 
 
 def test_no_flag_is_guessed_from_its_beginning(stopped: Callable[..., tuple[int, str]]) -> None:
@@ -190,23 +155,23 @@ def test_help_has_the_options_of_stosas_authors(stopped: Callable[..., tuple[int
     assert (given.loss, given.pvn_weight, given.learning_rate, given.hidden) == ("bpr", 0.005, 1e-3, 64)
 
 
-QUICK_HELP = """
+LIGHT = """
 import sys
 from awrsr.cli import main
 
-try:
-    main(sys.argv[1:])
-except SystemExit:
-    pass
+for words in ["train", "--help"], ["train", "--widht"], ["data", "stats", sys.argv[1]]:
+    try:
+        main(words)
+    except SystemExit:
+        pass
 print(*sorted({"torch", "lightning", "scipy", "matplotlib"} & sys.modules.keys()), file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize("arguments", [("train", "--help"), ("train", "--widht"), ("data", "stats", "DATA")])
-def test_help_errors_and_reading_data_load_no_torch(arguments: tuple[str, ...], home: Path) -> None:
-    words = [str(home / "data.txt") if word == "DATA" else word for word in arguments]
-    done = subprocess.run([sys.executable, "-c", QUICK_HELP, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and done.stderr.splitlines()[-1] == ""
+def test_help_errors_and_reading_data_load_no_torch(home: Path) -> None:
+    line = [sys.executable, "-c", LIGHT, home / "data.txt"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr.splitlines()[-1] == "" and "61" in done.stdout
 
 
 def test_python_dash_m_awrsr_is_the_command_line(tmp_path: Path) -> None:
@@ -219,10 +184,10 @@ def test_python_dash_m_awrsr_is_the_command_line(tmp_path: Path) -> None:
     assert done.stderr == f"awrsr data stats: {missing}: there is no such file\n"
 
 
-@pytest.mark.parametrize("action", ["evaluate", "recommend", "explain"])
-def test_a_run_fitted_in_python_wants_to_be_told_where_its_data_lie(
-    action: str, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_fitted_in_python_does_not_know_its_data(
+    tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     AWRSR(AWRSRConfig(**SMALL)).fit(runs.histories(), epochs=1, out="run", progress=False, **runs.QUICK)
-    assert "was fitted in Python and does not say where its histories lie; give --data FILE" in refused(action, "--run", "run")
+    for action in ("evaluate", "recommend", "explain"):
+        assert "was fitted in Python and does not say where its histories are; add --data FILE" in refused(action, "--run", "run")

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from scipy import stats
 from awrsr.evaluation import significance
 from awrsr.evaluation.compare import Comparison, compare
 
-USERS = 40
+USERS, RANKS = 40, "ranks_test.parquet"
 
 
 def write_run(
@@ -58,14 +58,14 @@ def test_seeds_of_one_variant_are_grouped_and_named_by_what_differs(runs: list[P
 
 
 def test_several_differing_options_make_a_name_together(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "a", [1, 2], model={"layers": 1, "rank": 8}, loss="bce")
-    b = write_run(tmp_path / "b", [1, 3], model={"layers": 2, "rank": 8}, loss="bce")
-    c = write_run(tmp_path / "c", [1, 3], model={"layers": 2, "rank": 8})
+    a = write_run(tmp_path / "a", [1, 2], layers=1, rank=8, loss="bce")
+    b = write_run(tmp_path / "b", [1, 3], layers=2, rank=8, loss="bce")
+    c = write_run(tmp_path / "c", [1, 3], layers=2, rank=8)
     assert list(compare([a, b, c]).runs) == ["layers=1, loss=bce", "layers=2, loss=bce", "layers=2, loss=sampled_softmax"]
 
 
 def test_runs_from_before_an_option_join_those_that_leave_it_as_it_was(tmp_path: Path) -> None:
-    old = [write_run(tmp_path / f"old{seed}", [1, 2], seed=seed) for seed in (0, 1)]
+    old = [write_run(tmp_path / f"old{seed}", [1, 2], seed=seed, correlation_norm=False) for seed in (0, 1)]
     new = [write_run(tmp_path / f"new{seed}", [1, 2], seed=seed, item_init="normal", average=0) for seed in (2, 3)]
     other = write_run(tmp_path / "other", [1, 3], item_init="cooccurrence", average=0)
     found = compare([*old, *new, other])
@@ -83,7 +83,7 @@ def test_metrics_are_those_of_the_ranks(tmp_path: Path) -> None:
 
 
 def test_mean_and_deviation_are_over_seeds(runs: list[Path]) -> None:
-    means = [(pl.read_parquet(run / "ranks_test.parquet")["rank"].to_numpy() <= 10).mean() for run in runs[:2]]
+    means = [(pl.read_parquet(run / RANKS)["rank"].to_numpy() <= 10).mean() for run in runs[:2]]
     row = only(compare(runs).summaries, variant="refinement=none", metric="HR@10")
     assert row.seeds == 2
     assert row.mean == pytest.approx(np.mean(means))
@@ -104,7 +104,7 @@ def test_a_users_targets_are_averaged_before_users_are(tmp_path: Path) -> None:
 
 def test_the_order_of_rows_does_not_matter(runs: list[Path]) -> None:
     before = compare(runs).to_json()
-    path = runs[2] / "ranks_test.parquet"
+    path = runs[2] / RANKS
     pl.read_parquet(path).reverse().write_parquet(path)
     assert compare(runs).to_json() == before
 
@@ -116,7 +116,7 @@ def test_ids_read_as_numbers_meet_the_same_ids_read_as_text(tmp_path: Path) -> N
 
 
 def test_paired_tests_are_of_users_averaged_over_seeds(runs: list[Path]) -> None:
-    reciprocal = [1 / pl.read_parquet(run / "ranks_test.parquet").sort("user")["rank"].to_numpy() for run in runs]
+    reciprocal = [1 / pl.read_parquet(run / RANKS).sort("user")["rank"].to_numpy() for run in runs]
     base, other = np.mean(reciprocal[:2], 0), np.mean(reciprocal[2:], 0)
     (row,) = compare(runs, metrics=["MRR"], resamples=20_000).differences
     assert row.difference == pytest.approx((other - base).mean())
@@ -156,13 +156,6 @@ def test_the_baseline_can_be_named(runs: list[Path], name: str) -> None:
     ahead, behind = found.differences[0], compare(runs).differences[0]
     assert ahead.difference == pytest.approx(-behind.difference)
     assert ahead.p_t == pytest.approx(behind.p_t)
-
-
-def test_one_variant_has_no_differences(runs: list[Path]) -> None:
-    found = compare(runs[:2])
-    assert list(found.runs) == ["all runs"]
-    assert found.differences == []
-    assert "against" not in str(found)
 
 
 def test_the_validation_part_is_read_on_request(tmp_path: Path) -> None:
@@ -243,18 +236,23 @@ def test_the_dictionary_is_json_and_whole(runs: list[Path]) -> None:
     stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert stored == found.to_json()
     assert stored["differences"][0]["verdict"] == "no claim"
-    assert {"part", "users", "targets", "runs", "baseline", "summaries", "differences", "notes", "confidence"} <= set(stored)
+    parts = ["part", "users", "targets", "resamples", "flips", "confidence", "runs", "baseline"]
+    assert list(stored) == [*parts, "summaries", "differences", "notes"]
 
 
-def test_other_targets_are_an_error_that_counts_them(tmp_path: Path) -> None:
+def test_one_variant_has_no_differences(runs: list[Path]) -> None:
+    found = compare(runs[:2])
+    assert list(found.runs) == ["all runs"]
+    assert found.differences == []
+    assert "against" not in str(found)
+
+
+def test_other_or_fewer_targets_are_an_error_that_counts_them(tmp_path: Path) -> None:
     a = write_run(tmp_path / "a", [1, 2, 3, 4])
     b = write_run(tmp_path / "b", [1, 2, 3, 4], ["u0", "u1", "other", "u3"], refinement="simple")
     with pytest.raises(ValueError, match=r"a and .*b ranked different test targets: 1 of 4 .* 1 others"):
         compare([a, b])
-
-
-def test_fewer_targets_are_an_error(tmp_path: Path) -> None:
-    a, b = write_run(tmp_path / "a", [1, 2, 3, 4]), write_run(tmp_path / "b", [1, 2, 3], refinement="simple")
+    write_run(b, [1, 2, 3], refinement="simple")
     with pytest.raises(ValueError, match=r"1 of 4 are not in the latter, which has 0 others"):
         compare([a, b])
 
@@ -266,54 +264,33 @@ def test_one_seed_of_a_variant_twice_is_an_error(runs: list[Path], tmp_path: Pat
             compare([*runs, repeated])
 
 
-def break_run(folder: Path, how: str) -> None:
-    ranks = folder / "ranks_test.parquet"
-    frame = pl.read_parquet(ranks)
-    if how == "no folder":
-        folder.rename(folder.with_name("moved"))
-    elif how == "no metrics":
-        (folder / "metrics.json").unlink()
-    elif how == "no ranks":
-        ranks.unlink()
-    elif how == "metrics cut off":
-        (folder / "metrics.json").write_text('{"config": {"see')
-    elif how == "no config":
-        (folder / "metrics.json").write_text('{"test": {}}')
-    elif how == "config a list":
-        (folder / "metrics.json").write_text('{"config": []}')
-    elif how == "ranks cut off":
-        ranks.write_bytes(ranks.read_bytes()[:-20])
-    elif how == "no column":
-        frame.drop("position").write_parquet(ranks)
-    elif how == "fractions":
-        frame.with_columns(pl.col("rank") + 0.5).write_parquet(ranks)
-    elif how == "rank 0":
-        frame.with_columns(pl.col("rank") * 0).write_parquet(ranks)
-    elif how == "empty cell":
-        frame.with_columns(pl.when(pl.col("position") > 0).then(pl.col("rank"))).write_parquet(ranks)
-    elif how == "twice":
-        pl.concat([frame, frame[:1]]).write_parquet(ranks)
+def with_metrics(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "metrics.json").write_text(text)
+
+
+def with_ranks(change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path], object]:
+    return lambda folder: change(pl.read_parquet(folder / RANKS)).write_parquet(folder / RANKS)
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("damage", "message"),
     [
-        ("no folder", "none1 is no folder"),
-        ("no metrics", "none1 has no metrics.json"),
-        ("no ranks", "none1 has no ranks_test.parquet"),
-        ("metrics cut off", "none1/metrics.json is not the JSON object"),
-        ("no config", "none1/metrics.json is not the JSON object"),
-        ("config a list", "type list, must be an object"),
-        ("ranks cut off", "none1/ranks_test.parquet cannot be read as Parquet"),
-        ("no column", "lacks column.* position"),
-        ("fractions", "column rank is Float64, must be whole numbers"),
-        ("rank 0", "rank below 1"),
-        ("empty cell", "empty cells"),
-        ("twice", "a target more than once"),
+        (lambda folder: folder.rename(folder.with_name("moved")), "none1 is not a folder"),
+        (lambda folder: (folder / "metrics.json").unlink(), "none1 has no metrics.json"),
+        (lambda folder: (folder / RANKS).unlink(), "none1 has no ranks_test.parquet"),
+        (with_metrics('{"config": {"see'), "none1/metrics.json is not JSON"),
+        (with_metrics('{"test": {}}'), 'none1/metrics.json has no object of options called "config"'),
+        (with_metrics('{"config": []}'), 'none1/metrics.json has no object of options called "config"'),
+        (lambda folder: (folder / RANKS).write_bytes(b"PAR1"), "none1/ranks_test.parquet cannot be read as Parquet"),
+        (with_ranks(lambda x: x.drop("position")), "lacks column.* position"),
+        (with_ranks(lambda x: x.with_columns(pl.col("rank") + 0.5)), "column rank is Float64, must be whole numbers"),
+        (with_ranks(lambda x: x.with_columns(pl.col("rank") * 0)), "rank below 1"),
+        (with_ranks(lambda x: x.with_columns(pl.when(pl.col("position") > 0).then(pl.col("rank")))), "empty cells"),
+        (with_ranks(lambda x: pl.concat([x, x[:1]])), "a target more than once"),
     ],
 )
-def test_a_broken_run_is_an_error_that_names_it(runs: list[Path], how: str, message: str) -> None:
-    break_run(runs[1], how)
+def test_a_broken_run_is_an_error_that_names_it(runs: list[Path], damage: Callable[[Path], object], message: str) -> None:
+    damage(runs[1])
     with pytest.raises(ValueError, match=message):
         compare(runs)
 
@@ -334,13 +311,10 @@ def test_bad_options_are_named(runs: list[Path], options: dict[str, Any], messag
         compare(runs, **options)
 
 
-def test_one_run_is_nothing_to_compare(runs: list[Path]) -> None:
-    with pytest.raises(ValueError, match=r"1 folder.* must have 2 or more"):
-        compare(runs[:1])
-
-
-def test_one_user_is_nothing_to_compare(tmp_path: Path) -> None:
+def test_one_run_or_one_user_is_nothing_to_compare(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / "a", [1, 2], ["u", "u"]), write_run(tmp_path / "b", [1, 1], ["u", "u"], refinement="simple")]
+    with pytest.raises(ValueError, match=r"1 folder.* must have 2 or more"):
+        compare(folders[:1])
     with pytest.raises(ValueError, match=r"1 user\(s\), must be 2 or more"):
         compare(folders)
 

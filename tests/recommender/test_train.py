@@ -128,7 +128,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(
     disturb(monkeypatch, 2, lambda: signal.raise_signal(number))
     assert main(command(data, tmp_path / "run", epochs=3)) == 130
     error = capsys.readouterr().err
-    assert f"{tmp_path / 'run'} keeps every whole epoch; the same command goes on from there." in error
+    assert f"Rerun the same command to resume from the last completed epoch in {tmp_path / 'run'}." in error
     assert "Traceback" not in error
     assert signal.getsignal(number) is handler
     assert state(tmp_path / "run")["awrsr"]["record"]["epochs"] == 1

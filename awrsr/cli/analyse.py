@@ -1,0 +1,67 @@
+"""`awrsr analyse`: a report on the attention of a run over many histories."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ..files import atomic, read_json, write_json
+from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filter_seen
+
+
+def add_flags(to: ArgumentParser) -> None:
+    to.add_argument("run", type=str, help="Run folder that awrsr train wrote.")
+    to.add_argument("--baseline", type=str, default="", help="Run folder of a model to compare with, such as a plain one.")
+    add_data(to, f"File of histories, which are divided as in the run {OWN_DATA}.")
+    add_part(to)
+    to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
+    examples = "Number of histories to show of those that got better, and of those that got worse."
+    to.add_argument("--examples", type=int, default=3, help=examples)
+    to.add_argument("--output", type=str, default="", help="Page to write (default: analysis.html in the run folder).")
+    to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to.")
+    add_filter_seen(to)
+
+
+def run(options: Any) -> None:
+    """Report what attention does over many histories and which predictions refinement
+    changes. The report is one HTML page: how many events the heads attend to and
+    how far back, what refinement moves and where to, and which predictions differ
+    from those of a baseline run or, without one, of the same model with its
+    refinement switched off.
+
+      awrsr analyse runs/refined --baseline runs/plain
+      awrsr analyse runs/refined --users 2000 --output report.html --json report.json
+    """
+    from ..analysis.analyse import analyse
+    from ..analysis.page import page
+
+    opened = OpenRun(options)
+    baseline = open_baseline(opened) if options.baseline else None
+    split, _ = opened.split().numbered_as(opened.model.ids())
+    settings = {name: options[name] for name in ("part", "users", "examples")}
+    analysis = analyse(opened.model, split, baseline=baseline, filter_seen=filter_seen(options), progress=True, **settings)
+    if baseline is not None:
+        analysis = replace(analysis, other=f"the baseline run {Path(options.baseline).name}")
+    output = Path(options.output or Path(options.run) / "analysis.html")
+    with atomic(output) as temporary:
+        temporary.write_text(page(analysis, f"Attention of {Path(options.run).name}"), encoding="utf-8")
+    if options.json:
+        write_json(options.json, analysis.to_json())
+    print(f"Report: {output}")
+
+
+def open_baseline(opened: OpenRun) -> Any:
+    """The model of --baseline. Raises ValueError unless it was trained on the same data, divided alike."""
+    from ..recommender import AWRSR
+    from ..run_folder import CONFIG
+
+    folder = opened.options.baseline
+    baseline = AWRSR.load(folder).to(opened.model.items.weight.device)
+    stored = read_json(Path(folder) / CONFIG).get("data", {})
+    if len({stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
+        raise ValueError(
+            f"baseline is {folder}, must be trained on the data and the split of {opened.options.run} ({opened.data.split}): its "
+            f"data or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
+        )
+    return baseline

@@ -1,0 +1,88 @@
+"""Fetch public data, make synthetic data, describe a file. The other commands read
+such files of histories.
+
+  awrsr data fetch beauty
+  awrsr data make --output recall.txt
+  awrsr data stats recall.txt
+"""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from ..data import synthetic
+from ..data.fetch import REGISTRY
+from ..data.prepare import DEMO
+from ..files import write_json
+from .shared import COLUMNS, add_format, as_flags
+
+DRAW = {  # arguments of synthetic.make
+    "users": "Number of users.",
+    "items": "Number of items in the catalogue.",
+    "length": "Events of each user.",
+    "noise": "How often the rule is broken.",
+    "popularity": "Exponent of the popularity law.",
+    "gap": "Least distance of a repeat that the rule did not make.",
+    "seed": "Seed of the draw.",
+}
+
+
+def add_fetch_flags(to: ArgumentParser) -> None:
+    to.add_argument("name", choices=tuple(REGISTRY), help="Which data set to download.")
+    to.add_argument("--base-url", type=str, default="", help="Where the files are (default: the repositories they come from).")
+    to.add_argument("--cache", type=str, default="", help="Folder to keep it in (default: the user's cache, or $AWRSR_CACHE).")
+
+
+def fetch(options: Any) -> None:
+    """Download a public data set and keep it in a cache. Its SHA-256 is checked before
+    it takes its place.
+
+      awrsr data fetch beauty
+    """
+    from ..data import fetch
+
+    path = fetch.fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
+    print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
+
+
+def add_make_flags(to: ArgumentParser) -> None:
+    to.add_argument("--output", type=str, default="synthetic.txt", help="File to write, one user per line.")
+    for name, help in DRAW.items():
+        default = (synthetic.make.__kwdefaults__ or {})[name]
+        to.add_argument(f"--{name}", type=type(default), default=default, help=help)
+
+
+def make(options: Any) -> None:
+    """Draw synthetic histories of the recall task. What followed the last occurrence
+    of the current item follows again, mixed with noise and popularity. One refined
+    layer learns this rule; one plain layer cannot.
+
+      awrsr data make --users 1000 --output recall.txt
+      awrsr train --data recall.txt --baseline
+    """
+    synthetic.write(synthetic.make(**{name: options[name] for name in DRAW}), options.output)
+    print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}")
+    print(f"  awrsr train --data {options.output} --baseline {as_flags(DEMO)}")
+
+
+def add_stats_flags(to: ArgumentParser) -> None:
+    to.add_argument("file", type=str, help="File of histories.")
+    add_format(to)
+    to.add_argument("--json", type=str, default="", help="JSON file to write the figures to as well.")
+
+
+def stats(options: Any) -> None:
+    """Print how many users, items and events a file holds, how long histories are and
+    how popular items are. If the file is malformed, the error names the line.
+
+      awrsr data stats beauty.txt
+      awrsr data stats ratings.csv --json stats.json
+    """
+    from ..data.readers import read
+    from ..data.stats import stats, table
+
+    columns = {name.removesuffix("_column"): options[name] or None for name in COLUMNS}
+    values = stats(read(options.file, format=options.format, **columns))
+    print(table(values))
+    if options.json:
+        write_json(options.json, values)

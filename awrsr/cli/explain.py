@@ -1,0 +1,44 @@
+"""`awrsr explain`: a picture of the attention on one history."""
+
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from .shared import OpenRun, add_run, find_user
+
+
+def add_flags(to: ArgumentParser) -> None:
+    add_run(to)
+    to.add_argument("--user", type=str, default="", help="Id of the user (default: the first with a history of some length).")
+    to.add_argument("--history", nargs="+", type=str, default=[], help="Item ids of a history to explain instead of a user's.")
+    to.add_argument("--layer", type=int, default=1, help="Which block to draw, from 1.")
+    to.add_argument("--output", type=str, default="attention.png", help="Picture to write: .png, .svg or .pdf.")
+
+
+def run(options: Any) -> None:
+    """Draw what a model pays attention to in one history. The picture shows first-order
+    weights P, refined weights M and their difference, with items on the axes; the
+    items that the last event attends to most are printed.
+
+      awrsr explain --run runs/beauty --user 17 --output attention.svg
+      awrsr explain --run runs/beauty --history 4 8 15 16 23
+    """
+    from ..analysis.explain import picture, save, summary
+
+    opened = OpenRun(options)
+    config = opened.model.config
+    if not 1 <= options.layer <= config.layers:
+        raise ValueError(f"layer is {options.layer}, must be in 1..{config.layers}")
+    items = (options.history or history_of(opened, options.user))[-config.max_len :]
+    labels = [str(item) for item in items]
+    p, m = opened.model.attention_maps(items)[options.layer - 1]
+    title = f"block {options.layer} of {config.layers}, refinement {config.refinement}"
+    save(picture(p, m, labels, refinement=config.refinement, title=title), options.output)
+    print(f"{summary(p, m, labels)}\n\nPicture: {options.output}")
+
+
+def history_of(opened: OpenRun, user: str) -> list[Any]:
+    """Item ids of a user, by default of the first one with 12 events, or with the most if nobody has as many."""
+    histories = opened.histories()
+    chosen = find_user(histories, user) if user else int((histories.lengths >= min(12, histories.lengths.max())).argmax())
+    return histories.item_ids[histories.of(chosen)].tolist()

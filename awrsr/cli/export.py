@@ -1,0 +1,27 @@
+"""`awrsr export`: the scoring path of a run as a file for other runtimes."""
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+
+def add_flags(to: ArgumentParser) -> None:
+    to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
+    to.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export or ONNX.")
+    to.add_argument("--output", type=str, default="", help="File to write (default: model.pt2 or model.onnx in the run folder).")
+
+
+def run(options: Any) -> None:
+    """Export the scoring path to a file that runs without this package. Its scores are
+    compared with the model's before it takes its place.
+
+      awrsr export --run runs/beauty
+      awrsr export --run runs/beauty --format onnx --output beauty.onnx
+    """
+    from ..export import SUFFIXES, export
+    from ..recommender import AWRSR
+
+    output = options.output or Path(options.run) / f"model{SUFFIXES[options.format]}"
+    path = export(AWRSR.load(options.run), output, format=options.format)
+    print(f"Wrote {path}; its scores are those of the model.")

@@ -1,0 +1,88 @@
+"""`awrsr recommend`: the best next items of every history, as CSV, JSON lines or Parquet."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from itertools import chain, repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from jsonargparse import ArgumentParser
+
+from ..files import atomic
+from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, filter_seen, find_user
+
+if TYPE_CHECKING:
+    from ..recommender import TopItems
+
+SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+def add_flags(to: ArgumentParser) -> None:
+    add_run(to, f"File of histories; - reads standard input {OWN_DATA}.")
+    to.add_argument("--user", nargs="+", type=str, default=[], help="Ids of the users to recommend to (default: all).")
+    to.add_argument("-k", type=int, default=10, help="Number of items for each user.")
+    to.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet file; - writes CSV to standard output.")
+    add_filter_seen(to)
+
+
+def run(options: Any) -> None:
+    """Recommend the best next items for every history. Rows have the columns user,
+    item, rank, score, with the ids of the data. The model need not know the users;
+    items that it does not know are left out.
+
+      awrsr recommend --run runs/beauty -k 5
+      awrsr recommend --run runs/beauty --user 17 42
+      awrsr recommend --run runs/beauty --data new.txt --output top.parquet
+      echo "me 4 8 15" | awrsr recommend --run runs/beauty --data - --format lines
+    """
+    opened = OpenRun(options)
+    model = opened.model
+    if options.data:  # all its users, whatever the run left out
+        opened.data = replace(opened.data, min_user_events=1, min_item_events=1)
+    histories = opened.histories()
+    if options.user:
+        chosen = [find_user(histories, user) for user in options.user]
+        histories = histories.keep(np.isin(np.repeat(np.arange(histories.num_users), histories.lengths), chosen))
+    known, unknown = histories.numbered_as(model.ids())
+    empty = int((known.lengths == 0).sum())
+    if empty == known.num_users:
+        raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")
+    if unknown:
+        users = f"; users without any others: {empty:,}" if empty else ""
+        print(f"Left out {unknown:,} events whose items the model does not know{users}.", file=sys.stderr)
+    with writer(options.output, model.ids(), known.user_ids) as write:
+        for part in model.top_items(known, options.k, filter_seen=filter_seen(options)):
+            write(part)
+
+
+@contextmanager
+def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[Callable[["TopItems"], object]]:
+    """A function that adds some rows to the file: columns user, item, rank, score with the ids of the data. The file appears under
+    its name once all are written. output: a path, or - for CSV on standard output.
+
+    Raises:
+        ValueError: a suffix other than .csv, .jsonl or .parquet.
+    """
+    suffix = ".csv" if output == "-" else Path(output).suffix
+    if suffix not in SUFFIXES:
+        raise ValueError(f"output is {output!r}, must be - or end in one of {', '.join(SUFFIXES)}")
+
+    def frame(part: "TopItems") -> pl.DataFrame:
+        return pl.DataFrame({"user": user_ids[part.user], "item": item_ids[part.item], "rank": part.rank, "score": part.score})
+
+    with nullcontext() if output == "-" else atomic(output) as path:
+        if suffix == ".parquet":
+            parts: list[pl.DataFrame] = []
+            yield lambda part: parts.append(frame(part))
+            pl.concat(parts).write_parquet(str(path))
+            return
+        header = chain([True], repeat(False))
+        with nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8") as file:
+            if suffix == ".csv":
+                yield lambda part: file.write(frame(part).write_csv(include_header=next(header)))
+            else:
+                yield lambda part: file.write(frame(part).write_ndjson())

@@ -1,0 +1,133 @@
+"""`awrsr train`: train a model on a file of histories and evaluate it."""
+
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+
+from ..config import AWRSRConfig, TrainingOptions
+from ..data.histories import Split
+from ..data.prepare import DEMO, DataOptions, divide, histories
+from .shared import as_flags, say
+
+OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
+
+
+def add_flags(to: ArgumentParser) -> None:
+    to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
+    to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
+    to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, as --print-config prints it.")
+    out = "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)."
+    to.add_argument("--out", type=str, default="", help=out)
+    add_switch(to, "baseline", None, "Also train plain attention, in <out>/plain (default: only without --data).")
+    for title, kind in OPTIONS.items():
+        group = to.add_argument_group(title)
+        for each in fields(kind):
+            flag, help = "--" + each.name.replace("_", "-"), each.metadata["help"]
+            if isinstance(each.default, bool):
+                add_switch(group, each.name, each.default, help)
+            elif each.name != "num_items":  # the data say how many
+                values = {"choices": each.metadata["choices"]} if each.metadata["choices"] else {"type": type(each.default)}
+                group.add_argument(flag, *({f"--{each.name}"} - {flag}), default=each.default, help=help, **values)
+
+
+def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
+    to.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
+
+
+def run(options: Any) -> None:
+    """Train a model on a file of histories and evaluate it. Training stops when
+    validation no longer improves; the best epoch is evaluated on held-out events by
+    ranking the whole catalogue. Without --data it trains on synthetic histories, and
+    also a plain model to show what refinement is for; options then default to those
+    at the end of this text.
+
+      awrsr train
+      awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
+      awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
+      awrsr train --config plain.yaml --seed 1
+
+    The run folder then holds model.safetensors, config.json, items.parquet,
+    metrics.json and the rank of every held-out event. If training is interrupted or
+    killed, rerun the same command to resume from the last completed epoch; the
+    results are the same numbers. With more --epochs a finished run trains further.
+
+    Options of STOSA's authors, for that backbone:
+
+      --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
+      --feedforward 4 --activation elu --norm post --init normal
+      --hidden-dropout 0.3 --attention-dropout 0 --loss bpr --pvn-weight 0.005
+      --batch-size 256
+
+    Defaults without --data, unless you set the option yourself:
+    """
+    data, config, training = (
+        kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options}) for kind in OPTIONS.values()
+    )
+    loaded = histories(data)
+    repeats = f"{loaded.repeat_share():.1%} of the events repeat an item of their history"
+    order = "as they stand in the file" if loaded.times is None and data.data else "in order of time"
+    say(f"{data.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
+    split = divide(loaded, data)
+    name = "-".join((data.name, config.backbone, config.refinement, training.loss, str(training.seed)))
+    out = Path(options.out or Path("runs") / name)
+    config = replace(config, num_items=split.histories.num_items)
+    with_baseline = options.baseline if options.baseline is not None else not data.data
+    results = {}
+    if with_baseline and config.refinement != "none":
+        results["plain"] = train_one(replace(config, refinement="none"), data, training, split, out / "plain")
+    results["plain" if config.refinement == "none" else config.refinement] = train_one(config, data, training, split, out)
+    if not all(results.values()):
+        return  # a process other than the first
+    held_out = all("test" in result for result in results.values())
+    if held_out:
+        show(results)
+    ranks = " and the rank of every held-out event" if held_out else ""
+    print(f"\n{out} holds the model, its metrics{ranks}. Next:\n")
+    if not data.data:
+        print(f"  awrsr explain --run {out}          # what the model pays attention to")
+    print(f"  awrsr recommend --run {out} -k 5   # the best next items for every user")
+
+
+def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
+    """Train, evaluate and report one model; what it wrote to metrics.json, or nothing in a process other than the first."""
+    import torch
+
+    from ..recommender import AWRSR
+    from ..training.run import report, train
+
+    seen = "left out of the ranking" if training.filters_seen(split) else "ranked too"
+    whole = training.loss == "sampled_softmax" and training.num_negatives() >= config.num_items
+    loss = f"{training.loss} over the whole catalogue" if whole else training.loss
+    say(f"{config.backbone}, refinement {config.refinement}, {loss}, seen items {seen}: {out}")
+    torch.manual_seed(training.seed)
+    model = AWRSR(config)
+    try:
+        record = train(model, split, training, out, data=asdict(data))
+        if not record:
+            return {}
+        best = f"of which epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
+        say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
+        return report(model, split, training, record, out, asdict(data))
+    except KeyboardInterrupt:
+        say(f"\nRerun the same command to resume from the last completed epoch in {out}.", file=sys.stderr)
+        raise
+
+
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """Print a table of test metrics, a row per model."""
+    metrics = list(next(iter(results.values()))["test"])
+    with_recall = all("recall" in result for result in results.values())
+    headings = "".join(name.rjust(9) for name in metrics) + "HR@1 recall".rjust(13) * with_recall
+    print(f"\ntest       {headings}")
+    for name, result in results.items():
+        cells = "".join(f"{result['test'][metric]:9.4f}" for metric in metrics)
+        print(name.ljust(11) + cells + (f"{result['recall']['HR@1']:13.4f}" if with_recall else ""))
+    if with_recall:
+        recall = next(iter(results.values()))["recall"]
+        print(
+            f"\nHR@1 recall: of the {recall['targets']:,} held-out events where the current item had occurred before. "
+            f"Naming what followed it then would give {recall['rule HR@1']:.4f}."
+        )
