@@ -134,8 +134,7 @@ def _check(users: int, items: int, length: int, noise: float, popularity: float,
         if value < least:
             raise ValueError(f"{name} is {value}, must be {least} or more")
     if items < gap + 2:
-        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} keeps that many recent items and the answer out")
-    if not 0 <= noise <= 1:
-        raise ValueError(f"noise is {noise}, must be from 0 to 1")
-    if not 0 <= popularity <= 10:
-        raise ValueError(f"popularity is {popularity}, must be from 0 to 10")
+        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} rules out that many recent items, and the answer")
+    for name, share, most in (("noise", noise, 1), ("popularity", popularity, 10)):
+        if not 0 <= share <= most:
+            raise ValueError(f"{name} is {share}, must be from 0 to {most}")
