@@ -218,7 +218,7 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
 ) -> None:
     chosen = [Cell("searched", "lastfm", *each, variant="searched") for each in (("none", 2), ("value", 1))]
     control = Cell("why", "lastfm", "additive", 1, study_plan.EQUAL, "--table-std 0")
-    ablation = chosen[1]._replace(group="ablation", variant="searched without norm", options="--no-correlation-norm")
+    ablation = chosen[1]._replace(group="ablation", variant="searched without cosines", options="--temperature 0")
     wide = [Cell("recipe", "lastfm", kind, 1, "wide", "--hidden 128") for kind in ("none", "additive")]
     cells += [*chosen, control, ablation, *wide, study_plan.control(wide[1]._replace(group="why"))]
     study.main(arguments(tmp_path, "--seeds", "2"))
