@@ -1,6 +1,6 @@
-"""From columns as a file holds them to histories: ids, times, names of columns. Every complaint says where in the file.
+"""Columns of a file turned into histories: which column is what, ids and times; every complaint says where in the file.
 
-T events. A `Place` names the place of an event in the file: "ratings.csv:17", or "ratings.parquet: row 17".
+T events. A `Place` says where an event is in the file: "ratings.csv:17", or "ratings.parquet: row 17".
 """
 
 import re
@@ -15,7 +15,7 @@ from .histories import Histories
 
 Place = Callable[[int], str]
 
-LONGEST_ID = 1000  # characters; longer "ids" are running text, and a table of them would fill the memory
+LONGEST_ID = 1000  # characters; longer "ids" are prose, and a table of them would fill the memory
 EPOCH = datetime(1970, 1, 1)
 MISSING = ["nan", "null", "none", "na", "<na>"]  # how programs write a missing number
 USUAL = {
@@ -24,64 +24,70 @@ USUAL = {
     " artist artistid business businessid venue venueid book bookid isbn page pageid",
     "time": "time timestamp ts datetime date unixtime unixreviewtime eventtime unixtimestamp utctimestamp timems createdat",
 }
-UNTIMED = "none"  # as the name of the column of times: that there is none
-# What a guess makes nothing of but that it might be a time: by a word of its name, or by its end
+UNTIMED = "none"  # as the name of the column of times: there is none
+# A name that is not usual for times and yet might mean one: by a word in it, or by its end
 TELLING = re.compile(
     r"(?:^|[^a-z])(times?|dates?|datetimes?|timestamps?|ts|dt|dat|when|epoch|unix|utc|created|updated)(?:[^a-z]|$)"
     r"|(time|date|stamp)s?[0-9]*$|(?:^|[^a-z])(at|on)$"
 )
-NO_TIMES = ("candidate", "update", "lifetime", "runtime", "overtime")  # though they end so
+NO_TIMES = ("candidate", "update", "lifetime", "runtime", "overtime")  # in spite of their ends
 
 
 class DataError(ValueError):
-    """A file of histories that cannot be read as it stands: which file, which line and what is wrong with it."""
+    """A file of histories that cannot be read; the message names the file, the line and what is wrong."""
+
+
+def first(marks: "np.ndarray | pl.Series") -> int | None:
+    """The index of the first mark, if there is one."""
+    marks = np.asarray(marks, dtype=bool)
+    return int(marks.argmax()) if marks.any() else None
 
 
 def find_columns(
     source: str, header: Sequence[str], wanted: dict[str, str | None], moments: Collection[int] = ()
 ) -> dict[str, int]:
-    """Which column is the user, which the item and, where there is one, the time: those named in `wanted`, otherwise a guess.
+    """Which column is the user, which the item and, if there is one, the time: those named in `wanted`, otherwise a guess.
 
-    Capitals do not matter, nor, in a guess, does anything but letters and digits. A file whose times have an unusual name is not
-    taken for one without times, whose order of lines would be that of time: UNTIMED as the name says that it is. moments: columns
+    Case is ignored, and guesses consider only letters and digits. If a column may be the time but has an unusual name, the caller
+    must decide, because a file without times is taken to be in order of time; UNTIMED as the name says that it is. moments: columns
     that hold dates by their type.
     """
     names = [name.strip() for name in header]
-    listed = ", ".join(repr(name) for name in names)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise DataError(f"{source}: column {twice[0]!r} is there more than once; columns: {listed}")
-    found: dict[str, int] = {}
+
+    def refused(problem: str) -> DataError:
+        return DataError(f"{source}: {problem}; columns: {', '.join(map(repr, names))}")
+
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise refused(f"column {twice[0]!r} occurs more than once")
+    chosen: dict[str, int] = {}
     for role, name in wanted.items():
         if role == "time" and name == UNTIMED and UNTIMED not in map(str.casefold, names):
             continue
         if name is not None:
-            exact = [i for i, there in enumerate(names) if there == name]
-            matches = exact or [i for i, there in enumerate(names) if there.casefold() == name.casefold()]
-            problem = f"has no column {name!r}" if not matches else f"has more than one column {name!r} but for capitals"
+            exact = [i for i, other in enumerate(names) if other == name]
+            matches = exact or [i for i, other in enumerate(names) if other.casefold() == name.casefold()]
+            problem = f"has more than one column {name!r} if case is ignored" if matches else f"has no column {name!r}"
         else:
             matches = guesses(role, names)
-            problem = "has more than one column that" if matches else "has no column whose name says that it"
-            problem = f"{problem} may be the {role}; say which with --{role}-column NAME (in Python {role}=NAME)"
+            problem = "has more than one column that may be" if matches else "has no column whose name suggests"
+            problem = f"{problem} the {role}; name it with --{role}-column NAME (in Python {role}=NAME)"
         if len(matches) > 1 or (not matches and (name is not None or role != "time")):
-            raise DataError(f"{source}: {problem}; columns: {listed}")
+            raise refused(problem)
         if matches:
-            found[role] = matches[0]
-        elif maybe := [name for i, name in enumerate(names) if i not in found.values() and (i in moments or _may_be_time(name))]:
-            problem = (
-                f"column {maybe[0]!r} may be the time; say so with --time-column {maybe[0]!r}, or --time-column {UNTIMED} where"
-            )
-            raise DataError(f"{source}: {problem} the lines are in order of time (in Python time=NAME); columns: {listed}")
+            chosen[role] = matches[0]
+        elif maybe := [name for i, name in enumerate(names) if i not in chosen.values() and (i in moments or _may_be_time(name))]:
+            untimed = f"--time-column {UNTIMED} if the lines are in order of time (in Python time=NAME)"
+            raise refused(f"column {maybe[0]!r} may be the time; use --time-column {maybe[0]!r} if it is, or {untimed}")
     roles: dict[int, str] = {}
-    for role, column in found.items():
+    for role, column in chosen.items():
         if column in roles:
-            raise DataError(f"{source}: column {names[column]!r} is both {roles[column]} and {role}; columns: {listed}")
+            raise refused(f"column {names[column]!r} is both {roles[column]} and {role}")
         roles[column] = role
-    return found
+    return chosen
 
 
 def guesses(role: str, names: Sequence[str]) -> list[int]:
-    """Columns that by their names may be the user, item or time."""
+    """Columns with a usual name of the user, item or time."""
     usual = USUAL[role].split()
     return [i for i, name in enumerate(names) if re.sub(r"[\W_]", "", name.casefold()) in usual]
 
@@ -101,21 +107,17 @@ def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:
 
 
 def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.Series | None]:
-    """(T,) int64: the ids themselves where all are whole numbers that int64 holds, written as int64 writes them.
+    """(T,) int64: the ids themselves if all are whole numbers that int64 holds, written as int64 writes them.
     Otherwise numbers that stand for the ids, and the (N,) ids that they stand for as text."""
-    if values.dtype.is_integer():
-        exact = values.cast(pl.Int64, strict=False)
-        if not (exact.is_null() & values.is_not_null()).any():
-            _refuse_missing(values, role, place)
-            return exact.to_numpy(), None
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
         raise DataError(f"{place(0)}: {role} is of type {values.dtype}; must be one number or text per row")
     if values.dtype.is_float():
         values = values.fill_nan(None)
+    if values.dtype.is_float() or values.dtype.is_integer():
         exact = values.cast(pl.Int64, strict=False)
         if exact.null_count() == values.null_count() and (exact.cast(values.dtype) == values).all():
             _refuse_missing(values, role, place)
-            return exact.to_numpy(), None  # 7.0, as tables with gaps write it, is 7
+            return exact.to_numpy(), None  # tables with gaps write 7 as 7.0
     text = values.cast(pl.String).str.strip_chars(" \t")
     _refuse_missing(text, role, place)
     whole = text.str.contains(r"^(0|-?[1-9][0-9]*)$")
@@ -123,14 +125,11 @@ def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.S
         exact = text.cast(pl.Int64, strict=False)
         if not exact.null_count():
             return exact.to_numpy(), None
-    elif whole.any() and text.filter(~whole).str.to_lowercase().is_in(MISSING).all():
-        row = int(whole.arg_min() or 0)
+    elif whole.any() and text.filter(~whole).str.to_lowercase().is_in(MISSING).all() and (row := first(~whole)) is not None:
         raise DataError(f"{place(row)}: {role} is {text[row]!r} among whole numbers; must be an id")
-    too_long = text.str.len_chars() > LONGEST_ID
-    if too_long.any():
-        row = int(too_long.arg_max() or 0)
-        problem = f"{role} {_shown(text[row])} has {len(text[row])} characters; an id has at most {LONGEST_ID}"
-        raise DataError(f"{place(row)}: {problem}")
+    if (row := first(text.str.len_chars() > LONGEST_ID)) is not None:
+        length = f"has {len(text[row])} characters; must have at most {LONGEST_ID}"
+        raise DataError(f"{place(row)}: {role} {shown(text[row])} {length}")
     numbers = text.cast(pl.Categorical(pl.Categories.random())).to_physical().cast(pl.Int64).to_numpy()
     some_row = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
     some_row[numbers] = np.arange(len(numbers))
@@ -143,7 +142,7 @@ def labels_of(numbers: np.ndarray, labels: pl.Series | None) -> np.ndarray:
 
 
 def to_times(values: pl.Series, place: Place) -> np.ndarray:
-    """(T,) int64 where all are whole numbers, float64 otherwise; dates become seconds since 1970, in UTC if they name no zone."""
+    """(T,) int64 if all are whole numbers, float64 otherwise; dates become seconds since 1970, in UTC if they name no zone."""
     if values.dtype in (pl.Date, pl.Datetime):
         _refuse_missing(values, "time", place)
         return _seconds(values)
@@ -158,15 +157,13 @@ def to_times(values: pl.Series, place: Place) -> np.ndarray:
     numbers = values.cast(pl.Float64, strict=False)
     if numbers[0] is None:
         return _iso_seconds(values, place)
-    bad = numbers.is_null() | ~numbers.is_finite()
-    if bad.any():
-        row = int(bad.arg_max() or 0)
-        raise DataError(f"{place(row)}: time is {_shown(values[row])}; must be a finite number, as the first one is")
+    if (row := first(~numbers.is_finite().fill_null(False))) is not None:
+        raise DataError(f"{place(row)}: time is {shown(values[row])}; must be a finite number, as the first one is")
     return numbers.to_numpy()
 
 
 def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
-    """Seconds of ISO 8601 dates: at once what is written in the common ways, one by one the rest."""
+    """Seconds since 1970 of ISO 8601 dates: the common formats all at once, the others one by one."""
     tidy = text.str.replace(r"^([0-9-]{10}) ", "${1}T").str.replace(r"Z$", "+00:00")
     zoned = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False).dt.replace_time_zone(None)
     plain = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
@@ -177,11 +174,9 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
         try:
             moment = datetime.fromisoformat(tidy[row])
         except ValueError:
-            problem = (
-                f"time is {_shown(text[row])}; must be a number or an ISO 8601 date such as 2024-05-31T12:00:00, or the lines be"
-            )
-            problem = f"{problem} in order of time and the column passed over: --time-column {UNTIMED}"
-            raise DataError(f"{place(row)}: {problem}") from None
+            rule = "must be a number or an ISO 8601 date such as 2024-05-31T12:00:00"
+            untimed = f"if the lines are in order of time, --time-column {UNTIMED} ignores the column"
+            raise DataError(f"{place(row)}: time is {shown(text[row])}; {rule}; {untimed}") from None
         seconds[row] = moment.timestamp() if moment.tzinfo else (moment - EPOCH).total_seconds()
     return seconds
 
@@ -192,9 +187,10 @@ def _seconds(moments: pl.Series) -> np.ndarray:
 
 def _refuse_missing(values: pl.Series, role: str, place: Place) -> None:
     missing = values.is_null() if values.dtype != pl.String else values.is_null() | (values == "")
-    if missing.any():
-        raise DataError(f"{place(int(missing.arg_max() or 0))}: {role} is missing")
+    if (row := first(missing.fill_null(True))) is not None:
+        raise DataError(f"{place(row)}: {role} is missing")
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in quotes, cut if it is long."""
     return repr(value if not isinstance(value, str) or len(value) <= 40 else value[:40] + "...")

@@ -1,5 +1,5 @@
 """Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them; edits of
-Wikipedia (JODIE) as a port of SASRec has them, which hold what the others lack: users who take items again."""
+Wikipedia (JODIE) as a port of SASRec has them, the only ones whose users take items again."""
 
 import os
 import sys
@@ -48,20 +48,20 @@ def fetch(
     registry: Mapping[str, Remote] = REGISTRY,
     timeout: float = 30.0,
 ) -> Path:
-    """The file of a public data set, downloaded unless it is in the cache with the right checksum; read it with `readers.read`.
+    """The file of a public data set, downloaded unless the cache has it with the right checksum; read it with `readers.read`.
 
     Args:
         name: one of REGISTRY.
-        cache: the folder that keeps the files; otherwise the one named by the environment variable AWRSR_CACHE, otherwise the
-            system's usual place for caches.
-        base_url: the folder on the net that holds them: a mirror, or "http://127.0.0.1:8000/" in tests. Empty: where each is from.
+        cache: the folder that keeps the files; by default the one named by the environment variable AWRSR_CACHE, or else the
+            system's usual folder for caches.
+        base_url: the address of the folder to download from, such as a mirror; by default each file's own source.
         progress: show a bar on standard error, if that is a terminal.
-        registry: what there is to fetch.
-        timeout: seconds without an answer after which to give up.
+        registry: the data sets to choose from.
+        timeout: seconds to wait for an answer.
 
     Raises:
         ValueError: an unknown name.
-        FetchError: no connection, no such file there, another checksum (nothing is kept then), or a cache that cannot be written.
+        FetchError: no connection, no such file there, a wrong checksum (nothing is kept then), or a cache that cannot be written.
     """
     if name not in registry:
         raise ValueError(f"data set is {name!r}, must be one of {', '.join(registry)}")
@@ -71,19 +71,19 @@ def fetch(
     if target.is_file() and pooch.file_hash(str(target)) == remote.sha256:
         return target
     url = (base_url or remote.base_url).rstrip("/") + "/" + remote.file
-    by_hand = f"or fetch {url} by other means and put it at {target}"
+    by_hand = f"or download {url} by other means and put it at {target}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as partial:
             arrived = Path(partial) / target.name
             _download(url, arrived, progress and sys.stderr.isatty(), timeout)
-            found = pooch.file_hash(str(arrived))
-            if found != remote.sha256:
-                problem = f"{url} has SHA-256 {found}, must have {remote.sha256}; it was not kept"
-                raise FetchError(f"{problem}. A cut or altered download: try again, {by_hand}")
+            sha256 = pooch.file_hash(str(arrived))
+            if sha256 != remote.sha256:
+                problem = f"{url} has SHA-256 {sha256}, must have {remote.sha256}; it was not kept"
+                raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
             os.replace(arrived, target)
     except requests.HTTPError as error:
-        raise FetchError(f"no download: {error}. Give another base_url, {by_hand}") from None
+        raise FetchError(f"download failed: {error}. Give another base_url, {by_hand}") from None
     except requests.RequestException as error:
         problem = f"cannot reach {url} ({type(error).__name__})"
         raise FetchError(f"{problem}. Check the connection or the proxy and try again, {by_hand}") from None

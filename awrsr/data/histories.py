@@ -1,4 +1,4 @@
-"""Histories as flat arrays: what users did, in time order, and which part of it is for training, validation and test.
+"""Histories as flat arrays: what users did, in time order, and which events are for training, validation and test.
 
 U users, N items of the catalogue, T events of all users.
 """
@@ -42,31 +42,36 @@ class Histories:
         """(U,) events of each user."""
         return np.diff(self.offsets)
 
+    @property
+    def owners(self) -> np.ndarray:
+        """(T,) the user of each event, 0..U-1."""
+        return np.repeat(np.arange(self.num_users), self.lengths)
+
     def of(self, user: int) -> np.ndarray:
-        """(n,) items of the user at that place, in time order."""
+        """(n,) items of user number `user`, in time order."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     @classmethod
     def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
         """From parallel columns of T values: arrays, lists, or those of a table, whatever its index.
 
-        users, items: ids, as in `from_lists`; they are numbered as they first appear. times: numbers or datetime64 (which becomes
-            seconds since 1970); events of a user are put in their order, equal times and no times in the order given.
+        users, items: ids, as in `from_lists`; they are numbered in order of first appearance. times: numbers or datetime64 (which
+            becomes seconds since 1970); each user's events are sorted by them, and keep their order if times are equal or absent.
 
         Raises:
             TypeError: ids that are neither numbers nor text, times that are neither numbers nor datetime64. ValueError: columns of
-                different lengths; a value that is missing.
+                different lengths; a missing value.
         """
         users, items = _column("user", users), _column("item", items)
         times = None if times is None else _moments(times)
         lengths = {"users": len(users), "items": len(items)} | ({} if times is None else {"times": len(times)})
         if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            raise ValueError(f"columns must be equally long, a value per event: {told}")
+            got = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+            raise ValueError(f"columns must be equally long, a value per event: {got}")
         user_ids, user = number(users)
         item_ids, item = number(items)
         order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(user_ids)))])
+        offsets = sums(np.bincount(user, minlength=len(user_ids)))
         return cls(item[order], offsets, item_ids, user_ids, None if times is None else times[order])
 
     @classmethod
@@ -77,7 +82,7 @@ class Histories:
         together, become text.
 
         Raises:
-            TypeError: an entry that is no sequence of ids. ValueError: an id that is missing (None or NaN).
+            TypeError: an entry that is not a sequence of ids. ValueError: a missing id (None or NaN).
         """
         if isinstance(histories, Histories):
             return histories
@@ -91,21 +96,18 @@ class Histories:
             if isinstance(items, str | bytes) or not isinstance(items, Iterable):
                 raise TypeError(f"history of user {user!r} is {items!r}, must be a sequence of item ids")
         lists = [items.tolist() if isinstance(items, np.ndarray) else list(items) for items in pairs.values()]
-        lengths = np.array([len(items) for items in lists], dtype=np.int64)
         item_ids, item = number(_one_type("item", list(chain.from_iterable(lists))))
-        return cls(item, np.concatenate([[0], np.cumsum(lengths)]), item_ids, _one_type("user", list(pairs)))
+        return cls(item, sums(np.array([len(items) for items in lists], dtype=np.int64)), item_ids, _one_type("user", list(pairs)))
 
     def keep(self, events: np.ndarray) -> "Histories":
-        """Only the events marked in the (T,) boolean `events`; users and items that have none left are dropped."""
-        user = np.repeat(np.arange(self.num_users), self.lengths)[events]
-        users, user = np.unique(user, return_inverse=True)
+        """Only the events marked in the (T,) boolean `events`; users and items without events left are dropped."""
+        users, counts = np.unique(self.owners[events], return_counts=True)
         items, item = np.unique(self.items[events], return_inverse=True)
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(user, minlength=len(users)))])
         times = None if self.times is None else self.times[events]
-        return Histories(item, offsets, self.item_ids[items], self.user_ids[users], times)
+        return Histories(item, sums(counts), self.item_ids[items], self.user_ids[users], times)
 
     def core(self, min_user_events: int = 1, min_item_events: int = 1) -> "Histories":
-        """The k-core: drops users and items with fewer events, again and again until none is left that has."""
+        """The k-core: drops users and items with fewer events, repeatedly, until none is left."""
         kept = self
         while True:
             item_events = np.bincount(kept.items, minlength=kept.num_items)
@@ -115,7 +117,7 @@ class Histories:
             kept = kept.keep(~few)
 
     def collapsed(self) -> "Histories":
-        """Every run of one item becomes its first event."""
+        """Each run of one item is reduced to its first event."""
         first = np.ones(len(self.items), dtype=bool)
         first[1:] = self.items[1:] != self.items[:-1]
         first[self.offsets[:-1][self.lengths > 0]] = True
@@ -123,7 +125,7 @@ class Histories:
 
     def pairs(self) -> int:
         """How many different pairs of user and item there are."""
-        key = np.repeat(np.arange(self.num_users), self.lengths) * max(self.num_items, 1) + self.items
+        key = self.owners * max(self.num_items, 1) + self.items
         key.sort()  # np.unique would hash, which takes a hundred times as long for twenty million events
         return int(np.count_nonzero(key[1:] != key[:-1])) + min(len(key), 1)
 
@@ -132,30 +134,35 @@ class Histories:
         return 1 - self.pairs() / max(len(self.items), 1)
 
     def repeats(self) -> bool:
-        """Whether users take items again: in more than 1 % of the events, as a few doubled lines are no habit."""
+        """Whether users take items again: in more than 1 % of the events, as a few repeated lines are not a habit."""
         return self.repeat_share() > 0.01
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
         """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their
         item. All users stay, though some may be left with an empty history."""
-        place = {key: i for i, key in enumerate(_keys(item_ids))}
-        to = np.array([place.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
-        item = to[self.items] if len(to) else self.items
+        index = {key: i for i, key in enumerate(_keys(item_ids))}
+        renumbered = np.array([index.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
+        item = renumbered[self.items] if len(renumbered) else self.items
         known = item >= 0
-        offsets = np.concatenate([[0], np.cumsum(known)])[self.offsets]
         times = None if self.times is None else self.times[known]
-        return replace(self, items=item[known], offsets=offsets, item_ids=item_ids, times=times), int((~known).sum())
+        numbered = replace(self, items=item[known], offsets=sums(known)[self.offsets], item_ids=item_ids, times=times)
+        return numbered, int((~known).sum())
+
+
+def sums(counts: np.ndarray) -> np.ndarray:
+    """(n + 1,) sums of the first 0..n of the counts: where each of n parts starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)])
 
 
 def number(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids in order of first appearance, and for each entry the place of its id among them."""
+    """Distinct ids in order of first appearance, and for each entry the index of its id among them."""
     if len(ids) and ids.dtype == np.int64 and int(ids.max()) - (low := int(ids.min())) < 2 * len(ids) + 1000:
         return _number_dense(ids - low, low)
-    distinct, first, place = np.unique(ids, return_index=True, return_inverse=True)
+    distinct, first, index = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    return distinct[order], rank[place]
+    return distinct[order], rank[index]
 
 
 def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,29 +177,29 @@ def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _column(role: str, ids: Any) -> np.ndarray:
-    """(T,) ids of one type, from whatever holds them: by place, never by a table's index."""
+    """(T,) ids of one type, from any container: by position, never by a table's index."""
     if isinstance(ids, list | tuple):
-        return _one_type(role, list(ids))  # numpy would make one float of all
-    found = np.asarray(ids)
-    if found.ndim != 1:
-        raise ValueError(f"{role}s are of shape {found.shape}, must be (T,), an id per event")
-    return found if found.dtype == np.int64 or found.dtype.kind == "U" else _one_type(role, found.tolist())
+        return _one_type(role, list(ids))  # numpy would turn 2**53 + 1 and 0.5 into floats
+    values = np.asarray(ids)
+    if values.ndim != 1:
+        raise ValueError(f"{role}s are of shape {values.shape}, must be (T,), an id per event")
+    return values if values.dtype == np.int64 or values.dtype.kind == "U" else _one_type(role, values.tolist())
 
 
 def _moments(times: Any) -> np.ndarray:
     """(T,) times as numbers; of dates, seconds since 1970."""
-    found = np.asarray(times)
-    if found.ndim != 1:
-        raise ValueError(f"times are of shape {found.shape}, must be (T,), a moment per event")
-    if found.dtype.kind == "M":
-        missing, found = np.isnat(found), found.astype("datetime64[us]").astype(np.int64) / 1e6
-    elif found.dtype.kind in "iuf":
-        missing = np.isnan(found)
+    values = np.asarray(times)
+    if values.ndim != 1:
+        raise ValueError(f"times are of shape {values.shape}, must be (T,), a moment per event")
+    if values.dtype.kind == "M":
+        missing, values = np.isnat(values), values.astype("datetime64[us]").astype(np.int64) / 1e6
+    elif values.dtype.kind in "iuf":
+        missing = np.isnan(values)
     else:
-        raise TypeError(f"times are of type {found.dtype}, must be numbers or datetime64 without a time zone")
+        raise TypeError(f"times are of type {values.dtype}, must be numbers or datetime64 without a time zone")
     if missing.any():
         raise ValueError(f"times[{int(missing.argmax())}] is missing, must be a number or a date")
-    return found
+    return values
 
 
 def _one_type(role: str, ids: list[Any]) -> np.ndarray:
@@ -207,24 +214,24 @@ def _one_type(role: str, ids: list[Any]) -> np.ndarray:
     if all(issubclass(kind, Integral) for kind in kinds):
         try:
             return np.array(ids if kinds <= {int} else [int(x) for x in ids], dtype=np.int64)
-        except OverflowError:  # no int64; numpy would take to floats, in which neighbours are one
+        except OverflowError:  # beyond int64; numpy would use floats, which cannot tell neighbours apart
             pass
     elif all(issubclass(kind, Real) for kind in kinds):
         if all(isinstance(x, Integral) or float(x).is_integer() for x in ids):
-            return _one_type(role, [int(x) for x in ids])  # 7.0, as tables with gaps write it, is 7
+            return _one_type(role, [int(x) for x in ids])  # tables with gaps write 7 as 7.0
         if all(issubclass(kind, float) for kind in kinds):
             return np.array(ids, dtype=np.float64)
     return np.array([str(x) for x in ids], dtype=np.str_)
 
 
 def _keys(ids: np.ndarray) -> list[str]:
-    """Ids as text, so that 7 read as a number meets "7" read as text."""
+    """Ids as text, so that 7 read as a number equals "7" read as text."""
     return [str(key) for key in ids.tolist()]
 
 
 @dataclass(frozen=True)
 class Split:
-    """What is for training, validation and test: (U,) places within each history, train < validation < test.
+    """What is for training, validation and test: (U,) positions within each history, train < validation < test.
 
     A user's first `train_end` events train the model; each event from there to `validation_end` is a validation target, each from
     there on a test target. A target is predicted from all events before it.
@@ -235,7 +242,7 @@ class Split:
     validation_end: np.ndarray
 
     def fingerprint(self) -> str:
-        """Says whether two divisions are the same."""
+        """A digest that equal divisions share."""
         h = self.histories
         digest = hashlib.sha256()
         for part in (h.items, h.offsets, self.train_end, self.validation_end):
@@ -245,24 +252,24 @@ class Split:
         return digest.hexdigest()[:16]
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Split", int]:
-        """As `Histories.numbered_as`; an event that is left out is no target either, and no other one takes its place."""
+        """As `Histories.numbered_as`; an event that is left out is not a target either, and no other event replaces it."""
         h = self.histories
         numbered, unknown = h.numbered_as(item_ids)
         if not unknown:
             return replace(self, histories=numbered), 0
-        known = np.concatenate([[0], np.cumsum(np.isin(_keys(h.item_ids), _keys(item_ids))[h.items])])  # events before each place
+        known = sums(np.isin(_keys(h.item_ids), _keys(item_ids))[h.items])  # known events before each one
         ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
         return Split(numbered, *ends), unknown
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) users and (M,) places in their histories of the targets of "validation" or "test" that have an event before."""
+        """(M,) users and (M,) positions in their histories of the targets of "validation" or "test" that have an event before."""
         parts = {"validation": (self.train_end, self.validation_end), "test": (self.validation_end, self.histories.lengths)}
         if part not in parts:
             raise ValueError(f"part is {part!r}, must be validation or test")
         starts, ends = parts[part]
         counts = ends - starts
         users = np.repeat(np.arange(len(counts)), counts)
-        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(starts, counts)
+        places = np.arange(counts.sum()) - np.repeat(sums(counts)[:-1] - starts, counts)
         return users[places > 0], places[places > 0]
 
 
@@ -274,15 +281,15 @@ def split(
     validation_from: float | None = None,
     test_from: float | None = None,
 ) -> Split:
-    """Divide histories.
+    """Divide histories into training, validation and test.
 
     "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
     "last-n": the same with n events each. Users too short to leave one event for training train only.
     "time": events from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to.
-    "none": every event is for training, for a model that is to be used rather than judged.
+    "none": every event is for training, for a model that is to be used rather than evaluated.
 
     Raises:
-        ValueError: an unknown `how`; "time" without times or without two rising moments; n below 1; no target left.
+        ValueError: an unknown `how`; "time" without times or without two increasing moments; n below 1; no target left.
     """
     if how not in SPLITS:
         raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
@@ -296,9 +303,9 @@ def split(
             raise ValueError(
                 f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"
             )
-        owner = np.repeat(np.arange(len(lengths)), lengths)
-        train_end = np.bincount(owner[histories.times < validation_from], minlength=len(lengths))
-        validation_end = np.bincount(owner[histories.times < test_from], minlength=len(lengths))
+        owners = histories.owners
+        train_end = np.bincount(owners[histories.times < validation_from], minlength=len(lengths))
+        validation_end = np.bincount(owners[histories.times < test_from], minlength=len(lengths))
     else:
         n = 1 if how == "leave-one-out" else n
         if n < 1:

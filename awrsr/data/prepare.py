@@ -1,4 +1,4 @@
-"""From a file to histories divided for training, validation and test."""
+"""From options to histories that are divided into training, validation and test."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,9 @@ from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
 
-# Options of model and training that suit the made-up histories: one layer, with which only refinement can recall; in the last one
-# equal items find each other at the start, tables learn fast, and higher-order weights are not drowned by first-order ones; enough
-# epochs for two plain layers to learn it, too.
+# Options of model and training that suit the made-up histories: a single layer can recall only if it is refined; in it, equal items
+# attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones; the epochs suffice
+# for two plain layers to learn the task, too.
 DEMO: dict[str, Any] = {
     "layers": 1,
     "init": "match",
@@ -28,26 +28,25 @@ DEMO: dict[str, Any] = {
     "patience": 0,
 }
 
-
-OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options of one way to split alone
+OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that belong to one way to split
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which histories, and how they are divided; each option says what it is for."""
+    """Which histories, and how they are divided."""
 
-    data: str = option("", "file of histories; without one, a made-up data set that refinement is good for")
-    format: str = option("auto", "of the file; auto looks at its name and content", choices=FORMATS)
-    user_column: str = option("", "name of the column of users; without one, the usual names are tried")
+    data: str = option("", "file of histories; without one, a made-up data set that needs refinement")
+    format: str = option("auto", "format of the file; auto decides by its name and content", choices=FORMATS)
+    user_column: str = option("", "name of the column of users; by default one of the usual names")
     item_column: str = option("", "name of the column of items; likewise")
     time_column: str = option("", "name of the column of times; likewise; none says that lines are in order of time")
-    min_user_events: int = option(1, "leave out users with fewer events, and so on until none is left (k-core)", least=1)
+    min_user_events: int = option(1, "leave out users with fewer events, repeatedly until none is left (k-core)", least=1)
     min_item_events: int = option(1, "leave out items with fewer events, likewise", least=1)
     collapse: bool = option(False, "count a run of one item as one event")
     split: str = option(
         "leave-one-out",
         "what is held out: each user's last event for test and the one before for validation; the last holdout events each; "
-        "or all events from a moment on; none: nothing, every event is trained on for all epochs, and there is nothing to evaluate",
+        "or all events from a moment on; none: nothing, so that all events are trained on for all epochs and none is evaluated",
         choices=SPLITS,
     )
     holdout: int = option(1, "events per user in validation and in test, for the split last-n", least=1)
@@ -58,7 +57,7 @@ class DataOptions:
         check(self)
         for name, of in OF_SPLIT.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default and self.split != of:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, which is of the split {of}, and split is {self.split!r}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which needs the split {of}; split is {self.split!r}")
 
     @property
     def name(self) -> str:
@@ -70,12 +69,12 @@ def histories(options: DataOptions) -> Histories:
     """The histories that the options describe, filtered."""
     if options.data:
         columns = {"user": options.user_column, "item": options.item_column, "time": options.time_column}
-        found = read(options.data, format=options.format, **{role: name or None for role, name in columns.items()})
+        events = read(options.data, format=options.format, **{role: name or None for role, name in columns.items()})
     else:
-        found = make()
+        events = make()
     if options.collapse:
-        found = found.collapsed()
-    kept = found.core(options.min_user_events, options.min_item_events)
+        events = events.collapsed()
+    kept = events.core(options.min_user_events, options.min_item_events)
     if not kept.num_users:
         raise ValueError(
             f"min_user_events={options.min_user_events}, min_item_events={options.min_item_events} leave nothing of {options.name}"
@@ -83,14 +82,14 @@ def histories(options: DataOptions) -> Histories:
     return kept
 
 
-def divide(found: Histories, options: DataOptions) -> Split:
-    """Divide them as the options say."""
+def divide(histories: Histories, options: DataOptions) -> Split:
+    """Divide histories as the options say."""
     moments: dict[str, Any] = {name: moment(name, getattr(options, name)) for name in ("validation_from", "test_from")}
-    return split(found, options.split, n=options.holdout, **moments)
+    return split(histories, options.split, n=options.holdout, **moments)
 
 
 def moment(name: str, text: str) -> float | None:
-    """Seconds since 1970 of a date, or whatever number the data count in; read as the times of a file are."""
+    """Seconds since 1970 of a date, or a number in the unit of the data; read like the times of a file."""
     try:
         return float(to_times(pl.Series([text]), lambda _: name)[0]) if text else None
     except DataError:

@@ -6,14 +6,14 @@
 "csv"      columns under a header, divided by commas, tabs, semicolons, bars or spaces, whichever the header has most of.
 "parquet"  columns.
 
-"auto" looks at Parquet's first bytes, then at the suffix (.inter, .csv, .tsv, .parquet), then at the first line, which may be a
-header of the third or fourth kind. What is left is "pairs" where every line has exactly two fields, and "lines" otherwise. A file
-whose lines all have two fields and no user twice means the same either way.
+"auto" recognises Parquet by its first bytes, then looks at the suffix (.inter, .csv, .tsv, .parquet), then at the first line, which
+may be a header of the third or fourth kind. Otherwise the format is "pairs" if every line has exactly two fields, else "lines". A
+file whose lines all have two fields and no user twice means the same either way.
 
-Ids are labels of any kind. The ids of all users (of all items) are int64 where every one is a whole number written the way int64
-prints it, so 007, +7 and 10**30 keep them text. Blank lines are skipped, blanks around a field do not count. Without a time column
-the events of a user are in time order in the file; with one they are sorted by it, equal times in the order of the file. Numbers in
-a time column stay as they are; dates become seconds since 1970, UTC unless they name a zone. A text file may be gzipped.
+Ids are labels of any kind. The ids of all users (of all items) are int64 if every one is a whole number in the form that int64
+prints; a single 007, +7 or 10**30 makes all of them text. Blank lines and blanks around a field are ignored. Without a time column,
+a user's events must be in time order; with one they are sorted by it, and keep their order where times are equal. Numbers in a time
+column are kept; dates become seconds since 1970, UTC unless they name a zone. A text file may be gzipped.
 """
 
 import gzip
@@ -27,7 +27,7 @@ from typing import IO
 import polars as pl
 
 from ._read_columns import UNTIMED, DataError, find_columns, guesses, to_histories
-from ._read_text import header_of, inter_names, read_delimited, read_lines, read_pairs, refuse_header, tidy, words_of
+from ._read_text import header_of, read_delimited, read_lines, read_pairs, refuse_header, text_of, words_of
 from .histories import Histories
 
 __all__ = ["FORMATS", "DataError", "read"]
@@ -51,12 +51,12 @@ def read(
     Args:
         path: a file, "-" for standard input, or an open text or binary stream.
         format: one of FORMATS; this module's docstring says what they are and how "auto" decides.
-        user: name of the column of users; guessed from the usual names if left out.
-        item: likewise of items.
-        time: likewise of times, which a file need not have; "none" where a column looks like times and is not.
+        user: name of the column of users; by default one of the usual names.
+        item: name of the column of items, likewise.
+        time: name of the column of times, likewise; a file need not have one. "none" if a column looks like times and is not.
 
     Raises:
-        DataError: the file is missing, empty, not of that format, or wrong on a line, which the message names.
+        DataError: the file is missing, empty, not of that format, or has a wrong line, which the message names.
         ValueError: an unknown format.
     """
     if format not in FORMATS:
@@ -67,17 +67,16 @@ def read(
     chosen = SUFFIXES.get(Path(source.removesuffix(".gz")).suffix.lower()) if format == "auto" else format
     if chosen == "parquet" or (format == "auto" and data.startswith(b"PAR1")):
         return _read_parquet(source, data, wanted)
-    data = tidy(source, data)
-    header = header_of(data) if chosen in (None, "inter", "csv") else None
-    if header is not None:
-        typed = inter_names(header) is not None
-        if chosen == "inter" and not typed:
+    text = text_of(source, data)
+    if chosen in (None, "inter", "csv"):
+        header = header_of(text)
+        if chosen == "inter" and not header.typed:
             raise DataError(f"{source}: has no header like user_id:token<tab>item_id:token; its first line is {header.names}")
-        if chosen is not None or typed or named or (guesses("user", header.names) and guesses("item", header.names)):
-            return read_delimited(source, data, header, wanted)
+        if chosen is not None or header.typed or named or (guesses("user", header.names) and guesses("item", header.names)):
+            return read_delimited(text, header, wanted)
     if named:
         raise DataError(f'{source}: format "{chosen}" has no columns, so {named} cannot be found')
-    words = words_of(source, data)
+    words = words_of(text)
     if chosen is None:
         refuse_header(words)
     if chosen == "pairs" or (chosen is None and (words.counts == 2).all()):
@@ -86,7 +85,7 @@ def read(
 
 
 def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, bytes]:
-    """A name for messages, and all bytes, unzipped."""
+    """A name for messages, and the content, unzipped."""
     if not isinstance(path, str | os.PathLike):
         content = path.read()
         name = getattr(path, "name", None)
@@ -108,7 +107,7 @@ def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, by
         try:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
-            raise DataError(f"{source}: is a gzip archive that is cut off or damaged: {error}") from None
+            raise DataError(f"{source}: is an incomplete or damaged gzip archive: {error}") from None
     return source, data
 
 
@@ -121,7 +120,7 @@ def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Hi
         columns = find_columns(source, names, wanted, [i for i, kind in enumerate(schema.values()) if kind.is_temporal()])
         table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in columns.values()])
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise DataError(f"{source}: is no Parquet file that can be read: {error}") from None
+        raise DataError(f"{source}: is not a readable Parquet file: {error}") from None
     if not len(table):
         raise DataError(f"{source}: has no rows")
     return to_histories({role: table[names[column]] for role, column in columns.items()}, lambda row: f"{source}: row {row + 1}")

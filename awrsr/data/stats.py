@@ -1,4 +1,4 @@
-"""What a file of histories is like, before anything is trained on it."""
+"""Statistics of histories, to look at before anything is trained on them."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,13 +18,12 @@ def stats(histories: Histories) -> dict[str, Any]:
     users, items, events, density (events over users times items); length_mean, _median, _p90, _p99, _longest.
     repeat_share: events whose item the user had before. run_share: events whose item is that of the event before.
     recall_share: events whose predecessor occurred earlier still; recall_holds: how often such an event is what followed then.
-    top_item_share, gini: how uneven items are, 0 for all alike. padding_share: empty slots if every user filled a row of 50.
+    top_item_share, gini: how uneven items are, 0 for all equally often. padding_share: empty slots in rows of 50, one per user.
     time_first, time_last: only with times.
     """
     lengths, events = histories.lengths, len(histories.items)
-    owner = np.repeat(np.arange(histories.num_users), lengths)
     place = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
-    answer = recall_answer(histories, owner, place)
+    answer = recall_answer(histories, histories.owners, place)
     counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
     distinct = histories.pairs()
     runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
@@ -51,7 +50,7 @@ def stats(histories: Histories) -> dict[str, Any]:
 
 
 def table(values: dict[str, Any]) -> str:
-    """The result of `stats` for people to read."""
+    """The result of `stats` as text."""
     rows = [
         ("users", _count(values["users"])),
         ("items", _count(values["items"])),
@@ -79,7 +78,7 @@ def _share(part: Any, whole: Any) -> float | None:
 
 
 def _gini(counts: np.ndarray) -> float | None:
-    """From 0, every item as often as any other, to almost 1, one item alone; counts rise."""
+    """From 0, all items equally frequent, to almost 1, a single item; counts must be sorted."""
     size, total = len(counts), counts.sum()
     return float(((2 * np.arange(1, size + 1) - size - 1) * counts).sum() / (size * total)) if total else None
 
@@ -97,5 +96,5 @@ def _percent(value: float | None) -> str:
 
 
 def _moment(value: float) -> str:
-    """As a date where it can be one in seconds from 1980 to 2100."""
+    """As a date if it can be seconds since 1970 of a date between 1980 and 2100."""
     return f"{EPOCH + timedelta(seconds=value):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"

@@ -15,7 +15,7 @@ import numpy as np
 from ..files import atomic
 from .histories import Histories
 
-BLOCK = 1 << 15  # users drawn at a time; part of what a seed means
+BLOCK = 1 << 15  # users drawn at a time; another size would draw other histories from the same seed
 
 
 def make(
@@ -31,17 +31,17 @@ def make(
     """Draw histories of the recall task; the same arguments give the same histories, bit for bit.
 
     By default few items, all equally likely, come back often and little noise breaks the rule, so that a model of one refined layer
-    learns it in a minute on a CPU, while nothing but the rule tells what comes next.
+    learns it in a minute on a CPU, while only the rule tells what comes next.
 
     Args:
         users: U.
-        items: N, called 1..N; those that no history has are not in the catalogue of the result.
+        items: N, called 1..N; items that occur in no history are not in the catalogue of the result.
         length: L, events of each user.
-        noise: how often the rule is broken where it could hold; 1 - noise is the best HR@1 there is on planted answers.
-        popularity: exponent of Zipf's law by which fresh items are drawn, where nothing is recalled; 0 draws all alike.
-        gap: a fresh item is none of the last `gap` events. Small gaps let histories fall into short cycles, which "the item k
+        noise: how often the rule is broken where it could hold; 1 - noise is the best possible HR@1 on planted answers.
+        popularity: exponent of Zipf's law by which fresh items are drawn, where nothing is recalled; 0 draws all equally often.
+        gap: a fresh item is not among the last `gap` events. Small gaps let histories fall into short cycles, which "the item k
             steps back" predicts without any recall.
-        seed: of the generator.
+        seed: seed of the generator.
 
     Raises:
         ValueError: a number out of range, with the range.
@@ -55,7 +55,7 @@ def make(
 
 
 def _block(rng: np.random.Generator, users: int, length: int, chances: np.ndarray, noise: float, gap: int) -> np.ndarray:
-    """(users, L) items of some users, one place after another for all of them."""
+    """(users, L) items, drawn position by position for all users at once."""
     drawn = np.empty((users, length), dtype=np.int64)
     for place in range(length):
         answer = _followers(drawn, place)
@@ -84,23 +84,23 @@ def _followers(rows: np.ndarray, place: int) -> np.ndarray:
 
 
 def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(M,) the item that the rule puts at `places` in the histories of `users`: what followed the last earlier occurrence of the
-    item before; -1 where there is none. These are the planted answers of `make`, and a predictor for any histories with repeats.
+    """(M,) the item that the rule puts at positions `places` in the histories of `users`: what followed the last earlier occurrence
+    of the item before; -1 where there is none. These are the planted answers of `make`, and predictions for any histories with
+    repeats.
 
     Raises:
-        ValueError: a place beyond the history; the place after its last event is allowed, and is the next event to come.
+        ValueError: a position beyond the history; the one after its last event is allowed, and means the next event.
     """
     users, places = np.asarray(users, dtype=np.int64), np.asarray(places, dtype=np.int64)
     beyond = (places < 0) | (places > histories.lengths[users])
     if beyond.any():
         m = int(beyond.argmax())
         raise ValueError(f"places[{m}] is {places[m]}, must be from 0 to {histories.lengths[users[m]]}, the length of that history")
-    owner = np.repeat(np.arange(histories.num_users), histories.lengths)
-    key = owner * max(histories.num_items, 1) + histories.items
+    key = histories.owners * max(histories.num_items, 1) + histories.items
     order = np.argsort(key, kind="stable")
-    same = key[order[1:]] == key[order[:-1]]
-    earlier = np.full(len(key), -1, dtype=np.int64)  # (T,) the event before with the same user and item
-    earlier[order[1:][same]] = order[:-1][same]
+    repeated = key[order[1:]] == key[order[:-1]]
+    earlier = np.full(len(key), -1, dtype=np.int64)  # (T,) the previous event with the same user and item
+    earlier[order[1:][repeated]] = order[:-1][repeated]
     answer = np.full(len(users), -1, dtype=np.int64)
     inside = np.flatnonzero(places > 0)
     before = earlier[histories.offsets[users[inside]] + places[inside] - 1]
@@ -109,10 +109,10 @@ def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -
 
 
 def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
-    """Write a file in the format "lines", whole or not at all.
+    """Write a file in the format "lines"; it appears only once it is complete.
 
     Raises:
-        ValueError: an id that is empty or holds blanks; a user without events.
+        ValueError: an id that is empty or contains blanks; a user without events.
     """
     path = Path(path)
     for role, ids in (("user", histories.user_ids), ("item", histories.item_ids)):
@@ -134,8 +134,7 @@ def _check(users: int, items: int, length: int, noise: float, popularity: float,
         if value < least:
             raise ValueError(f"{name} is {value}, must be {least} or more")
     if items < gap + 2:
-        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} keeps that many recent items and the answer out")
-    if not 0 <= noise <= 1:
-        raise ValueError(f"noise is {noise}, must be from 0 to 1")
-    if not 0 <= popularity <= 10:
-        raise ValueError(f"popularity is {popularity}, must be from 0 to 10")
+        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} rules out that many recent items, and the answer")
+    for name, share, most in (("noise", noise, 1), ("popularity", popularity, 10)):
+        if not 0 <= share <= most:
+            raise ValueError(f"{name} is {share}, must be from 0 to {most}")

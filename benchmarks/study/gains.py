@@ -1,11 +1,10 @@
-"""Cells of the study beside one another: what is held to what, gains on the same users, and whether they are shown.
+"""Comparisons of the study's cells: which are made, the gains on the same users, and whether they are significant.
 
-A gain is a difference on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is held to.
-p is the larger of the paired t-test's and the sign-flip test's, over users with the seeds as they are, corrected by Holm for
-all comparisons of cells that the plan gives five seeds, those that lack runs among them (they count as p = 1, so that runs to
-come can only lower the p of others); the rest, which only show where to look, have none. Intervals are
-bootstrapped over users and seeds. A gain is called better or worse where p < 0.05, the interval leaves 0 out and both cells
-have five seeds.
+A gain is a difference on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is compared
+with. p is the larger of the paired t-test's and the sign-flip test's, over users with the seeds held fixed, corrected by Holm for
+all comparisons of cells that the plan gives five seeds, including those that lack runs (they count as p = 1, so that later runs can
+only lower the p of others); the rest, which only show where to look, have no p. Intervals are bootstrapped over users and seeds. A
+gain is called better or worse if p < 0.05, the interval excludes 0 and both cells have five seeds.
 """
 
 import zlib
@@ -18,7 +17,7 @@ from awrsr.evaluation import significance
 from awrsr.evaluation.compare import FEWEST_SEEDS, LEVEL
 from awrsr.evaluation.ranking import metric
 from benchmarks.study.plan import AS_REFINED, EQUAL, Cell, control, plan
-from benchmarks.study.run import KEY, Results
+from benchmarks.study.run import Results, run_key
 
 METRIC = "NDCG@10"
 RESAMPLES = 10000
@@ -26,42 +25,47 @@ FLIPS = 50000  # of signs: p is 1 / FLIPS at least, which the correction multipl
 
 
 @dataclass(frozen=True)
-class Found:
-    """A cell with what its runs reached."""
+class Runs:
+    """A cell and the results of its runs."""
 
     cell: Cell
     entries: list[dict[str, Any]]  # by seed
     values: np.ndarray  # (M, S) NDCG@10 of each target in each run
 
-    def mean(self, part: str = "test", name: str = METRIC) -> float:
-        return float(np.mean([entry[part][name] for entry in self.entries]))
+    def mean(self, name: str = METRIC) -> float:
+        return float(np.mean([entry["test"][name] for entry in self.entries]))
 
-    def sd(self, name: str = METRIC) -> float | None:
-        return float(np.std([entry["test"][name] for entry in self.entries], ddof=1)) if len(self.entries) > 1 else None
+    def sd(self) -> float | None:
+        return float(np.std([entry["test"][METRIC] for entry in self.entries], ddof=1)) if len(self.entries) > 1 else None
 
     def average(self, name: str) -> float:
         return float(np.mean([entry[name] for entry in self.entries]))
 
     def after(self, seconds: float) -> float:
-        """Best on validation within so many seconds of the processor, all epochs of a run taken as equally long."""
-        best = []
-        for entry in self.entries:
-            epochs = int(seconds / entry["train_cpu_seconds"] * entry["epochs"] + 1e-9)
-            best.append(max(entry["curve"][: max(epochs, 1)]))
-        return float(np.mean(best))
+        """Best validation metric within so much CPU time, taking all epochs of a run as equally long."""
+        epochs = [int(seconds / entry["train_cpu_seconds"] * entry["epochs"] + 1e-9) for entry in self.entries]
+        return float(np.mean([max(entry["curve"][: max(n, 1)]) for entry, n in zip(self.entries, epochs, strict=True)]))
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A cell minus the one it is held to."""
+    """A model compared with a base."""
 
     question: str  # the part of the study that asks
-    found: Found
-    base: Found
-    difference: float
+    model: Runs
+    base: Runs
     low: float
     high: float
-    p: float = 1.0  # corrected; no number where none is due
+    p: float = float("nan")  # corrected; no number where none is due
+
+    @property
+    def paired(self) -> np.ndarray:
+        """(M,) differences of users."""
+        return self.model.values.mean(1) - self.base.values.mean(1)
+
+    @property
+    def difference(self) -> float:
+        return float(self.paired.mean())
 
     @property
     def relative(self) -> float:
@@ -70,12 +74,7 @@ class Gain:
     @property
     def complete(self) -> bool:
         """Whether both cells have the seeds that a claim takes."""
-        return min(len(self.found.entries), len(self.base.entries)) >= FEWEST_SEEDS
-
-    @property
-    def paired(self) -> np.ndarray:
-        """(M,) differences of users."""
-        return self.found.values.mean(1) - self.base.values.mean(1)
+        return min(len(self.model.entries), len(self.base.entries)) >= FEWEST_SEEDS
 
     @property
     def verdict(self) -> str:
@@ -86,95 +85,87 @@ class Gain:
         return "better" if self.difference > 0 else "worse"
 
 
-def gather(results: Results) -> list[Found]:
+def gather(results: Results) -> list[Runs]:
     """Cells of the plan that have runs, in its order."""
-    ranks = (
-        {}
-        if results.ranks is None
-        else {tuple(row[name] for name in KEY): row["ranks"] for row in results.ranks.iter_rows(named=True)}
-    )
-    found = []
-    for cell in plan():
-        entries = [entry for seed in range(cell.seeds) if (entry := results.of(cell, seed))]
-        if entries:
-            values = [metric(METRIC, np.array(ranks[tuple(e[name] for name in KEY)])) for e in entries]
-            found.append(Found(cell, entries, np.stack(values, 1)))
-    return found
+    rows = [] if results.ranks is None else results.ranks.iter_rows(named=True)
+    values = {run_key(row): metric(METRIC, np.array(row["ranks"])) for row in rows}
+    done = [(cell, entries) for cell in plan() if (entries := results.done(cell))]
+    return [Runs(cell, entries, np.stack([values[run_key(entry)] for entry in entries], 1)) for cell, entries in done]
 
 
-def pairs(cells: list[Found]) -> list[tuple[str, Found, Found]]:
-    """What is held to what, and in which part of the study.
+def pairs(cells: list[Runs]) -> list[tuple[str, Runs, Runs]]:
+    """The comparisons as (question, model, base).
 
-    A refined cell to plain attention of as many layers, of the same variant if there is one. In "depth" additive refinement to
-    plain attention of more layers, up to twice as many, on made-up data from whatever start; in "control" to itself with higher-
-    order weights that are all equal; in "recipe" plain attention to itself without the change; in "searched" what one search
-    chose to what the other did, and to all other plain cells; in "ablation" that to itself with a change, and additive refinement
-    with those settings, its weights learned or equal, to plain attention with them.
+    A refined cell is compared with plain attention of as many layers, of the same variant if there is one. In "depth" additive
+    refinement is compared with plain attention of more layers, up to twice as many, on made-up data from whatever start; in
+    "control" with itself with higher-order weights that are all equal; in "recipe" plain attention with itself without the change;
+    in "searched" what one search chose with what the other did, and with all other plain cells; in "ablation" that with itself with
+    a change, and additive refinement with those settings, its weights learned or equal, with plain attention with them.
     """
     found = []
-    for refined in cells:
-        c = refined.cell
-        like = (c.dataset, c.backbone, c.loss)
-        plain = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == like and o.cell.refinement == "none"]
+    for model in cells:
+        c = model.cell
+        alike = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == (c.dataset, c.backbone, c.loss)]
+        plain = [o for o in alike if o.cell.refinement == "none"]
         if c.group == "ablation" and c.refinement == "additive":  # learned weights and equal ones, over plain ones and each other
-            of = [o for o in plain if o.cell.variant == AS_REFINED]
-            found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.layers != c.layers)]
+            bases = [o for o in plain if o.cell.variant == AS_REFINED]
+            found += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.layers != c.layers)]
             equal = [o for o in cells if (o.cell.group, o.cell.refinement) == (c.group, c.refinement) and EQUAL in o.cell.variant]
-            found += [(c.group, refined, o) for o in equal if EQUAL not in c.variant]
+            found += [(c.group, model, o) for o in equal if EQUAL not in c.variant]
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose
-            of = [o for o in plain if o.cell.group in ("searched", "core", "depth")]
-            found += [(c.group, refined, base) for base in sorted(of, key=lambda o: o.cell.group != c.group)]
-            found += [("ablation", refined, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
+            bases = [o for o in plain if o.cell.group in ("searched", "core", "depth")]
+            found += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.group != c.group)]
+            found += [("ablation", model, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
             continue
         variants = [c.variant, c.variant.removesuffix(f" with {EQUAL}"), "default"]  # the first of these that there is
-        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in variants and o is not refined]
-        found += [(c.group, refined, base) for base in sorted(level, key=lambda o: variants.index(o.cell.variant))[:1]]
+        level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in variants and o is not model]
+        found += [(c.group, model, base) for base in sorted(level, key=lambda o: variants.index(o.cell.variant))[:1]]
         if c.refinement == "additive":
-            found += [("control", refined, o) for o in cells if o.cell.key() == control(c).key()]
+            found += [("control", model, o) for o in cells if o.cell.key() == control(c).key()]
         if c.group == "core" and c.refinement == "additive":
             deeper = [o for o in plain if c.layers < o.cell.layers <= 2 * c.layers]
-            found += [("depth", refined, o) for o in deeper if o.cell.variant == "default" or c.dataset == "synthetic"]
+            found += [("depth", model, o) for o in deeper if o.cell.variant == "default" or c.dataset == "synthetic"]
     return found
 
 
 def planned() -> int:
     """Comparisons of cells that the plan gives the seeds that a claim takes, whether these were run or not."""
-    cells = pairs([Found(cell, [], np.empty(0)) for cell in plan()])
-    return sum(min(found.cell.seeds, base.cell.seeds) >= FEWEST_SEEDS for _, found, base in cells)
+    cells = pairs([Runs(cell, [], np.empty(0)) for cell in plan()])
+    return sum(min(model.cell.seeds, base.cell.seeds) >= FEWEST_SEEDS for _, model, base in cells)
 
 
 def randomness(*names: str) -> np.random.Generator:
-    """Of one comparison or data set, whatever others there are: what more runs do not concern stays as it was."""
+    """A generator that depends only on one comparison or data set, so that results do not change when others are added."""
     return np.random.default_rng(zlib.crc32(" ".join(names).encode()))
 
 
-def contrast(question: str, found: Found, base: Found) -> Gain:
+def contrast(question: str, model: Runs, base: Runs) -> Gain:
     """The gain on the same users, without its p."""
-    rng = randomness(found.cell.name, base.cell.name)
-    gain = Gain(question, found, base, 0.0, 0.0, 0.0)
+    rng = randomness(model.cell.name, base.cell.name)
+    gain = Gain(question, model, base, 0.0, 0.0)
     draws = significance.resampled_means(gain.paired[:, None], RESAMPLES, rng)
-    for each, sign in ((found, 1), (base, -1)):
+    for each, sign in ((model, 1), (base, -1)):
         draws = draws + sign * significance.seed_deviations(each.values.mean(0)[:, None], RESAMPLES, rng)
     low, high = significance.interval(draws)
-    return replace(gain, difference=float(gain.paired.mean()), low=float(low[0]), high=float(high[0]), p=float("nan"))
+    return replace(gain, low=float(low[0]), high=float(high[0]))
 
 
-def gains(cells: list[Found]) -> list[Gain]:
+def gains(cells: list[Runs]) -> list[Gain]:
     """Every comparison of the study, corrected for their number."""
-    found = [contrast(*each) for each in pairs(cells)]
+    compared = [contrast(*each) for each in pairs(cells)]
     raw: dict[int, float] = {}
-    for dataset in dict.fromkeys(gain.found.cell.dataset for gain in found):  # one set of flipped signs for all who share users
-        places = [i for i, gain in enumerate(found) if gain.complete and gain.found.cell.dataset == dataset]
-        if places:
-            paired = np.stack([found[i].paired for i in places], 1)
+    for dataset in dict.fromkeys(gain.model.cell.dataset for gain in compared):  # one set of flipped signs for all who share users
+        of = [i for i, gain in enumerate(compared) if gain.complete and gain.model.cell.dataset == dataset]
+        if of:
+            paired = np.stack([compared[i].paired for i in of], 1)
             p = np.maximum(significance.t_test(paired), significance.sign_flip_test(paired, FLIPS, randomness(dataset)))
-            raw |= dict(zip(places, p.tolist(), strict=True))
+            raw |= dict(zip(of, p.tolist(), strict=True))
     corrected = significance.holm([*raw.values(), *[1.0] * (planned() - len(raw))])
-    for i, p in zip(raw, corrected[: len(raw)], strict=True):
-        found[i] = replace(found[i], p=float(p))
-    return found
+    for i, p in zip(raw, corrected.tolist(), strict=False):  # the rest are of comparisons that lack runs
+        compared[i] = replace(compared[i], p=p)
+    return compared
 
 
 def controlled(compared: list[Gain]) -> list[tuple[Gain, Gain, Gain]]:
@@ -182,8 +173,8 @@ def controlled(compared: list[Gain]) -> list[tuple[Gain, Gain, Gain]]:
     over plain attention, of additive refinement over it, and of that over the mean."""
     found = []
     for learned in compared:
-        if learned.found.cell.refinement == learned.base.cell.refinement == "additive" and EQUAL in learned.base.cell.variant:
-            level = [g for g in compared if g.base.cell.refinement == "none" and g.base.cell.layers == g.found.cell.layers]
-            over = {id(g.found): g for g in level}
-            found.append((over[id(learned.base)], over[id(learned.found)], learned))
+        if learned.model.cell.refinement == learned.base.cell.refinement == "additive" and EQUAL in learned.base.cell.variant:
+            level = [g for g in compared if g.base.cell.refinement == "none" and g.base.cell.layers == g.model.cell.layers]
+            over = {id(g.model): g for g in level}
+            found.append((over[id(learned.base)], over[id(learned.model)], learned))
     return found

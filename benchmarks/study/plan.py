@@ -8,6 +8,9 @@ SEEDS = 5  # of a cell that a claim rests on
 LOOK = 3  # of one that only shows where to look
 EQUAL = "higher-order weights all equal"  # a control
 AS_REFINED = "with the settings of the refined"  # plain attention with what a search chose for refined attention
+KEY = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss")  # what tells cells apart
+REMOVED = ("correlation_norm", "table_rate")  # options that training no longer has: their runs stay, and TAG can repeat them
+TAG = "study-1"
 
 # How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
 DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
@@ -18,10 +21,9 @@ BASE = {
     "synthetic": "--no-baseline",
 }
 
-
-# Of STOSA's authors, but for the loss, the window and more dropout
+# As STOSA's authors have it, except for the loss, the window and more dropout
 STOSA = "--heads 4 --norm post --activation elu --feedforward 4 --attention-dropout 0 --hidden-dropout 0.5 --init normal"
-# One negative overfits without
+# Without these, one negative overfits
 BCE = "--norm post --attention-dropout 0.5 --hidden-dropout 0.5 --schedule cosine --epochs 120 --patience 30"
 # The best found by hand for additive on Beauty, by validation with seed 0; not the width alone
 WIDE = ("128 wide", "--hidden 128 --negatives 2048 --schedule cosine --patience 8")
@@ -30,7 +32,7 @@ BEGUN = (
     "256 wide from cooccurrence",
     "--hidden 256 --hidden-dropout 0.65 --negatives 2048 --schedule cosine --epochs 20 --patience 8 --item-init cooccurrence",
 )
-# Of the searches
+# What the searches chose
 SEARCHED_PLAIN = "--heads 4 --init match --hidden-dropout 0.15 --learning-rate 0.00328 --batch-size 128 --temperature 0.1"
 SHARED = "--hidden-dropout 0.1 --attention-dropout 0.1 --learning-rate 0.00249 --batch-size 64 --temperature 0.1"
 SEARCHED = f"{SHARED} --rank 8 --table-std 0.292 --correlation-norm"
@@ -56,20 +58,23 @@ class Cell(NamedTuple):
         usual = ("sasrec", "position", "sampled_softmax", "default")
         return "_".join(part.replace(" ", "-") for part in parts if part not in usual)
 
+    @property
+    def removed(self) -> bool:
+        """Whether it names an option that training no longer has."""
+        return any(name.replace("_", "-") in self.options for name in REMOVED)
+
     def key(self) -> tuple[Any, ...]:
-        return self.dataset, self.backbone, self.variant, self.refinement, self.tables, self.layers, self.loss
+        return tuple(getattr(self, name) for name in KEY)
 
     def described(self, seed: int) -> dict[str, Any]:
         """The part of an entry that the plan decides."""
-        names = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss")
-        return dict(zip(names, self.key(), strict=True)) | {"seed": seed, "group": self.group, "options": self.options}
+        return dict(zip(KEY, self.key(), strict=True)) | {"seed": seed, "group": self.group, "options": self.options}
 
     def arguments(self, seed: int) -> list[str]:
-        """Of `awrsr train`, but for where the data lie and where the run goes."""
-        found = [*reading(self.dataset), *shlex.split(BASE[self.dataset])]
-        for name in ("backbone", "refinement", "layers", "tables", "loss"):
-            found += [f"--{name}", str(getattr(self, name))]
-        return [*found, *shlex.split(self.options), "--seed", str(seed)]
+        """The options of `awrsr train`, except for the file of the data and the folder of the run."""
+        shared = f"{BASE[self.dataset]} --backbone {self.backbone} --refinement {self.refinement} --layers {self.layers}"
+        own = f"--tables {self.tables} --loss {self.loss} {self.options} --seed {seed}"
+        return [*reading(self.dataset), *shlex.split(f"{shared} {own}")]
 
     def command(self, seed: int) -> str:
         """What makes the run, for whoever has the data in a folder of that name."""
@@ -79,10 +84,10 @@ class Cell(NamedTuple):
 
 def reading(dataset: str) -> list[str]:
     """How a data set is read, as options of `awrsr train`."""
-    found: list[str] = []
+    flags: list[str] = []
     for name, value in DATA.get(dataset, {}).items():
-        found += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return found
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return flags
 
 
 def plan() -> list[Cell]:
@@ -90,14 +95,14 @@ def plan() -> list[Cell]:
 
 
 def core() -> list[Cell]:
-    """Each refinement beside plain attention, one layer and two."""
+    """Each refinement and plain attention, with one layer and two."""
     datasets = ("wikipedia", "lastfm", "synthetic", "beauty")
     kinds = ("none", "simple", "value", "additive")
     return [Cell("core", dataset, kind, layers) for dataset in datasets for layers in (1, 2) for kind in kinds]
 
 
 def depth() -> list[Cell]:
-    """More layers of plain attention, to hold refined ones to."""
+    """More layers of plain attention, to compare refined ones with."""
     return [Cell("depth", dataset, "none", layers) for dataset in ("wikipedia", "lastfm") for layers in (3, 4)]
 
 
@@ -164,24 +169,24 @@ def searched() -> list[Cell]:
 
 def ablation() -> list[Cell]:
     """What the search chose for refined attention, with one thing changed at a time."""
-    found = Cell("ablation", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")
-    changed = [("searched without norm", "--no-correlation-norm"), ("searched without cosines", "--temperature 0")]
-    cells = [control(found), control(found._replace(refinement="additive"))]
-    cells += [found._replace(variant=variant, options=f"{SEARCHED} {options}") for variant, options in changed]
-    cells += [found._replace(tables="position"), *(found._replace(refinement=r) for r in ("simple", "additive"))]
-    return [*cells, cells[2]._replace(refinement="additive")]
+    best = Cell("ablation", "wikipedia", "value", 2, "searched", SEARCHED, tables="content")
+    additive = best._replace(refinement="additive")
+    no_norm, no_cosines = (
+        best._replace(variant=f"searched without {what}", options=f"{SEARCHED} {option}")
+        for what, option in (("norm", "--no-correlation-norm"), ("cosines", "--temperature 0"))
+    )
+    changed = [no_norm, no_cosines, best._replace(tables="position"), best._replace(refinement="simple"), additive]
+    return [control(best), control(additive), *changed, no_norm._replace(refinement="additive")]
 
 
 def stosa() -> list[Cell]:
-    """Between Gaussians: corrected, and as published, where means pass the blocks unattended."""
-    found = []
+    """STOSA: corrected, and as published, where attention is never applied to the means of the blocks."""
+    kinds, published = ("none", "simple", "value", "additive", "stochastic"), f"{STOSA} --mean-branch published"
+    cells = []
     for dataset in ("wikipedia", "lastfm", "beauty"):
-        for kind in ("none", "simple", "value", "additive", "stochastic"):
-            found.append(Cell("stosa", dataset, kind, 1, options=STOSA, backbone="stosa"))
-        for kind in ("none", "stochastic"):
-            published = f"{STOSA} --mean-branch published"
-            found.append(Cell("stosa", dataset, kind, 1, "published", published, backbone="stosa", seeds=LOOK))
-    return found
+        cells += [Cell("stosa", dataset, kind, 1, options=STOSA, backbone="stosa") for kind in kinds]
+        cells += [Cell("stosa", dataset, kind, 1, "published", published, "stosa", seeds=LOOK) for kind in ("none", "stochastic")]
+    return cells
 
 
 def losses() -> list[Cell]:

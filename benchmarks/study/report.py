@@ -2,28 +2,23 @@
 
     python benchmarks/study_report.py          # benchmarks/results/study/study.md and study_*.png
 
-What a gain is, and when it is called better, stands in `study_gains.py`.
+`benchmarks/study/gains.py` defines what a gain is, and when it is called better.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-if __package__ is None:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from awrsr.files import atomic  # noqa: E402
-from benchmarks.study.gains import gains, gather  # noqa: E402
-from benchmarks.study.plots import forest, short_picture  # noqa: E402
-from benchmarks.study.run import RESULTS, Results  # noqa: E402
-from benchmarks.study.tables import QUESTIONS, markdown  # noqa: E402
+from awrsr.files import atomic
+from benchmarks.study.gains import gains, gather
+from benchmarks.study.plots import forest, short_picture
+from benchmarks.study.run import RESULTS, Results
+from benchmarks.study.tables import QUESTIONS, markdown
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of study.json, where tables and pictures go; default %(default)s"
-    )
+    text = "Folder of study.json, where tables and pictures go; default %(default)s."
+    parser.add_argument("--out", type=Path, default=RESULTS, help=text)
     options = parser.parse_args(arguments)
     results = Results(options.out)
     cells = gather(results)
@@ -40,7 +35,3 @@ def main(arguments: list[str] | None = None) -> int:
                 figure.savefig(temporary, format="png", dpi=150)
     print(page)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,8 @@
-"""The study: every run once, kept with its ranks; tables that follow from the two files; equal searches."""
+"""The study: every run once, kept with its ranks; tables that follow from the files; equal searches."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     found = [Cell("core", "lastfm", kind, layers, seeds=5) for layers in (1, 2) for kind in ("none", "additive")]
     for module in (study, study_gains, study_tables):
         monkeypatch.setattr(module, "plan", lambda: found)
+    monkeypatch.setattr(study_gains, "RESAMPLES", 200)
+    monkeypatch.setattr(study_gains, "FLIPS", 5000)
     return found
 
 
@@ -86,12 +90,12 @@ def test_every_run_is_trained_once(
 
 
 def test_a_run_is_a_training_in_a_process_of_its_own(tmp_path: Path) -> None:
-    log, out = tmp_path / "output.txt", tmp_path / "run"
-    model = ["--refinement", "none", "--hidden", "8", "--heads", "1", "--no-baseline", "--epochs", "1", "--no-progress"]
-    assert study.train_apart([*model, "--out", str(out)], log) == 0
-    assert json.loads((out / "metrics.json").read_text(encoding="utf-8"))["epochs"] == 1
-    assert study.train_apart([*model, "--heads", "0", "--out", str(out)], log) == 1
-    printed = log.read_text(encoding="utf-8")
+    data, out = write(make(users=50, length=10), tmp_path / "small.txt"), tmp_path / "run"
+    model = ["--refinement", "none", "--hidden", "8", "--heads", "1", "--no-baseline", "--epochs", "1"]
+    assert study.trained(model, data, out)["epochs"] == 1
+    with pytest.raises(RuntimeError, match=r"awrsr train .*--heads 0 .* ended with status 1; see .*output.txt"):
+        study.trained([*model, "--heads", "0"], data, out)
+    printed = (out / "output.txt").read_text(encoding="utf-8")
     assert str(out) in printed and "heads" in printed
 
 
@@ -118,19 +122,33 @@ def test_a_default_that_changed_stops_the_study(
         study.main(arguments(tmp_path))
     assert "rank is 16 with data, was 32" in capsys.readouterr().err
     assert len(trained) == 4 and (out / study.DEFAULTS).read_text(encoding="utf-8") == kept
-    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"new": False}})  # an option that came along
-    assert (
-        study.main(arguments(tmp_path)) == 0
-        and json.loads((out / study.DEFAULTS).read_text(encoding="utf-8"))["data"]["new"] is False
-    )
+    (out / study.DEFAULTS).write_text(json.dumps(was | {"data": was["data"] | {"table_rate": 7}}), encoding="utf-8")
+    monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"new": False}})
+    assert study.main(arguments(tmp_path)) == 0  # one option was removed, another one added
+    kept = json.loads((out / study.DEFAULTS).read_text(encoding="utf-8"))["data"]
+    assert kept["new"] is False and "table_rate" in kept
 
 
-def test_the_committed_runs_had_the_defaults_of_today() -> None:
-    """An option that is new joins them when the study next runs; leaving it out must be what it was before."""
-    assert json.loads((study.RESULTS / study.DEFAULTS).read_text(encoding="utf-8")) == study.defaults()
+def test_the_committed_runs_had_the_defaults_of_today(tmp_path: Path) -> None:
+    """A new option joins them when the study next runs; leaving it out must mean what it meant before."""
+    kept = shutil.copy(study.RESULTS / study.DEFAULTS, tmp_path)
+    assert study.keep_defaults(tmp_path) == []
+    assert json.loads(Path(kept).read_text("utf-8")) == json.loads((study.RESULTS / study.DEFAULTS).read_text("utf-8"))
 
 
-def test_what_the_targets_are_is_kept_beside(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
+def test_runs_with_removed_options_stay_and_are_not_repeated(
+    cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study.main(arguments(tmp_path, "--seeds", "1"))
+    cells += [cells[1]._replace(variant=option, options=f"--{option}") for option in ("table-rate 3", "no-correlation-norm")]
+    trained.clear()
+    assert study.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(trained) == 4
+    printed = capsys.readouterr().out
+    assert "4 runs with correlation_norm or table_rate, options that were removed, are missing" in printed
+    assert "the tag study-1 can run them" in printed and printed.endswith("8 of 12 runs are done\n")
+
+
+def test_the_targets_are_described(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
     study.main(arguments(tmp_path, "--seeds", "1", "--cells", "additive"))
     (row,) = pl.read_parquet(out / study.TARGETS).iter_rows(named=True)
     lines = [line.split()[1:-2] for line in (tmp_path / "lastfm.txt").read_text().splitlines()]
@@ -141,7 +159,7 @@ def test_a_budget_that_is_spent_begins_nothing(
     cells: list[Cell], trained: list[list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert study.main(arguments(tmp_path, "--budget", "1e-9")) == 0 and not trained
-    assert "0 of 20 runs are done, the same command goes on" in capsys.readouterr().out
+    assert "0 of 20 runs are done, rerun the same command to continue" in capsys.readouterr().out
 
 
 def test_two_studies_do_not_write_the_same_results(
@@ -149,13 +167,11 @@ def test_two_studies_do_not_write_the_same_results(
 ) -> None:
     with FileLock(out / ".study.lock"), pytest.raises(SystemExit):
         study.main(arguments(tmp_path))
-    assert "another study.py is at work" in capsys.readouterr().err and not trained
+    assert "another study.py is running" in capsys.readouterr().err and not trained
     assert study.main(arguments(tmp_path, "--seeds", "1")) == 0 and trained
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on(
-    cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_fails_does_not_stop_the_others(cells: list[Cell], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.main(arguments(tmp_path, "--seeds", "1", "--cells", "lastfm_none_1")) == 1  # there is no lastfm.txt
     printed = capsys.readouterr().out
     assert "lastfm_none_1 seed 0: awrsr train" in printed and "output.txt" in printed and "0 of 1 runs" in printed
@@ -180,7 +196,7 @@ def test_every_cell_is_a_command_that_training_takes() -> None:
     from awrsr.cli import parser
 
     takes = parser()
-    for cell in study_plan.plan():
+    for cell in (cell for cell in study_plan.plan() if not cell.removed):
         parsed = takes.parse_args(["train", *cell.arguments(3)])
         assert parsed.train.refinement == cell.refinement and parsed.train.seed == 3
 
@@ -189,11 +205,11 @@ def test_gains_are_paired_and_corrected_together(cells: list[Cell], trained: lis
     study.main(arguments(tmp_path))
     found = study_gains.gather(Results(out))
     one, deep, two = study_gains.gains(found)
-    assert (deep.question, deep.found.cell.layers, deep.base.cell.layers) == ("depth", 1, 2) and deep.verdict == "better"
+    assert (deep.question, deep.model.cell.layers, deep.base.cell.layers) == ("depth", 1, 2) and deep.verdict == "better"
     assert one.verdict == "better" and one.low > 0 and one.p < 0.01
     assert two.difference == 0 and two.p == 1 and two.verdict == "not shown"
-    by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.found.entries]
-    assert one.found.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
+    by_hand = [np.mean(entry["test"]["NDCG@10"]) for entry in one.model.entries]
+    assert one.model.mean() == pytest.approx(np.mean(by_hand)) == pytest.approx(one.base.mean() + one.difference)
     assert one.p == pytest.approx(3 / (study_gains.FLIPS + 1))  # the least that three comparisons can have
 
 
@@ -202,16 +218,16 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
 ) -> None:
     chosen = [Cell("searched", "lastfm", *each, variant="searched") for each in (("none", 2), ("value", 1))]
     control = Cell("why", "lastfm", "additive", 1, study_plan.EQUAL, "--table-std 0")
-    ablation = chosen[1]._replace(group="ablation", variant="searched without norm", options="--no-correlation-norm")
+    ablation = chosen[1]._replace(group="ablation", variant="searched without cosines", options="--temperature 0")
     wide = [Cell("recipe", "lastfm", kind, 1, "wide", "--hidden 128") for kind in ("none", "additive")]
     cells += [*chosen, control, ablation, *wide, study_plan.control(wide[1]._replace(group="why"))]
     study.main(arguments(tmp_path, "--seeds", "2"))
     found = study_gains.gains(study_gains.gather(Results(out)))
-    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "searched"]
+    held = [(gain.model.cell, gain.base.cell) for gain in found if gain.question == "searched"]
     assert held == [(chosen[1], base) for base in (chosen[0], cells[0], cells[2])]
-    assert [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation"] == [(chosen[1], ablation)]
-    assert not any(gain.found.cell == ablation for gain in found)
-    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
+    assert [(gain.model.cell, gain.base.cell) for gain in found if gain.question == "ablation"] == [(chosen[1], ablation)]
+    assert not any(gain.model.cell == ablation for gain in found)
+    held = [(gain.model.cell, gain.base.cell) for gain in found if gain.question in ("control", "why")]
     assert sorted(held) == sorted([(cells[1], control), (wide[1], cells[-1]), (control, cells[0]), (cells[-1], wide[0])])
     short = [line.split(" | ")[1:3] for line in study_tables.summary(found)[2:]]
     assert sorted(short) == [["usual", "1"], ["wide", "1"]]
@@ -220,13 +236,13 @@ def test_searches_are_held_to_each_other_and_to_their_ablations_and_learning_to_
     cells += [additive, study_plan.control(additive), plain]
     study.main(arguments(tmp_path, "--seeds", "2"))
     found = study_gains.gains(study_gains.gather(Results(out)))
-    held = [(gain.found.cell, gain.base.cell) for gain in found if gain.question == "ablation" and gain.found.cell != chosen[1]]
+    held = [(gain.model.cell, gain.base.cell) for gain in found if gain.question == "ablation" and gain.model.cell != chosen[1]]
     assert held == [(additive, plain), (additive, study_plan.control(additive)), (study_plan.control(additive), plain)]
 
 
 def test_equal_time_counts_the_epochs_that_fit() -> None:
     entry = {"epochs": 4, "train_cpu_seconds": 8.0, "curve": [0.1, 0.4, 0.3, 0.5]}
-    found = study_gains.Found(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
+    found = study_gains.Runs(Cell("core", "lastfm", "none", 1), [entry, entry | {"train_cpu_seconds": 80.0}], np.ones((1, 2)))
     assert [found.after(seconds) for seconds in (80, 8, 7.9, 2, 0.1)] == pytest.approx([0.5, 0.3, 0.25, 0.1, 0.1])
 
 
@@ -268,8 +284,26 @@ def test_page_and_pictures_follow_from_the_files(cells: list[Cell], trained: lis
     assert "| lastfm | additive, 1 layer | plain, 2 layers | " in page
     assert "| lastfm | additive | 1 | 5 |" in page and "better" in page and "Every cell of the plan has all its seeds." in page
     assert "| lastfm | 1 | history | " in page and "20 runs" in page and (out / "study_core.png").stat().st_size > 10_000
-    before = page
-    assert study_report.main(["--out", str(out)]) == 0 and (out / "study.md").read_text(encoding="utf-8") == before
+    runs = study_gains.gather(Results(out))
+    assert study_tables.markdown(Results(out), runs, study_gains.gains(runs)) == page  # the same each time
+
+
+def test_the_committed_page_follows_from_the_committed_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but intervals, p and verdicts, whose random draws take minutes; the interval of one row stands for them."""
+
+    def certain(page: str) -> str:
+        page = re.sub(r"[-+][0-9.]+ \.\. [-+][0-9.]+", "interval", page)
+        return re.sub(r"( \| ([0-9.]+|< 0.001)? \| |, )(better|worse|not shown|no claim)( \(p [^)]+\))?", "verdict", page)
+
+    committed, results = (study.RESULTS / "study.md").read_text(encoding="utf-8"), Results(study.RESULTS)
+    runs = study_gains.gather(results)
+    gain = study_gains.contrast("core", runs[3], runs[0])
+    shown = f"| plain {gain.base.mean():.4f} | {gain.relative:+.1%} | {gain.low:+.4f} .. {gain.high:+.4f} |"
+    assert gain.model.cell == Cell("core", "wikipedia", "additive", 1) and shown in committed
+    for name in ("RESAMPLES", "FLIPS"):
+        monkeypatch.setattr(study_gains, name, 2)
+    page = study_tables.markdown(results, runs, study_gains.gains(runs))
+    assert certain(page) == certain(committed) and "can be rerun at the tag study-1." in page
 
 
 def test_missing_cells_are_shown_as_missing(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
@@ -302,7 +336,7 @@ def test_both_models_search_as_long_and_go_on(tmp_path: Path, monkeypatch: pytes
         (Path(option["--out"]) / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
         return 0
 
-    monkeypatch.setattr(search, "train_apart", train)
+    monkeypatch.setattr(study, "train_apart", train)
     given = ["--dataset", "wikipedia", "--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     assert search.main([*given, "--trials", "3"]) == 0 and len(ran) == 6
     assert search.main([*given, "--trials", "10"]) == 0 and len(ran) == 20

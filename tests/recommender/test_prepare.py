@@ -46,9 +46,9 @@ def test_moments_beside_the_data_say_where_the_data_are(data: str) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"holdout": 3}, "holdout is 3, which is of the split last-n, and split is 'leave-one-out'"),
-        ({"test_from": "2024-01-08"}, "test_from is '2024-01-08', which is of the split time"),
-        ({"validation_from": "5", "split": "none"}, "validation_from is '5', which is of the split time, and split is 'none'"),
+        ({"holdout": 3}, "holdout is 3, which needs the split last-n; split is 'leave-one-out'"),
+        ({"test_from": "2024-01-08"}, "test_from is '2024-01-08', which needs the split time"),
+        ({"validation_from": "5", "split": "none"}, "validation_from is '5', which needs the split time; split is 'none'"),
     ],
 )
 def test_options_of_another_split_are_refused(options: dict[str, Any], message: str) -> None:
