@@ -33,7 +33,7 @@ FLOORS = {
         "data",
         "config",
         "models",
-        "evaluation",
+        "run_folder evaluation",
         "training",
         "recommender",
         "analysis export",
