@@ -8,6 +8,7 @@ gain is called better or worse if p < 0.05, the interval excludes 0 and both cel
 """
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +88,7 @@ class Gain:
 
 def gather(results: Results) -> list[Runs]:
     """Cells of the plan that have runs, in its order."""
-    rows = [] if results.ranks is None else results.ranks.iter_rows(named=True)
+    rows: Iterable[dict[str, Any]] = [] if results.ranks is None else results.ranks.iter_rows(named=True)
     values = {run_key(row): metric(METRIC, np.array(row["ranks"])) for row in rows}
     done = [(cell, entries) for cell in plan() if (entries := results.done(cell))]
     return [Runs(cell, entries, np.stack([values[run_key(entry)] for entry in entries], 1)) for cell, entries in done]

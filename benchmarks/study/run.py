@@ -45,15 +45,16 @@ class Results:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, threading.Lock()
-        self.entries: list[dict[str, Any]] = read_json(folder / ENTRIES) if (folder / ENTRIES).exists() else []
+        entries: list[dict[str, Any]] = read_json(folder / ENTRIES) if (folder / ENTRIES).exists() else []
+        self.entries = {run_key(entry): entry for entry in entries}
         self.ranks, self.targets = (
             pl.read_parquet(folder / name) if (folder / name).exists() else None for name in (RANKS, TARGETS)
         )
 
     def of(self, cell: Cell, seed: int) -> dict[str, Any] | None:
         """The entry of a run, made by the command that the plan has now."""
-        key, command = (*cell.key(), seed), cell.command(seed)
-        return next((entry for entry in self.entries if run_key(entry) == key and entry["command"] == command), None)
+        entry = self.entries.get((*cell.key(), seed))
+        return entry if entry is not None and entry["command"] == cell.command(seed) else None
 
     def done(self, cell: Cell) -> list[dict[str, Any]]:
         """The entries of a cell, by seed."""
@@ -65,14 +66,14 @@ class Results:
         ranks = pl.DataFrame([key | {"ranks": test["rank"].clip(upper_bound=DEEPEST).to_list()}])
         targets = {"dataset": entry["dataset"], "history": test["position"].to_list(), "popularity": popularity.tolist()}
         with self.lock:
-            self.entries = [old for old in self.entries if run_key(old) != run_key(entry)] + [entry]
-            self.entries.sort(key=lambda e: [str(x).zfill(4) for x in run_key(e)])
+            self.entries[run_key(entry)] = entry
             self.ranks = _replaced(self.ranks, ranks.with_columns(pl.col("ranks").cast(pl.List(pl.UInt8))), RUN_KEY)
             self.targets = _replaced(self.targets, pl.DataFrame([targets]), ("dataset",))
             for table, name in ((self.ranks, RANKS), (self.targets, TARGETS)):
                 with atomic(self.folder / name) as temporary:
                     table.write_parquet(temporary, compression="zstd", compression_level=19)
-            write_json(self.folder / ENTRIES, self.entries)
+            order = sorted(self.entries, key=lambda key: [str(x).zfill(4) for x in key])
+            write_json(self.folder / ENTRIES, [self.entries[key] for key in order])
 
 
 def run_key(row: dict[str, Any]) -> tuple[Any, ...]:

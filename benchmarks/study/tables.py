@@ -10,6 +10,7 @@ from benchmarks.study.gains import Gain, Runs, controlled, planned
 from benchmarks.study.plan import REMOVED, TAG, Cell, plan
 from benchmarks.study.run import Results
 
+RESAMPLES = 500  # of users, where intervals only show where to look
 LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
 POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
 QUESTIONS = {
@@ -105,7 +106,8 @@ def p_text(p: float) -> str:
 
 def buckets(results: Results, compared: list[Gain]) -> list[str]:
     """Gains of the additive cells of the core by length of history and by popularity of the target."""
-    rows, rng = [], np.random.default_rng(1)
+    rows: list[list[str]] = []
+    rng = np.random.default_rng(1)
     targets = {} if results.targets is None else {row["dataset"]: row for row in results.targets.iter_rows(named=True)}
     for gain in compared if targets else []:
         c = gain.model.cell
@@ -121,7 +123,7 @@ def bucket(difference: np.ndarray, low: int, high: int, rng: np.random.Generator
     text = f"{low}-{high}: " if high < 10**9 else f"{low}+: "
     if len(difference) < 30:
         return f"{text}{len(difference)}, too few"
-    ends = significance.interval(significance.resampled_means(difference[:, None], 500, rng))
+    ends = significance.interval(significance.resampled_means(difference[:, None], RESAMPLES, rng))
     return f"{text}{len(difference)}, {difference.mean():+.4f} ({ends[0][0]:+.4f} .. {ends[1][0]:+.4f})"
 
 
@@ -140,7 +142,7 @@ def missing(results: Results) -> list[str]:
 
 def markdown(results: Results, cells: list[Runs], compared: list[Gain]) -> str:
     """The page of the study's tables."""
-    devices, commits = (sorted({entry[name] for entry in results.entries}) for name in ("device", "commit"))
+    devices, commits = (sorted({entry[name] for entry in results.entries.values()}) for name in ("device", "commit"))
     lines = [
         f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; "
         f"{planned()} comparisons planned, {sum(gain.complete for gain in compared)} of them run, Holm-corrected for all. "
