@@ -124,7 +124,7 @@ def source(dataset: str, folder: Path | None) -> Path | None:
 def train_apart(arguments: list[str], log: Path) -> int:
     """The exit status of `awrsr train` in a process of its own, forked from one that has loaded what training needs."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["awrsr.training.run", "awrsr.cli.commands"])
+    server.set_forkserver_preload(["awrsr.training.run", "awrsr.cli.train"])
     process = server.Process(target=_train, args=(arguments, log))
     process.start()
     process.join()
