@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-Row = dict[str, Any]
+from .report import Row, unsteady
+
 Key = tuple[Any, ...]
 
 REQUIRED = ("provider", "backbone", "refinement", "layout", "B", "H", "L", "D", "R", "dtype", "pass")
@@ -73,7 +74,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
     """Join rows by key. A measure more than `threshold` times as large is a regression, one that shrank by it an improvement."""
     old, new = ({row_key(r): r for r in results["rows"]} for results in (before, after))
     changes = [
-        Change(key, name, float(row[name]), float(new[key][name]), name == "median_ms" and (_unsteady(row) or _unsteady(new[key])))
+        Change(key, name, float(row[name]), float(new[key][name]), name == "median_ms" and (unsteady(row) or unsteady(new[key])))
         for key, row in old.items()
         if key in new
         for name in MEASURES
@@ -83,10 +84,6 @@ def compare(before: dict[str, Any], after: dict[str, Any], threshold: float) -> 
     better = sorted((c for c in changes if c.ratio < 1 / threshold), key=lambda c: c.ratio)
     only_old, only_new = [k for k in old if k not in new], [k for k in new if k not in old]
     return Comparison(worse, better, only_old, only_new, sum(k in new for k in old))
-
-
-def _unsteady(row: Row) -> bool:
-    return bool(row.get("p80_ms", 0) > 2 * row.get("p20_ms", 0))
 
 
 def describe(key: Key) -> str:

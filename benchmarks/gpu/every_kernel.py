@@ -2,9 +2,9 @@
 
 Between Gaussians packed alone: the layouts share their kernels, and sanitizers are slow.
 
-    python benchmarks/every_kernel.py
-    compute-sanitizer --tool racecheck python benchmarks/every_kernel.py --batch 12 --processors 1
-    python benchmarks/every_kernel.py --batch 512 --windows 50 512 --profile kernels.json
+    python -m benchmarks.gpu.every_kernel
+    compute-sanitizer --tool racecheck python -m benchmarks.gpu.every_kernel --batch 12 --processors 1
+    python -m benchmarks.gpu.every_kernel --batch 512 --windows 50 512 --profile kernels.json
 
 Without a GPU it runs in Triton's interpreter, where it shows no more than that every kernel is reached.
 """
@@ -20,9 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
 if not torch.cuda.is_available():
@@ -30,10 +27,11 @@ if not torch.cuda.is_available():
 
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.call import REFINEMENTS
-from benchmarks.common.report import atomic
-from benchmarks.operator.measure import gradients
-from benchmarks.operator.providers import ours
-from benchmarks.operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
+
+from ..common.report import atomic
+from ..operator.measure import gradients
+from ..operator.providers import ours
+from ..operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
 
 WINDOWS = (20, 160)  # one for the short regime, one for the tiled
 

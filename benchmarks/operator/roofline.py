@@ -12,11 +12,11 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .measure import Clock
+from ..common.clock import Clock
 from .workloads import Task, calls
 
 ROUNDS = 5
@@ -32,6 +32,43 @@ class Rates:
 
     def floor_ms(self, moved: float, operations: float) -> float:
         return max(moved / self.copy, operations / self.matmul) * 1e3
+
+
+class Point(NamedTuple):
+    """A pass of a call under the roof of its device."""
+
+    device: str
+    group: str  # what a picture gives a colour
+    problem: str
+    call: str
+    part: str  # fwd, bwd, fwd+bwd or step
+    moved: float  # bytes
+    operations: float
+    ms: float
+    rates: Rates
+
+    @property
+    def intensity(self) -> float:
+        return self.operations / self.moved
+
+    @property
+    def ridge(self) -> float:
+        return self.rates.matmul / self.rates.copy
+
+    @property
+    def side(self) -> str:
+        """Which of the two limits is the nearer: the side of the ridge."""
+        return "memory" if self.intensity < self.ridge else "arithmetic"
+
+    @property
+    def share(self) -> float:
+        """Of what the roof allows."""
+        return self.rates.floor_ms(self.moved, self.operations) / self.ms
+
+    def row(self) -> dict[str, Any]:
+        names = ("device", "problem", "call", "part", "operations", "intensity", "ridge")
+        row = {name: getattr(self, name) for name in names}
+        return row | {"bytes": self.moved, "side": self.side, "share_of_roof": self.share, "median_ms": self.ms}
 
 
 def measure_rates(device: str, dtype: str) -> Rates:

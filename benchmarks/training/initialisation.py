@@ -8,8 +8,6 @@ after some steps, mean and worst over seeds. The second task asks for what plain
 where refinement must not be in the way.
 """
 
-import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if __package__ is None:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from awrsr_kernels import RefinedMultiheadAttention
 
-from awrsr_kernels import RefinedMultiheadAttention  # noqa: E402
-from benchmarks.common.arguments import whole  # noqa: E402
-from benchmarks.common.report import commit, device_name, versions, write_data  # noqa: E402
+from ..common import report
+from ..common.arguments import add_flag, make_parser, whole
+from ..common.pages import INITIALISATION, markdown
 
-KIND = "initialisation"
 SYMBOLS, LENGTH, HIDDEN, HEADS, BATCH = 16, 32, 64, 2, 64
 TASKS = ("recall", "distance")
 DISTANCE = 3
@@ -103,37 +99,21 @@ def accuracy(start: Start, task: str, seed: int, steps: int) -> float:
     return right / asked
 
 
-def markdown(results: dict[str, Any]) -> str:
-    lines = [
-        f"Accuracy after {results['steps']} steps, mean (worst) of {results['seeds']} seeds; commit {results['commit'][:12]}.",
-        "",
-    ]
-    lines += [f"| refinement | tables | table_std | gate | {' | '.join(TASKS)} |", "|--" * (4 + len(TASKS)) + "|"]
-    for row in results["rows"]:
-        shown = [f"{statistics.fmean(row[task]):.3f} ({min(row[task]):.3f})" for task in TASKS]
-        std = "-" if row["refinement"] == "none" else f"{row['table_std']:g}"
-        lines.append(f"| {row['refinement']} | {row['tables']} | {std} | {row['gate'] or '-'} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench-out/initialisation"), help="folder of results; default %(default)s")
+    parser = make_parser(__doc__)
+    add_flag(parser.add_argument, "--out", default=Path("bench-out/initialisation"), help="folder of results; default %(default)s")
+    add_flag(parser.add_argument, "--threads", default=1, help="default %(default)s")
     parser.add_argument("--steps", type=whole(1), default=1000, help="of training; default %(default)s")
     parser.add_argument("--seeds", type=whole(1), default=3, help="runs of each start; default %(default)s")
-    parser.add_argument("--threads", type=whole(1), default=1, help="default %(default)s")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    about = report.about("cpu") | {"command": report.command_line("initialisation.py", arguments)}
     rows = [start._asdict() | {task: [] for task in TASKS} for start in starts()]
     work = [(i, task, seed) for seed in range(options.seeds) for i in range(len(rows)) for task in TASKS]
     for i, task, seed in tqdm(work, unit="run", disable=None):
         rows[i][task].append(accuracy(starts()[i], task, seed, options.steps))
-    results = {
-        "kind": KIND, "device": device_name("cpu"), "versions": versions(), "commit": commit(), "steps": options.steps,
-        "seeds": options.seeds, "command": f"python benchmarks/initialisation.py --steps {options.steps} --seeds {options.seeds}",
-        "rows": rows,
-    }  # fmt: skip
-    write_data(options.out, results, markdown(results))
+    results = about | {"kind": INITIALISATION, "steps": options.steps, "seeds": options.seeds, "rows": rows}
+    report.write_data(options.out, results, markdown(results))
     print(markdown(results))
     return 0
 

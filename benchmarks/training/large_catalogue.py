@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,9 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not installed, `awrsr_kernels` importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -27,14 +23,14 @@ from awrsr.evaluation.ranking import evaluate
 from awrsr.models.network import AWRSR, AWRSRConfig
 from awrsr.training.run import Training
 from awrsr.training.trainer import make_trainer
-from benchmarks.common import report
-from benchmarks.common.arguments import number, whole
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..common import report
+from ..common.arguments import add_flag, make_parser, number, whole
+
 EXAMPLES = """
 examples, from the repository root:
-  python benchmarks/large_catalogue.py --items 2000 --users 2000          seconds
-  python benchmarks/large_catalogue.py --out bench-out/large              a million items, a million users: some minutes
+  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
+  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
 
 Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
 (Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
@@ -43,14 +39,8 @@ any peak is above --limit.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="large_catalogue.py",
-        usage="%(prog)s [options]; --help lists them with examples",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--items", type=whole(10), default=1_000_000, metavar="N", help="items of the catalogue (default 1000000)")
     add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")
@@ -60,9 +50,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--targets", type=whole(1), default=1000, metavar="M", help="users to evaluate, and to recommend for (default 1000)")
     add("--loss", choices=("sampled_softmax", "cross_entropy", "bce"), default="sampled_softmax", help="default sampled_softmax")
     add("--limit", type=number(0, 1e9, "a number of GiB"), default=12.0, metavar="GIB", help="largest peak (default 12)")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads")
-    add("--seed", type=whole(0), default=0, help="of data, parameters and training (default 0)")
-    add("--out", type=Path, metavar="DIR", help="write results.json, and keep the data and the run there")
+    add_flag(add, "--threads")
+    add_flag(add, "--seed", help="of data, parameters and training (default 0)")
+    add_flag(add, "--out", help="write results.json, and keep the data and the run there")
     return parser
 
 
@@ -109,7 +99,7 @@ def make_file(options: argparse.Namespace, path: Path, row: dict[str, Any]) -> N
     sizes = {"users": options.users, "items": options.items, "length": options.length, "seed": options.seed}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
     command = [sys.executable, "-m", "awrsr", "data", "make", *arguments, f"--output={path.resolve()}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
     row |= {"peak_gib": rusage_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
 
 
@@ -166,13 +156,12 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = options_parser()
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/large_catalogue.py", *(sys.argv[1:] if argv is None else argv)])
-    about = report.about("cpu", "lightning", "polars")
-    print(report.about_line(about), flush=True)
+    command = report.command_line("training/large_catalogue.py", argv)
+    about = report.about("cpu", "lightning", "polars") | {"command": command, "kind": "large catalogue"}
     with contextlib.ExitStack() as stack:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,15 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = run(options, folder)
         except (ValueError, subprocess.CalledProcessError) as error:
             parser.error(str(error))
-    worst = max(rows, key=lambda row: row["peak_gib"])
-    results = about | {"command": command, "kind": "large catalogue", "limit_gib": options.limit, "peak_gib": worst["peak_gib"]}
+    worst, limit = max(rows, key=lambda row: row["peak_gib"]), options.limit
+    peak, over = worst["peak_gib"], worst["peak_gib"] > limit
     if options.out:
         with report.atomic(options.out / "results.json") as file:
-            json.dump(results | {"rows": rows}, file, indent=1)
-    over = worst["peak_gib"] > options.limit
-    print(
-        f"peak {worst['peak_gib']:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {options.limit:g} GiB"
-    )
+            json.dump(about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}, file, indent=1)
+    print(f"peak {peak:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {limit:g} GiB")
     return int(over)
 
 
