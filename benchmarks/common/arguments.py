@@ -1,4 +1,4 @@
-"""Command lines of the benchmarks: types whose complaints say what was given and what it must be, and the flags that several share."""
+"""Command lines of the benchmarks: types of arguments whose complaints say what they must be, and the flags that several share."""
 
 import argparse
 from collections.abc import Callable
@@ -59,11 +59,11 @@ FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_parser(description: str | None, examples: str = "") -> argparse.ArgumentParser:
-    """A parser whose --help keeps the lines of the description and of the examples below the options."""
-    usage = "%(prog)s [options]; --help lists them" + " with examples" * bool(examples)
-    shown = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(usage=usage, description=description, epilog=examples, formatter_class=shown)
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is a module's docstring: its first sentence, the options, then the rest, line by line."""
+    first, _, rest = (doc or "").partition("\n\n")
+    shown, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options]; --help lists them with examples"
+    return argparse.ArgumentParser(usage=usage, description=first, epilog=rest, formatter_class=shown)
 
 
 def add_flag(add: Callable[..., Any], name: str, **changes: Any) -> None:

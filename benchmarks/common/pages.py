@@ -84,7 +84,8 @@ def training(results: Row) -> str:
         lines += ["", "Whole runs, per CPU-second:", "", "| | training sequences | users evaluated | |", "|--|--|--|--|"]
     for row in results["end_to_end"]:
         train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
-        lines.append(f"| {row['who']} | {train:,.0f} | {users:,.0f} | {'quoted, not measured here' if row['quoted'] else 'this run'} |")
+        origin = "quoted, not measured here" if row["quoted"] else "this run"
+        lines.append(f"| {row['who']} | {train:,.0f} | {users:,.0f} | {origin} |")
     return "\n".join(lines) + "\n"
 
 

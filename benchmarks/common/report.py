@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -138,33 +138,3 @@ def write_data(directory: Path, results: Row, page: str) -> list[str]:
     with atomic(directory / "results.md") as file:
         file.write(page)
     return [str(directory / f"results.{kind}") for kind in ("json", "csv", "md")]
-
-
-class Progress:
-    """tqdm's bar if it is installed and a terminal is there; otherwise silent, as the tables come out one by one."""
-
-    def __init__(self, total: int, stream: TextIO = sys.stderr) -> None:
-        self.bar = None
-        if not stream.isatty():
-            return
-        try:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, file=stream, leave=False, unit="step")
-        except ImportError:
-            print("no progress bar: tqdm is not installed (pip install tqdm)", file=stream)
-
-    def step(self, what: str) -> None:
-        if self.bar is not None:
-            self.bar.set_description(what[:60])
-            self.bar.update()
-
-    def write(self, text: str) -> None:
-        """To stdout, clear of the bar."""
-        if self.bar is not None:
-            self.bar.clear()
-        print(text, flush=True)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()

@@ -9,7 +9,6 @@ Between Gaussians packed alone: the layouts share their kernels, and sanitizers 
 Without a GPU it runs in Triton's interpreter, where it shows no more than that every kernel is reached.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -28,6 +27,7 @@ if not torch.cuda.is_available():
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.call import REFINEMENTS
 
+from ..common.arguments import make_parser
 from ..common.report import atomic
 from ..operator.measure import gradients
 from ..operator.providers import ours
@@ -93,7 +93,7 @@ def kernel_times(profile: Any) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
     parser.add_argument("--batch", type=int, default=3, help="sequences (default 3)")
     parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows (default 20 and 160)")

@@ -1,4 +1,4 @@
-"""What a kernel's time on an H200 should be, launch by launch, from counts and the compile report: to judge a design before it runs.
+"""Predicts a kernel's time on an H200, launch by launch, from counts and the compile report: to judge a design before it runs.
 
     python -m awrsr_kernels.compile_report --target sm_90 --dtype bfloat16 --json report.json
     python -m benchmarks.gpu.predict 512,4,128,64 --refinement simple additive --compile-report report.json
@@ -62,8 +62,10 @@ UNKNOWN = Occupancy(2, False)  # of four warps whose threads have the most regis
 
 
 def occupancy(report: Sequence[Row], launch: Launch, task: Task) -> Occupancy:
-    """From the row of a compile report that fits a launch best: kernel, stage and refinement must agree, then the table's classes of
-    length and width, the configuration, and dropout if they can. Of several that fit equally well the one with most registers.
+    """From the row of a compile report that fits a launch best.
+
+    Kernel, stage and refinement must agree, then the table's classes of length and width, the configuration, and dropout if they
+    can. Of several that fit equally well the one with most registers.
     """
     names = {launch.kernel, f"{launch.kernel}_stage{launch.stage}"}
     wanted = {"refinement": task.refinement, "dtype": task.dtype, "target": TARGET}
@@ -131,6 +133,7 @@ def text(task: Task, rows: list[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
+    parser.usage = None
     add: Any = parser.add_argument
     add("problem", nargs="+", type=sizes, metavar="B,H,L,D[,R]", help="sizes of a call")
     add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple")

@@ -9,7 +9,6 @@ tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine
 and what one of them does not finish, or cannot run at all, costs the others nothing.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -26,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..common.arguments import make_parser
 from ..common.report import ROOT, atomic
 from .checks import SANITIZERS, SMALL, STOPPED, finish, profile_kernels, run, sanitizer_status, start, start_sanitizer
 
@@ -187,7 +187,7 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all but sanitizers")

@@ -1,4 +1,14 @@
-"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed."""
+"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed.
+
+examples, from the repository root:
+  python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json, results.csv and results.md
+  python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
+
+providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
+calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
+values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
+out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
+"""
 
 import argparse
 import itertools
@@ -23,16 +33,6 @@ from .launches import step_launch
 from .workloads import Shape, Task
 
 TABLES = ("position", "content")
-EXAMPLES = """
-examples, from the repository root:
-  python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json, results.csv and results.md
-  python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
-
-providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
-calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
-values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
-out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
-"""
 
 
 class Problem(NamedTuple):
@@ -190,7 +190,7 @@ COLUMNS: list[report.Column] = [
 
 
 def options_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--batch", type=whole(1), nargs="+", default=[1, 8], metavar="B", help="default 1 and 8")
     add("--length", type=whole(2), nargs="+", default=[1024], metavar="L", help="items with the new one (default 1024)")

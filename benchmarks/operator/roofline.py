@@ -93,19 +93,26 @@ def measure_rates(device: str, dtype: str) -> Rates:
     return Rates(copy(), matmul())
 
 
+def free_bytes(device: str) -> int | None:
+    """Memory that is free; None where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+    return None
+
+
 def copy_bytes(device: str) -> int:
     """Bytes of a tensor to copy."""
     if device == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        return beyond(cache, torch.cuda.mem_get_info()[0], least=1 << 30)
-    cache, free = 0, 2 << 30
+        return beyond(cache, free_bytes(device) or 0, least=1 << 30)
+    cache = 0
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
             cache = max(cache, int(path.read_text().strip().removesuffix("K")) << 10)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    return beyond(cache, free, least=256 << 20)
+    return beyond(cache, free_bytes(device) or 2 << 30, least=256 << 20)
 
 
 def beyond(cache: int, free: int, least: int) -> int:
@@ -119,7 +126,7 @@ def ideal_bytes(task: Task, layout: str, pass_: str) -> int:
     Between Gaussians means and covariances are inputs and outputs. The gate, lengths and the seed, a number per head or sequence,
     are left out.
     """
-    s, size = task.shape, getattr(torch, task.dtype).itemsize
+    s, size = task.shape, task.itemsize
     if pass_ == "fwd+bwd":
         return ideal_bytes(task, layout, "fwd") + ideal_bytes(task, layout, "bwd")
     inputs, out = s.H * s.D + s.H_kv * (s.D + s.D_v), s.H * s.D_v  # features of all heads, per row

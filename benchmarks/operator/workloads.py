@@ -65,6 +65,15 @@ STOSA = Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,))  # 4 hea
 STOSA_QUICK = replace(STOSA, lengths=(20, 50), batches=(32,))
 
 
+def choose_preset(backbone: str, device: str, name: str | None, quick: bool) -> Preset:
+    """The preset of that name, or what is measured where none is named."""
+    if quick:
+        return STOSA_QUICK if backbone == STOCHASTIC else QUICK
+    if name or device != "cpu":
+        return PRESETS[name or "recsys"]
+    return STOSA if backbone == STOCHASTIC else CPU_DEFAULT
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to measure: providers and layouts are compared within it. B and L of `shape` are users and window if `users`."""

@@ -12,7 +12,7 @@ B sequences of a batch, L window, T real events, K negatives, E hidden size.
 import copy
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -209,10 +209,9 @@ def lap(it: Contestant, pass_: str, work: Work) -> Lap:
     return Lap(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> Iterator[str]:
-    """Fill in samples round-robin; yields whose turn it is."""
+def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> None:
+    """Fill in samples round-robin."""
     for i in turns(len(contestants), reps, budget_s):
-        yield contestants[i].name
         contestants[i].samples[pass_].append(lap(contestants[i], pass_, work))
 
 

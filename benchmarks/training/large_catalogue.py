@@ -1,4 +1,14 @@
-"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends."""
+"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends.
+
+examples, from the repository root:
+  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
+  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
+
+Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
+(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
+items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
+any peak is above --limit.
+"""
 
 import argparse
 import contextlib
@@ -27,20 +37,9 @@ from awrsr.training.trainer import make_trainer
 from ..common import report
 from ..common.arguments import add_flag, make_parser, number, whole
 
-EXAMPLES = """
-examples, from the repository root:
-  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
-  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
-
-Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
-(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
-items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
-any peak is above --limit.
-"""
-
 
 def options_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--items", type=whole(10), default=1_000_000, metavar="N", help="items of the catalogue (default 1000000)")
     add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")

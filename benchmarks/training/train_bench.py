@@ -1,4 +1,30 @@
-"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend."""
+"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend.
+
+examples, from the repository root:
+  python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
+  python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
+  python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
+                                                            what refinement costs, and nothing else
+  python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
+                                                            Wasserstein attention beside STOSA's formulation in the same model
+  python benchmarks/attn_bench.py --compare before/results.json after/results.json
+
+A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
+(AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
+repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
+pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps, or --epochs passes over
+the data, which shows bucketed batches at their best; contestants take turns, and a row is the median of its samples, with peak
+memory above parameters and optimizer state.
+
+Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
+30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
+equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
+
+"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed layout;
+beside each the same of the processor's time, which is the one to trust where a machine is busy. If the data are Amazon Beauty,
+`awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
+marked as quoted: they were not measured here.
+"""
 
 import argparse
 import itertools
@@ -28,37 +54,22 @@ from ..common import report
 from ..common.arguments import add_flag, make_parser, number, settle_machine, whole
 from ..common.clock import WrongResult
 from ..common.pages import LAYOUTS, TRAINING, markdown
-from .contestants import GATE_STEPS, PASSES, TOLERANCE, Contestant, Problem, Work
-from .contestants import check, contestant, measure_memory, race, yardstick
+from .contestants import (
+    GATE_STEPS,
+    PASSES,
+    TOLERANCE,
+    Contestant,
+    Problem,
+    Work,
+    check,
+    contestant,
+    measure_memory,
+    race,
+    yardstick,
+)
 from .report import make_rows, table
 
 BACKENDS = ("torch", "reference", "triton", "stosa")
-EXAMPLES = """
-examples, from the repository root:
-  python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
-  python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
-  python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
-                                                            what refinement costs, and nothing else
-  python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
-                                                            Wasserstein attention beside STOSA's formulation in the same model
-  python benchmarks/attn_bench.py --compare before/results.json after/results.json
-
-A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
-(AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
-repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
-pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps, or --epochs passes over
-the data, which shows bucketed batches at their best; contestants take turns, and a row is the median of its samples, with peak
-memory above parameters and optimizer state.
-
-Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
-30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
-equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
-
-"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed layout;
-beside each the same of the processor's time, which is the one to trust where a machine is busy. If the data are Amazon Beauty,
-`awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
-marked as quoted: they were not measured here.
-"""
 BEAUTY = (22_363, 12_101, 198_502)  # users, items, events
 QUOTED = (  # SASRec on Beauty, one CPU thread
     {"who": "RecTools' SASRec", "train_sequences_per_cpu_second": 867.0, "eval_users_per_cpu_second": 1911.0},
@@ -70,7 +81,7 @@ END_TO_END = shlex.split(
 
 
 def options_parser() -> argparse.ArgumentParser:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("problem").add_argument
     add("--data", type=Path, metavar="FILE", help="histories in any format that awrsr reads; without it synthetic ones")
     add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="default sasrec")
@@ -176,10 +187,7 @@ def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]
             say(f"memory: {pass_}, {it.name}")
             measure_memory(it, pass_, work)
             entered.append(it)
-        progress = report.Progress((options.reps or 0) * len(entered))
-        for name in race(entered, pass_, work, options.reps, options.budget):
-            progress.step(f"{pass_}: {name}")
-        progress.close()
+        race(entered, pass_, work, options.reps, options.budget)
         rows += make_rows(entered, pass_, work, label(problem, options, pass_))
     print("\n".join(table([r for r in rows if r["pass"] == p]) for p in passes), flush=True)
     return rows
