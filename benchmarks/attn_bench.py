@@ -2,7 +2,7 @@
 
 examples, from the repository root:
   python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
-  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, results.csv and plots
+  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, .csv, .md and .png
   python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --kv-heads 2 --passes fwd
@@ -52,12 +52,11 @@ import torch
 from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
 from benchmarks.common import compare
 from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
-from benchmarks.common.clock import Clock, WrongResult
+from benchmarks.common.clock import Clock, WrongResult, reason_of
 from benchmarks.common.report import Row, about, command_line, print_unsteady
 from benchmarks.operator import workloads
-from benchmarks.operator.graphs import time_graphs
+from benchmarks.operator.gpu_only import precompile, time_graphs
 from benchmarks.operator.measure import PASSES, Entrant, Gate, host_overhead, measure_memory, race
-from benchmarks.operator.precompile import precompile
 from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
 from benchmarks.operator.report import graph_reasons, launch_rows, make_rows, table, write_files
 from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
@@ -93,7 +92,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no problem after S s")
     add("--overhead", action="store_true", help="also: host time per call")
     add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
-    add_flag(add, "--out", help="write results.json, .csv, .md and, against L, time.png, memory.png, floor.png")
+    add_flag(add, "--out", help="write results.json, .csv, .md and, where there are several lengths, results.png")
     add = parser.add_argument_group("comparison, instead of a measurement").add_argument
     add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="rows that got slower or larger: exit status 1")
     times = number(1, 1e9, "a number of at least 1")
@@ -186,10 +185,6 @@ def too_large(task: Task, provider: Provider) -> str | None:
     return f"its L x L matrices take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
-def reason_of(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
 class Outcome(NamedTuple):
     """What came of a task, or of all of them."""
 
@@ -274,13 +269,13 @@ def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         before, after = (compare.load(path) for path in options.compare)
     except ValueError as error:
         parser.error(f"argument --compare: {error}")
-    reason = compare.refusal(before, after)
-    if reason and not options.force:
-        parser.error(f"argument --compare: {reason}")
+    devices = before["device"], after["device"]
+    if devices[0] != devices[1] and not options.force:
+        parser.error("argument --compare: the files are of different devices, {!r} and {!r}; --force ignores that".format(*devices))
     threshold = options.threshold or 1.1
-    found = compare.compare(before, after, threshold)
-    print(compare.text(found, threshold))
-    return int(bool(found.regressions))
+    outcome = compare.compare(before, after, threshold)
+    print(compare.text(outcome, threshold))
+    return int(bool(outcome.regressions))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -303,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
     print_unsteady(results["rows"])
     if options.out:
-        print(*write_files(options.out, results), sep="\n")
+        print(write_files(options.out, results))
     print(f"{time.perf_counter() - begin:.0f} s")
     if results["wrong"]:
         print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)

@@ -16,6 +16,11 @@ class WrongResult(Exception):
     """A provider's result is not what the definition says."""
 
 
+def reason_of(error: Exception) -> str:
+    """One line of an error, to stand in a table."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 class Span(NamedTuple):
     """Two marks, and how long the host was busy between them."""
 

@@ -5,7 +5,7 @@
 The roof of a device is what it copies and what it multiplies at best: a call that does I operations per byte of device memory gets
 no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and above it
 arithmetic. Bytes and operations are those of the problem (`roofline.py`), rates those of the very run. A GPU's calls are timed as a
-CUDA graph replays them, where the host holds nothing up. What kernels move and multiply is counted by `launches.py`.
+CUDA graph replays them, where the host holds nothing up.
 """
 
 import json
@@ -13,21 +13,17 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from awrsr_kernels.call import REFINEMENTS
-
 from ..common import pages
 from ..common.arguments import make_parser
 from ..common.report import ROOT, Row, atomic, device_ms, is_gpu, page_table
 from . import plots
-from .launches import Launch, step_launch, step_operations, task_launches
+from .launches import step_operations
 from .roofline import Point, Rates
 from .workloads import STOCHASTIC, Shape, Task
 
 RESULTS = ROOT / "benchmarks/results"
+SHOWN = ("simple", "stochastic")  # refinements that have a panel against L
 NOT_YET = "not measured yet"
-SIZES = ((512, 2, 50, 32), (512, 2, 200, 32), (8, 4, 2048, 64))  # B, H, L, D = R: recommenders, longer histories, long sequences
-STEP = (64, 4, 1024, 64)  # the same of a decoding step, L with the new item
-DTYPE = "bfloat16"  # in which kernels are counted
 OURS, LAYOUTS = ("torch", "triton"), ("padded", "packed")  # what stands under the roof
 
 
@@ -75,19 +71,6 @@ def steps(results: Row, rates: Rates) -> Iterator[Point]:
         yield Point(results["device"], "decoding steps", problem, call, "step", *counts, row["median_ms"], rates)
 
 
-# Counted, kernel by kernel
-
-
-def counted(refinement: str) -> Iterator[tuple[str, Launch, int]]:
-    """(problem, launch, its operations) of each of our kernels; torch's own sums after a backward are left out."""
-    tasks = [Task(Shape(b, h, h, length, d, d, d), refinement, DTYPE, 0.0, "cuda") for b, h, length, d in (*SIZES, STEP)]
-    for task, size in zip(tasks, SIZES, strict=False):
-        for launch in task_launches(task, "padded"):
-            if launch.tile is not None:
-                yield "B {} H {} L {} D {}".format(*size), launch, launch.operations
-    yield "B {} H {} L {} D {}, step".format(*STEP), step_launch(tasks[-1], content=False), step_operations(tasks[-1])
-
-
 # The page
 
 
@@ -102,21 +85,6 @@ def measured_table(points: list[Point]) -> list[str]:
     ]  # fmt: skip
     rows = [[*key, *(", ".join(map(show, of)) for show in shown)] for key, of in calls.items()]
     return page_table(["problem", "call", "pass", "MB", "operations per byte", "side", "ms", "share of the roof"], rows)
-
-
-def counted_table() -> list[str]:
-    """What each refinement makes the kernels move and multiply."""
-    cells: dict[str, dict[str, dict[str, str]]] = {}  # problem, kernel, refinement
-    for refinement in REFINEMENTS:
-        for problem, launch, operations in counted(refinement):
-            of = cells.setdefault(problem, {}).setdefault(launch.name, {})
-            of[refinement] = f"{launch.bytes / 1e6:.3g}, {operations / launch.bytes:.3g}"
-    rows = [
-        [problem, f"`{name}`", *(of.get(x, "-") for x in REFINEMENTS)]
-        for problem, kernels in cells.items()
-        for name, of in kernels.items()
-    ]
-    return page_table(["problem", "kernel", *REFINEMENTS], rows)
 
 
 def roof(points: list[Point]) -> list[str]:
@@ -140,9 +108,7 @@ def markdown(files: list[Row], points: list[Point]) -> str:
             lines += ["", pages.markdown(results).strip()]
         if not any(is_gpu(results["device"]) for results in of):
             lines += ["", f"On a GPU: {NOT_YET}."]
-    lines += ["", "## Under the roof", *roof(points), ""]
-    lines += [f"What each refinement makes a kernel move and multiply in {DTYPE}: MB, operations per byte; counted, not"]
-    lines += ["timed. Between Gaussians the kernels are not counted yet.", "", *counted_table()]
+    lines += ["", "## Under the roof", *roof(points)]
     return "\n".join(lines).strip() + "\n"
 
 
@@ -161,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     points = measured(files)
     entries = json.loads(study.read_text(encoding="utf-8")) if study.exists() else []
     pictures = {
-        "cost_operator.png": plots.against_length([x for x in files if x.get("kind") is None]),
+        "cost_operator.png": plots.against_length([x for x in files if x.get("kind") is None], SHOWN),
         "cost_roofline.png": plots.roofline(points),
         "cost_quality.png": plots.quality(entries),
     }

@@ -1,86 +1,63 @@
-"""Pictures of attn_bench.py, one per question, and of cost_report.py: against L, under the roof, quality against training time."""
+"""Pictures of attn_bench.py and cost_report.py: time and memory against L, calls under the roof, quality against training time."""
 
 import statistics
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..common.plots import panels
 from ..common.report import Row, device_ms
-from .measure import PASSES
 from .providers import PROVIDERS
 from .roofline import Point
-from .workloads import LAYOUTS, STOCHASTIC
+from .workloads import STOCHASTIC
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-class Question(NamedTuple):
-    """A picture: the column of a row that answers it, and what its axis says."""
-
-    name: str
-    column: str
-    axis: str
-
-
-QUESTIONS = (
-    Question("time", "median_ms", "time, ms"),
-    Question("memory", "peak_mib", "memory, MiB above the inputs"),
-    Question("floor", "to_floor", "time over its floor"),
-)
-SHOWN = ("simple", "stochastic")  # refinements that have a panel against L in the cost report
 COLUMNS = (("row_us", "time, us per row and head"), ("row_kib", "peak memory, KiB per row and head"))
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "X", "step": "*"}
 REFINEMENT_COLOURS = {"none": "#777777", "simple": "#6c8ebf", "value": "#e8a33d", "additive": "#0b7a75", "stochastic": "#d1495b"}
 
 
-def plot(rows: list[Row], column: str, axis: str, device: str) -> "Figure":
-    """A panel per problem (all but L) and pass: lines against L, or bars per layout where users' histories were measured."""
-    rows = [r for r in rows if column in r]  # older results lack what was not measured then
-    problems = _problems(rows)
-    passes = [p for p in PASSES if any(r["pass"] == p for r in rows)]
-    figure, axes = panels(len(problems), len(passes), width=5.2, height=3.7)
-    for line, (title, members) in zip(axes, problems.items(), strict=True):
-        for ax, p in zip(line, passes, strict=True):
-            chosen = [r for r in members if r["pass"] == p]
-            (_bars if members[0]["source"] else lines)(ax, chosen, column)
-            ax.set_title(f"{title}\n{p}", fontsize=8)
-            ax.set_ylabel(axis)
-    named = {name: handle for ax in figure.axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=8)
-    figure.suptitle(device, fontsize=9)
+def against_length(files: list[Row], refinements: Sequence[str] = ()) -> "Figure | None":
+    """Forward and backward where every row is an item, a column of panels per device and kind of problem: time, then memory.
+
+    Both are divided by B * H * L: what costs O(L^2) rises with L, what costs O(L) is flat. Of several batches of one length the
+    largest is drawn. refinements: these alone, without dropout. None where no kind of problem was measured at several lengths.
+    """
+    problems: dict[tuple[str, ...], dict[tuple[str, int], Row]] = {}
+    for device, row in ((results["device"], row) for results in files for row in results["rows"]):
+        left_out = refinements and (row["refinement"] not in refinements or row["dropout_p"])
+        if row["pass"] != "fwd+bwd" or row["source"] or left_out:
+            continue
+        between = "Gaussians" if row["backbone"] == STOCHASTIC else "vectors"
+        drop = f", dropout {row['dropout_p']:g}" if row["dropout_p"] else ""
+        title = f"between {between}, {row['refinement']}, {row['dtype']}{drop}"
+        panel, rows = problems.setdefault((title, device), {}), row["B"] * row["H"] * row["L"]
+        other = panel.get((row["provider"], row["L"]))
+        if other is None or other["B"] < row["B"]:
+            per_row = {"row_us": device_ms(row) * 1e3 / rows, "row_kib": row["peak_mib"] * 1024 / rows}
+            panel[row["provider"], row["L"]] = row | per_row
+    problems = {key: panel for key, panel in problems.items() if len({length for _, length in panel}) > 1}
+    if not problems:
+        return None
+    figure, axes = panels(len(COLUMNS), len(problems), width=5.0, height=3.4)
+    for i, ((title, device), panel) in enumerate(problems.items()):
+        members = sorted(panel.values(), key=lambda row: row["L"])
+        for line, (column, label) in zip(axes, COLUMNS, strict=True):
+            _lines(line[i], members, column)
+            line[i].set_ylabel(label, fontsize=8)
+        axes[0][i].set_title(f"{title}\n{_sizes(members)}\n{device}", fontsize=8, loc="left")
+        axes[0][i].legend(fontsize=7, frameon=False)
     return figure
 
 
-def _problems(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that share a panel, by its title. A batch size is part of it only where one length was measured with several."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        heads = row["H"] if row["H"] == row["H_kv"] else f"{row['H']}/{row['H_kv']}"
-        title = f"{row['source']} H {heads} D {row['D']} R {row['R']} {row['dtype']} {row['refinement']}".strip()
-        title += " between Gaussians" if row["backbone"] == STOCHASTIC else ""
-        found.setdefault(title, []).append(row)
-    split: dict[str, list[Row]] = {}
-    for title, members in found.items():
-        several = len({(r["B"], r["L"]) for r in members}) > len({r["L"] for r in members})
-        every = sorted({r["B"] for r in members})
-        for row in members:
-            batch = row["B"] if several or len(every) == 1 else f"{every[0]}..{every[-1]}"
-            split.setdefault(title if row["source"] else f"B {batch} {title}", []).append(row)
-    return split
-
-
-def _colour(provider: str) -> str:
-    return f"C{list(PROVIDERS).index(provider) % 10}"  # no backbone has two of a colour
-
-
-def lines(ax: Any, rows: list[Row], column: str) -> None:
+def _lines(ax: Any, rows: list[Row], column: str) -> None:
     from matplotlib.ticker import LogLocator
 
     for name in dict.fromkeys(r["provider"] for r in rows):
         points = sorted((r["L"], r[column]) for r in rows if r["provider"] == name)
-        style = "-" if PROVIDERS[name].role == "ours" else "--"
-        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=_colour(name))
+        style, colour = "-" if PROVIDERS[name].role == "ours" else "--", list(PROVIDERS).index(name) % 10
+        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=f"C{colour}")
     ax.set(xscale="log", yscale="log", xlabel="L")
     ticks = sorted({r["L"] for r in rows})
     ax.set_xticks(ticks, [str(x) for x in ticks])
@@ -90,56 +67,12 @@ def lines(ax: Any, rows: list[Row], column: str) -> None:
     ax.yaxis.set_minor_formatter("{x:g}")
 
 
-def _bars(ax: Any, rows: list[Row], column: str) -> None:
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    for row in rows:
-        x = LAYOUTS.index(row["layout"]) + (names.index(row["provider"]) - len(names) / 2) * 0.8 / len(names)
-        ax.bar(x, row[column], 0.8 / len(names), align="edge", label=row["provider"], color=_colour(row["provider"]))
-    ax.set_xticks(range(len(LAYOUTS)), LAYOUTS)
-
-# The cost report
-
-
-def against_length(files: list[Row]) -> "Figure | None":
-    """Forward and backward where every row is an item, a column of panels per device, backbone and refinement: time, then memory.
-
-    Both are divided by B * H * L: what costs O(L^2) rises with L, what costs O(L) is flat. Of several batches of one length the
-    largest is drawn.
-    """
-    problems: dict[tuple[str, str, str, str], dict[tuple[str, int], Row]] = {}
-    for results in files:
-        for row in results["rows"]:
-            if row["pass"] == "fwd+bwd" and not row["source"] and row["refinement"] in SHOWN and not row["dropout_p"]:
-                panel = problems.setdefault((results["device"], row["backbone"], row["refinement"], row["dtype"]), {})
-                rows = row["B"] * row["H"] * row["L"]
-                per_row = {"row_us": device_ms(row) * 1e3 / rows, "row_kib": row["peak_mib"] * 1024 / rows}
-                other = panel.get((row["provider"], row["L"]))
-                if other is None or other["B"] < row["B"]:
-                    panel[row["provider"], row["L"]] = row | per_row
-    problems = {key: panel for key, panel in problems.items() if len({length for _, length in panel}) > 1}
-    if not problems:
-        return None
-    figure, axes = panels(len(COLUMNS), len(problems), width=5.0, height=3.4)
-    for i, ((device, backbone, refinement, dtype), panel) in enumerate(problems.items()):
-        members = sorted(panel.values(), key=lambda row: row["L"])
-        for line, (column, label) in zip(axes, COLUMNS, strict=True):
-            lines(line[i], members, column)
-            line[i].set_ylabel(label, fontsize=8)
-        between = "Gaussians" if backbone == STOCHASTIC else "vectors"
-        axes[0][i].set_title(f"between {between}, {refinement}, {dtype}\n{_sizes(members)}\n{device}", fontsize=8, loc="left")
-        axes[0][i].legend(fontsize=7, frameon=False)
-    return figure
-
-
 def _sizes(rows: list[Row]) -> str:
     """B, H, D, R of every length, once where they agree."""
-    found = {row["L"]: f"B {row['B']} H {row['H']} D {row['D']} R {row['R']}" for row in rows}
-    if len(set(found.values())) == 1:
-        return next(iter(found.values()))
-    names = ("B", "H", "D", "R")
-    each = {name: list(dict((row["L"], row[name]) for row in rows).values()) for name in names}
-    texts = (f"{name} {'/'.join(map(str, values)) if len(set(values)) > 1 else values[0]}" for name, values in each.items())
-    return f"{', '.join(texts)}, by length"
+    sizes = {row["L"]: [row[name] for name in "BHDR"] for row in rows}
+    columns = [list(dict.fromkeys(values)) if len(set(values)) == 1 else values for values in zip(*sizes.values(), strict=True)]
+    texts = [f"{name} {'/'.join(map(str, values))}" for name, values in zip("BHDR", columns, strict=True)]
+    return f"{', '.join(texts)}, by length" if any(len(values) > 1 for values in columns) else " ".join(texts)
 
 
 def roofline(points: list[Point]) -> "Figure | None":

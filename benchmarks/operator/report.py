@@ -10,7 +10,7 @@ from ..common.pages import markdown
 from ..common.report import Column, Row, atomic, grid, spread, times, write_data
 from .launches import PROCESSORS, task_launches
 from .measure import PASSES, Entrant, quantiles
-from .plots import QUESTIONS, plot
+from .plots import against_length
 from .roofline import Rates, shares
 from .workloads import Task
 
@@ -125,18 +125,15 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_files(directory: Path, results: Row) -> list[str]:
-    """Write everything that can be written; returns lines to print."""
-    notes = [f"wrote {', '.join(write_data(directory, results, markdown(results)))}"]
-    if not results["rows"]:
-        return notes
+def write_files(directory: Path, results: Row) -> str:
+    """Write everything that can be written; returns a line to print."""
+    paths = write_data(directory, results, markdown(results))
     try:
-        import matplotlib  # noqa: F401
+        figure = against_length([results])
     except ImportError:
-        return [*notes, "no plots: matplotlib is not installed (pip install matplotlib)"]
-    for name, column, axis in QUESTIONS:
-        if any(column in row for row in results["rows"]):
-            with atomic(directory / f"{name}.png", "wb") as file:
-                plot(results["rows"], column, axis, results["device"]).savefig(file, format="png", dpi=110)
-            notes[0] += f", {directory / (name + '.png')}"
-    return notes
+        return f"wrote {', '.join(paths)}; no plots: matplotlib is not installed (pip install matplotlib)"
+    if figure is not None:
+        paths.append(str(directory / "results.png"))
+        with atomic(directory / "results.png", "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
+    return f"wrote {', '.join(paths)}"

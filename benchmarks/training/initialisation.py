@@ -36,19 +36,22 @@ class Start(NamedTuple):
     table_std: float
     gate: str  # of "additive": learned from 0, learned from 1, fixed at 1; else ""
 
-    def options(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"refinement": self.refinement, "tables": self.tables, "table_std": self.table_std}
-        found |= {"gate_init": float(self.gate == "from 1")} if self.gate != "fixed" else {"gate": False}
-        return found
+    def attention(self) -> RefinedMultiheadAttention:
+        gate: dict[str, Any] = {"gate": False} if self.gate == "fixed" else {"gate_init": float(self.gate == "from 1")}
+        tables = self.tables if self.refinement != "none" else "position"
+        options = gate | {"refinement": self.refinement, "tables": tables, "table_std": self.table_std}
+        return RefinedMultiheadAttention(HIDDEN, HEADS, max_len=LENGTH, align="left", **options)
 
 
-def starts() -> list[Start]:
-    found = [Start("none", "-", 1.0, "")]
-    for tables in ("position", "content"):
-        found += [Start("additive", tables, std, "from 0") for std in (0.02, 0.3, 1.0, 3.0)]
-        found += [Start("additive", tables, 1.0, gate) for gate in ("from 1", "fixed")]
-        found += [Start("simple", tables, 1.0, "")]
-    return found
+STARTS = [Start("none", "-", 1.0, "")] + [
+    Start(refinement, tables, std, gate)
+    for tables in ("position", "content")
+    for refinement, std, gate in (
+        *(("additive", std, "from 0") for std in (0.02, 0.3, 1.0, 3.0)),
+        *(("additive", 1.0, gate) for gate in ("from 1", "fixed")),
+        ("simple", 1.0, ""),
+    )
+]
 
 
 class Layer(nn.Module):
@@ -57,8 +60,7 @@ class Layer(nn.Module):
     def __init__(self, start: Start) -> None:
         super().__init__()
         self.symbols, self.positions = nn.Embedding(SYMBOLS, HIDDEN), nn.Embedding(LENGTH, HIDDEN)
-        options = start.options() | ({"tables": "position"} if start.tables == "-" else {})
-        self.attention = RefinedMultiheadAttention(HIDDEN, HEADS, max_len=LENGTH, align="left", **options)
+        self.attention = start.attention()
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
         self.feedforward = nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN))
         self.head = nn.Linear(HIDDEN, SYMBOLS)
@@ -108,10 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     about = report.about("cpu") | {"command": report.command_line("initialisation.py", arguments)}
-    rows = [start._asdict() | {task: [] for task in TASKS} for start in starts()]
+    rows = [start._asdict() | {task: [] for task in TASKS} for start in STARTS]
     work = [(i, task, seed) for seed in range(options.seeds) for i in range(len(rows)) for task in TASKS]
     for i, task, seed in tqdm(work, unit="run", disable=None):
-        rows[i][task].append(accuracy(starts()[i], task, seed, options.steps))
+        rows[i][task].append(accuracy(STARTS[i], task, seed, options.steps))
     results = about | {"kind": INITIALISATION, "steps": options.steps, "seeds": options.seeds, "rows": rows}
     report.write_data(options.out, results, markdown(results))
     print(markdown(results))

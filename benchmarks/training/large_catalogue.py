@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,14 +58,15 @@ class Stages:
     """Time and peak memory of what is done one after another."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[report.Row] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str) -> Iterator[report.Row]:
         """Yields the stage's row, for what else is to be said of it."""
         print(f"{name} ...", file=sys.stderr, flush=True)
-        row: dict[str, Any] = {"stage": name}
-        forget_peak()
+        row: report.Row = {"stage": name}
+        with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         start, cpu = time.perf_counter(), time.process_time()
         yield row
         row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -76,30 +76,21 @@ class Stages:
         print(f"{name:<10} {row['seconds']:8.1f} s   peak {row['peak_gib']:6.2f} GiB   {more}", flush=True)
 
 
-def forget_peak() -> None:
-    """Let the peak start anew, where Linux allows it; elsewhere it is that of the process so far."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_gib() -> float:
+def peak_gib(who: int = resource.RUSAGE_SELF) -> float:
+    """Of this process since the stage began, where Linux says so, or of all its children so far."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines() if who == resource.RUSAGE_SELF else []
         return int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 2**20
-    return rusage_gib(resource.RUSAGE_SELF)
-
-
-def rusage_gib(who: int) -> float:
     return resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
 
 
-def make_file(options: argparse.Namespace, path: Path, row: dict[str, Any]) -> None:
+def make_file(options: argparse.Namespace, path: Path, row: report.Row) -> None:
     """`awrsr data make`, in a process of its own so that what it leaves behind is not counted against the reader."""
     sizes = {"users": options.users, "items": options.items, "length": options.length, "seed": options.seed}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
     command = [sys.executable, "-m", "awrsr", "data", "make", *arguments, f"--output={path.resolve()}"]
     subprocess.run(command, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
-    row |= {"peak_gib": rusage_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
+    row |= {"peak_gib": peak_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
 
 
 def with_few_targets(parts: Split, count: int) -> Split:
@@ -125,7 +116,7 @@ def recommend(model: AWRSR, histories: Histories, count: int) -> int:
     return len(model.recommend(first, k=min(10, model.config.num_items)))
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
     """All stages, in the order of a user's day."""
     stages = Stages()
     path = options.data or folder / "histories.txt"
