@@ -53,7 +53,7 @@ from awrsr_kernels.call import GAUSSIAN_REFINEMENTS
 from benchmarks.common import compare
 from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
 from benchmarks.common.clock import Clock, WrongResult, reason_of
-from benchmarks.common.report import Row, about, command_line, print_unsteady
+from benchmarks.common.report import Row, about, command_line, finish
 from benchmarks.operator import workloads
 from benchmarks.operator.gpu_only import precompile, time_graphs
 from benchmarks.operator.measure import PASSES, Entrant, Gate, host_overhead, measure_memory, race
@@ -296,10 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no graph: {provider}: {reason}")
     for row in results["overhead"]:
         print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
-    print_unsteady(results["rows"])
-    if options.out:
-        print(write_files(options.out, results))
-    print(f"{time.perf_counter() - begin:.0f} s")
+    finish(results, begin, write_files(options.out, results) if options.out else ())
     if results["wrong"]:
         print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,11 +101,6 @@ def unsteady(row: Row) -> bool:
     return bool(row.get("p80_ms", 0) > 2 * row.get("p20_ms", 0))
 
 
-def print_unsteady(rows: list[Row]) -> None:
-    if wide := sum(map(unsteady, rows)):
-        print(f"{wide} of {len(rows)} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
-
-
 def device_ms(row: Row) -> float:
     """What the device takes: replayed from a CUDA graph, where the host holds nothing up, if there is one."""
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
@@ -138,3 +134,13 @@ def write_data(directory: Path, results: Row, page: str) -> list[str]:
     with atomic(directory / "results.md") as file:
         file.write(page)
     return [str(directory / f"results.{kind}") for kind in ("json", "csv", "md")]
+
+
+def finish(results: Row, begin: float, paths: Sequence[str] = ()) -> None:
+    """The last lines of a run that began then: whether its medians scatter, what it wrote, how long it took."""
+    if wide := sum(map(unsteady, results["rows"])):
+        of_all = f"{wide} of {len(results['rows'])} medians are unsteady"
+        print(f"{of_all}, p80 above twice p20: a busy machine? (--threads, --budget)")
+    if paths:
+        print("wrote", ", ".join(paths))
+    print(f"{time.perf_counter() - begin:.0f} s")

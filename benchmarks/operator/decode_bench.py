@@ -228,10 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += of_it
         print("\n".join([problem.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
     results = about | {"rows": rows}
-    report.print_unsteady(rows)
-    if options.out:
-        print("wrote", ", ".join(report.write_data(options.out, results, markdown(results))))
-    print(f"{time.perf_counter() - begin:.0f} s")
+    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
     return 0
 
 

@@ -125,15 +125,16 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_files(directory: Path, results: Row) -> str:
-    """Write everything that can be written; returns a line to print."""
+def write_files(directory: Path, results: Row) -> list[str]:
+    """Write everything that can be written; returns the paths."""
     paths = write_data(directory, results, markdown(results))
     try:
         figure = against_length([results])
     except ImportError:
-        return f"wrote {', '.join(paths)}; no plots: matplotlib is not installed (pip install matplotlib)"
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return paths
     if figure is not None:
         paths.append(str(directory / "results.png"))
         with atomic(directory / "results.png", "wb") as file:
             figure.savefig(file, format="png", dpi=110)
-    return f"wrote {', '.join(paths)}"
+    return paths

@@ -259,10 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
         quoted = "  (quoted)" if row["quoted"] else ""
         print(f"{row['who']:<28} {train:8.0f} training sequences, {users:8.0f} users evaluated per CPU-second{quoted}")
-    report.print_unsteady(results["rows"])
-    if options.out:
-        print("wrote", ", ".join(report.write_data(options.out, results, markdown(results))))
-    print(f"{time.perf_counter() - begin:.0f} s")
+    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
     return 0
 
 

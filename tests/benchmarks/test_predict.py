@@ -59,7 +59,8 @@ def row(kernel: str, programs: int, **more: Any) -> dict[str, Any]:
     """As `awrsr_kernels.compile_report` writes it."""
     return {
         "kernel": kernel, "refinement": "simple", "dtype": "bfloat16", "dropout": False, "target": "sm_90",
-        "length": 64, "width": 64, "config": Config(64, 64, 4, 1, 4)._asdict(), "registers": 100, "programs_per_processor": programs,
+        "length": 64, "width": 64, "config": Config(64, 64, 4, 1, 4)._asdict(), "registers": 100,
+        "programs_per_processor": programs,
     } | more  # fmt: skip
 
 
