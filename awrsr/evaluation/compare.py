@@ -248,8 +248,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
-
-    defaults = REMOVED["model"] | REMOVED["training"] | asdict(AWRSRConfig()) | asdict(before_averaging())  # for runs that lack an option
+    usual = asdict(AWRSRConfig()) | asdict(before_averaging())
+    defaults = REMOVED["model"] | REMOVED["training"] | usual  # for runs that lack an option
 
     def text(config: dict[str, Any], name: str) -> str:
         value = config.get(name, defaults.get(name, "unset"))
