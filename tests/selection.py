@@ -14,6 +14,8 @@ FILE_SECONDS = 5.0  # of processor time, after which no other test of a file sta
 # What takes longer than that by itself: files, tests, and tests that use a fixture.
 SLOW = (
     "tests/docs/test_docs.py::test_the_pages_build_without_a_warning",
+    "tests/kernels/test_compile.py::test_lengths_and_batches_compile_nothing_anew",
+    "tests/kernels/test_compile.py::test_narrow_products_are_assembled_right",
     "tests/kernels/test_distributed.py",
     "tests/kernels/test_pytorch.py::test_an_aotinductor_package_gives_the_same",
 )
