@@ -186,7 +186,7 @@ def pretend_gpu() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["torch", "host"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="of processor time, to take turns in, per figure")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of processor time, to take turns in, per figure")
     default = Path(tempfile.gettempdir()) / f"awrsr-cuda-stub-{os.getuid()}"
     parser.add_argument(
         "--folder", type=Path, default=default, help=f"keeps the stub driver and compiled kernels (default {default})"

@@ -192,11 +192,11 @@ def medians(turns: list[dict[str, list[float]]]) -> Figures:
 
 
 PARTS = (
-    Part("Beauty, 4 epochs", QUALITY, 170, quality, keep=True),
-    Part("compiled sample", SIZE, 170, compiled, keep=True, brief=True),
+    Part("Beauty, 4 epochs", QUALITY, 150, quality, keep=True),
+    Part("compiled sample", SIZE, 240, compiled, keep=True, brief=True),
     Part("tests", TESTS, 60, tests, keep=True),
     Part("Python", SIZE, 20, lines),
     Part("make test", SECONDS, 10, suite),
-    Part("torch backend / two stock calls", RATIO, 90, timed_calls("torch"), timed=True),
+    Part("torch backend / two stock calls", RATIO, 70, timed_calls("torch"), timed=True),
     Part("host, kernel call / two stock calls", RATIO, 110, timed_calls("host"), timed=True),
 )
