@@ -1,4 +1,4 @@
-"""The tree is the architecture: imports go down the floors named here and never in circles, and every file is small and says its purpose."""
+"""Imports go down the floors named here and never in circles; every file is short and opens with a sentence that says its purpose."""
 
 import ast
 import graphlib
