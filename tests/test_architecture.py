@@ -1,4 +1,4 @@
-"""Imports go down the floors named here and never in circles; every file is short and opens with a sentence that says its purpose."""
+"""Imports go down the floors named here, never in circles; every file is short and opens with a sentence on its purpose."""
 
 import ast
 import graphlib
