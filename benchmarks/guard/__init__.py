@@ -1,1 +1,1 @@
-"""What no later change may lose: quality, time, registers, tests and size, measured here and at an earlier commit."""
+"""What no change may make worse, measured against another commit."""
