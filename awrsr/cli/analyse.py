@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..files import atomic, read_json, write_json
+from ..files import atomic, write_json
 from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filter_seen
 
 
@@ -53,15 +53,11 @@ def run(options: Any) -> None:
 
 def open_baseline(opened: OpenRun) -> Any:
     """The model of --baseline. Raises ValueError unless it was trained on the same data, divided alike."""
-    from ..recommender import AWRSR
-    from ..run_folder import CONFIG
-
-    folder = opened.options.baseline
-    baseline = AWRSR.load(folder).to(opened.model.items.weight.device)
-    stored = read_json(Path(folder) / CONFIG).get("data", {})
-    if len({stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
+    options = opened.options
+    baseline = OpenRun(options, options.baseline)
+    if len({baseline.stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
         raise ValueError(
-            f"baseline is {folder}, must be trained on the data and the split of {opened.options.run} ({opened.data.split}): its "
-            f"data or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
+            f"baseline is {options.baseline}, must be trained on the data and the split of {options.run} ({opened.data.split}): "
+            f"its data or split ({baseline.data.split}) differ, so it may have been trained on what is held out here"
         )
-    return baseline
+    return baseline.model

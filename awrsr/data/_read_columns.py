@@ -5,7 +5,6 @@ T events. A `Place` says where an event is in the file: "ratings.csv:17", or "ra
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from datetime import datetime
 
 import numpy as np
@@ -99,16 +98,12 @@ def _may_be_time(name: str) -> bool:
 
 def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:
     """From one value per event in columns "user", "item" and, where there are times, "time"."""
-    users, user_labels = to_ids(columns["user"], "user", place)
-    items, item_labels = to_ids(columns["item"], "item", place)
-    times = to_times(columns["time"], place) if "time" in columns else None
-    read = Histories.from_events(users, items, times)
-    return replace(read, user_ids=labels_of(read.user_ids, user_labels), item_ids=labels_of(read.item_ids, item_labels))
+    users, items = (to_ids(columns[role], role, place) for role in ("user", "item"))
+    return Histories.from_events(users, items, to_times(columns["time"], place) if "time" in columns else None)
 
 
-def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.Series | None]:
-    """(T,) int64: the ids themselves if all are whole numbers that int64 holds, written as int64 writes them.
-    Otherwise numbers that stand for the ids, and the (N,) ids that they stand for as text."""
+def to_ids(values: pl.Series, role: str, place: Place) -> pl.Series:
+    """(T,) int64 if all ids are whole numbers that int64 holds, written as int64 writes them; text otherwise."""
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
         raise DataError(f"{place(0)}: {role} is of type {values.dtype}; must be one number or text per row")
     if values.dtype.is_float():
@@ -117,28 +112,20 @@ def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.S
         exact = values.cast(pl.Int64, strict=False)
         if exact.null_count() == values.null_count() and (exact.cast(values.dtype) == values).all():
             _refuse_missing(values, role, place)
-            return exact.to_numpy(), None  # tables with gaps write 7 as 7.0
+            return exact  # tables with gaps write 7 as 7.0
     text = values.cast(pl.String).str.strip_chars(" \t")
     _refuse_missing(text, role, place)
     whole = text.str.contains(r"^(0|-?[1-9][0-9]*)$")
     if whole.all():
         exact = text.cast(pl.Int64, strict=False)
         if not exact.null_count():
-            return exact.to_numpy(), None
+            return exact
     elif whole.any() and text.filter(~whole).str.to_lowercase().is_in(MISSING).all() and (row := first(~whole)) is not None:
         raise DataError(f"{place(row)}: {role} is {text[row]!r} among whole numbers; must be an id")
     if (row := first(text.str.len_chars() > LONGEST_ID)) is not None:
         length = f"has {len(text[row])} characters; must have at most {LONGEST_ID}"
         raise DataError(f"{place(row)}: {role} {shown(text[row])} {length}")
-    numbers = text.cast(pl.Categorical(pl.Categories.random())).to_physical().cast(pl.Int64).to_numpy()
-    some_row = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
-    some_row[numbers] = np.arange(len(numbers))
-    return numbers, text.gather(some_row)
-
-
-def labels_of(numbers: np.ndarray, labels: pl.Series | None) -> np.ndarray:
-    """What the numbers of `to_ids` stand for."""
-    return numbers if labels is None else np.array(labels.gather(numbers).to_list(), dtype=np.str_)
+    return text
 
 
 def to_times(values: pl.Series, place: Place) -> np.ndarray:

@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 SPLITS = ("leave-one-out", "last-n", "time", "none")
 
@@ -154,15 +155,17 @@ def sums(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def number(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Distinct ids in order of first appearance, and for each entry the index of its id among them."""
-    if len(ids) and ids.dtype == np.int64 and int(ids.max()) - (low := int(ids.min())) < 2 * len(ids) + 1000:
-        return _number_dense(ids - low, low)
-    distinct, first, index = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[index]
+    column = pl.Series("id", ids)
+    if len(ids) and column.dtype == pl.Int64:
+        values = column.to_numpy()
+        if int(values.max()) - (low := int(values.min())) < 2 * len(ids) + 1000:
+            return _number_dense(values - low, low)
+    distinct = column.unique(maintain_order=True)
+    index = pl.DataFrame(column).join(pl.DataFrame(distinct).with_row_index(), on="id", how="left", maintain_order="left")["index"]
+    labels = np.array(distinct.to_list(), dtype=np.str_) if distinct.dtype == pl.String else distinct.to_numpy()
+    return labels, index.to_numpy().astype(np.int64)
 
 
 def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
@@ -176,8 +179,10 @@ def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
     return distinct + low, rank[ids]
 
 
-def _column(role: str, ids: Any) -> np.ndarray:
+def _column(role: str, ids: Any) -> np.ndarray | pl.Series:
     """(T,) ids of one type, from any container: by position, never by a table's index."""
+    if isinstance(ids, pl.Series) and ids.dtype == pl.String and not ids.null_count():
+        return ids
     if isinstance(ids, list | tuple):
         return _one_type(role, list(ids))  # numpy would turn 2**53 + 1 and 0.5 into floats
     values = np.asarray(ids)

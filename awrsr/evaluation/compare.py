@@ -169,7 +169,7 @@ def compare(
         raise ValueError(f"runs has {len(folders)} folder(s), must have 2 or more to compare")
 
     variants = _variants(folders, [_config(folder) for folder in folders])
-    named = _baseline(baseline, variants, folders)
+    named = _baseline(folders[0] if baseline is None else baseline, variants)
     values, targets = _paired_values(folders, part, metrics)
     flips = max(resamples, FLIPS_PER_ROW * len(metrics) * (len(variants) - 1))
 
@@ -249,7 +249,6 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
-
     defaults = REMOVED | asdict(AWRSRConfig()) | asdict(before_averaging())  # for runs that lack an option
 
     def text(config: dict[str, Any], name: str) -> str:
@@ -273,10 +272,8 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, l
     return variants
 
 
-def _baseline(named: Path | str | None, variants: dict[str, list[Path]], folders: list[Path]) -> str:
+def _baseline(named: Path | str, variants: dict[str, list[Path]]) -> str:
     """The name of the variant to compare with."""
-    if named is None:
-        named = folders[0]
     for variant, members in variants.items():
         if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in members]:
             return variant
@@ -331,11 +328,8 @@ def _ranks(folder: Path, part: str) -> pl.DataFrame:
 
 def _aligned(rows: list[list[str]]) -> str:
     """Columns of equal width: names to the left, numbers to the right."""
-    names = [i == 0 or title in ("metric", "") for i, title in enumerate(rows[0])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: list[str]) -> str:
-        cells = zip(row, widths, names, strict=True)
-        return "  ".join(cell.ljust(width) if name else cell.rjust(width) for cell, width, name in cells).rstrip()
-
-    return "\n".join(map(line, rows))
+    columns = []
+    for i, cells in enumerate(zip(*rows, strict=True)):
+        width, is_name = max(map(len, cells)), i == 0 or cells[0] in ("metric", "")
+        columns.append([cell.ljust(width) if is_name else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
