@@ -223,7 +223,7 @@ def layer_sums(p: Tensor, m: Tensor, role: Tensor, lengths: Tensor, window: int)
     for name, weight in (("two_hops", torch.einsum("bhk,bhkj->bhj", p_row, p)), ("followed", shifted(p_row))):
         reached = (weight > p_row) & visible[:, None]
         sums[name] = (moved * reached).sum((0, 2))
-        sums[name + "_chance"] = (reached.sum(-1) / lengths[:, None]).sum(0)
+        sums[name + "_chance"] = (reached.sum(-1, dtype=p.dtype) / lengths[:, None]).sum(0)
     return sums
 
 
