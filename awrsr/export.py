@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .files import atomic
 from .models.attention import RefinedAttention
-
-if TYPE_CHECKING:
-    from .models.network import AWRSRNetwork
-    from .recommender import AWRSR
+from .models.network import AWRSRNetwork
+from .recommender import AWRSR
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 ABOUT = "awrsr.json"  # of the file's extra files (torch) or its metadata (ONNX): the configuration, and the catalogue's ids
@@ -35,7 +33,7 @@ ONNX_LIMIT = 2**31  # bytes of one ONNX file
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bool = True) -> Path:
+def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool = True) -> Path:
     """Write the scoring path of a trained model to a file, for use on a CPU. Whole or not at all.
 
     Args:
@@ -76,7 +74,7 @@ class _Scorer(nn.Module):
     """A copy of the network whose forward scores. Only the reference can be traced for any batch size and window: "torch" cuts a
     batch into chunks whose number is part of the trace."""
 
-    def __init__(self, network: "AWRSRNetwork") -> None:
+    def __init__(self, network: AWRSRNetwork) -> None:
         super().__init__()
         self.model = copy.deepcopy(network)
         for module in self.modules():
@@ -87,7 +85,7 @@ class _Scorer(nn.Module):
         return self.model.scores_padded(items, lengths)
 
 
-def _traced(network: "AWRSRNetwork") -> torch.export.ExportedProgram:
+def _traced(network: AWRSRNetwork) -> torch.export.ExportedProgram:
     window = network.config.max_len
     example = torch.zeros(2, window, dtype=torch.int64), torch.tensor([0, window])
     with torch.no_grad():
@@ -157,7 +155,7 @@ def _batches(num_items: int, max_len: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def _compare(run: Run, network: "AWRSRNetwork", path: Path) -> None:
+def _compare(run: Run, network: AWRSRNetwork, path: Path) -> None:
     """Raise RuntimeError unless the file's scores are the model's."""
     for items, lengths in _batches(network.config.num_items, network.config.max_len):
         expected, actual = network.scores_padded(items, lengths), run(items, lengths)

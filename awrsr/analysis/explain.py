@@ -115,8 +115,10 @@ def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndar
 def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.ndarray) -> None:
     """P, or P, M and their difference, with colour bars."""
     from matplotlib.colors import FuncNorm, PowerNorm
+    from matplotlib.patches import Rectangle
 
     n = len(P)
+    corners = np.repeat(np.arange(n + 1), 2) - 0.5
     visible = np.tril(np.ones((n, n), dtype=bool))
     maps = [P, M, M - P][: len(axes)]
     largest, furthest = (max(float(np.abs(x[..., visible]).max()), 1e-6) for x in (np.stack(maps[:2]), maps[-1]))
@@ -125,7 +127,12 @@ def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.nd
     images = []
     for axis, values, norm, colours in zip(axes, maps, norms, (_WEIGHTS, _WEIGHTS, _DIFFERENCE), strict=False):
         images.append(axis.imshow(np.ma.array(values, mask=~visible), interpolation="nearest", norm=norm, cmap=colours))
-        _frame(axis, n)
+        axis.plot(corners[1:], corners[:-1], color=_FAINT, linewidth=0.7, zorder=2)  # outlines: the visible part, a staircase
+        axis.plot([-0.5, -0.5], [-0.5, n - 0.5], color=_FAINT, linewidth=0.7, zorder=2)
+        axis.add_patch(Rectangle((-0.5, n - 1.5), n, 1, fill=False, edgecolor=_MARK, linewidth=1.4, zorder=3, clip_on=False))
+        axis.set_xlim(-0.5, n - 0.5)
+        axis.set_ylim(n - 0.5, -0.5)
+        axis.spines[:].set_visible(False)
     for image, panels, end in ((images[0], axes[:2], largest), (images[-1], axes[2:], furthest)):
         if len(panels):
             ticks = _TICKS[end + 1e-6 >= _TICKS]
@@ -134,19 +141,6 @@ def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.nd
                 bar.set_ticks([*(-ticks[::-1] if image.norm.vmin else []), 0, *ticks])
             bar.outline.set_visible(False)  # type: ignore[operator]
             bar.ax.tick_params(labelsize=8, color=_FAINT, labelcolor=_INK)
-
-
-def _frame(axis: "Axes", n: int) -> None:
-    """Outlines of the visible part, which is a staircase, and of the last row."""
-    from matplotlib.patches import Rectangle
-
-    corners = np.repeat(np.arange(n + 1), 2) - 0.5
-    axis.plot(corners[1:], corners[:-1], color=_FAINT, linewidth=0.7, zorder=2)
-    axis.plot([-0.5, -0.5], [-0.5, n - 0.5], color=_FAINT, linewidth=0.7, zorder=2)
-    axis.add_patch(Rectangle((-0.5, n - 1.5), n, 1, fill=False, edgecolor=_MARK, linewidth=1.4, zorder=3, clip_on=False))
-    axis.set_xlim(-0.5, n - 0.5)
-    axis.set_ylim(n - 0.5, -0.5)
-    axis.spines[:].set_visible(False)
 
 
 def _label_events(axes: Sequence["Axes"], names: list[str], side: float, *, last: bool) -> None:

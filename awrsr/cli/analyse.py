@@ -16,8 +16,7 @@ def add_flags(to: ArgumentParser) -> None:
     add_data(to, f"File of histories, which are divided as in the run {OWN_DATA}.")
     add_part(to)
     to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
-    examples = "Number of histories to show of those that got better, and of those that got worse."
-    to.add_argument("--examples", type=int, default=3, help=examples)
+    to.add_argument("--examples", type=int, default=3, help="Number of histories to show that got better, and that got worse.")
     to.add_argument("--output", type=str, default="", help="Page to write (default: analysis.html in the run folder).")
     to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to.")
     add_filter_seen(to)

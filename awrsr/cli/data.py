@@ -12,9 +12,9 @@ from jsonargparse import ArgumentParser
 
 from ..data import synthetic
 from ..data.fetch import REGISTRY
-from ..data.prepare import DEMO
+from ..data.prepare import DEMO, DataOptions
 from ..files import write_json
-from .shared import COLUMNS, add_format, add_options, as_flags, options_of
+from .shared import COLUMNS, add_options, as_flags, options_of
 
 
 def add_fetch_flags(to: ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def make(options: Any) -> None:
 
 def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("file", type=str, help="File of histories.")
-    add_format(to)
+    add_options(to, DataOptions, ("format", *COLUMNS))
     to.add_argument("--json", type=str, default="", help="JSON file to write the figures to as well.")
 
 

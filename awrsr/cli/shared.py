@@ -46,12 +46,8 @@ def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.
 
 def add_data(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--data", type=str, default="", help=data_help)
-    add_format(to)
-    to.add_argument("--threads", type=int, default=0, help="Threads of torch on the CPU; 0 leaves the number to torch.")
-
-
-def add_format(to: ArgumentParser) -> None:
     add_options(to, DataOptions, ("format", *COLUMNS))
+    to.add_argument("--threads", type=int, default=0, help="Threads of torch on the CPU; 0 leaves the number to torch.")
 
 
 def add_part(to: ArgumentParser) -> None:
@@ -82,11 +78,9 @@ class OpenRun:
         self.options = options
         self.model = AWRSR.load(folder or options.run)
         self.stored = read_json(Path(folder or options.run) / CONFIG).get("data", {})
-        known = {name: value for name, value in self.stored.items() if name in DataOptions.__dataclass_fields__}
-        for name, split in OF_SPLIT.items():
-            if known.get("split") != split:
-                known.pop(name, None)  # older runs may store it, without effect
-        self.data = DataOptions(**known)
+        known = self.stored.keys() & DataOptions.__dataclass_fields__
+        unused = {name for name, split in OF_SPLIT.items() if split != self.stored.get("split")}  # older runs may store them
+        self.data = DataOptions(**{name: self.stored[name] for name in known - unused})
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def histories(self) -> Histories:

@@ -19,8 +19,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
     to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, as --print-config prints it.")
-    out = "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)."
-    to.add_argument("--out", type=str, default="", help=out)
+    to.add_argument("--out", type=str, default="", help="Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>).")
     add_switch(to, "baseline", None, "Also train plain attention, in <out>/plain (default: only without --data).")
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)

@@ -6,6 +6,7 @@ T events. A `Place` says where an event is in the file: "ratings.csv:17", or "ra
 import re
 from collections.abc import Callable, Collection, Sequence
 from datetime import datetime
+from itertools import combinations
 
 import numpy as np
 import polars as pl
@@ -77,11 +78,9 @@ def find_columns(
         elif maybe := [name for i, name in enumerate(names) if i not in chosen.values() and (i in moments or _may_be_time(name))]:
             untimed = f"--time-column {UNTIMED} if the lines are in order of time (in Python time=NAME)"
             raise refused(f"column {maybe[0]!r} may be the time; use --time-column {maybe[0]!r} if it is, or {untimed}")
-    roles: dict[int, str] = {}
-    for role, column in chosen.items():
-        if column in roles:
-            raise refused(f"column {names[column]!r} is both {roles[column]} and {role}")
-        roles[column] = role
+    for (role, column), (other, its_column) in combinations(chosen.items(), 2):
+        if column == its_column:
+            raise refused(f"column {names[column]!r} is both {role} and {other}")
     return chosen
 
 
@@ -132,7 +131,7 @@ def to_times(values: pl.Series, place: Place) -> np.ndarray:
     """(T,) int64 if all are whole numbers, float64 otherwise; dates become seconds since 1970, in UTC if they name no zone."""
     if values.dtype in (pl.Date, pl.Datetime):
         _refuse_missing(values, "time", place)
-        return _seconds(values)
+        return values.dt.epoch("us").to_numpy() / 1e6
     if values.dtype == pl.String:
         values = values.str.strip_chars(" \t")
     elif not values.dtype.is_numeric():
@@ -156,7 +155,7 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
     plain = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
     day = tidy.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
     parsed = zoned.zip_with(zoned.is_not_null(), plain.zip_with(plain.is_not_null(), day))
-    seconds = np.array(_seconds(parsed.fill_null(EPOCH)))
+    seconds = parsed.fill_null(EPOCH).dt.epoch("us").to_numpy() / 1e6
     for row in np.flatnonzero(parsed.is_null().to_numpy()).tolist():
         try:
             moment = datetime.fromisoformat(tidy[row])
@@ -166,10 +165,6 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
             raise DataError(f"{place(row)}: time is {shown(text[row])}; {rule}; {untimed}") from None
         seconds[row] = moment.timestamp() if moment.tzinfo else (moment - EPOCH).total_seconds()
     return seconds
-
-
-def _seconds(moments: pl.Series) -> np.ndarray:
-    return moments.dt.epoch("us").to_numpy() / 1e6
 
 
 def _refuse_missing(values: pl.Series, role: str, place: Place) -> None:

@@ -59,8 +59,8 @@ def text_of(source: str, data: bytes) -> Text:
     control = re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", data)
     if control:
         raise DataError(f"{text.place(control.start())}: byte 0x{control[0][0]:02x} is not text; {TEXT_RULE}")
-    if not data or data.isspace():
-        raise DataError(f"{source}: is empty" if not data else f"{source}: contains only blank lines")
+    if not data.strip():
+        raise DataError(f"{source}: contains only blank lines")
     return text
 
 
@@ -165,17 +165,16 @@ class Header:
 
 def header_of(text: Text) -> Header:
     """The header, divided by the separator that it contains most often outside quotes."""
-    start = len(text.data) - len(text.data.lstrip(b"\n "))
-    end = text.data.find(b"\n", start)
-    end = len(text.data) if end < 0 else end
-    line = text.data[start:end].decode()
+    first_line = re.search(rb"[^\n ][^\n]*", text.data)
+    assert first_line is not None  # the text is not blank
+    line = first_line[0].decode()
     counts = Counter(re.sub(r'"[^"]*"', "", line))
     separator = max(SEPARATORS, key=lambda sign: counts[sign]) if any(counts[sign] for sign in SEPARATORS) else " "
     try:
         names = next(csv.reader([line], delimiter=separator, strict=True))
     except csv.Error:
         names = line.split(separator)  # a quote left open: not a header of a usual kind
-    return Header(names, separator, end + 1)
+    return Header(names, separator, first_line.end() + 1)
 
 
 def read_delimited(text: Text, header: Header, wanted: dict[str, str | None]) -> Histories:
@@ -224,11 +223,8 @@ def _rows(text: Text, header: Header) -> tuple[np.ndarray, np.ndarray, bytes]:
     stops = np.append(np.flatnonzero(ends), len(body))
     starts = np.concatenate([[0], stops[:-1] + 1])
     fields = np.diff(np.searchsorted(np.flatnonzero(separators), stops), prepend=0) + 1
-    blank = np.zeros(len(starts), dtype=bool)
-    for row in np.flatnonzero(fields == 1).tolist():
-        blank[row] = not body[starts[row] : stops[row]].strip()
-        if not blank[row]:  # too few fields: the file is refused anyway
-            break
+    blank = fields == 1
+    blank[blank] = [not body[start:stop].strip() for start, stop in zip(starts[blank], stops[blank], strict=True)]
     if blank[:-1].any():
         body = b"\n".join(body[start:stop] for start, stop in zip(starts[~blank], stops[~blank], strict=True))
     return starts[~blank], fields[~blank], body

@@ -15,18 +15,8 @@ from .synthetic import make
 # Options of model and training that suit the made-up histories: a single layer can recall only if it is refined; in it, equal items
 # attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones; the epochs suffice
 # for two plain layers to learn the task, too.
-DEMO: dict[str, Any] = {
-    "layers": 1,
-    "init": "match",
-    "table_std": 0.5,
-    "refine_scale": 2.8,
-    "gate": 4.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "learning_rate": 3e-3,
-    "epochs": 30,
-    "patience": 0,
-}
+DEMO: dict[str, Any] = {"layers": 1, "init": "match", "table_std": 0.5, "refine_scale": 2.8, "gate": 4.0}
+DEMO |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
 
 OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that belong to one way to split
 

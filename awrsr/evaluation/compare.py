@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.random import Generator
 
 from ..config import AWRSRConfig, before_averaging
 from ..files import read_json
 from . import significance
 from .ranking import metric
 
+Variants = dict[str, list[Path]]  # name -> folders of its seeds
 PARTS = ("validation", "test")
 KEYS = ["user", "position", "item"]
 FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
@@ -203,13 +205,7 @@ def _summaries(variant: str, metrics: list[str], run_means: np.ndarray, draws: n
 
 
 def _differences(
-    baseline: str,
-    metrics: list[str],
-    variants: dict[str, list[Path]],
-    per_user: np.ndarray,
-    means: np.ndarray,
-    flips: int,
-    rng: np.random.Generator,
+    baseline: str, metrics: list[str], variants: Variants, per_user: np.ndarray, means: np.ndarray, flips: int, rng: Generator
 ) -> list[Difference]:
     """Rows of every variant except the baseline, which are one family for Holm's correction, from (U, V, C) values per user and
     (K, V, C) resampled means."""
@@ -247,7 +243,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
+def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
     defaults = REMOVED | asdict(AWRSRConfig()) | asdict(before_averaging())  # for runs that lack an option
 
@@ -257,7 +253,7 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, l
 
     names = dict.fromkeys(name for config in configs for name in config if name not in NOT_A_VARIANT)
     differing = [name for name in names if len({text(config, name) for config in configs}) > 1]
-    variants: dict[str, list[Path]] = {}
+    variants: Variants = {}
     seen: dict[tuple[str, str], Path] = {}
     for folder, config in zip(folders, configs, strict=True):
         variant = ", ".join(f"{name}={text(config, name)}" for name in differing) or "all runs"
@@ -272,7 +268,7 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, l
     return variants
 
 
-def _baseline(named: Path | str, variants: dict[str, list[Path]]) -> str:
+def _baseline(named: Path | str, variants: Variants) -> str:
     """The name of the variant to compare with."""
     for variant, members in variants.items():
         if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in members]:
