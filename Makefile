@@ -1,70 +1,83 @@
 PYTHON ?= python3
 BIN := .venv/bin
-OUT ?= gpu-out
+PYTEST := $(BIN)/python -m pytest -q
+LIBRARIES := test-rectools test-replay test-recbole
 
-.PHONY: test lint train study cost bench bench-stochastic bench-train track compile-report gpu docs
-.PHONY: test-libraries test-rectools test-replay test-recbole
+# glibc keeps memory that was freed: getting it back page by page took a fifth of the tests' time.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
 
-# The tests, without a GPU in Triton's interpreter; then those of time, one after the other. To the former glibc keeps memory once had:
-# to give it back and get it again, page by page, took a fifth of their time. The latter have it as a user's process would.
-test: .venv/ready
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 $(BIN)/python -m pytest -q -n 2 -m "not timing"
-	$(BIN)/python -m pytest -q -m timing tests/kernels/test_cost.py
+# Where `make test` leaves its reports, whose seconds `make guard` compares.
+SUITE = .guard/suite/$(or $(shell git describe --always --dirty --abbrev=40 '--exclude=*'),unknown)
 
-# The adapters, each against the real library; all three agree on one environment.
-test-libraries: test-rectools test-replay test-recbole
+.DEFAULT_GOAL := help
+.PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study cost
+.PHONY: bench bench-stochastic bench-train track compile-report gpu docs
 
-test-rectools test-replay test-recbole: test-%: .venv-libraries/ready
-	.venv-libraries/bin/python -m pytest -q tests/integrations/test_$*.py
+help: ## this list
+	@awk -F ':.*## ' '/^## / { print "\n" substr($$0, 4) } /^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-lint: .venv/ready
+## Working on the code
+
+lint: .venv/ready ## ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/mypy
 
-# A plain and a refined recommender on made-up histories, and what each reaches.
-train: .venv/ready
+hooks: ## have git run ruff and mypy on what is staged, before each commit
+	git config core.hooksPath .githooks
+
+test: .venv/ready ## all tests, then those that time something, with nothing beside them
+	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist worksteal -m "not timing" --junitxml=$(SUITE)/tests.xml
+	$(PYTEST) -m timing tests/kernels/test_cost.py --junitxml=$(SUITE)/timing.xml
+
+test-fast: .venv/ready ## a selection from every test file, in under three minutes
+	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --fast
+
+# The adapters, each against the real library. All three libraries agree on one environment.
+test-libraries: $(LIBRARIES) ## the adapters' tests against RecTools, RePlay and RecBole
+
+$(LIBRARIES): test-%: .venv-libraries/ready
+	.venv-libraries/bin/python -m pytest -q tests/integrations/test_$*.py
+
+guard: .venv/ready ## quality, times, registers, tests and size against those of another commit (BASE=commit, DATA=folder)
+	$(BIN)/python -m benchmarks.guard $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) \
+	  $(if $(PATIENCE),--patience $(PATIENCE))
+
+docs: .venv/ready ## the pages under docs/, with a reference from the docstrings: docs/_build/index.html
+	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
+## Results
+
+train: .venv/ready ## a plain and a refined recommender on made-up histories, and what each reaches
 	$(BIN)/awrsr train
 
-# Does refinement help, when, and why: every run of the study that benchmarks/results/ lacks, then its tables and pictures. Hours; what
-# is done is kept. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt, wikipedia.txt, otherwise they are fetched.
-study: .venv/ready
+# Runs what benchmarks/results/ lacks. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt and wikipedia.txt, otherwise fetched.
+study: .venv/ready ## the study's missing runs, its tables and pictures: hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
 	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py
 
-# What refinement costs beside every rival, each kernel under the roof of its device, quality against training time: from committed
-# results, in seconds.
-cost: .venv/ready
+cost: .venv/ready ## the pages and pictures of cost, from committed results
 	$(BIN)/python benchmarks/cost_report.py
 
-# The CPU paths side by side; on a machine with a GPU, everything.
-bench: .venv/ready
+bench: .venv/ready ## the operator against its rivals, on the CPU and on a GPU where there is one
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
 
-# The same between Gaussians, every refinement beside STOSA's formulation. DATA: a file of histories, measured padded and packed.
-bench-stochastic: .venv/ready
+bench-stochastic: .venv/ready ## the same between Gaussians, against STOSA's formulation (DATA=file of histories)
 	$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --budget 3 --out bench-out/stochastic
 	$(if $(DATA),$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --lengths $(DATA) \
 	  --budget 3 --out bench-out/stochastic-histories)
 
-# Training and evaluation of the recommender, layouts and refinements side by side. DATA: a file of histories, otherwise synthetic ones.
-bench-train: .venv/ready
+bench-train: .venv/ready ## training and evaluation of the recommender, by layout and refinement (DATA=file of histories)
 	$(BIN)/python benchmarks/train_bench.py $(if $(DATA),--data $(DATA)) --threads 1 --out bench-out/train
 
-# What every kernel compiles to on every target, without a GPU: registers, spills, shared memory. An hour the first time.
-compile-report: .venv/ready
-	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
-
-# Times of a few calls, stored in .benchmarks/ and shown beside the run before: one run per commit.
-track: .venv/ready
-	$(BIN)/python -m pytest -q tests/kernels/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
+track: .venv/ready ## times of a few calls, stored and compared with those of the run before
+	$(PYTEST) tests/kernels/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
 	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
 
-# GPU tests, checks, tuner, benchmarks and profile in under ten minutes, with the torch and Triton that $(PYTHON) has; nothing is installed.
-gpu:
-	$(PYTHON) benchmarks/gpu_run.py --out $(OUT)
+compile-report: .venv/ready ## what every kernel compiles to on every target, without a GPU: an hour the first time
+	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
-# The pages under docs/, with a reference from the docstrings: docs/_build/index.html.
-docs: .venv/ready
-	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+# With the torch and Triton that $(PYTHON) has; nothing is installed.
+gpu: ## GPU tests, tuner, benchmarks and profile, in under ten minutes (PYTHON=python3, OUT=gpu-out)
+	$(PYTHON) benchmarks/gpu_run.py --out $(or $(OUT),gpu-out)
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv

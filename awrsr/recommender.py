@@ -25,7 +25,7 @@ UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]
 
 
 class TopItems(NamedTuple):
-    """Parallel (M,) arrays, a row per recommendation: place of the user, place of the item, rank from 1, score."""
+    """Parallel (M,) arrays, a row per recommendation: index of the user, index of the item, rank from 1, score."""
 
     user: np.ndarray
     item: np.ndarray

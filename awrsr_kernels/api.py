@@ -42,7 +42,7 @@ def refined_attention(
         k: (B, H_kv, L, D) in q's dtype; H a multiple of H_kv (grouped-query attention), query head h reads head h // (H / H_kv).
         v: (B, H_kv, L, D_v) in q's dtype, D_v in 1..256.
         w_q, w_k: the tables that span the correlation space, R in 1..256: (L, R) shared, (H, L, R) per head, row j for position
-            j; or (B, H, L, R) computed from content, a table per entry. q's dtype, or float32 beside half-precision q (read in
+            j; or (B, H, L, R) computed from content, a table per entry. q's dtype, or float32 with half-precision q (read in
             q's dtype). Ignored, and may be None, when refinement is "none".
         refinement: "none" (plain attention), "simple", "value" or "additive".
         gate: factor of the higher-order weights in "additive": a number, a scalar tensor or an (H,) tensor. Default 1.

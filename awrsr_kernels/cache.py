@@ -21,9 +21,9 @@ class RefinedCache:
     All tensors are public, to be saved and held by others:
 
         k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
-        k_a (B, H, N, R)     but for "none"
-        y (B, H, N, D_v)     "value" alone
-        w_q, w_k             (B, H, N, R), content tables alone
+        k_a (B, H, N, R)     all except "none"
+        y (B, H, N, D_v)     only "value"
+        w_q, w_k             (B, H, N, R), only content tables
         first, end           (B,) int64
 
     Beside them three Python values, so that a step need not ask the device: `end_bound`, no entry of `end` is above it;

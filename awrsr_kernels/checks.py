@@ -46,7 +46,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, names: Names = ("q", "k", "v")) -> t
 
 
 def covariance(name: str, cov: Tensor, mean: Tensor) -> Tensor:
-    """Diagonal covariances beside their checked means, under autocast in its dtype."""
+    """Diagonal covariances of checked means, under autocast in its dtype."""
     _tensor(name, cov)
     _same_device(name, cov, mean)
     cov, of_mean = autocast(cov), name.replace("cov", "mean")
@@ -198,7 +198,7 @@ def length_range(value: Tensor | None, length: int) -> tuple[int, int]:
 
 
 def cached(cache: Any, q: Tensor, k: Tensor, v: Tensor, one: bool) -> None:
-    """Checked q, k, v beside the cache that they go to; one: whether they are of a single position."""
+    """Checked q, k, v against the cache that they go to; one: whether they are of a single position."""
     if one and q.shape[2] != 1:
         refuse("q", _shape(q), "of one new position, (B, H, 1, D); refined_attention_prefill takes a prompt")
     if cache.device != q.device:

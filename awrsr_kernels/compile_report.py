@@ -128,7 +128,7 @@ def spill_budget(case: Case, kernel: str) -> int:
 
 
 class _Driver:
-    """Stands in for the GPU driver: names a target, and nothing more is asked of it."""
+    """Stands in for the GPU driver: names a target, which is all that a warm-up needs."""
 
     def __init__(self, target: Any, number: int) -> None:
         self.target, self.number = target, number

@@ -60,7 +60,7 @@ def refined_attention_prefill(
     refine_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal refined attention of prompts, which fills an empty cache: `refined_attention_step` goes on from there.
+    """Causal refined attention of prompts, which fills an empty cache: `refined_attention_step` continues from there.
 
     Args:
         q, k, v: (B, H, L, D), (B, H_kv, L, D), (B, H_kv, L, D_v), as in `refined_attention` and as the cache was made for.

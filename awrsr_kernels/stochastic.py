@@ -50,7 +50,7 @@ def stochastic_refined_attention(
         q_mean, q_cov: (B, H, L, D), D in 1..256; float32, bfloat16, float16 or float64. Covariances are the variances themselves,
             meant to be positive: whatever is below 2^-20 (0 and negative numbers, too) is read as 2^-20 and gets no gradient.
         k_mean, k_cov: (B, H_kv, L, D) in q_mean's dtype, H a multiple of H_kv; covariances as above.
-        v_mean, v_cov: (B, H_kv, L, D_v) in q_mean's dtype, D_v in 1..256; v_cov is taken as it is.
+        v_mean, v_cov: (B, H_kv, L, D_v) in q_mean's dtype, D_v in 1..256; v_cov is used unchanged.
         w_q, w_k: the tables, as in `refined_attention`; for "stochastic" those of the means of the correlation space.
         w_q_cov, w_k_cov: for "stochastic" alone: tables like these whose products, by ELU + 1, are its covariances.
         refinement: "none" (Wasserstein attention), "simple", "value" or "additive" (dot products in the correlation space), or

@@ -67,7 +67,7 @@ def read_entries(path: Path) -> list[Entry]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); it must be a file that awrsr_kernels.tuning writes") from None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); it must be what awrsr_kernels.tuning writes: delete it") from None
+        raise ValueError(f"{path} is not JSON ({error}); it must be what awrsr_kernels.tuning writes: delete it") from None
     if not isinstance(content, dict) or content.get("version") != VERSION or not isinstance(content.get("entries"), list):
         raise ValueError(f"{path} must be an object of version {VERSION} with entries; delete it and tune again")
     for number, entry in enumerate(content["entries"]):

@@ -1,50 +1,8 @@
-"""Time and memory of refined attention beside its rivals, each checked against the definition before it is timed."""
+"""Time and memory of refined attention beside its rivals, each checked against the definition before it is timed.
 
-import argparse
-import random
-import shlex
-import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
-
-if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torch
-
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
-from benchmarks.common import compare, report
-from benchmarks.common.arguments import number, whole
-from benchmarks.operator.graphs import time_graphs
-from benchmarks.operator.measure import PASSES, Clock, Entrant, Gate, WrongResult, host_overhead, measure_memory, race
-from benchmarks.operator.precompile import precompile
-from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
-from benchmarks.operator.roofline import Rates, measure_rates
-from benchmarks.operator.workloads import (
-    BACKBONES,
-    CPU_DEFAULT,
-    DTYPES,
-    OPERATOR,
-    PRESETS,
-    QUICK,
-    STOCHASTIC,
-    STOSA,
-    STOSA_QUICK,
-    Preset,
-    Shape,
-    Task,
-    build,
-    read_histories,
-    sample_users,
-)
-
-EXAMPLES = """
 examples, from the repository root:
   python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
-  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, results.csv and plots
+  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, .csv, .md and .png
   python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --kv-heads 2 --passes fwd
@@ -74,32 +32,43 @@ small problems stay in the cache and may beat a floor that is made of memory. Wh
 design stands in results.json under "launches".
 """
 
+import os
+import sys
 
-def sizes(text: str) -> tuple[int, ...]:
-    """B,H,L,D or B,H,L,D,R."""
-    parts = text.split(",")
-    try:
-        if len(parts) not in (4, 5):
-            raise argparse.ArgumentTypeError("")
-        return (*(whole(1)(x) for x in parts[:3]), *(whole(1, 256)(x) for x in parts[3:]))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"was {text!r}, must be B,H,L,D or B,H,L,D,R: whole numbers of at least 1, D and R up to 256, such as 128,2,50,32"
-        ) from None
+if not __package__:  # run as a script: `benchmarks` is importable, and its folder `operator` does not hide the standard library's
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from benchmarks.common import compare
+from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
+from benchmarks.common.clock import Clock, WrongResult, reason_of
+from benchmarks.common.report import Row, about, command_line, finish
+from benchmarks.operator import workloads
+from benchmarks.operator.gpu_only import precompile, time_graphs
+from benchmarks.operator.measure import PASSES, Entrant, Gate, host_overhead, measure_memory, race
+from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
+from benchmarks.operator.report import graph_reasons, launch_rows, make_rows, table, write_files
+from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
+from benchmarks.operator.workloads import BACKBONES, OPERATOR, Shape, Task, build
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="attn_bench.py",
-        usage="%(prog)s [options]; --help lists them with examples",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("problem").add_argument
     add("--backbone", choices=BACKBONES, default="dot", help="items are vectors (dot, default) or Gaussians (stochastic, STOSA)")
     default = "Default: recsys, on a CPU at B 32 or, stochastic, STOSA's sizes (B 128, H 4, D 16, L 50..200)"
-    add("--preset", choices=PRESETS, help=f"recsys: L 20..200, B 128..2048; long: L 512..8192. {default}")
+    add("--preset", choices=workloads.PRESETS, help=f"recsys: L 20..200, B 128..2048; long: L 512..8192. {default}")
     add("--quick", action="store_true", help="B 32, L 20 and 50, few samples")
     add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="problems of your own, R is D if left out")
     add("--batch", nargs="+", type=whole(1), metavar="B", help="batch sizes instead of the preset's; with --lengths users per call")
@@ -113,19 +82,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--value-dim", type=whole(1, 256), metavar="D", help="features of values (default: D)")
     add("--rank", type=whole(1, 256), metavar="R", help="columns of W_q and W_k (default: D)")
     add("--refinement", nargs="+", choices=(*GAUSSIAN_REFINEMENTS, "all"), default=["simple"], help="default simple")
-    add("--dtype", choices=DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
+    add("--dtype", choices=workloads.DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="on the weights that meet the values")
     add = parser.add_argument_group("measurement").add_argument
     add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the backbone (on a CPU without those that compile)")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all three")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads; fewer than cores steady the times on a busy machine")
-    add("--reps", type=whole(1), metavar="N", help="samples per provider instead of a time budget")
-    add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds of timing per problem")
-    add("--limit", type=number(0, 1e9, "a number of seconds"), default=float("inf"), metavar="S", help="start no problem after S s")
+    for name in ("--device", "--threads", "--reps", "--budget"):
+        add_flag(add, name)
+    add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no problem after S s")
     add("--overhead", action="store_true", help="also: host time per call")
     add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
-    add("--out", type=Path, metavar="DIR", help="write results.json, .csv, .md and, against L, time.png, memory.png, floor.png")
+    add_flag(add, "--out", help="write results.json, .csv, .md and, where there are several lengths, results.png")
     add = parser.add_argument_group("comparison, instead of a measurement").add_argument
     add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="rows that got slower or larger: exit status 1")
     times = number(1, 1e9, "a number of at least 1")
@@ -147,14 +114,10 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         parser.error(f"argument --batch: was {options.batch}, must be one number of users per call with --lengths")
     if options.preset and options.quick:
         parser.error("argument --quick: has problems of its own; leave out --preset")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+    settle_machine(parser, options)
     if options.dtype == "float64" and options.device == "cuda" and options.providers == ["triton"]:
         parser.error("argument --dtype: was float64, which the kernels do not have on a GPU")
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     options.backbone = BACKBONES[options.backbone]
     known = OPERATOR[options.backbone]
     options.refinement = list(known) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
@@ -172,9 +135,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Task]:
     """What the options ask for, a task per shape and refinement."""
-    on_cpu, quick = (STOSA, STOSA_QUICK) if options.backbone == STOCHASTIC else (CPU_DEFAULT, QUICK)
-    default = on_cpu if options.device == "cpu" else PRESETS["recsys"]
-    preset: Preset = quick if options.quick else PRESETS[options.preset] if options.preset else default
+    preset = workloads.choose_preset(options.backbone, options.device, options.preset, options.quick)
     if options.length:
         preset = replace(preset, lengths=tuple(options.length))
     if options.batch:
@@ -184,7 +145,7 @@ def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     asked = options.shapes or [(b, heads, length, dim) for b, length in preset.sizes()]
     if options.lengths:
         try:
-            users = sample_users(read_histories(options.lengths), options.users, options.window)
+            users = workloads.sample_users(workloads.read_histories(options.lengths), options.users, options.window)
         except ValueError as error:
             parser.error(f"argument --lengths: {error}")
         size = min(options.batch[0] if options.batch else 128, len(users))
@@ -217,103 +178,87 @@ def chosen_providers(options: argparse.Namespace, skipped: list[dict[str, str]])
 
 def too_large(task: Task, provider: Provider) -> str | None:
     """Memory a provider's L x L matrices need, if that is more than there is: a CPU would not raise, but kill the run."""
-    s, cuda = task.shape, task.device == "cuda"
-    element = getattr(torch, task.dtype).itemsize
-    needed = provider.squares[cuda] * (task.batch_size or s.B) * s.H * s.L**2 * element
-    if cuda:
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        try:
-            lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        except OSError:
-            return None
-        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    if needed <= 0.8 * free:
+    s, free = task.shape, free_bytes(task.device)
+    needed = provider.squares[task.device == "cuda"] * (task.batch_size or s.B) * s.H * s.L**2 * task.itemsize
+    if free is None or needed <= 0.8 * free:
         return None
     return f"its L x L matrices take about {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"
 
 
-class Found(NamedTuple):
+class Outcome(NamedTuple):
     """What came of a task, or of all of them."""
 
-    rows: list[report.Row]
-    launches: list[report.Row]
+    rows: list[Row]
+    launches: list[Row]
     skipped: list[dict[str, str]]
     wrong: list[dict[str, str]]
 
 
-def enter(task: Task, chosen: Sequence[Provider], gate: Gate, step: Callable[[str], None]) -> tuple[list[Entrant], list, list]:
-    """Providers of a task that can run and are right, then those that were skipped and those that are wrong."""
+def enter(task: Task, chosen: Sequence[Provider], outcome: Outcome) -> list[Entrant]:
+    """Providers of a task that can run and are right; the others' reasons go to the outcome."""
     entrants: list[Entrant] = []
-    skipped: list[dict[str, str]] = []
-    wrong: list[dict[str, str]] = []
-    batches = {layout: build(task, layout) for layout in task.layouts}
-    for provider in chosen:
-        for layout in task.layouts:
-            step(f"{provider.name} {layout}")
-            told = {"provider": provider.name, "layout": layout, "task": task.label}
-            entrant = Entrant(provider, layout, batches[layout])
-            reason = provider.refusal(batches[layout][0]) or too_large(task, provider)
-            if reason:
-                skipped.append(told | {"reason": reason})
-                continue
+    gate, batches = Gate(), {layout: build(task, layout) for layout in task.layouts}
+    for provider, layout in itertools.product(chosen, task.layouts):
+        entrant = Entrant(provider, layout, batches[layout])
+        kept, reason = outcome.skipped, provider.refusal(batches[layout][0]) or too_large(task, provider)
+        if reason is None:
             try:
                 gate.check(entrant)
                 measure_memory(entrant)
                 entrants.append(entrant)
             except WrongResult as error:
-                wrong.append(told | {"reason": str(error)})
+                kept, reason = outcome.wrong, str(error)
             except torch.OutOfMemoryError:
-                skipped.append(told | {"reason": "out of memory"})
+                reason = "out of memory"
             except Exception as error:
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 cannot = provider.role != "ours" or (provider.name == "triton" and isinstance(error, ValueError))
-                (skipped if cannot else wrong).append(told | {"reason": reason})
+                kept, reason = outcome.skipped if cannot else outcome.wrong, reason_of(error)
             if task.device == "cuda":
                 torch.cuda.empty_cache()
-    return entrants, skipped, wrong
+        if reason is not None:
+            kept.append({"provider": provider.name, "layout": layout, "task": task.label, "reason": reason})
+    return entrants
 
 
-def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace, rates: Rates, progress: report.Progress) -> Found:
+def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace, rates: Rates) -> Outcome:
     """All of one task: check, race, graphs; prints its table."""
     torch.manual_seed(0)
     random.seed(0)
     torch._dynamo.reset()  # a shape's compilations must not count against the next one's
-    entrants, skipped, wrong = enter(task, chosen, Gate(), progress.step)
-    progress.step("timing")
+    outcome = Outcome([], [], [], [])
+    entrants = enter(task, chosen, outcome)
     if entrants:
         clock = Clock(torch.device(task.device))
         race(entrants, clock, options.passes != ["fwd"], options.reps, options.budget)
         for entrant in entrants if clock.cuda else ():
             time_graphs(entrant, clock, options.passes)
-    rows = report.make_rows(task, entrants, options.passes, rates)
-    progress.write(report.table(rows, wrong))
-    return Found(rows, report.launch_rows(task, entrants, rates), skipped, wrong)
+    outcome.rows.extend(make_rows(task, entrants, options.passes, rates))
+    outcome.launches.extend(launch_rows(task, entrants, rates))
+    print(table(outcome.rows, outcome.wrong), flush=True)
+    return outcome
 
 
 def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
     """Measure everything and print as it comes. A task that breaks is reported as wrong and costs the others nothing."""
-    total = Found([], [], [], [])
+    total = Outcome([], [], [], [])
     chosen = chosen_providers(options, total.skipped)
     rates = measure_rates(options.device, options.dtype)
     known = {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12, "matmul_dtype": options.dtype}
     print(f"at best: a copy {rates.copy / 1e9:.4g} GB/s, a matrix product in {options.dtype} {rates.matmul / 1e12:.4g} TFLOP/s\n")
     if options.precompile:
         print(precompile(tasks, options.precompile))
-    progress = report.Progress(sum(len(chosen) * len(t.layouts) + 1 for t in tasks))
     begin = time.perf_counter()
     for task in tasks:
-        told = {"provider": "all", "layout": "any", "task": task.label}
+        everyone = {"provider": "all", "layout": "any", "task": task.label}
         if time.perf_counter() - begin > options.limit:
-            total.skipped.append(told | {"reason": f"--limit: no time for {task.label}"})
+            total.skipped.append(everyone | {"reason": f"--limit: no time for {task.label}"})
             continue
         try:
-            for all_of_it, part in zip(total, measure(task, chosen, options, rates, progress), strict=True):
+            for all_of_it, part in zip(total, measure(task, chosen, options, rates), strict=True):
                 all_of_it.extend(part)
         except Exception as error:
-            total.wrong.append(told | {"reason": f"{type(error).__name__}: {error}"})
-            progress.write(report.table([], total.wrong[-1:]))
-    progress.close()
+            total.wrong.append(everyone | {"reason": reason_of(error)})
+            print(table([], total.wrong[-1:]), flush=True)
     overhead = host_overhead(chosen, options.device, options.backbone) if options.overhead else []
     return {"rates": known} | total._asdict() | {"overhead": overhead}
 
@@ -324,41 +269,34 @@ def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         before, after = (compare.load(path) for path in options.compare)
     except ValueError as error:
         parser.error(f"argument --compare: {error}")
-    reason = compare.refusal(before, after)
-    if reason and not options.force:
-        parser.error(f"argument --compare: {reason}")
+    devices = before["device"], after["device"]
+    if devices[0] != devices[1] and not options.force:
+        parser.error("argument --compare: the files are of different devices, {!r} and {!r}; --force ignores that".format(*devices))
     threshold = options.threshold or 1.1
-    found = compare.compare(before, after, threshold)
-    print(compare.text(found, threshold))
-    return int(bool(found.regressions))
+    outcome = compare.compare(before, after, threshold)
+    print(compare.text(outcome, threshold))
+    return int(bool(outcome.regressions))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = options_parser()
     options = parser.parse_args(argv)
     check(parser, options)
     if options.compare:
         return comparison(parser, options)
     tasks = make_tasks(parser, options)
     begin = time.perf_counter()
-    command = shlex.join(["python", "benchmarks/attn_bench.py", *(sys.argv[1:] if argv is None else argv)])
-    about = report.about(options.device)
-    print(report.about_line(about))
+    head = about(options.device) | {"command": command_line("attn_bench.py", argv)}
     if options.device == "cpu":
         print("No GPU in this run: the Triton rows need one and are left out; the rest compares the CPU paths.")
-    results = about | {"command": command} | run(options, tasks)
+    results = head | run(options, tasks)
     for provider, reason in dict.fromkeys((s["provider"], s["reason"]) for s in results["skipped"]):
         print(f"not run: {provider}: {reason}")
-    for provider, reason in report.graph_reasons(results["rows"]):
+    for provider, reason in graph_reasons(results["rows"]):
         print(f"no graph: {provider}: {reason}")
     for row in results["overhead"]:
         print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
-    wide = report.unsteady(results["rows"])
-    if wide:
-        print(f"{wide} of {len(results['rows'])} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
-    if options.out:
-        print(*report.write_files(options.out, results), sep="\n")
-    print(f"{time.perf_counter() - begin:.0f} s")
+    finish(results, begin, write_files(options.out, results) if options.out else ())
     if results["wrong"]:
         print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)
         return 1

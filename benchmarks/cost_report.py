@@ -1,11 +1,6 @@
-"""`python benchmarks/cost_report.py`, as pages name it, forwards to benchmarks/operator/cost_report.py."""
+"""Forwards to `python -m benchmarks.operator.cost_report`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.operator.cost_report import main
-
-    sys.exit(main())
+    forward("operator.cost_report")

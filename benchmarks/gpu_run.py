@@ -1,11 +1,6 @@
-"""`python benchmarks/gpu_run.py`, as pages name it, forwards to benchmarks/gpu/run.py."""
+"""Forwards to `python -m benchmarks.gpu.run`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.gpu.run import main
-
-    sys.exit(main())
+    forward("gpu.run")

@@ -1,11 +1,6 @@
-"""`python benchmarks/initialisation.py`, as pages name it, forwards to benchmarks/training/initialisation.py."""
+"""Forwards to `python -m benchmarks.training.initialisation`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.training.initialisation import main
-
-    sys.exit(main())
+    forward("training.initialisation")

@@ -1,11 +1,6 @@
-"""`python benchmarks/search.py`, as pages name it, forwards to benchmarks/study/search.py."""
+"""Forwards to `python -m benchmarks.study.search`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.study.search import main
-
-    sys.exit(main())
+    forward("study.search")

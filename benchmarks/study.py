@@ -1,11 +1,6 @@
-"""`python benchmarks/study.py`, as pages name it, forwards to benchmarks/study/run.py."""
+"""Forwards to `python -m benchmarks.study.run`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.study.run import main
-
-    sys.exit(main())
+    forward("study.run")

@@ -1,11 +1,6 @@
-"""`python benchmarks/train_bench.py`, as pages name it, forwards to benchmarks/training/train_bench.py."""
+"""Forwards to `python -m benchmarks.training.train_bench`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forward import forward
 
 if __name__ == "__main__":
-    from benchmarks.training.train_bench import main
-
-    sys.exit(main())
+    forward("training.train_bench")

@@ -23,6 +23,8 @@ import pytest  # noqa: E402
 hypothesis.settings.register_profile("shared cores", deadline=None)  # how long an example takes says nothing there
 hypothesis.settings.load_profile("shared cores")
 
+pytest_plugins = ("tests.selection",)
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
 

@@ -1,1 +1,1 @@
-"""Looks inside the attention of a trained model."""
+"""Looking inside: what a trained model attends to, in one history and in many."""

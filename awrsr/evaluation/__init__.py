@@ -1,0 +1,1 @@
+"""Evaluation: ranks and metrics, and whether runs differ by more than chance."""

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 from numpy.random import Generator
 
-from ..config import AWRSRConfig, before_averaging
+from ..config import REMOVED, AWRSRConfig, before_averaging
 from ..files import read_json
 from . import significance
 from .ranking import metric
@@ -28,7 +28,6 @@ FLIPS_PER_ROW = 200  # the least p of the permutation test, corrected for its ro
 
 # Options that do not make a run another variant: its seed, the machine it ran on, what it wrote.
 NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
-REMOVED = {"correlation_norm": False, "table_rate": 1.0}  # what runs of earlier versions have and later ones may lack
 
 
 @dataclass(frozen=True)
@@ -245,7 +244,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
-    defaults = REMOVED | asdict(AWRSRConfig()) | asdict(before_averaging())  # for runs that lack an option
+    usual = asdict(AWRSRConfig()) | asdict(before_averaging())
+    defaults = REMOVED["model"] | REMOVED["training"] | usual  # for runs that lack an option
 
     def text(config: dict[str, Any], name: str) -> str:
         value = config.get(name, defaults.get(name, "unset"))

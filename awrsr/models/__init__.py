@@ -1,0 +1,1 @@
+"""The network, top to bottom, and its layers."""

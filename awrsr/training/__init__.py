@@ -1,0 +1,1 @@
+"""Training: batches, losses, an epoch, and the run around it."""

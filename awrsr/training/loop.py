@@ -33,7 +33,7 @@ class TrainingLoop(L.LightningModule):
     2. Each batch: `training_step` encodes the sequences, draws `negatives`, takes the item table (`table_of`) and returns the loss;
        Lightning computes gradients and steps the optimizer of `configure_optimizers`; `on_train_batch_end` averages weights.
     3. `val_dataloader`, `on_validation_start`, `validation_step` for each batch, `on_validation_epoch_end`: the rank of each
-       validation target, by the averaged weights.
+       validation target, by the averaged weights if there are any.
     4. `close_epoch` notes the results, saves the weights if they are the best so far, and decides whether training stops.
     5. Lightning saves the state to resume from, to which `on_save_checkpoint` adds the results; `on_load_checkpoint` reads them.
     """

@@ -60,6 +60,7 @@ class _ChunkBackward:
     def __init__(self, chunk: Chunk, operands: Operands, products: Products, douts: list[Tensor], grads: Gradients) -> None:
         self.chunk, self.operands, self.products, self.douts, self.grads = chunk, operands, products, douts, grads
         self.dproducts = Products(*(x if x is None else torch.empty_like(x) for x in products))
+        self.dq_a: dict[Block, Tensor] = {}  # what only its own block reads is contiguous
         self.projections = projections(operands.tables, operands.values, products)
         self.dprojections = projections(grads.tables, grads.values, self.dproducts)
         self.values = met_values(operands.values, products)
@@ -154,9 +155,10 @@ class _ChunkBackward:
         dscores = _softmax_backward(grad, higher, higher if keep else None)
         if self.operands.gate is not None:
             dscores *= self.operands.gate
-        q_a, k_a, dq_a, dk_a = *self.products[:2], *self.dproducts[:2]
-        assert q_a is not None and k_a is not None and dq_a is not None and dk_a is not None
-        multiply(dq_a[:, rows], dscores, k_a[:, : block.columns], scale=call.refine_scale)
+        q_a, k_a, dk_a = self.products.q_a, self.products.k_a, self.dproducts.k_a
+        assert q_a is not None and k_a is not None and dk_a is not None
+        self.dq_a[block] = dq_a = torch.empty_like(q_a[:, rows], memory_format=torch.contiguous_format)
+        multiply(dq_a, dscores, k_a[:, : block.columns], scale=call.refine_scale)
         self._gather(block, dk_a, dscores, q_a[:, rows], call.refine_scale)
         if self.dhigher_term is not None:
             self._gather_term(block, self.dhigher_term, dscores)
@@ -165,9 +167,9 @@ class _ChunkBackward:
     def _through_points(self, block: Block, dterm: Tensor) -> None:
         """From gradients of correlation points to those of what they were made from, in a block where they are complete."""
         rows = slice(block.first, block.end)
-        q_a, k_a, dq_a, dk_a = (x[:, rows] for x in (*self.products[:2], *self.dproducts[:2]) if x is not None)
+        q_a, k_a, dk_a = (x[:, rows] for x in (*self.products[:2], self.dproducts.k_a) if x is not None)
         dk_a.addcmul_(k_a, dterm[..., rows].transpose(1, 2), value=-self.chunk.call.refine_scale)
-        for points, dpoints in ((q_a, dq_a), (k_a, dk_a)):
+        for points, dpoints in ((q_a, self.dq_a[block]), (k_a, dk_a)):
             dpoints.chunk(2, -1)[1].mul_(_slopes(points))
 
     def _first_stage(self, block: Block, first: Tensor, grad: Tensor | None) -> None:
@@ -175,9 +177,11 @@ class _ChunkBackward:
         scale, rows, columns = self.chunk.call.softmax_scale, slice(block.first, block.end), block.columns
         if self.dhigher_term is not None:
             self._through_points(block, self.dhigher_term)
-        pairs = zip(self.projections, self.dprojections, strict=True)
-        for forward, backward in reversed(list(pairs)):  # P*P first: its share of dP is then multiplied with P
-            dproduct = backward.product[:, rows]
+        dproducts = [self.dq_a.pop(block)] if self.projections else []
+        dproducts += [each.product[:, rows] for each in self.dprojections[1:]]
+        for forward, backward, dproduct in zip(  # P*P first: its share of dP is then multiplied with P
+            self.projections[::-1], self.dprojections[::-1], dproducts[::-1], strict=True
+        ):
             if backward.factor.dim() == 2:  # one product over windows, heads and rows together
                 dproduct = dproduct.contiguous()
                 backward.factor[:columns].addmm_(first.flatten(0, 1).T, dproduct.flatten(0, 1))

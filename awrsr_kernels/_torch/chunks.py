@@ -18,16 +18,6 @@ from ..dropout import WEIGHTS_PER_CALL, draw, scaled_mask
 from .packing import Block, Windows, row_blocks
 
 
-class Draws(NamedTuple):
-    """Z of the weights of a block that items see, which are few where many sequences share a window."""
-
-    numbers: Tensor  # row after row, with room for c columns before the first and after the last
-    starts: Tensor  # (n * H * m,) where each row has that of its window's first column
-
-    def rows(self, columns: int) -> Tensor:
-        return self.numbers.unfold(0, columns, 1).index_select(0, self.starts)
-
-
 @dataclass
 class Chunk:
     call: Call
@@ -38,7 +28,8 @@ class Chunk:
     length: int
     windows: Windows | None  # if there are lengths
     device: torch.device
-    draws: dict[Block, Draws] = field(default_factory=dict)  # kept for the backward
+    kept_columns: int  # Z of blocks with no more columns is kept for the backward, and weighs no more than q, k and v
+    _masks: dict[Block, Tensor] = field(default_factory=dict)
     _hidden: tuple[Block, Tensor | None] | None = None  # of the block asked for last: P and R need it one after the other
 
     def __post_init__(self) -> None:
@@ -92,16 +83,24 @@ class Chunk:
 
     def mask(self, seed: Tensor, block: Block) -> Tensor:
         """Z, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
-        first, end, columns = block
-        if self.windows is None or not self.windows.read:
-            start, stop = self.entries.start, self.entries.stop
-            sequence, rows = torch.arange(start, stop, device=self.device), torch.arange(first, end, device=self.device)
-            p = self.call.dropout_p
-            return scaled_mask(seed, p, sequence, self.heads, rows, columns, None, self.dtype).flatten(0, 1)
-        draws = self.draws.get(block)
-        return (self._draw(seed, block, self.windows) if draws is None else draws).rows(columns).view(-1, end - first, columns)
+        mask = self._masks.get(block)
+        if mask is None:
+            mask = self._draw_mask(seed, block)
+            if block.columns <= self.kept_columns:
+                self._masks[block] = mask
+        return mask
 
-    def _draw(self, seed: Tensor, block: Block, windows: Windows) -> Draws:
+    def _draw_mask(self, seed: Tensor, block: Block) -> Tensor:
+        first, end, columns = block
+        if self.windows is not None and self.windows.read:
+            return self._draw_visible(seed, block, self.windows)
+        sequence = torch.arange(self.entries.start, self.entries.stop, device=self.device)
+        rows = torch.arange(first, end, device=self.device)
+        return scaled_mask(seed, self.call.dropout_p, sequence, self.heads, rows, columns, None, self.dtype).flatten(0, 1)
+
+    def _draw_visible(self, seed: Tensor, block: Block, windows: Windows) -> Tensor:
+        """Draws for weights that items see, which are few where sequences share a window: row after row, with room for L more
+        before the first and after the last, and each row of the mask reads on from where its window's first column would be."""
         first, end, columns = block
         rows = (x[:, None, first:end] for x in (windows.sequence, windows.position, windows.items))
         sequence, position, items = (x.expand(-1, self.heads, -1).flatten() for x in rows)
@@ -110,13 +109,13 @@ class Chunk:
         ends = groups.cumsum(0)
         begins, count = ends - groups, int(ends[-1])
         row = torch.repeat_interleave(groups, output_size=count)
-        group = torch.arange(count) - begins[row]
-        head = row // (end - first) % self.heads
+        counter = torch.arange(count) - begins[row], row // (end - first) % self.heads, position[row], sequence[row]
         numbers = torch.zeros(count * WEIGHTS_PER_CALL + 2 * self.length, dtype=self.dtype)
-        drawn = draw(seed, self.call.dropout_p, (group, head, position[row], sequence[row]), self.dtype)
+        drawn = draw(seed, self.call.dropout_p, counter, self.dtype)
         numbers[self.length : -self.length].view(count, WEIGHTS_PER_CALL).copy_(drawn)
         offset = torch.arange(first, end).repeat(self.count * self.heads) - position  # of the sequence in its window
-        return Draws(numbers, begins * WEIGHTS_PER_CALL - offset + self.length)
+        starts = begins * WEIGHTS_PER_CALL - offset + self.length
+        return numbers.unfold(0, columns, 1).index_select(0, starts).view(-1, end - first, columns)
 
 
 class Products(NamedTuple):

@@ -80,9 +80,10 @@ def weights(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Ten
     """Softmax of a block's queries against the keys that it may see, (n * H, m, c); term: `key_term` of keys between Gaussians."""
     first, end, columns = block
     scores = queries.new_empty(queries.shape[0], end - first, columns)
-    scores.baddbmm_(queries[:, first:end], keys[:, :columns].transpose(1, 2), beta=0, alpha=scale)
     if term is not None:
-        scores.add_(term[..., :columns], alpha=scale)
+        scores.copy_(term[..., :columns] * scale)  # the product adds to it
+    right = keys[:, :columns].transpose(1, 2)
+    scores.baddbmm_(queries[:, first:end], right, beta=int(term is not None), alpha=scale)
     hidden = chunk.hidden(block)
     if hidden is not None:
         scores.unflatten(0, (-1, chunk.heads))[..., columns - hidden.shape[-1] :].add_(hidden)

@@ -58,12 +58,13 @@ class Plan:
             self.windows = find_windows(lengths, call.max_len) if self.num_rows else []
         self._indices: dict[tuple[Strides, int], Tensor] = {}
         self._inverse: Tensor | None = None
-        self.chunks = list(self._make_chunks())
+        self.chunks = list(self._make_chunks(inputs))
         self._num_rows = sum(chunk.count * chunk.length for chunk in self.chunks) * self.heads
 
-    def _make_chunks(self) -> Iterator[Chunk]:
+    def _make_chunks(self, inputs: Inputs) -> Iterator[Chunk]:
         """Each with as many windows as `_block_weights` allows, all of one length alike."""
         budget, first_row = _block_weights(self.device), 0
+        kept_columns = sum(x.shape[-1] for x in (inputs.q, inputs.k, inputs.v))
         for windows in [None] if self.windows is None else self.windows:
             count, length = (self.entries, self.num_rows) if windows is None else windows.sequence.shape
             if not count or not length:
@@ -74,7 +75,7 @@ class Plan:
             for first in range(0, count, step):
                 entries = slice(first, min(first + step, count))
                 part = None if windows is None else windows.part(entries)
-                yield Chunk(self.call, self.heads, self.dtype, first_row, entries, length, part, self.device)
+                yield Chunk(self.call, self.heads, self.dtype, first_row, entries, length, part, self.device, kept_columns)
                 first_row += (entries.stop - first) * self.heads * length
 
     def _in_buffer(self, rows: list[Tensor], heads: Tensor | None = None) -> Tensor:

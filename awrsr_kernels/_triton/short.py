@@ -55,18 +55,18 @@ def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK
 
 @triton.jit
 def higher_weights(
-    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
-    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
+    POINTS: tl.constexpr, VALUES: tl.constexpr, GAUSSIAN: tl.constexpr, DTYPE: tl.constexpr,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
-    that the weights meet, [BLOCK_L, BLOCK_DV]. first, first_half: P, and P in the dtype of the products."""
-    POINTS: tl.constexpr = REFINEMENT == "stochastic"
-    DTYPE: tl.constexpr = first_half.dtype
+    [BLOCK_L, BLOCK_DV], with VALUES what P makes of them. first: P."""
     w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
     w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+    first_half = first.to(DTYPE)
     q_a = correlation_tile(first_half, w_q_tile, POINTS, R, BLOCK_R, PRECISION)
     k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
-    if REFINEMENT == "value":
+    if VALUES:
         v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
         if GAUSSIAN:
             v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
@@ -145,10 +145,14 @@ def _short_fwd_kernel(
             if GAUSSIAN:
                 values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
-                weights, _, _, _, _, values, values_cov = higher_weights(
-                    first, first.to(DTYPE), visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
-                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                weights, _q_a, _k_a, _w_q_tile, _w_k_tile, values, values_cov = higher_weights(
+                    first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
+                    REFINEMENT == "stochastic", False, GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
+                if REFINEMENT == "value":  # made after R, which takes three registers less than before it
+                    values = dot(first.to(DTYPE), values, PRECISION).to(DTYPE)
+                    if GAUSSIAN:
+                        values_cov = dot((first * first).to(DTYPE), values_cov, PRECISION).to(DTYPE)
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
 
@@ -218,8 +222,8 @@ def _short_bwd_kernel(
             values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
                 higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
-                    first, first_half, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
-                    REFINEMENT, GAUSSIAN, R, BLOCK_R, PRECISION,
+                    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
+                    POINTS, REFINEMENT == "value", GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":

@@ -59,7 +59,7 @@ def preset(name: str) -> list[tuple[int, int, int, int]]:
     return [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)]
 
 
-# The file, and what is told
+# The file, and what is reported
 
 
 def entry_of(verdict: Verdict, gpu: str, triton: str) -> dict[str, Any]:
@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason:
             print(f"awrsr_kernels.tune: {reason}", file=sys.stderr)
             return 2
-        write_entries(path, read_entries(path))  # what is wrong with the file is told before minutes of work, not after
+        write_entries(path, read_entries(path))  # a broken file is reported before minutes of work, not after
         device = torch.device("cuda", torch.cuda.current_device())
         shared, names = shared_memory(device), machine(device)
         tuned_for(device)
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"awrsr_kernels.tune: {error}", file=sys.stderr)  # verdicts that stood before it are in the file
         return 1
     except torch.OutOfMemoryError:
-        print("awrsr_kernels.tune: the GPU's memory does not hold a shape beside its reference: smaller --shapes", file=sys.stderr)
+        print("awrsr_kernels.tune: the GPU's memory does not hold a shape and its reference: use smaller --shapes", file=sys.stderr)
         return 1
     print(f"\n{results_table(verdicts)}\n\n{path}")
     if any(v.unreached for v in verdicts):

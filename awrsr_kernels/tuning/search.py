@@ -13,7 +13,7 @@ from .timing import Case, guards
 
 MARGIN = 0.03  # by which a configuration must win, lest noise choose
 CHECKING = 0.7  # share of a kernel's time after which no further candidate is compiled and checked
-SCREENING, FINALISTS, ROUNDS, FEWEST = 2, 6, 15, 5  # rounds of all, who goes on, rounds of those, however little time is left
+SCREENING, FINALISTS, ROUNDS, FEWEST = 2, 6, 15, 5  # rounds of all, how many remain, rounds of those, however little time is left
 
 WARPS = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (2, 4, 8)}  # of the short regime, by the height of its tile
 PROGRAMS = (1, 2, 4, 8, 16)

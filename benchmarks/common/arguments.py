@@ -1,7 +1,11 @@
-"""Types of command line arguments, with complaints that say what was given and what it must be."""
+"""Command lines of the benchmarks: types of arguments whose complaints say what they must be, and the flags that several share."""
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -29,3 +33,48 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """A parser of B,H,L,D or B,H,L,D,R."""
+    parts = text.split(",")
+    try:
+        if len(parts) not in (4, 5):
+            raise argparse.ArgumentTypeError("")
+        return (*(whole(1)(x) for x in parts[:3]), *(whole(1, 256)(x) for x in parts[3:]))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"was {text!r}, must be B,H,L,D or B,H,L,D,R: whole numbers of at least 1, D and R up to 256, such as 128,2,50,32"
+        ) from None
+
+
+SECONDS = number(0, 1e9, "a number of seconds")
+FLAGS: dict[str, dict[str, Any]] = {
+    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
+    "--threads": {"type": whole(1), "metavar": "N", "help": "CPU threads; fewer than cores steady the times on a busy machine"},
+    "--reps": {"type": whole(1), "metavar": "N", "help": "samples of each instead of a time budget"},
+    "--budget": {"type": SECONDS, "metavar": "S", "help": "seconds of timing per problem"},
+    "--seed": {"type": whole(0), "default": 0, "help": "of everything that is random (default 0)"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "write results.json, results.csv and results.md"},
+}
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose --help is a module's docstring: its first sentence, the options, then the rest, line by line."""
+    first, _, rest = (doc or "").partition("\n\n")
+    shown, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options]; --help lists them with examples"
+    return argparse.ArgumentParser(usage=usage, description=first, epilog=rest, formatter_class=shown)
+
+
+def add_flag(add: Callable[..., Any], name: str, **changes: Any) -> None:
+    """One of the shared flags; changes: what differs in this benchmark."""
+    add(name, **(FLAGS[name] | changes))
+
+
+def settle_machine(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Choose the device where none was named, and set the number of CPU threads."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)

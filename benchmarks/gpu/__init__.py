@@ -1,0 +1,1 @@
+"""What needs a GPU, in one go, and a prediction where there is none."""

@@ -13,10 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..common.report import ROOT
+
 STOPPED = 124  # exit status of what ran past its limit
 GRACE = 5  # seconds that it then has to write what it found
-SCRIPT = [sys.executable, "benchmarks/every_kernel.py"]
+SCRIPT = [sys.executable, "-m", "benchmarks.gpu.every_kernel"]
 SMALL = [*SCRIPT, "--batch", "12", "--processors", "1"]  # so that sequences share tiles, and programs take several
 LARGE = [*SCRIPT, "--backbone", "dot", "--batch", "256", "--windows", "50", "512", "--dim", "64"]
 SANITIZERS = {  # tool: its line that says how it went

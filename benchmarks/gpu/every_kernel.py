@@ -2,14 +2,13 @@
 
 Between Gaussians packed alone: the layouts share their kernels, and sanitizers are slow.
 
-    python benchmarks/every_kernel.py
-    compute-sanitizer --tool racecheck python benchmarks/every_kernel.py --batch 12 --processors 1
-    python benchmarks/every_kernel.py --batch 512 --windows 50 512 --profile kernels.json
+    python -m benchmarks.gpu.every_kernel
+    compute-sanitizer --tool racecheck python -m benchmarks.gpu.every_kernel --batch 12 --processors 1
+    python -m benchmarks.gpu.every_kernel --batch 512 --windows 50 512 --profile kernels.json
 
 Without a GPU it runs in Triton's interpreter, where it shows no more than that every kernel is reached.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -20,9 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
 
 if not torch.cuda.is_available():
@@ -30,10 +26,12 @@ if not torch.cuda.is_available():
 
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.checks import REFINEMENTS
-from benchmarks.common.report import atomic
-from benchmarks.operator.measure import gradients
-from benchmarks.operator.providers import ours
-from benchmarks.operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
+
+from ..common.arguments import make_parser
+from ..common.report import atomic
+from ..operator.measure import gradients
+from ..operator.providers import ours
+from ..operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
 
 WINDOWS = (20, 160)  # one for the short regime, one for the tiled
 
@@ -95,7 +93,7 @@ def kernel_times(profile: Any) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
     parser.add_argument("--batch", type=int, default=3, help="sequences (default 3)")
     parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows (default 20 and 160)")

@@ -9,7 +9,6 @@ tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine
 and what one of them does not finish, or cannot run at all, costs the others nothing.
 """
 
-import argparse
 import functools
 import importlib.util
 import json
@@ -26,26 +25,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-if not __package__:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from benchmarks.common.report import atomic
-from benchmarks.gpu.checks import (
-    ROOT,
-    SANITIZERS,
-    SMALL,
-    STOPPED,
-    finish,
-    profile_kernels,
-    run,
-    sanitizer_status,
-    start,
-    start_sanitizer,
-)
+from ..common.arguments import make_parser
+from ..common.report import ROOT, atomic
+from .checks import SANITIZERS, SMALL, STOPPED, finish, profile_kernels, run, sanitizer_status, start, start_sanitizer
 
 TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
-FILES = """contract meaning agreement decoding jagged pytorch roofline
-    module model packed train recommender""".split()
+TESTS = ("kernels/**/test_*.py", "benchmarks/**/test_roofline.py", "integrations/**/test_packed.py") + tuple(
+    f"recommender/**/test_{name}.py" for name in ("model", "train", "recommender")
+)
+LEFT_OUT = ("test_compile*", "test_cost*", "test_distributed*", "test_track*", "test_tun*")  # which need no GPU, or time calls
 EAGER = ["textbook", "sdpa2", "sdpa2-split", "sdpa", "torch", "triton"]  # what compiles takes half a minute for each shape
 BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
     "recsys": (75, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
@@ -63,8 +51,12 @@ STAGES["sanitizers"] = TOTAL
 TUNER, TUNED = "awrsr_kernels.tuning", ["--shapes", "512,2,50,32", "512,2,100,32", "512,2,200,32", "32,4,512,64"]
 
 
+def test_files(pattern: str) -> list[Path]:
+    return sorted(path for path in (ROOT / "tests").glob(pattern) if not any(path.match(name) for name in LEFT_OUT))
+
+
 def collect_tests() -> list[str]:
-    paths = [next(str(path.relative_to(ROOT)) for path in ROOT.glob(f"tests/*/test_{name}.py")) for name in FILES]
+    paths = [str(path.relative_to(ROOT)) for pattern in TESTS for path in test_files(pattern)]
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *paths]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     tests = [line for line in found.stdout.splitlines() if "::" in line]
@@ -195,7 +187,7 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
     parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all but sanitizers")

@@ -1,0 +1,1 @@
+"""The operator against its rivals: time, memory, and how far from the possible."""

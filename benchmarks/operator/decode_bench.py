@@ -1,32 +1,5 @@
-"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed."""
+"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed.
 
-import argparse
-import shlex
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
-
-if not __package__:  # run as a script: make `benchmarks` and, not installed, `awrsr_kernels` importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.checks import REFINEMENTS
-from awrsr_kernels.tolerance import wrong_results
-from benchmarks.common import report
-from benchmarks.common.arguments import number, whole
-from benchmarks.operator.launches import step_launch
-from benchmarks.operator.measure import Clock, WrongResult, quantiles, turns
-from benchmarks.operator.workloads import Shape, Task
-
-KIND = "decoding"  # of a results.json, so that its table is made here
-TABLES = ("position", "content")
-EXAMPLES = """
 examples, from the repository root:
   python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json, results.csv and results.md
   python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
@@ -36,6 +9,30 @@ calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: t
 values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
 out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
 """
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
+from awrsr_kernels.checks import REFINEMENTS
+from awrsr_kernels.tolerance import wrong_results
+
+from ..common import report
+from ..common.arguments import add_flag, make_parser, settle_machine, whole
+from ..common.clock import Clock, WrongResult, quantiles, turns
+from ..common.pages import DECODING, markdown
+from .launches import step_launch
+from .workloads import Shape, Task
+
+TABLES = ("position", "content")
 
 
 class Problem(NamedTuple):
@@ -186,29 +183,14 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
 COLUMNS: list[report.Column] = [
     ("provider", -12, lambda r: r["provider"]),
     ("median ms", 10, lambda r: f"{r['median_ms']:.3f}"),
-    ("p20..p80", 19, lambda r: f"{r['p20_ms']:.3f}..{r['p80_ms']:.3f}"),
+    ("p20..p80", 19, report.spread),
     ("GB/s", 7, lambda r: f"{r['bytes'] / r['median_ms'] / 1e6:.1f}" if "bytes" in r else "-"),
     ("vs full", 8, lambda r: f"{r['ratio_to_full']:.1f}x"),
 ]
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Milliseconds of a step, and the other providers' times relative to it, as a table for a page."""
-    about = f"{results['device']}, torch {results['versions']['torch']}, commit {results['commit'][:12]}"
-    lines = [f"One decoding step, {about}.", "Milliseconds of `step`; the others' times relative to it (below 1 is faster).", ""]
-    names = list(dict.fromkeys(row["provider"] for row in results["rows"]))
-    lines += ["| problem | `step` ms | " + " | ".join(f"`{name}`" for name in names[1:]) + " |", "|--|" + "--|" * len(names)]
-    for task in dict.fromkeys(row["task"] for row in results["rows"]):
-        found = {row["provider"]: row["median_ms"] for row in results["rows"] if row["task"] == task}
-        shown = [f"{found[name] / found['step']:.2f}" for name in names[1:]]
-        lines.append(f"| {task} | {found['step']:.3f} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="decode_bench.py", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--batch", type=whole(1), nargs="+", default=[1, 8], metavar="B", help="default 1 and 8")
     add("--length", type=whole(2), nargs="+", default=[1024], metavar="L", help="items with the new one (default 1024)")
@@ -217,45 +199,36 @@ def make_parser() -> argparse.ArgumentParser:
     add("--refinement", nargs="+", choices=REFINEMENTS, default=list(REFINEMENTS), help="default all")
     add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default both")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads")
-    add("--reps", type=whole(1), metavar="N", help="samples instead of a time budget")
-    add("--budget", type=number(0, 1e9, "a number of seconds"), default=4.0, metavar="S", help="seconds per problem (default 4)")
-    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and results.md")
+    for name in ("--device", "--threads", "--reps", "--out"):
+        add_flag(add, name)
+    add_flag(add, "--budget", default=4.0, help="seconds per problem (default 4)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = make_parser().parse_args(argv)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    parser = options_parser()
+    options = parser.parse_args(argv)
+    settle_machine(parser, options)
     begin = time.perf_counter()
     rows: list[report.Row] = []
-    about = report.about(options.device)
-    print(report.about_line(about), flush=True)
+    about = report.about(options.device) | {"kind": DECODING, "command": report.command_line("decode_bench.py", argv)}
     kinds = [(r, t) for r in options.refinement for t in options.tables if r != "none" or t == options.tables[0]]
-    for length, batch in ((length, batch) for length in options.length for batch in options.batch):
-        for refinement, tables in kinds:
-            torch.manual_seed(0)
-            size = (batch, options.heads, length, options.dim)
-            shapes = [size] * 3 + [size if tables == "content" else size[2:]] * 2
-            q, k, v, w_q, w_k = (torch.randn(s, device=options.device).to(getattr(torch, options.dtype)) for s in shapes)
-            problem = Problem(q, k, v, w_q, w_k, refinement)
-            try:
-                with torch.no_grad():
-                    found = measure(problem, options.reps, options.budget)
-            except WrongResult as error:
-                print(f"decode_bench.py: WRONG, nothing was written: {problem.label}: {error}", file=sys.stderr)
-                return 1
-            rows += found
-            print("\n".join([problem.label, *report.grid(COLUMNS, found)]) + "\n", flush=True)
-    command = shlex.join(["python", "benchmarks/decode_bench.py", *(sys.argv[1:] if argv is None else argv)])
-    results = {"kind": KIND} | about | {"command": command, "rows": rows}
-    if wide := report.unsteady(rows):
-        print(f"{wide} of {len(rows)} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
-    if options.out:
-        print("wrote", ", ".join(report.write_data(options.out, results, markdown(results))))
-    print(f"{time.perf_counter() - begin:.0f} s")
+    for length, batch, (refinement, tables) in itertools.product(options.length, options.batch, kinds):
+        torch.manual_seed(0)
+        size = (batch, options.heads, length, options.dim)
+        shapes = [size] * 3 + [size if tables == "content" else size[2:]] * 2
+        q, k, v, w_q, w_k = (torch.randn(s, device=options.device).to(getattr(torch, options.dtype)) for s in shapes)
+        problem = Problem(q, k, v, w_q, w_k, refinement)
+        try:
+            with torch.no_grad():
+                of_it = measure(problem, options.reps, options.budget)
+        except WrongResult as error:
+            print(f"decode_bench.py: WRONG, nothing was written: {problem.label}: {error}", file=sys.stderr)
+            return 1
+        rows += of_it
+        print("\n".join([problem.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
+    results = about | {"rows": rows}
+    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
     return 0
 
 

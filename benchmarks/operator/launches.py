@@ -46,6 +46,10 @@ class Launch(NamedTuple):
     starts: int = 1  # tiles that the busiest program begins, one after another, with loads that it must wait for
 
     @property
+    def name(self) -> str:
+        return self.kernel + (f" {self.stage}" if self.stage else "")
+
+    @property
     def bytes(self) -> int:
         return self.read + self.written
 

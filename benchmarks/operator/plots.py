@@ -1,83 +1,63 @@
-"""Plots of attn_bench.py: a picture per question, each against L, or a bar per layout where users' histories were measured."""
+"""Pictures of attn_bench.py and cost_report.py: time and memory against L, calls under the roof, quality against training time."""
 
-import io
-from typing import Any, NamedTuple
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from .measure import PASSES
+from ..common.plots import panels
+from ..common.report import Row, device_ms
 from .providers import PROVIDERS
-from .workloads import LAYOUTS, STOCHASTIC
+from .roofline import Point
+from .workloads import STOCHASTIC
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-
-class Question(NamedTuple):
-    """A picture: the column of a row that answers it, and what its axis says."""
-
-    name: str
-    column: str
-    axis: str
+COLUMNS = (("row_us", "time, us per row and head"), ("row_kib", "peak memory, KiB per row and head"))
+MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "X", "step": "*"}
+REFINEMENT_COLOURS = {"none": "#777777", "simple": "#6c8ebf", "value": "#e8a33d", "additive": "#0b7a75", "stochastic": "#d1495b"}
 
 
-QUESTIONS = (
-    Question("time", "median_ms", "time, ms"),
-    Question("memory", "peak_mib", "memory, MiB above the inputs"),
-    Question("floor", "to_floor", "time over its floor"),
-)
+def against_length(files: list[Row], refinements: Sequence[str] = ()) -> "Figure | None":
+    """Forward and backward where every row is an item, a column of panels per device and kind of problem: time, then memory.
+
+    Both are divided by B * H * L: what costs O(L^2) rises with L, what costs O(L) is flat. Of several batches of one length the
+    largest is drawn. refinements: these alone, without dropout. None where no kind of problem was measured at several lengths.
+    """
+    problems: dict[tuple[str, ...], dict[tuple[str, int], Row]] = {}
+    for device, row in ((results["device"], row) for results in files for row in results["rows"]):
+        left_out = refinements and (row["refinement"] not in refinements or row["dropout_p"])
+        if row["pass"] != "fwd+bwd" or row["source"] or left_out:
+            continue
+        between = "Gaussians" if row["backbone"] == STOCHASTIC else "vectors"
+        drop = f", dropout {row['dropout_p']:g}" if row["dropout_p"] else ""
+        title = f"between {between}, {row['refinement']}, {row['dtype']}{drop}"
+        panel, rows = problems.setdefault((title, device), {}), row["B"] * row["H"] * row["L"]
+        other = panel.get((row["provider"], row["L"]))
+        if other is None or other["B"] < row["B"]:
+            per_row = {"row_us": device_ms(row) * 1e3 / rows, "row_kib": row["peak_mib"] * 1024 / rows}
+            panel[row["provider"], row["L"]] = row | per_row
+    problems = {key: panel for key, panel in problems.items() if len({length for _, length in panel}) > 1}
+    if not problems:
+        return None
+    figure, axes = panels(len(COLUMNS), len(problems), width=5.0, height=3.4)
+    for i, ((title, device), panel) in enumerate(problems.items()):
+        members = sorted(panel.values(), key=lambda row: row["L"])
+        for line, (column, label) in zip(axes, COLUMNS, strict=True):
+            _lines(line[i], members, column)
+            line[i].set_ylabel(label, fontsize=8)
+        axes[0][i].set_title(f"{title}\n{_sizes(members)}\n{device}", fontsize=8, loc="left")
+        axes[0][i].legend(fontsize=7, frameon=False)
+    return figure
 
 
-def plot(rows: list[Row], column: str, axis: str, device: str) -> bytes:
-    """A panel per problem (all but L) and pass: lines against L, or bars per layout where users' histories were measured."""
-    from matplotlib import pyplot
-
-    rows = [r for r in rows if column in r]  # older results lack what was not measured then
-    panels = _panels(rows)
-    passes = [p for p in PASSES if any(r["pass"] == p for r in rows)]
-    size = (4.8 * len(passes) + 1.5, 3.6 * len(panels) + 0.4)
-    figure, axes = pyplot.subplots(len(panels), len(passes), figsize=size, squeeze=False, layout="constrained")
-    for line, (title, members) in zip(axes, panels.items(), strict=True):
-        for ax, p in zip(line, passes, strict=True):
-            chosen = [r for r in members if r["pass"] == p]
-            (_bars if members[0]["source"] else lines)(ax, chosen, column)
-            ax.set_title(f"{title}\n{p}", fontsize=8)
-            ax.set_ylabel(axis)
-    named = {name: handle for ax in axes.flat for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside right upper", fontsize=8)
-    figure.suptitle(device, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
-
-
-def _panels(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows that share a panel, by its title. A batch size is part of it only where one length was measured with several."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        heads = row["H"] if row["H"] == row["H_kv"] else f"{row['H']}/{row['H_kv']}"
-        title = f"{row['source']} H {heads} D {row['D']} R {row['R']} {row['dtype']} {row['refinement']}".strip()
-        title += " between Gaussians" if row["backbone"] == STOCHASTIC else ""
-        found.setdefault(title, []).append(row)
-    split: dict[str, list[Row]] = {}
-    for title, members in found.items():
-        several = len({(r["B"], r["L"]) for r in members}) > len({r["L"] for r in members})
-        every = sorted({r["B"] for r in members})
-        for row in members:
-            batch = row["B"] if several or len(every) == 1 else f"{every[0]}..{every[-1]}"
-            split.setdefault(title if row["source"] else f"B {batch} {title}", []).append(row)
-    return split
-
-
-def _colour(provider: str) -> str:
-    return f"C{list(PROVIDERS).index(provider) % 10}"  # no backbone has two of a colour
-
-
-def lines(ax: Any, rows: list[Row], column: str) -> None:
+def _lines(ax: Any, rows: list[Row], column: str) -> None:
     from matplotlib.ticker import LogLocator
 
     for name in dict.fromkeys(r["provider"] for r in rows):
         points = sorted((r["L"], r[column]) for r in rows if r["provider"] == name)
-        style = "-" if PROVIDERS[name].role == "ours" else "--"
-        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=_colour(name))
+        style, colour = "-" if PROVIDERS[name].role == "ours" else "--", list(PROVIDERS).index(name) % 10
+        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=f"C{colour}")
     ax.set(xscale="log", yscale="log", xlabel="L")
     ticks = sorted({r["L"] for r in rows})
     ax.set_xticks(ticks, [str(x) for x in ticks])
@@ -87,9 +67,86 @@ def lines(ax: Any, rows: list[Row], column: str) -> None:
     ax.yaxis.set_minor_formatter("{x:g}")
 
 
-def _bars(ax: Any, rows: list[Row], column: str) -> None:
-    names = list(dict.fromkeys(r["provider"] for r in rows))
-    for row in rows:
-        x = LAYOUTS.index(row["layout"]) + (names.index(row["provider"]) - len(names) / 2) * 0.8 / len(names)
-        ax.bar(x, row[column], 0.8 / len(names), align="edge", label=row["provider"], color=_colour(row["provider"]))
-    ax.set_xticks(range(len(LAYOUTS)), LAYOUTS)
+def _sizes(rows: list[Row]) -> str:
+    """B, H, D, R of every length, once where they agree."""
+    sizes = {row["L"]: [row[name] for name in "BHDR"] for row in rows}
+    columns = [list(dict.fromkeys(values)) if len(set(values)) == 1 else values for values in zip(*sizes.values(), strict=True)]
+    texts = [f"{name} {'/'.join(map(str, values))}" for name, values in zip("BHDR", columns, strict=True)]
+    return f"{', '.join(texts)}, by length" if any(len(values) > 1 for values in columns) else " ".join(texts)
+
+
+def roofline(points: list[Point]) -> "Figure | None":
+    """A panel per device: share of the matrix rate against operations per byte, a point per pass of a call."""
+    devices: dict[str, list[Point]] = {}
+    for p in points:
+        devices.setdefault(p.device, []).append(p)
+    if not devices:
+        return None
+    from matplotlib.lines import Line2D
+
+    figure, axes = panels(1, len(devices), width=5.4, height=5.2)
+    for axis, (device, some) in zip(axes[0], devices.items(), strict=True):
+        ridge = statistics.median(p.ridge for p in some)
+        low, high = min(p.intensity for p in some) / 2, max(ridge, *(p.intensity for p in some)) * 2
+        axis.plot([low, ridge, high], [low / ridge, 1, 1], color="#333333", linewidth=1)
+        axis.axvline(ridge, color="#bbbbbb", linewidth=0.8, linestyle=":")
+        axis.annotate(f"ridge {ridge:.3g}", (ridge, 1), (0, 4), textcoords="offset points", fontsize=7, ha="center")
+        colours = {group: f"C{i % 10}" for i, group in enumerate(dict.fromkeys(p.group for p in some))}
+        for p in some:
+            y = p.operations / p.ms * 1e3 / p.rates.matmul
+            axis.scatter(p.intensity, y, s=34, marker=MARKERS[p.part], color=colours[p.group], alpha=0.8)
+        axis.set(xscale="log", yscale="log")
+        axis.set_xlabel("operations per byte of device memory", fontsize=8)
+        axis.set_ylabel("share of the matrix rate", fontsize=8)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_title(f"{device}\nmeasured, a point per pass of a call", fontsize=9, loc="left")
+        marks = [Line2D([], [], color=colour, marker="o", linestyle="", label=group) for group, colour in colours.items()]
+        hollow: dict[str, Any] = {"color": "#333333", "linestyle": "", "fillstyle": "none"}
+        marks += [Line2D([], [], marker=MARKERS[part], label=part, **hollow) for part in dict.fromkeys(p.part for p in some)]
+        axis.legend(handles=marks, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    return figure
+
+
+def quality(entries: list[Row]) -> "Figure | None":
+    """Test NDCG@10 against seconds of training, a panel per data set; cells of the usual tables, loss and options alone."""
+    usual = {"variant": "default", "backbone": "sasrec", "tables": "position", "loss": "sampled_softmax"}
+    cells: dict[str, dict[tuple[str, int], list[Row]]] = {}
+    for entry in entries:
+        if all(entry[name] == value for name, value in usual.items()):
+            cells.setdefault(entry["dataset"], {}).setdefault((entry["refinement"], entry["layers"]), []).append(entry)
+    if not cells:
+        return None
+    order = list(REFINEMENT_COLOURS)
+    kinds = sorted({kind for found in cells.values() for kind in found}, key=lambda kind: (kind[1], order.index(kind[0])))
+    seconds = "train_cpu_seconds" if all("train_cpu_seconds" in entry for entry in entries) else "train_seconds"
+    figure, axes = panels(1, len(cells), width=4.0, height=3.9)
+    for axis, (dataset, found) in zip(axes[0], cells.items(), strict=True):
+        for (refinement, layers), runs in found.items():
+            reached, took = ([float(x) for x in of] for of in ((r["test"]["NDCG@10"] for r in runs), (r[seconds] for r in runs)))
+            style = _style(refinement, layers) | ({} if len(runs) > 1 else {"markerfacecolor": "white"})
+            axis.errorbar(statistics.fmean(took), statistics.fmean(reached), _spread(reached), _spread(took), capsize=2, **style)
+        axis.set_title(f"{dataset}, {_seeds(found.values())}", fontsize=9, loc="left")
+        axis.set_xlabel("CPU seconds of training" if seconds == "train_cpu_seconds" else "seconds of training", fontsize=8)
+        axis.margins(0.15)
+    axes[0][0].set_ylabel("test NDCG@10", fontsize=8)
+    for refinement, layers in kinds:
+        name = "plain" if refinement == "none" else refinement
+        axes[0][-1].plot([], [], label=f"{name}, {layers} layer{'s' * (layers > 1)}", **_style(refinement, layers))
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    figure.suptitle("Mean and deviation over seeds; hollow: one seed", fontsize=9)
+    return figure
+
+
+def _style(refinement: str, layers: int) -> dict[str, Any]:
+    return {"color": REFINEMENT_COLOURS[refinement], "marker": "o^sD"[(layers - 1) % 4], "linestyle": "", "markersize": 6}
+
+
+def _spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _seeds(cells: Iterable[list[Row]]) -> str:
+    counts = sorted({len(runs) for runs in cells})
+    text = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{text} seed{'' if counts == [1] else 's'}"

@@ -14,7 +14,7 @@ torch-jagged, triton-jagged  the same packed rows as jagged tensors of torch.nes
 
 Between Gaussians (`wasserstein.py`), beside ours and the floor, which there is plain attention of the means:
 
-stosa              STOSA's own formulation and the refinements on top of it: L x L matrices
+stosa              STOSA's own formulation (`common/stosa.py`) and the refinements on top of it: L x L matrices
 stosa+compile      the same through torch.compile
 sdpa2-squares      stock attention calls, with features that make distances of dot products and log-sum-exps that make squares of
                    weights: O(L) memory; the CPU's flash call
@@ -40,7 +40,9 @@ from awrsr_kernels import (
     stochastic_refined_attention_varlen,
 )
 
-from .wasserstein import flash_cpu, squares, stosa, tensors_of
+from ..common.pages import ROLES
+from ..common.stosa import stosa
+from .wasserstein import flash_cpu, squares, tensors_of
 from .workloads import DOT, STOCHASTIC, Batch, Outputs
 
 Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
@@ -265,7 +267,6 @@ PROVIDERS = {
         Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), _flex_squares_refusal, backbones=GAUSSIAN),
     )
 }
-ROLES = "rival", "floor", "ours"  # in this order where all stand side by side
 
 
 def side_by_side(backbone: str | None = None) -> list[Provider]:

@@ -12,11 +12,11 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .measure import Clock
+from ..common.clock import Clock
 from .workloads import Task, calls
 
 ROUNDS = 5
@@ -32,6 +32,43 @@ class Rates:
 
     def floor_ms(self, moved: float, operations: float) -> float:
         return max(moved / self.copy, operations / self.matmul) * 1e3
+
+
+class Point(NamedTuple):
+    """A pass of a call under the roof of its device."""
+
+    device: str
+    group: str  # what a picture gives a colour
+    problem: str
+    call: str
+    part: str  # fwd, bwd, fwd+bwd or step
+    moved: float  # bytes
+    operations: float
+    ms: float
+    rates: Rates
+
+    @property
+    def intensity(self) -> float:
+        return self.operations / self.moved
+
+    @property
+    def ridge(self) -> float:
+        return self.rates.matmul / self.rates.copy
+
+    @property
+    def side(self) -> str:
+        """Which of the two limits is the nearer: the side of the ridge."""
+        return "memory" if self.intensity < self.ridge else "arithmetic"
+
+    @property
+    def share(self) -> float:
+        """Of what the roof allows."""
+        return self.rates.floor_ms(self.moved, self.operations) / self.ms
+
+    def row(self) -> dict[str, Any]:
+        names = ("device", "problem", "call", "part", "operations", "intensity", "ridge")
+        row = {name: getattr(self, name) for name in names}
+        return row | {"bytes": self.moved, "side": self.side, "share_of_roof": self.share, "median_ms": self.ms}
 
 
 def measure_rates(device: str, dtype: str) -> Rates:
@@ -56,19 +93,26 @@ def measure_rates(device: str, dtype: str) -> Rates:
     return Rates(copy(), matmul())
 
 
+def free_bytes(device: str) -> int | None:
+    """Memory that is free; None where the system does not say."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0])
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
+    return None
+
+
 def copy_bytes(device: str) -> int:
     """Bytes of a tensor to copy."""
     if device == "cuda":
         cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        return beyond(cache, torch.cuda.mem_get_info()[0], least=1 << 30)
-    cache, free = 0, 2 << 30
+        return beyond(cache, free_bytes(device) or 0, least=1 << 30)
+    cache = 0
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         with contextlib.suppress(OSError, ValueError):
             cache = max(cache, int(path.read_text().strip().removesuffix("K")) << 10)
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(x.split()[1]) << 10 for x in lines if x.startswith("MemAvailable"))
-    return beyond(cache, free, least=256 << 20)
+    return beyond(cache, free_bytes(device) or 2 << 30, least=256 << 20)
 
 
 def beyond(cache: int, free: int, least: int) -> int:
@@ -82,7 +126,7 @@ def ideal_bytes(task: Task, layout: str, pass_: str) -> int:
     Between Gaussians means and covariances are inputs and outputs. The gate, lengths and the seed, a number per head or sequence,
     are left out.
     """
-    s, size = task.shape, getattr(torch, task.dtype).itemsize
+    s, size = task.shape, task.itemsize
     if pass_ == "fwd+bwd":
         return ideal_bytes(task, layout, "fwd") + ideal_bytes(task, layout, "bwd")
     inputs, out = s.H * s.D + s.H_kv * (s.D + s.D_v), s.H * s.D_v  # features of all heads, per row

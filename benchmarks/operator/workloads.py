@@ -65,6 +65,15 @@ STOSA = Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,))  # 4 hea
 STOSA_QUICK = replace(STOSA, lengths=(20, 50), batches=(32,))
 
 
+def choose_preset(backbone: str, device: str, name: str | None, quick: bool) -> Preset:
+    """The preset of that name, or what is measured where none is named."""
+    if quick:
+        return STOSA_QUICK if backbone == STOCHASTIC else QUICK
+    if name or device != "cpu":
+        return PRESETS[name or "recsys"]
+    return STOSA if backbone == STOCHASTIC else CPU_DEFAULT
+
+
 @dataclass(frozen=True)
 class Task:
     """One thing to measure: providers and layouts are compared within it. B and L of `shape` are users and window if `users`."""
@@ -287,29 +296,22 @@ def build(task: Task, layout: str) -> list[Batch]:
 
 def read_histories(path: Path) -> list[int]:
     """Number of items of each user. Format: one user per line, user id then item ids in time order, ids from 1."""
-    lengths: list[int] = []
-    seen: dict[int, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file (one user per line: user id, then item ids)") from None
-    for number, line in enumerate(lines, 1):
-        where, words = f"{path}:{number}", line.split()
+        lines = []
+    for number, words in enumerate(lines, 1):
         wrong = next((w for w in words if not (w.isascii() and w.isdigit() and int(w) > 0)), None)
         if wrong is not None:
-            raise ValueError(f"{where}: {wrong[:40]!r} is not an id (a whole number from 1)")
+            raise ValueError(f"{path}:{number}: {wrong[:40]!r} is not an id (a whole number from 1)")
         if len(words) < 2:
-            found = "an empty line" if not words else f"user {words[0]} without items"
-            raise ValueError(f"{where}: {found}; a line must hold a user id, then item ids")
-        first = seen.setdefault(int(words[0]), number)
-        if first != number:
-            raise ValueError(f"{where}: user {words[0]} stood in line {first} already; a user must have one line")
-        lengths.append(len(words) - 1)
-    if not lengths:
-        raise ValueError(f"{path}: no users (one user per line: user id, then item ids)")
-    return lengths
+            raise ValueError(f"{path}:{number}: was {' '.join(words)!r}, must be a user id, then item ids")
+    users = [int(words[0]) for words in lines]
+    if len(set(users)) < len(users) or not users:
+        raise ValueError(f"{path}: must be a text file of users, each with one line: user id, then item ids")
+    return [len(words) - 1 for words in lines]
 
 
 def sample_users(lengths: list[int], count: int, window: int) -> tuple[int, ...]:

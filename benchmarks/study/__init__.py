@@ -1,0 +1,1 @@
+"""The study: does refinement improve recommendations, when, and why?"""

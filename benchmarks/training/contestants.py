@@ -12,7 +12,7 @@ B sequences of a batch, L window, T real events, K negatives, E hidden size.
 import copy
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -22,18 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import awrsr.models.attention
 from awrsr.config import NEGATIVES, AWRSRConfig
 from awrsr.data.histories import Split
 from awrsr.evaluation.ranking import Targets, rank_batch, ranks
+from awrsr.models import attention
 from awrsr.models.network import AWRSRNetwork
 from awrsr.training.batches import Batch, Batches, Windows
 from awrsr.training.losses import LOSSES, draw_negatives
 
-from ..operator.measure import WrongResult, traced, turns
-from ..operator.wasserstein import stosa
+from ..common.clock import WrongResult, traced, turns, wait
+from ..common.stosa import stosa
 
-LAYOUTS = ("packed", "bucketed", "padded")
 PASSES = ("train", "eval")
 LEARNING_RATE = 1e-3
 GATE_STEPS = 30
@@ -106,7 +105,7 @@ def attention_of(it: Contestant) -> AbstractContextManager[Any]:
     """Where the contestant's forward runs: in STOSA's formulation, if it is that."""
     if it.backend != "stosa":
         return nullcontext()
-    return mock.patch.object(awrsr.attention, "stochastic_refined_attention", eager_attention)
+    return mock.patch.object(attention, "stochastic_refined_attention", eager_attention)
 
 
 def eager_attention(
@@ -115,7 +114,7 @@ def eager_attention(
     """`stosa` under the operator's names."""
     assert refine_scale is None
     items = tuple(tensors[name] for name in ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov"))
-    tables = tuple(w for name in awrsr.models.attention.TABLES if (w := tensors.get(name)) is not None)
+    tables = tuple(w for name in attention.TABLES if (w := tensors.get(name)) is not None)
     return stosa(items, tables, 1.0 if gate is None else gate, refinement, dropout_p, lengths)
 
 
@@ -202,23 +201,17 @@ def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
 def lap(it: Contestant, pass_: str, work: Work) -> Lap:
     """One sample."""
     batches = work.batches(it, pass_)
-    _wait(it)
+    wait(it.problem.device)
     start, cpu = time.perf_counter(), time.process_time()
     for step, chosen in enumerate(batches):
         one_step(it, pass_, chosen, step)
-    _wait(it)
+    wait(it.problem.device)
     return Lap(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def _wait(it: Contestant) -> None:
-    if it.problem.device.type == "cuda":
-        torch.cuda.synchronize(it.problem.device)
-
-
-def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> Iterator[str]:
-    """Fill in samples round-robin; yields whose turn it is."""
+def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> None:
+    """Fill in samples round-robin."""
     for i in turns(len(contestants), reps, budget_s):
-        yield contestants[i].name
         contestants[i].samples[pass_].append(lap(contestants[i], pass_, work))
 
 
@@ -231,7 +224,7 @@ def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
     )
     start = time.perf_counter()
     one_step(it, pass_, batches[0], 0)
-    _wait(it)
+    wait(it.problem.device)
     it.first_ms[pass_] = (time.perf_counter() - start) * 1e3
     it.optimizer.zero_grad()
     it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.problem.device)[0] / 2**20

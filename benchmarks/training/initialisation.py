@@ -8,8 +8,6 @@ after some steps, mean and worst over seeds. The second task asks for what plain
 where refinement must not be in the way.
 """
 
-import argparse
-import statistics
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if __package__ is None:  # run as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from awrsr_kernels import RefinedMultiheadAttention
 
-from awrsr_kernels import RefinedMultiheadAttention  # noqa: E402
-from benchmarks.common.arguments import whole  # noqa: E402
-from benchmarks.common.report import commit, device_name, versions, write_data  # noqa: E402
+from ..common import report
+from ..common.arguments import add_flag, make_parser, whole
+from ..common.pages import INITIALISATION, markdown
 
-KIND = "initialisation"
 SYMBOLS, LENGTH, HIDDEN, HEADS, BATCH = 16, 32, 64, 2, 64
 TASKS = ("recall", "distance")
 DISTANCE = 3
@@ -40,19 +36,22 @@ class Start(NamedTuple):
     table_std: float
     gate: str  # of "additive": learned from 0, learned from 1, fixed at 1; else ""
 
-    def options(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"refinement": self.refinement, "tables": self.tables, "table_std": self.table_std}
-        found |= {"gate_init": float(self.gate == "from 1")} if self.gate != "fixed" else {"gate": False}
-        return found
+    def attention(self) -> RefinedMultiheadAttention:
+        gate: dict[str, Any] = {"gate": False} if self.gate == "fixed" else {"gate_init": float(self.gate == "from 1")}
+        tables = self.tables if self.refinement != "none" else "position"
+        options = gate | {"refinement": self.refinement, "tables": tables, "table_std": self.table_std}
+        return RefinedMultiheadAttention(HIDDEN, HEADS, max_len=LENGTH, align="left", **options)
 
 
-def starts() -> list[Start]:
-    found = [Start("none", "-", 1.0, "")]
-    for tables in ("position", "content"):
-        found += [Start("additive", tables, std, "from 0") for std in (0.02, 0.3, 1.0, 3.0)]
-        found += [Start("additive", tables, 1.0, gate) for gate in ("from 1", "fixed")]
-        found += [Start("simple", tables, 1.0, "")]
-    return found
+STARTS = [Start("none", "-", 1.0, "")] + [
+    Start(refinement, tables, std, gate)
+    for tables in ("position", "content")
+    for refinement, std, gate in (
+        *(("additive", std, "from 0") for std in (0.02, 0.3, 1.0, 3.0)),
+        *(("additive", 1.0, gate) for gate in ("from 1", "fixed")),
+        ("simple", 1.0, ""),
+    )
+]
 
 
 class Layer(nn.Module):
@@ -61,8 +60,7 @@ class Layer(nn.Module):
     def __init__(self, start: Start) -> None:
         super().__init__()
         self.symbols, self.positions = nn.Embedding(SYMBOLS, HIDDEN), nn.Embedding(LENGTH, HIDDEN)
-        options = start.options() | ({"tables": "position"} if start.tables == "-" else {})
-        self.attention = RefinedMultiheadAttention(HIDDEN, HEADS, max_len=LENGTH, align="left", **options)
+        self.attention = start.attention()
         self.norms = nn.ModuleList(nn.LayerNorm(HIDDEN) for _ in range(3))
         self.feedforward = nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN))
         self.head = nn.Linear(HIDDEN, SYMBOLS)
@@ -103,37 +101,21 @@ def accuracy(start: Start, task: str, seed: int, steps: int) -> float:
     return right / asked
 
 
-def markdown(results: dict[str, Any]) -> str:
-    lines = [
-        f"Accuracy after {results['steps']} steps, mean (worst) of {results['seeds']} seeds; commit {results['commit'][:12]}.",
-        "",
-    ]
-    lines += [f"| refinement | tables | table_std | gate | {' | '.join(TASKS)} |", "|--" * (4 + len(TASKS)) + "|"]
-    for row in results["rows"]:
-        shown = [f"{statistics.fmean(row[task]):.3f} ({min(row[task]):.3f})" for task in TASKS]
-        std = "-" if row["refinement"] == "none" else f"{row['table_std']:g}"
-        lines.append(f"| {row['refinement']} | {row['tables']} | {std} | {row['gate'] or '-'} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench-out/initialisation"), help="folder of results; default %(default)s")
+    parser = make_parser(__doc__)
+    add_flag(parser.add_argument, "--out", default=Path("bench-out/initialisation"), help="folder of results; default %(default)s")
+    add_flag(parser.add_argument, "--threads", default=1, help="default %(default)s")
     parser.add_argument("--steps", type=whole(1), default=1000, help="of training; default %(default)s")
     parser.add_argument("--seeds", type=whole(1), default=3, help="runs of each start; default %(default)s")
-    parser.add_argument("--threads", type=whole(1), default=1, help="default %(default)s")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows = [start._asdict() | {task: [] for task in TASKS} for start in starts()]
+    about = report.about("cpu") | {"command": report.command_line("initialisation.py", arguments)}
+    rows = [start._asdict() | {task: [] for task in TASKS} for start in STARTS]
     work = [(i, task, seed) for seed in range(options.seeds) for i in range(len(rows)) for task in TASKS]
     for i, task, seed in tqdm(work, unit="run", disable=None):
-        rows[i][task].append(accuracy(starts()[i], task, seed, options.steps))
-    results = {
-        "kind": KIND, "device": device_name("cpu"), "versions": versions(), "commit": commit(), "steps": options.steps,
-        "seeds": options.seeds, "command": f"python benchmarks/initialisation.py --steps {options.steps} --seeds {options.seeds}",
-        "rows": rows,
-    }  # fmt: skip
-    write_data(options.out, results, markdown(results))
+        rows[i][task].append(accuracy(STARTS[i], task, seed, options.steps))
+    results = about | {"kind": INITIALISATION, "steps": options.steps, "seeds": options.seeds, "rows": rows}
+    report.write_data(options.out, results, markdown(results))
     print(markdown(results))
     return 0
 

@@ -1,10 +1,19 @@
-"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends."""
+"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends.
+
+examples, from the repository root:
+  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
+  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
+
+Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
+(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
+items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
+any peak is above --limit.
+"""
 
 import argparse
 import contextlib
 import json
 import resource
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -12,10 +21,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not installed, `awrsr_kernels` importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
@@ -27,30 +32,13 @@ from awrsr.evaluation.ranking import evaluate
 from awrsr.recommender import AWRSR
 from awrsr.training.loop import TrainingLoop
 from awrsr.training.trainer import make_trainer
-from benchmarks.common import report
-from benchmarks.common.arguments import number, whole
 
-ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = """
-examples, from the repository root:
-  python benchmarks/large_catalogue.py --items 2000 --users 2000          seconds
-  python benchmarks/large_catalogue.py --out bench-out/large              a million items, a million users: some minutes
-
-Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
-(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
-items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
-any peak is above --limit.
-"""
+from ..common import report
+from ..common.arguments import add_flag, make_parser, number, whole
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="large_catalogue.py",
-        usage="%(prog)s [options]; --help lists them with examples",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--items", type=whole(10), default=1_000_000, metavar="N", help="items of the catalogue (default 1000000)")
     add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")
@@ -60,9 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--targets", type=whole(1), default=1000, metavar="M", help="users to evaluate, and to recommend for (default 1000)")
     add("--loss", choices=("sampled_softmax", "cross_entropy", "bce"), default="sampled_softmax", help="default sampled_softmax")
     add("--limit", type=number(0, 1e9, "a number of GiB"), default=12.0, metavar="GIB", help="largest peak (default 12)")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads")
-    add("--seed", type=whole(0), default=0, help="of data, parameters and training (default 0)")
-    add("--out", type=Path, metavar="DIR", help="write results.json, and keep the data and the run there")
+    add_flag(add, "--threads")
+    add_flag(add, "--seed", help="of data, parameters and training (default 0)")
+    add_flag(add, "--out", help="write results.json, and keep the data and the run there")
     return parser
 
 
@@ -70,14 +58,15 @@ class Stages:
     """Time and peak memory of what is done one after another."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[report.Row] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str) -> Iterator[report.Row]:
         """Yields the stage's row, for what else is to be said of it."""
         print(f"{name} ...", file=sys.stderr, flush=True)
-        row: dict[str, Any] = {"stage": name}
-        forget_peak()
+        row: report.Row = {"stage": name}
+        with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         start, cpu = time.perf_counter(), time.process_time()
         yield row
         row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
@@ -87,30 +76,21 @@ class Stages:
         print(f"{name:<10} {row['seconds']:8.1f} s   peak {row['peak_gib']:6.2f} GiB   {more}", flush=True)
 
 
-def forget_peak() -> None:
-    """Let the peak start anew, where Linux allows it; elsewhere it is that of the process so far."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-
-
-def peak_gib() -> float:
+def peak_gib(who: int = resource.RUSAGE_SELF) -> float:
+    """Of this process since the stage began, where Linux says so, or of all its children so far."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines() if who == resource.RUSAGE_SELF else []
         return int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 2**20
-    return rusage_gib(resource.RUSAGE_SELF)
-
-
-def rusage_gib(who: int) -> float:
     return resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
 
 
-def make_file(options: argparse.Namespace, path: Path, row: dict[str, Any]) -> None:
+def make_file(options: argparse.Namespace, path: Path, row: report.Row) -> None:
     """`awrsr data make`, in a process of its own so that what it leaves behind is not counted against the reader."""
     sizes = {"users": options.users, "items": options.items, "length": options.length, "seed": options.seed}
     arguments = [f"--{name}={value}" for name, value in sizes.items()]
     command = [sys.executable, "-m", "awrsr", "data", "make", *arguments, f"--output={path.resolve()}"]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    row |= {"peak_gib": rusage_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
+    subprocess.run(command, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
+    row |= {"peak_gib": peak_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
 
 
 def with_few_targets(parts: Split, count: int) -> Split:
@@ -136,7 +116,7 @@ def recommend(model: AWRSR, histories: Histories, count: int) -> int:
     return len(model.recommend(first, k=min(10, model.config.num_items)))
 
 
-def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
     """All stages, in the order of a user's day."""
     stages = Stages()
     path = options.data or folder / "histories.txt"
@@ -166,13 +146,12 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = options_parser()
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
-    command = shlex.join(["python", "benchmarks/large_catalogue.py", *(sys.argv[1:] if argv is None else argv)])
-    about = report.about("cpu", "lightning", "polars")
-    print(report.about_line(about), flush=True)
+    command = report.command_line("training/large_catalogue.py", argv)
+    about = report.about("cpu", "lightning", "polars") | {"command": command, "kind": "large catalogue"}
     with contextlib.ExitStack() as stack:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,15 +159,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows = run(options, folder)
         except (ValueError, subprocess.CalledProcessError) as error:
             parser.error(str(error))
-    worst = max(rows, key=lambda row: row["peak_gib"])
-    results = about | {"command": command, "kind": "large catalogue", "limit_gib": options.limit, "peak_gib": worst["peak_gib"]}
+    worst, limit = max(rows, key=lambda row: row["peak_gib"]), options.limit
+    peak, over = worst["peak_gib"], worst["peak_gib"] > limit
     if options.out:
         with report.atomic(options.out / "results.json") as file:
-            json.dump(results | {"rows": rows}, file, indent=1)
-    over = worst["peak_gib"] > options.limit
-    print(
-        f"peak {worst['peak_gib']:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {options.limit:g} GiB"
-    )
+            json.dump(about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}, file, indent=1)
+    print(f"peak {peak:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {limit:g} GiB")
     return int(over)
 
 

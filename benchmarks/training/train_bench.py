@@ -1,53 +1,5 @@
-"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend."""
+"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend.
 
-import argparse
-import itertools
-import json
-import random
-import shlex
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-if not __package__:  # run as a script: make `benchmarks`, `awrsr` and, not installed, `awrsr_kernels` importable
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import numpy as np
-import torch
-
-from awrsr.config import AWRSRConfig
-from awrsr.data.histories import Histories, Split, split
-from awrsr.data.readers import read
-from awrsr.data.synthetic import make
-from awrsr.training.batches import Windows
-from awrsr.training.losses import LOSSES
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
-from benchmarks.common import report
-from benchmarks.common.arguments import number, whole
-from benchmarks.operator.measure import WrongResult
-from benchmarks.training import report as train_report
-from benchmarks.training.contestants import (
-    GATE_STEPS,
-    LAYOUTS,
-    PASSES,
-    TOLERANCE,
-    Contestant,
-    Problem,
-    Work,
-    check,
-    contestant,
-    measure_memory,
-    race,
-    yardstick,
-)
-
-ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("torch", "reference", "triton", "stosa")
-EXAMPLES = """
 examples, from the repository root:
   python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
@@ -73,6 +25,51 @@ beside each the same of the processor's time, which is the one to trust where a 
 `awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
 marked as quoted: they were not measured here.
 """
+
+import argparse
+import itertools
+import json
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from awrsr.config import AWRSRConfig
+from awrsr.data.histories import Histories, Split, split
+from awrsr.data.readers import read
+from awrsr.data.synthetic import make
+from awrsr.training.batches import Windows
+from awrsr.training.losses import LOSSES
+from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+
+from ..common import report
+from ..common.arguments import add_flag, make_parser, number, settle_machine, whole
+from ..common.clock import WrongResult
+from ..common.pages import LAYOUTS, TRAINING, markdown
+from .contestants import (
+    GATE_STEPS,
+    PASSES,
+    TOLERANCE,
+    Contestant,
+    Problem,
+    Work,
+    check,
+    contestant,
+    measure_memory,
+    race,
+    yardstick,
+)
+from .report import make_rows, table
+
+BACKENDS = ("torch", "reference", "triton", "stosa")
 BEAUTY = (22_363, 12_101, 198_502)  # users, items, events
 QUOTED = (  # SASRec on Beauty, one CPU thread
     {"who": "RecTools' SASRec", "train_sequences_per_cpu_second": 867.0, "eval_users_per_cpu_second": 1911.0},
@@ -83,14 +80,8 @@ END_TO_END = shlex.split(
 )
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="train_bench.py",
-        usage="%(prog)s [options]; --help lists them with examples",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     add = parser.add_argument_group("problem").add_argument
     add("--data", type=Path, metavar="FILE", help="histories in any format that awrsr reads; without it synthetic ones")
     add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="default sasrec")
@@ -101,15 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
     add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
-    share = number(0, 1, "in [0, 1)")
-    add(
-        "--dropout",
-        type=share,
-        default=AWRSRConfig.attention_dropout,
-        metavar="P",
-        help="of attention weights (default: the model's)",
-    )
-    add("--hidden-dropout", type=share, default=AWRSRConfig.hidden_dropout, metavar="P", help="of the rest (default: the model's)")
+    share: dict[str, Any] = {"type": number(0, 1, "in [0, 1)"), "metavar": "P"}
+    add("--dropout", default=AWRSRConfig.attention_dropout, help="of attention weights (default: the model's)", **share)
+    add("--hidden-dropout", default=AWRSRConfig.hidden_dropout, help="of the rest (default: the model's)", **share)
     add = parser.add_argument_group("contestants").add_argument
     add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
@@ -119,23 +104,19 @@ def make_parser() -> argparse.ArgumentParser:
     length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
     length("--epochs", type=whole(1), metavar="N", help="passes over the data per sample, instead of steps")
     add("--eval-users", type=whole(1), default=4096, metavar="N", help="users ranked per sample (default 4096)")
-    add("--reps", type=whole(1), metavar="N", help="samples per contestant instead of a time budget")
-    add("--budget", type=number(0, 1e9, "a number of seconds"), metavar="S", help="seconds per pass and loss (default 60)")
     add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples; no whole runs")
     add("--skip-end-to-end", action="store_true", help="no whole runs of awrsr train")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
-    add("--threads", type=whole(1), metavar="N", help="CPU threads; 1 makes CPU-seconds comparable")
-    add("--seed", type=whole(0), default=0, help="of parameters, order, negatives and the sample of users (default 0)")
-    add("--out", type=Path, metavar="DIR", help="write results.json, results.csv and results.md")
+    for name in ("--reps", "--device", "--out"):
+        add_flag(add, name)
+    add_flag(add, "--budget", default=60.0, help="seconds per pass and loss (default 60)")
+    add_flag(add, "--threads", help="CPU threads; 1 makes CPU-seconds comparable")
+    add_flag(add, "--seed", help="of parameters, order, negatives and the sample of users (default 0)")
     return parser
 
 
 def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Defaults that depend on the machine or on other options, and options that contradict them."""
-    cuda = torch.cuda.is_available()
-    options.device = options.device or ("cuda" if cuda else "cpu")
-    if options.device == "cuda" and not cuda:
-        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+    settle_machine(parser, options)
     options.backends = list(dict.fromkeys(options.backends or BACKENDS[: 3 if options.device == "cuda" else 2]))
     options.loss = options.loss or ["bce" if options.backbone == "sasrec" else "bpr"]
     if options.backbone == "sasrec" and (wrong := {"stochastic", "stosa"} & {*options.refinements, *options.backends}):
@@ -153,9 +134,6 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         options.batch_size, options.eval_users = min(options.batch_size, 64), min(options.eval_users, 128)
         options.steps, options.reps = options.steps or 2, options.reps or 3
     options.steps = options.steps or 16
-    options.budget = 60.0 if options.budget is None else options.budget
-    if options.threads:
-        torch.set_num_threads(options.threads)
 
 
 def load(parser: argparse.ArgumentParser, path: Path | None) -> Histories:
@@ -209,12 +187,9 @@ def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]
             say(f"memory: {pass_}, {it.name}")
             measure_memory(it, pass_, work)
             entered.append(it)
-        progress = report.Progress((options.reps or 0) * len(entered))
-        for name in race(entered, pass_, work, options.reps, options.budget):
-            progress.step(f"{pass_}: {name}")
-        progress.close()
-        rows += train_report.make_rows(entered, pass_, work, label(problem, options, pass_))
-    print("\n".join(train_report.table([r for r in rows if r["pass"] == p]) for p in passes), flush=True)
+        race(entered, pass_, work, options.reps, options.budget)
+        rows += make_rows(entered, pass_, work, label(problem, options, pass_))
+    print("\n".join(table([r for r in rows if r["pass"] == p]) for p in passes), flush=True)
     return rows
 
 
@@ -229,7 +204,7 @@ def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         arguments = ["-m", "awrsr", "train", "--data", str(options.data.resolve()), *END_TO_END, "--seed", str(options.seed)]
         say("end to end: awrsr " + shlex.join(arguments[2:]))
-        done = subprocess.run([sys.executable, *arguments, "--out", folder], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *arguments, "--out", folder], cwd=report.ROOT, capture_output=True, text=True)
         if done.returncode:
             raise WrongResult(f"awrsr train failed: {done.stderr.strip()[-400:]}")
         metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
@@ -260,11 +235,11 @@ def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
     rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
     skipped = options.quick or options.skip_end_to_end or options.backbone != "sasrec"
     whole_runs = [] if skipped or not is_beauty(parts.histories) else end_to_end(options)
-    return {"kind": train_report.KIND, "rows": rows, "gate": checked, "end_to_end": whole_runs}
+    return {"kind": TRAINING, "rows": rows, "gate": checked, "end_to_end": whole_runs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = make_parser()
+    parser = options_parser()
     options = parser.parse_args(argv)
     settle(parser, options)
     begin = time.perf_counter()
@@ -274,11 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         Windows(parts, options.max_len)  # which there must be
     except ValueError as error:
         parser.error(f"argument --data: {error}")
-    command = shlex.join(["python", "benchmarks/train_bench.py", *(sys.argv[1:] if argv is None else argv)])
-    about = report.about(options.device, "lightning")
-    print(report.about_line(about), flush=True)
+    about = report.about(options.device, "lightning") | {"command": report.command_line("train_bench.py", argv)}
     try:
-        results = about | {"command": command} | run(options, parts)
+        results = about | run(options, parts)
     except WrongResult as error:
         print(f"train_bench.py: WRONG, nothing was written: {error}", file=sys.stderr)
         return 1
@@ -286,12 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
         quoted = "  (quoted)" if row["quoted"] else ""
         print(f"{row['who']:<28} {train:8.0f} training sequences, {users:8.0f} users evaluated per CPU-second{quoted}")
-    wide = report.unsteady(results["rows"])
-    if wide:
-        print(f"{wide} of {len(results['rows'])} medians are unsteady, p80 above twice p20: a busy machine? (--threads, --budget)")
-    if options.out:
-        print("wrote", ", ".join(report.write_data(options.out, results, train_report.markdown(results))))
-    print(f"{time.perf_counter() - begin:.0f} s")
+    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
     return 0
 
 

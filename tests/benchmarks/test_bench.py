@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import attn_bench
-from benchmarks.common import report
-from benchmarks.operator.measure import Clock, Entrant, Gate, WrongResult, host_overhead, quantiles, race, traced
-from benchmarks.operator.precompile import precompile
+from benchmarks.common.clock import Clock, WrongResult, quantiles, traced
+from benchmarks.common.report import Row, atomic
+from benchmarks.operator import report
+from benchmarks.operator.gpu_only import precompile
+from benchmarks.operator.measure import Entrant, Gate, host_overhead, race
 from benchmarks.operator.providers import PROVIDERS, Provider, ours
 from benchmarks.operator.workloads import (
     DOT,
@@ -45,32 +46,12 @@ def small_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.operator.roofline.copy_bytes", lambda device: 1 << 20)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Problems this small only wait for threads, the more so where tests run in parallel."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_fixed_interface(backbone: str, tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/attn_bench.py", "--device", "cpu", "--shapes", "2,2,5,4", "--reps", "1"]
     command += OPTION[backbone]
     names = RIVAL[backbone], "torch"
-    options = [
-        "--providers",
-        *names,
-        "triton",
-        "--overhead",
-        "--precompile",
-        "2",
-        "--threads",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    options = ["--providers", *names, "triton", *"--overhead --precompile 2 --threads 1 --out".split(), str(tmp_path)]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Triton rows need" in done.stdout and "not run: triton" in done.stdout
@@ -90,8 +71,14 @@ def test_fixed_interface(backbone: str, tmp_path: Path) -> None:
         assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
         assert row["to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"]) and 0 < row["copy_share"]
     assert (tmp_path / "results.csv").read_text().count("\n") == 1 + len(rows)
-    plots = {"time.png", "memory.png", "floor.png"}  # these need matplotlib, the rest nothing
-    assert {p.name for p in tmp_path.iterdir()} | plots == plots | {"results.json", "results.csv", "results.md"}
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.csv", "results.md"}  # there is one length
+
+
+@pytest.mark.parametrize("name", ["attn_bench", *(p.stem for p in ROOT.glob("benchmarks/*.py") if "forward(\"" in p.read_text())])
+def test_no_folder_of_benchmarks_hides_the_standard_library(name: str) -> None:
+    """`operator` lies beside the commands; a Python that has not loaded the standard library's before them must find that one."""
+    done = subprocess.run([sys.executable, "-S", f"benchmarks/{name}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert "cannot import" not in done.stderr and "No module named 'benchmarks" not in done.stderr
 
 
 def test_interpreted_triton_is_never_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,19 +237,18 @@ def test_histories(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text,message",
     [
-        ("1 2\n2 3 x7\n", r":2: 'x7' is not an id"),
-        ("1 2\n2 -3\n", r":2: '-3' is not an id"),
-        ("1 2\n2 0\n", r":2: '0' is not an id"),
-        ("1 2\n\n3 4\n", r":2: an empty line"),
-        ("1 2\n7\n", r":2: user 7 without items"),
-        ("1 2\n3 4\n1 5\n", r":3: user 1 stood in line 1"),
-        ("", r"no users"),
+        ("1 2\n2 3 x7\n", ":2: 'x7' is not an id"),
+        ("1 2\n2 0\n", ":2: '0' is not an id"),
+        ("1 2\n\n3 4\n", ":2: was '', must be a user id, then item ids"),
+        ("1 2\n7\n", ":2: was '7', must be a user id"),
+        ("1 2\n3 4\n1 5\n", ": must be a text file of users, each with one line"),
+        ("", ": must be a text file of users"),
     ],
 )
 def test_malformed_histories(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.txt"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"bad\.txt" + (message if message[0] == ":" else ".*" + message)):
+    with pytest.raises(ValueError, match=r"bad\.txt" + message):
         read_histories(path)
     with pytest.raises(SystemExit):
         attn_bench.main(["--device", "cpu", "--lengths", str(path)])
@@ -298,7 +284,7 @@ def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[s
 
 
 def options_tasks(options: str) -> list[Task]:
-    parser = attn_bench.make_parser()
+    parser = attn_bench.options_parser()
     given = parser.parse_args(["--device", "cpu", *options.split()])
     attn_bench.check(parser, given)
     return attn_bench.make_tasks(parser, given)
@@ -312,7 +298,7 @@ def test_the_default_plan_between_gaussians_is_stosas() -> None:
     assert {(t.backbone, t.shape.B, t.shape.H, t.shape.D) for t in options_tasks("")} == {(DOT, 32, 2, 32)}
 
 
-def make_row(provider: str, role: str, median_ms: float, layout: str = "padded") -> report.Row:
+def make_row(provider: str, role: str, median_ms: float, layout: str = "padded") -> Row:
     return {"provider": provider, "role": role, "layout": layout, "pass": "fwd", "task": "a task", "median_ms": median_ms} | {
         "p20_ms": median_ms, "p80_ms": median_ms, "peak_mib": 1.0, "seq_per_s": 1.0, "tflops": 1.0, "first_call_ms": 1.0
     }  # fmt: skip
@@ -353,7 +339,7 @@ def test_presets_and_small_parts(tmp_path: Path) -> None:
     huge = task(shape=Shape(64, 8, 8, 65536, 64, 64, 64))
     assert "GiB" in (attn_bench.too_large(huge, PROVIDERS["textbook"]) or "")
     assert attn_bench.too_large(huge, PROVIDERS["torch"]) is None
-    with pytest.raises(RuntimeError), report.atomic(tmp_path / "half.json") as file:
+    with pytest.raises(RuntimeError), atomic(tmp_path / "half.json") as file:
         file.write("{")
         raise RuntimeError("interrupted")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The cost report: counts as by hand, predictions that say so, whatever device the files name, and the committed page."""
+"""The cost report: counts as by hand, whatever device the files name, and the committed page."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.operator import cost_plots, cost_report, decode_bench
-from benchmarks.operator.cost_report import NOT_YET, PREDICTION, RESULTS, Point
+from benchmarks.common import pages
+from benchmarks.operator import cost_report, plots
+from benchmarks.operator.cost_report import NOT_YET, RESULTS
 from benchmarks.operator.launches import step_operations
-from benchmarks.operator.roofline import Rates
+from benchmarks.operator.roofline import Point, Rates
 from benchmarks.operator.workloads import Shape, Task
-from benchmarks.training import report as train_report
 
 GPU = "NVIDIA H200"
 
@@ -19,37 +19,16 @@ GPU = "NVIDIA H200"
 def test_a_point_under_the_roof_by_hand() -> None:
     """10 operations a byte, where memory allows 10 * 100 = 1000 a second of the 2000 there are; 500 are reached."""
     rates = Rates(copy=100.0, matmul=2000.0)
-    point = Point("a device", "a group", "a problem", "a call", "fwd", 100.0, 1000.0, 2000.0, rates, measured=True)
+    point = Point("a device", "a group", "a problem", "a call", "fwd", 100.0, 1000.0, 2000.0, rates)
     assert (point.intensity, point.ridge, point.side, point.share) == (10.0, 20.0, "memory", 0.5)
     above = point._replace(operations=3000.0)
     assert (above.side, above.share) == ("arithmetic", 0.75)
-
-
-def test_what_a_short_forward_moves_and_multiplies_by_hand() -> None:
-    """B 512 H 2 L 50 D = D_v = R = 32 in two bytes: q, k, v, out and both tables once; a tile of 64 x 64 per sequence and head, in
-    which P takes D, [Q_A | K_A] 2 R, R's scores R, and the output D_v multiply-adds per entry."""
-    short = next(p for p in cost_report.predicted([]) if p.part == "short_fwd")
-    moved, operations = 2 * (4 * 512 * 2 * 50 * 32 + 2 * 50 * 32), 2 * 512 * 2 * 64 * 64 * (32 + 2 * 32 + 32 + 32)
-    assert (short.moved, short.operations, short.intensity) == (moved, operations, operations / moved)
 
 
 def test_what_a_decoding_step_multiplies_by_hand() -> None:
     """Two earlier items per head: a key, rows of both tables, of K_A and values, of 4 each; the new one: q, k, v, both tables."""
     task = Task(Shape(2, 1, 1, 3, 4, 4, 4), "simple", "bfloat16", 0.0, "cpu")
     assert step_operations(task) == 2 * 2 * (2 * (4 + 8 + 4 + 4) + (4 + 4 + 4 + 8))
-
-
-def test_every_prediction_says_so() -> None:
-    points = cost_report.predicted([])
-    kernels = {"short_fwd", "short_bwd", "decode_step", "tiled_bwd_tables 1"}
-    kernels |= {f"tiled_{x} {stage}" for x in ("fwd", "bwd_rows", "bwd_columns") for stage in (1, 2)}
-    assert {p.part for p in points} == kernels
-    rows = [line for line in cost_report.roof(points) if line.startswith("| B ")]
-    assert len(rows) == len(points) and all(f"{PREDICTION}, {NOT_YET}" in row for row in rows)
-    assert all("? |" in row for row in rows)  # no compiler's word was given
-    assert all(p.row()["kind"] == "prediction" and "median_ms" not in p.row() for p in points)
-    (axis,) = cost_plots.roofline(points).axes
-    assert PREDICTION in axis.get_title(loc="left") and all(not len(c.get_facecolors()) for c in axis.collections)
 
 
 def fake(kind: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,8 +49,8 @@ def write_fakes(folder: Path) -> None:
     train = row | {"provider": "torch", "layout": "packed", "pass": "train", "seq_per_s": 1.0}
     files = {
         "attn": fake(None, rows) | {"rates": rates},
-        "train": fake(train_report.KIND, [train]),
-        "decode": fake(decode_bench.KIND, [step, step | {"provider": "sdpa2", "median_ms": 0.02}]),
+        "train": fake(pages.TRAINING, [train]),
+        "decode": fake(pages.DECODING, [step, step | {"provider": "sdpa2", "median_ms": 0.02}]),
     }
     for name, results in files.items():
         (folder / f"{name}.json").write_text(json.dumps(results), encoding="utf-8")
@@ -80,23 +59,22 @@ def write_fakes(folder: Path) -> None:
 def test_files_of_a_gpu_are_taken_up_as_measured(tmp_path: Path) -> None:
     write_fakes(tmp_path)
     assert cost_report.main(["--results", str(tmp_path)]) == 0
-    page = (tmp_path / "cost.md").read_text(encoding="utf-8")
+    page = (tmp_path / "operator/cost.md").read_text(encoding="utf-8")
     assert f"**{GPU}**: measured" in page and NOT_YET not in page
-    roofs = page.split("## Under the roof")[1].split("What each")[0]
-    call, _, step, *predictions = [line for line in roofs.splitlines() if line.startswith("| B ")]
+    call, _, step = [line for line in page.split("## Under the roof")[1].splitlines() if line.startswith("| B ")]
     assert "| fwd, fwd+bwd | 1, 1 | 100, 100 | memory, memory | 0.01, 0.03 | 2%, 1% |" in call  # 0.25 us of 10 and of 30
-    assert "`step`" in step and PREDICTION not in call + step and all(PREDICTION in row for row in predictions)
+    assert "`step`" in step
     assert "| fake | padded | 1.00, 1, 0.50 | 1.00, 1, 0.50 |" in page and page.count(f"{GPU}, torch 3") == 3
-    assert all((tmp_path / f"cost_{name}.png").exists() for name in ("operator", "roofline"))
-    rows = json.loads((tmp_path / "cost.json").read_text(encoding="utf-8"))
-    assert [x["median_ms"] for x in rows if x.get("kind") != "prediction"] == [0.01, 0.03, 0.03, 0.01]
+    assert all((tmp_path / f"operator/cost_{name}.png").exists() for name in ("operator", "roofline"))
+    rows = json.loads((tmp_path / "operator/cost.json").read_text(encoding="utf-8"))
+    assert [x["median_ms"] for x in rows] == [0.01, 0.03, 0.03, 0.01]
 
 
 def test_without_a_study_or_results_the_rest_is_written(tmp_path: Path) -> None:
     assert cost_report.main(["--results", str(tmp_path)]) == 0
-    page = (tmp_path / "cost.md").read_text(encoding="utf-8")
+    page = (tmp_path / "operator/cost.md").read_text(encoding="utf-8")
     assert page.count(f"On a GPU: {NOT_YET}.") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cost.json", "cost.md", "cost_roofline.png"]
+    assert sorted(path.name for path in (tmp_path / "operator").iterdir()) == ["cost.json", "cost.md"]
 
 
 def test_quality_has_a_panel_for_each_data_set_and_marks_single_seeds() -> None:
@@ -104,18 +82,18 @@ def test_quality_has_a_panel_for_each_data_set_and_marks_single_seeds() -> None:
     entry = usual | {"train_seconds": 2.0, "test": {"NDCG@10": 0.1}, "dataset": "beauty", "layers": 1, "seed": 0}
     other = entry | {"seed": 1, "test": {"NDCG@10": 0.3}}
     left_out = entry | {"loss": "bce", "test": {"NDCG@10": 9.0}}
-    drawn = cost_plots.quality([entry, other, left_out, entry | {"dataset": "lastfm"}])
+    drawn = plots.quality([entry, other, left_out, entry | {"dataset": "lastfm"}])
     assert drawn is not None
     beauty, lastfm = drawn.axes
     assert [axis.get_title(loc="left") for axis in drawn.axes] == ["beauty, 2 seeds", "lastfm, 1 seed"]
     assert [axis.containers[0][0].get_markerfacecolor() == "white" for axis in (beauty, lastfm)] == [False, True]
     assert beauty.containers[0][0].get_ydata() == pytest.approx([0.2])
-    assert cost_plots.quality([]) is None
+    assert plots.quality([]) is None
 
 
 def test_the_committed_page_is_what_the_script_writes() -> None:
     files = cost_report.load(RESULTS)
-    points = cost_report.points_of(files)
+    points = cost_report.measured(files)
     assert (RESULTS / "operator/cost.md").read_text(encoding="utf-8") == cost_report.markdown(files, points)
     rows = json.loads((RESULTS / "operator/cost.json").read_text(encoding="utf-8"))
     assert rows == [p.row() for p in points]

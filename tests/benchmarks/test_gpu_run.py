@@ -44,6 +44,12 @@ def test_all_stages_fit_in_ten_minutes() -> None:
     assert sum(gpu_run.STAGES[name] for name in gpu_run.ALL) <= gpu_run.TOTAL < 600
 
 
+def test_every_pattern_of_its_tests_finds_some() -> None:
+    found = {pattern: [path.name for path in gpu_run.test_files(pattern)] for pattern in gpu_run.TESTS}
+    assert all(found.values()) and {"test_agreement.py", "test_meaning.py"} <= set(found[gpu_run.TESTS[0]])
+    assert "test_compile.py" not in found[gpu_run.TESTS[0]]
+
+
 def test_a_failing_stage_costs_the_others_nothing(tmp_path: Path) -> None:
     made = stages(tmp_path)
     made.stage("first", 10, lambda seconds: 1 / 0)  # type: ignore[arg-type, return-value]
@@ -106,7 +112,8 @@ def test_a_whole_run_leaves_nine_files(tmp_path: Path, monkeypatch: pytest.Monke
         made.write_text("{}")
         return 0
 
-    tests = [f"tests/test_roofline.py::test_{name}" for name in ("ideal_bytes_by_hand", "padding_is_written_but_not_read")]
+    names = "ideal_bytes_by_hand", "padding_is_written_but_not_read"
+    tests = [f"tests/benchmarks/test_roofline.py::test_{name}" for name in names]
     monkeypatch.setattr(gpu_run, "run", played)
     monkeypatch.setattr(gpu_run, "collect_tests", lambda: tests)
     monkeypatch.setattr(gpu_run, "TUNER", "json.tool")
@@ -141,11 +148,11 @@ def test_sanitizers_run_where_they_are_installed(tmp_path: Path, monkeypatch: py
     assert start_sanitizer("memcheck", tmp_path) is None
     assert sanitizer_status("memcheck", None, tmp_path) == "not run: compute-sanitizer is not installed"
     monkeypatch.undo()
-    tool(tmp_path, "compute-sanitizer", "print('========= ERROR SUMMARY: 2 errors', sys.argv[6]); sys.exit(9)", monkeypatch)
+    tool(tmp_path, "compute-sanitizer", "print('========= ERROR SUMMARY: 2 errors', sys.argv[7]); sys.exit(9)", monkeypatch)
     process = start_sanitizer("memcheck", tmp_path)
     assert process is not None
     status = sanitizer_status("memcheck", gpu_checks.finish(process, 60), tmp_path)
-    assert status == "exit status 9, ERROR SUMMARY: 2 errors benchmarks/every_kernel.py"
+    assert status == "exit status 9, ERROR SUMMARY: 2 errors benchmarks.gpu.every_kernel"
 
 
 def test_a_sanitizer_that_is_stopped_says_so(tmp_path: Path) -> None:
@@ -219,7 +226,7 @@ def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyP
     from awrsr_kernels._triton.problem import Problem
 
     monkeypatch.setattr(Problem, "processors", lambda self: 132)
-    options = dict(zip(gpu_checks.SMALL[2::2], gpu_checks.SMALL[3::2], strict=True))
+    options = dict(zip(gpu_checks.SMALL[3::2], gpu_checks.SMALL[4::2], strict=True))
     every_kernel.pretend(None)
     assert Problem.processors(None) == 132
     every_kernel.pretend(int(options["--processors"]))

@@ -23,10 +23,10 @@ def test_distance_asks_for_what_stood_there() -> None:
     assert (target[:, : initialisation.DISTANCE] == -100).all()
 
 
-def test_every_start_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
-    few = [each for each in initialisation.starts() if each.table_std == 1.0 and each.gate != "from 0"]
+def test_every_start_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = [each for each in initialisation.STARTS if each.table_std == 1.0 and each.gate != "from 0"]
     assert {each.refinement for each in few} == {"none", "additive", "simple"}
-    monkeypatch.setattr(initialisation, "starts", lambda: few)
+    monkeypatch.setattr(initialisation, "STARTS", few)
     assert initialisation.main(["--steps", "2", "--seeds", "1", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     shares = [row[task][0] for row in results["rows"] for task in initialisation.TASKS]

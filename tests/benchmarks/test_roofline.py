@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from benchmarks import attn_bench
-from benchmarks.common import report
-from benchmarks.operator import plots, roofline
-from benchmarks.operator.graphs import time_graphs
-from benchmarks.operator.measure import Clock, Entrant
+from benchmarks.common.clock import Clock
+from benchmarks.operator import report, roofline
+from benchmarks.operator.gpu_only import time_graphs
+from benchmarks.operator.measure import Entrant
 from benchmarks.operator.providers import PROVIDERS
 from benchmarks.operator.roofline import Rates, ideal_bytes, measure_rates, shares
 from benchmarks.operator.workloads import STOCHASTIC, Shape, Task, build
@@ -131,7 +131,7 @@ def test_calls_are_captured(name: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_failed_capture_leaves_nothing_behind() -> None:
     """Neither the capture's stream nor a random generator that believes the capture goes on."""
-    from benchmarks.operator.graphs import capture
+    from benchmarks.operator.gpu_only import capture
 
     before, x = torch.cuda.current_stream(), torch.ones(2, device="cuda")
 
@@ -158,17 +158,14 @@ def test_kernels_of_ours_are_listed_launch_by_launch() -> None:
     assert report.launch_rows(gaussian, [Entrant(PROVIDERS["triton"], "padded", [])], Rates(1, 1)) == []
 
 
-def test_each_question_has_a_plot(tmp_path: Path) -> None:
+def test_several_lengths_make_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
-    rows = report.make_rows(Task(SHAPE, "simple", "float32", 0.0, "cpu"), [entrant()], ["fwd"], Rates(1e9, 1e12))
+    tasks = [Task(replace(SHAPE, L=length), "simple", "float32", 0.1, "cpu") for length in (10, 20)]
+    rows = [row for each in tasks for row in report.make_rows(each, [entrant()], ["fwd+bwd"], Rates(1e9, 1e12))]
     results = {"device": "x", "versions": {"torch": "0"}, "commit": "0", "rows": rows}
-    report.write_files(tmp_path, results)
-    assert {f"{q.name}.png" for q in plots.QUESTIONS} == {"time.png", "memory.png", "floor.png"}
-    for question in plots.QUESTIONS:
-        assert (tmp_path / f"{question.name}.png").read_bytes().startswith(b"\x89PNG")
-    for row in rows:
-        del row["to_floor"]
-    assert report.write_files(tmp_path / "old", results) and not (tmp_path / "old/floor.png").exists()
+    assert str(tmp_path / "results.png") in report.write_files(tmp_path, results)
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert len(report.write_files(tmp_path / "one", results | {"rows": rows[:1]})) == 3  # one length, no picture
 
 
 # Comparison
@@ -247,7 +244,7 @@ def test_compare_refuses_other_devices(tmp_path: Path, capsys: pytest.CaptureFix
         (results(1.0, -2.0), "row 1: median_ms was -2.0, must be a positive number"),
         (results(float("nan")), "row 0: median_ms was nan"),
         (results(1.0, graph_ms="fast"), "row 0: graph_ms was 'fast'"),
-        ({"device": "one", "rows": 2 * results(1.0)["rows"]}, "rows 0 and 1 are the same problem"),
+        ({"device": "one", "rows": 2 * results(1.0)["rows"]}, "row 1 is of the same problem"),
     ],
 )
 def test_compare_refuses_malformed_files(content: Any, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

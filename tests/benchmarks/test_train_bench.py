@@ -5,7 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import awrsr_kernels.module
 from awrsr.config import AWRSRConfig
 from awrsr.data.histories import split
 from awrsr.data.synthetic import make
-from benchmarks.common import compare, report
-from benchmarks.operator.measure import WrongResult
+from awrsr_kernels import module
+from benchmarks.common import compare, pages
+from benchmarks.common.clock import WrongResult
+from benchmarks.common.report import Row
 from benchmarks.training import contestants as training
 from benchmarks.training import large_catalogue, train_bench
 from benchmarks.training import report as train_report
@@ -26,14 +27,6 @@ from benchmarks.training.contestants import Problem, Work, check, contestant, ra
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--quick --hidden 8 --rank 4 --max-len 6 --layers 1 --eval-users 20 --batch-size 16 --reps 1 --device cpu".split()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +62,7 @@ def test_fixed_interface(data: Path, tmp_path: Path) -> None:
     assert len(results["gate"]) == 16 and all(g["off"] <= g["tolerance"] for g in results["gate"])
     with (tmp_path / "results.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    assert (tmp_path / "results.md").read_text() == train_report.markdown(results)
+    assert (tmp_path / "results.md").read_text() == pages.markdown(results)
     other = [row | {"loss": "bpr", "median_ms": 2 * row["median_ms"]} for row in rows if row["pass"] == "train"]
     (tmp_path / "both.json").write_text(json.dumps(results | {"rows": rows + other}))
     one, both = (compare.load(tmp_path / f"{name}.json") for name in ("results", "both"))
@@ -105,7 +98,7 @@ def test_a_wrong_formulation_is_refused(data: Path, capsys: pytest.CaptureFixtur
 
 
 def test_ratios_are_computed_from_the_rows() -> None:
-    def row(refinement: str, layout: str, ms: float, cpu: float) -> report.Row:
+    def row(refinement: str, layout: str, ms: float, cpu: float) -> Row:
         named = {"task": "t", "pass": "train", "provider": "torch", "refinement": refinement, "layout": layout}
         return named | {"median_ms": ms, "cpu_ms": cpu}
 
@@ -123,7 +116,7 @@ def test_ratios_are_computed_from_the_rows() -> None:
 def test_the_gate_passes_what_is_right(loss: str, refinement: str, problem: Problem) -> None:
     problem = dataclasses.replace(problem, loss=loss)
     wanted = yardstick(problem, refinement, batch_size=8)
-    for layout in training.LAYOUTS:
+    for layout in pages.LAYOUTS:
         for dtype in training.TOLERANCE:
             assert check(contestant(problem, refinement, layout, "torch", dropout=0.0), wanted, dtype) < 1e-5
     assert len(wanted.losses) == training.GATE_STEPS >= 20 and wanted.losses[-1] < wanted.losses[0]
@@ -146,8 +139,8 @@ def test_a_sabotaged_backend_stops_the_benchmark(
 ) -> None:
     """In float64 whatever the flaw; in float32 what is more than rounding."""
     wanted = yardstick(problem, "additive", batch_size=8)
-    right = awrsr_kernels.module.refined_attention_varlen
-    monkeypatch.setattr(awrsr_kernels.module, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
+    right = module.refined_attention_varlen
+    monkeypatch.setattr(module, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
     with pytest.raises(WrongResult, match=r"torch packed additive, torch.float\d\d: the loss of step \d+ is"):
         check(contestant(problem, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
 
@@ -162,8 +155,8 @@ def test_wrong_ranks_stop_it_too(problem: Problem, monkeypatch: pytest.MonkeyPat
 def test_a_failing_gate_writes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = awrsr_kernels.module.refined_attention
-    monkeypatch.setattr(awrsr_kernels.module, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
+    right = module.refined_attention
+    monkeypatch.setattr(module, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--refinements", "additive", *SMALL]
     assert train_bench.main(options) == 1
     assert "WRONG, nothing was written: torch bucketed additive" in capsys.readouterr().err
@@ -172,7 +165,7 @@ def test_a_failing_gate_writes_nothing(
 
 def test_layouts_take_the_same_sequences(problem: Problem) -> None:
     work = Work(torch.randperm(40).numpy(), torch.arange(40).numpy(), eval_batch=16)
-    made = {layout: contestant(problem, "none", layout, "torch") for layout in training.LAYOUTS}
+    made = {layout: contestant(problem, "none", layout, "torch") for layout in pages.LAYOUTS}
     for pass_ in training.PASSES:
         batches = {layout: work.batches(it, pass_) for layout, it in made.items()}
         assert len({len(b) for b in batches.values()}) == 1
@@ -185,12 +178,13 @@ def test_layouts_take_the_same_sequences(problem: Problem) -> None:
 def test_others_figures_are_marked_as_quoted() -> None:
     ours = {"who": "`awrsr train`", "quoted": False, "train_sequences_per_cpu_second": 1.0, "eval_users_per_cpu_second": 2.0}
     rows = [ours, *(row | {"quoted": True} for row in train_bench.QUOTED)]
-    page = train_report.markdown({"device": "CPU", "versions": {"torch": "x"}, "commit": "y", "rows": [ROW], "end_to_end": rows})
+    head = {"kind": pages.TRAINING, "device": "CPU", "versions": {"torch": "x"}, "commit": "y"}
+    page = pages.markdown(head | {"rows": [ROW], "end_to_end": rows})
     assert page.count("quoted, not measured here") == 2 and "| `awrsr train` | 1 | 2 | this run |" in page
     assert train_bench.is_beauty(split(make(users=40)).histories) is False
 
 
-ROW: report.Row = {"task": "t", "pass": "train", "provider": "torch", "refinement": "none", "layout": "packed"}
+ROW: Row = {"task": "t", "pass": "train", "provider": "torch", "refinement": "none", "layout": "packed"}
 ROW |= {"seq_per_cpu_s": 1234.0, "peak_mib": 5.0}
 
 

@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.common import report
-from benchmarks.operator import decode_bench
+from benchmarks.common import pages
 from benchmarks.study.run import DEFAULTS
-from benchmarks.training import initialisation
-from benchmarks.training import report as train_report
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,16 +35,12 @@ def test_nothing_is_left_to_fill_in() -> None:
 def test_measured_tables_are_the_benchmarks() -> None:
     files = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "benchmarks/results").rglob("*.json"))}
     tables = {path: results for path, results in files.items() if isinstance(results, dict)}  # study.json is a list of runs
-    others = ("prediction", "search", "tests", "analysis")
-    measured = {path: results for path, results in tables.items() if results.get("kind") not in others and path.name != DEFAULTS}
-    assert measured
+    measured = {path: x for path, x in tables.items() if x.get("kind") in pages.RENDERERS and path.name != DEFAULTS}
+    assert {x.get("kind") for x in measured.values()} == set(pages.RENDERERS)
     for path, results in measured.items():
-        page, column = {
-            train_report.KIND: (train_report, "median_ms"), decode_bench.KIND: (decode_bench, "median_ms"),
-            initialisation.KIND: (initialisation, "recall"),
-        }.get(results.get("kind"), (report, "median_ms"))  # fmt: skip
+        column = "recall" if results.get("kind") == pages.INITIALISATION else "median_ms"
         assert results["rows"] and all(column in row for row in results["rows"]), path.name
-        assert page.markdown(results) in PAGES, path.name
+        assert pages.markdown(results) in PAGES, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
 
@@ -74,13 +67,3 @@ def test_the_study_in_short_is_that_of_its_tables() -> None:
     short = page.split("**In short**")[1].split("\n\n")[1]
     assert short.startswith("| data | settings | layers | plain | plain + mean | additive |") and len(short.splitlines()) > 2
     assert short in README and short in (ROOT / "docs/study.md").read_text(encoding="utf-8")
-
-
-def test_predictions_never_pass_for_measurements() -> None:
-    """Whatever is named a prediction says so inside, holds no measured time, and none of its figures stands on a page."""
-    for path in (ROOT / "benchmarks/results").rglob("*prediction*.json"):
-        prediction = json.loads(path.read_text(encoding="utf-8"))
-        assert prediction["kind"] == "prediction" and not any("median_ms" in row for row in prediction["rows"])
-        table = path.with_suffix(".md").read_text(encoding="utf-8")
-        assert table.startswith("**PREDICTION, not a measurement**")
-        assert not any(line in PAGES for line in table.splitlines() if line.startswith("| B "))

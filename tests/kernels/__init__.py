@@ -1,0 +1,1 @@
+"""Tests of the operator, its backends and its module."""

@@ -9,8 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from torch import Tensor
 
 from awrsr_kernels import refined_attention
-from awrsr_kernels._torch import chunks as _fallback_chunks
-from awrsr_kernels._torch import selection as _fallback_selection
+from awrsr_kernels._torch import packing
 from awrsr_kernels.tolerance import wrong_results
 
 from ..conftest import DEVICE, ENGINES
@@ -132,8 +131,7 @@ def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, mon
     if DEVICE != "cpu":
         pytest.skip("a CPU's way")
     made: list[list[int]] = []
-    used: list[object] = []
-    pack = _fallback_selection._pack
+    pack = packing._pack
 
     def record(lengths: list[int], span: int) -> list[list[int]]:
         windows = pack(lengths, span)
@@ -142,10 +140,7 @@ def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, mon
         made.extend(windows)
         return windows
 
-    shares = _fallback_chunks.Plan._find_shares
-    monkeypatch.setattr(_fallback_selection, "_SHARING_WEIGHTS", 0)
-    monkeypatch.setattr(_fallback_selection, "_pack", record)
-    monkeypatch.setattr(_fallback_chunks.Plan, "_find_shares", lambda plan, length: (used.append(plan), shares(plan, length))[1])
+    monkeypatch.setattr(packing, "_pack", record)
     for seed, padded in enumerate([False, True]):
         lengths = torch.randint(0, 12, (30,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50, 100]
         problem = Problem(
@@ -153,7 +148,7 @@ def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, mon
             gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
         )  # fmt: skip
         assert disagreements(problem, kind, torch.float32, "torch") == []
-    assert max(len(window) for window in made) > 5 and len(used) == 2
+    assert max(len(window) for window in made) > 5
 
 
 @every_kind

@@ -91,6 +91,13 @@ def test_each_hop_names_the_next(path: list[Hop]) -> None:
         assert file == source or imported(first, file, source), f"{file} does not import {first} from {source}"
 
 
+def test_contributing_lists_these_hops() -> None:
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = [tuple(line.split()[:2]) for line in page.splitlines() if line.startswith("    ") and ".py  " in f"{line}  "]
+    assert PATHS[0] == [hop for hop in listed if hop in PATHS[0]]
+    assert all(name.rpartition(".")[2] in page for path in PATHS for name, _ in path if name.startswith("launch_"))
+
+
 def test_every_kernel_has_a_path() -> None:
     kernels = {
         node.name

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from awrsr_kernels import refined_attention, refined_attention_varlen
-from awrsr_kernels._torch import selection as _fallback_selection
 from awrsr_kernels.gaussian import SMALLEST
 
 from ..conftest import DEVICE, ENGINES, cumulative
@@ -228,9 +227,8 @@ def test_a_forward_without_a_backward_gives_the_same(
 
 
 @every_own_engine
-def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_stay_hidden_from_huge_scores(engine: str, choose: Choose) -> None:
     """Short histories share a window or a tile; one that saw another would show here."""
-    monkeypatch.setattr(_fallback_selection, "_SHARING_WEIGHTS", 0)
     q, k, v = (scale * torch.randn(15, 1, 8, device=DEVICE) for scale in (1e15, 1e15, 1))
     found, wanted = (
         refined_attention_varlen(q, k, v, None, None, cumulative([4, 5, 6]), refinement="none", backend=backend)

@@ -43,7 +43,7 @@ def test_a_write_that_fails_leaves_the_old_file(path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "text,told",
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[]", "must be an object of version 1"),
         ('{"version": 2, "entries": []}', "must be an object of version 1"),
         ('{"version": 1}', "must be an object of version 1"),

@@ -1,17 +1,22 @@
-"""CUDA-graph times beside the eager ones: what a call costs once the host is out of the way altogether.
+"""What only a GPU has: CUDA-graph times beside the eager ones, and kernels compiled in parallel before anything is timed.
 
 A graph holds a forward, or a forward with its backward; it is replayed as a training loop that captures its step would. What
-cannot be captured (a call that synchronises, or allocates in ways a graph forbids) has no time but a reason.
+cannot be captured (a call that synchronises, or allocates in ways a graph forbids) has no time but a reason. Compiling is the slow
+part of a first run on a GPU, and one process compiles in turn.
 """
 
 import functools
+import multiprocessing
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .measure import Clock, Entrant, gradients, quantiles
+from ..common.clock import Clock, quantiles, reason_of
+from .measure import Entrant, gradients
+from .providers import PROVIDERS
+from .workloads import Task, build
 
 REPLAYS, SECONDS = 20, 0.5  # of one batch; at least five replays, however long they take
 Capture = Callable[[Callable[[], Any]], Callable[[], Any]]
@@ -56,8 +61,7 @@ def time_graphs(entrant: Entrant, clock: Clock, passes: list[str], capture: Capt
         try:
             entrant.graph_ms[p] = _time(entrant, clock, p == "fwd+bwd", capture)
         except Exception as error:  # any rival may fail in a way of its own, and costs no other its time
-            line = str(error).splitlines()[0] if str(error) else ""
-            entrant.graph_reason[p] = f"{type(error).__name__}: {line}"
+            entrant.graph_reason[p] = reason_of(error)
 
 
 def _time(entrant: Entrant, clock: Clock, backward: bool, capture: Capture) -> float:
@@ -74,3 +78,33 @@ def _time(entrant: Entrant, clock: Clock, backward: bool, capture: Capture) -> f
         total += quantiles(samples)[0]
         del replay
     return total
+
+
+# Kernels compiled in parallel
+
+
+def compile_one(task: Task) -> str | None:
+    """Forward and backward of every batch of a task; why not, if the kernels cannot."""
+    try:
+        for layout in task.layouts:
+            for batch in build(task, layout):
+                gradients(PROVIDERS["triton"].call(batch), batch)
+        torch.cuda.synchronize()
+    except Exception as error:  # the timed run meets the same error and reports it
+        return reason_of(error)
+    return None
+
+
+def precompile(tasks: list[Task], processes: int) -> str:
+    """Run each task's Triton calls once in `processes` processes, so that this one finds the kernels on disk.
+
+    Returns what to print. The tensors are as large as in the run: Triton compiles for the divisibility of sizes and strides, too.
+    """
+    tasks = [t for t in dict.fromkeys(tasks) if t.device == "cuda"]
+    if not tasks:
+        return "nothing to precompile: the Triton kernels need a GPU"
+    begin = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(tasks))) as pool:
+        reasons = pool.map(compile_one, tasks, chunksize=1)
+    done = f"precompiled {reasons.count(None)} of {len(reasons)} problems in {time.perf_counter() - begin:.1f} s"
+    return "\n".join([done, *dict.fromkeys(x for x in reasons if x)])

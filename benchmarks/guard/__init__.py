@@ -1,0 +1,1 @@
+"""What no change may make worse, measured against another commit."""

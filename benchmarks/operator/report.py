@@ -1,0 +1,140 @@
+"""What attn_bench.py makes of its measurements: rows, ratios computed from them, a table per problem, files and pictures."""
+
+from pathlib import Path
+
+import torch
+
+from awrsr_kernels.launch_config import shared_memory
+
+from ..common.pages import markdown
+from ..common.report import Column, Row, atomic, grid, spread, times, write_data
+from .launches import PROCESSORS, task_launches
+from .measure import PASSES, Entrant, quantiles
+from .plots import against_length
+from .roofline import Rates, shares
+from .workloads import Task
+
+COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "gradients", "drops")
+
+
+def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:
+    """One row per entrant and pass. `ratio_to_best_rival` > 1: faster than the fastest rival of the task, in any layout.
+
+    With `rates` a row says how far from the possible it is (`roofline.shares`).
+    """
+    s, rows = task.shape, []
+    for entrant in entrants:
+        for p in passes:
+            median, p20, p80 = quantiles(entrant.samples[p])
+            view = task if entrant.provider.role != "floor" else task.plain
+            rows.append(
+                {"provider": entrant.provider.name, "role": entrant.provider.role, "backbone": task.backbone}
+                | {"refinement": task.refinement, "layout": entrant.layout}
+                | {"B": s.B, "H": s.H, "H_kv": s.H_kv, "L": s.L, "D": s.D, "D_v": s.D_v, "R": s.R}
+                | {"dtype": task.dtype, "dropout_p": task.dropout_p, "pass": p}
+                | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(entrant.samples[p])}
+                | {"peak_mib": entrant.peak_mib[p], "first_call_ms": entrant.first_ms[p]}
+                | {"seq_per_s": s.B / median * 1e3, "tflops": view.flops(p) / median / 1e9}
+                | ({"host_ms": quantiles(entrant.host_samples[p])[0]} if task.device == "cuda" else {})
+                | ({"graph_ms": entrant.graph_ms[p]} if p in entrant.graph_ms else {})
+                | ({"graph_reason": entrant.graph_reason[p]} if p in entrant.graph_reason else {})
+                | ({} if rates is None else shares(view, entrant.layout, p, median, rates))
+                | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
+            )
+    add_ratios(rows)
+    return rows
+
+
+def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
+    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured.
+
+    None between Gaussians: what the kernels do there is not counted yet.
+    """
+    rows: list[Row] = []
+    device = torch.device(task.device)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
+    for entrant in entrants:
+        if task.gaussian or entrant.provider.name != "triton":
+            continue
+        sums: dict[tuple[str, int, str], Row] = {}
+        for launch in task_launches(task, entrant.layout, shared_memory(device), processors):
+            row = sums.setdefault((launch.kernel, launch.stage, launch.pass_), dict.fromkeys(("launches", *COUNTS), 0))
+            row["launches"] += 1
+            for name in COUNTS:
+                row[name] += getattr(launch, name)
+        for (kernel, stage, p), row in sums.items():
+            named = {"task": task.label, "layout": entrant.layout, "pass": p, "kernel": kernel, "stage": stage}
+            rows.append(named | row | {"floor_ms": rates.floor_ms(row["read"] + row["written"], row["operations"])})
+    return rows
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """Time of the fastest rival over a row's time, within each task and pass; absent where no rival ran."""
+    best: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row["task"], row["pass"]
+        if row["role"] == "rival" and (key not in best or row["median_ms"] < best[key]["median_ms"]):
+            best[key] = row
+    for row in rows:
+        rival = best.get((row["task"], row["pass"]))
+        if rival is not None:
+            row["ratio_to_best_rival"] = rival["median_ms"] / row["median_ms"]
+            row["best_rival"] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
+
+
+def graph_reasons(rows: list[Row]) -> list[tuple[str, str]]:
+    """(provider, reason), each once, where a forward, alone or with its backward, has no CUDA-graph time."""
+    return list(dict.fromkeys((r["provider"], r["graph_reason"]) for r in rows if "graph_reason" in r and r["pass"] != "bwd"))
+
+
+def milliseconds(row: Row, name: str) -> str:
+    return f"{row[name]:.3f}" if name in row else "-"
+
+
+def percent(row: Row, name: str) -> str:
+    return f"{row[name]:.1%}" if name in row else "-"
+
+
+COLUMNS: list[Column] = [
+    ("provider", -17, lambda r: r["provider"]),
+    ("layout", -8, lambda r: r["layout"]),
+    ("pass", -7, lambda r: r["pass"]),
+    ("median ms", 10, lambda r: milliseconds(r, "median_ms")),
+    ("p20..p80", 19, spread),
+    ("host ms", 8, lambda r: milliseconds(r, "host_ms")),
+    ("graph ms", 8, lambda r: milliseconds(r, "graph_ms")),
+    ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
+    ("seq/s", 10, lambda r: f"{r['seq_per_s']:.4g}" if r["seq_per_s"] < 1000 else f"{r['seq_per_s']:.0f}"),
+    ("TFLOP/s", 8, lambda r: f"{r['tflops']:.3g}"),
+    ("copy", 6, lambda r: percent(r, "copy_share")),
+    ("matmul", 6, lambda r: percent(r, "matmul_share")),
+    ("/floor", 7, lambda r: times(r, "to_floor", 1 if r.get("to_floor", 0) < 100 else 0)),
+    ("vs rival", 8, lambda r: times(r, "ratio_to_best_rival")),
+    ("first ms", 9, lambda r: f"{r['first_call_ms']:.0f}"),
+]
+
+
+def table(rows: list[Row], wrong: list[Row]) -> str:
+    """One task: a block per pass, the fastest first."""
+    empty = set() if any(r["layout"] != "padded" for r in rows) else {"layout"}
+    empty |= {name for name in ("host ms", "graph ms") if not any(name.replace(" ", "_") in r for r in rows)}
+    columns = [c for c in COLUMNS if c[0] not in empty]
+    ordered = [row for p in PASSES for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"])]
+    lines = [rows[0]["task"] if rows else wrong[0]["task"], *grid(columns, ordered)] if rows or wrong else []
+    lines += [f"{w['provider']:<17}  WRONG, not timed ({w['layout']}): {w['reason']}" for w in wrong]
+    return "\n".join(lines) + "\n"
+
+
+def write_files(directory: Path, results: Row) -> list[str]:
+    """Write everything that can be written; returns the paths."""
+    paths = write_data(directory, results, markdown(results))
+    try:
+        figure = against_length([results])
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return paths
+    if figure is not None:
+        paths.append(str(directory / "results.png"))
+        with atomic(directory / "results.png", "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
+    return paths

@@ -1,0 +1,14 @@
+"""One thread for every benchmark's test: problems this small only wait for threads, the more so where tests run in parallel."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
