@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["awrsr*"]),
-    package_data={"awrsr": ["py.typed"], "awrsr_kernels": ["py.typed"]},  # both are typed (PEP 561)
+    package_data={"awrsr": ["py.typed", "analysis/page.html"], "awrsr_kernels": ["py.typed"]},  # both are typed
     entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
     python_requires=">=3.10",
     install_requires=[
@@ -29,6 +29,7 @@ setup(
             "tqdm",  # progress
             "scipy",  # significance tests
             "matplotlib",  # pictures of the attention
+            "jinja2",  # the page of awrsr analyse
         ],
         "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
         "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone

@@ -15,17 +15,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .files import atomic
 from .models.attention import RefinedAttention
-
-if TYPE_CHECKING:
-    from .models.network import AWRSRNetwork
-    from .recommender import AWRSR
+from .models.network import AWRSRNetwork
+from .recommender import AWRSR
 
 SUFFIXES = {"torch": ".pt2", "onnx": ".onnx"}
 ABOUT = "awrsr.json"  # of the file's extra files (torch) or its metadata (ONNX): the configuration, and the catalogue's ids
@@ -35,7 +33,7 @@ ONNX_LIMIT = 2**31  # bytes of one ONNX file
 Run = Callable[[Tensor, Tensor], Tensor]
 
 
-def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bool = True) -> Path:
+def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool = True) -> Path:
     """Write the scoring path of a trained model to a file, for use on a CPU. Whole or not at all.
 
     Args:
@@ -58,45 +56,40 @@ def export(model: "AWRSR", path: Path | str, *, format: str = "torch", check: bo
     if not model.config.num_items:
         raise ValueError("model has no items: it must be fitted or loaded before it can be exported")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scorer = _Scorer(model.network)
-    program = _traced(scorer)
+    network = copy.deepcopy(model.network).cpu().eval().requires_grad_(False)
+    program = _traced(network)
     about = json.dumps({"config": asdict(model.config), "item_ids": model.ids().tolist()}, ensure_ascii=False, default=str)
-    write, load = {"torch": (_write_torch, _load_torch), "onnx": (_write_onnx, _load_onnx)}[format]
     with atomic(path) as temporary:
-        write(program, temporary, about)
-        run = load(temporary) if check else None
+        if format == "torch":
+            torch.export.save(program, temporary, extra_files={ABOUT: about})
+        else:
+            _write_onnx(program, temporary, about)
+        run = (_load_torch if format == "torch" else _load_onnx)(temporary) if check else None
         if run is not None:
-            _compare(run, scorer.model, path)
+            _compare(run, network, path)
     return path
 
 
 class _Scorer(nn.Module):
-    """A copy of the network on the CPU, in evaluation mode, whose forward scores."""
+    """A copy of the network whose forward scores. Only the reference can be traced for any batch size and window: "torch" cuts a
+    batch into chunks whose number is part of the trace."""
 
-    def __init__(self, network: "AWRSRNetwork") -> None:
+    def __init__(self, network: AWRSRNetwork) -> None:
         super().__init__()
-        self.model = copy.deepcopy(network).cpu().eval().requires_grad_(False)
+        self.model = copy.deepcopy(network)
+        for module in self.modules():
+            if isinstance(module, RefinedAttention):
+                module.backend = "reference"
 
     def forward(self, items: Tensor, lengths: Tensor) -> Tensor:
         return self.model.scores_padded(items, lengths)
 
 
-def _traced(scorer: _Scorer) -> torch.export.ExportedProgram:
-    """The program, for any batch size and window. Only the reference can be traced for both: "torch" cuts a batch into chunks whose
-    number is part of the trace."""
-    window = scorer.model.config.max_len
-    items = torch.zeros(2, window, dtype=torch.int64)
-    lengths = torch.tensor([0, window])
-    attention = [module for module in scorer.modules() if isinstance(module, RefinedAttention)]
-    backends = [module.backend for module in attention]
-    try:
-        for module in attention:
-            module.backend = "reference"
-        with torch.no_grad():
-            return torch.export.export(scorer, (items, lengths), dynamic_shapes=_shapes(window))
-    finally:
-        for module, backend in zip(attention, backends, strict=True):
-            module.backend = backend
+def _traced(network: AWRSRNetwork) -> torch.export.ExportedProgram:
+    window = network.config.max_len
+    example = torch.zeros(2, window, dtype=torch.int64), torch.tensor([0, window])
+    with torch.no_grad():
+        return torch.export.export(_Scorer(network), example, dynamic_shapes=_shapes(window))
 
 
 def _shapes(window: int) -> dict[str, Any]:
@@ -104,10 +97,6 @@ def _shapes(window: int) -> dict[str, Any]:
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=window) if window > 1 else None
     return {"items": {0: batch, 1: length}, "lengths": {0: batch}}
-
-
-def _write_torch(program: torch.export.ExportedProgram, path: Path, about: str) -> None:
-    torch.export.save(program, path, extra_files={ABOUT: about})
 
 
 def _load_torch(path: Path) -> Run:
@@ -139,11 +128,7 @@ def _load_onnx(path: Path) -> Run | None:
         warnings.warn("the ONNX file was not checked against the model: that needs onnxruntime", stacklevel=3)
         return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(items: Tensor, lengths: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["scores"], {"items": items.numpy(), "lengths": lengths.numpy()})[0])
-
-    return run
+    return lambda items, lengths: torch.from_numpy(session.run(["scores"], {"items": items.numpy(), "lengths": lengths.numpy()})[0])
 
 
 @contextmanager
@@ -170,7 +155,7 @@ def _batches(num_items: int, max_len: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.inference_mode()
-def _compare(run: Run, network: "AWRSRNetwork", path: Path) -> None:
+def _compare(run: Run, network: AWRSRNetwork, path: Path) -> None:
     """Raise RuntimeError unless the file's scores are the model's."""
     for items, lengths in _batches(network.config.num_items, network.config.max_len):
         expected, actual = network.scores_padded(items, lengths), run(items, lengths)

@@ -1,14 +1,16 @@
 """Options as dataclass fields: the meaning and the range of each are said once, for `--help`, for checks and for readers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import field, fields
+from math import inf, isfinite
 from typing import Any
 
 
-def option(default: Any, help: str, *, choices: Sequence[str] = (), least: float | None = None, below: float | None = None) -> Any:
-    """A dataclass field with its help text and its range: one of `choices`; at least `least` and below `below`."""
-    return field(default=default, metadata={"help": help, "choices": tuple(choices), "least": least, "below": below})
+def option(
+    default: Any, help: str, *, choices: Sequence[str] = (), least: float = -inf, below: float = inf, most: float = inf
+) -> Any:
+    """A dataclass field with its help text and its range: one of `choices`; at least `least`, below `below`, at most `most`."""
+    return field(default=default, metadata={"help": help, "choices": choices, "range": (least, below, most)})
 
 
 def check(options: Any) -> None:
@@ -21,11 +23,11 @@ def check(options: Any) -> None:
         kinds = (int, float) if isinstance(default, float) else type(default)
         if default is not None and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool)):
             raise TypeError(f"{each.name} is {value!r}, must be of type {type(default).__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
+        if isinstance(value, float) and not isfinite(value):
             raise ValueError(f"{each.name} is {value!r}, must be a finite number")
         if may["choices"] and value not in may["choices"]:
             raise ValueError(f"{each.name} is {value!r}, must be one of {', '.join(may['choices'])}")
-        least, below = may["least"], may["below"]
-        if value is not None and (least is not None and not value >= least or below is not None and not value < below):
-            upper = "" if below is None else f" and below {below:g}"
-            raise ValueError(f"{each.name} is {value!r}, must be at least {least:g}{upper}")
+        least, below, most = may["range"]
+        if isinstance(value, int | float) and not (least <= value < below and value <= most):
+            bounds = f"at least {least:g}" + f" and below {below:g}" * (below < inf) + f" and at most {most:g}" * (most < inf)
+            raise ValueError(f"{each.name} is {value!r}, must be {bounds}")

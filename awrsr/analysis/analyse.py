@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import WATCHED
@@ -28,26 +28,26 @@ COUNTS = (5, 10, 20, 50, 100)  # buckets end at so many training events of the t
 ROLES = ("the event itself", "earlier occurrences of its item", "what followed those", "the event before", "others")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Head:
     """What one head of one layer does, in means over the histories: of P, and of M where a name ends in _m."""
 
     layer: int  # from 1
     head: int
     gate: float | None  # of additive refinement
-    span: float = 0.0  # number of events that it attends to: exp of the entropy
-    span_m: float = 0.0
-    back: float = 0.0  # mean distance of what it attends to, in events
-    back_m: float = 0.0
-    moved: float = 0.0  # share of the weight that M puts elsewhere than P: their total variation distance
-    two_hops: float = 0.0  # of what moved, the share that went where P P is above P: the paths i -> k -> j
-    two_hops_chance: float = 0.0  # that share if it were spread evenly over all visible events
-    followed: float = 0.0  # of what moved, the share that went to events right after those that P attends to more than to them
-    followed_chance: float = 0.0
-    roles: list[float] = field(default_factory=list)  # shares of P, as in ROLES
-    roles_m: list[float] = field(default_factory=list)
-    distance: list[float] = field(default_factory=list)  # mean weight 0, 1, ... events back, over histories that reach so far
-    distance_m: list[float] = field(default_factory=list)
+    span: float  # number of events that it attends to: exp of the entropy
+    span_m: float
+    back: float  # mean distance of what it attends to, in events
+    back_m: float
+    moved: float  # share of the weight that M puts elsewhere than P: their total variation distance
+    two_hops: float  # of what moved, the share that went where P P is above P: the paths i -> k -> j
+    two_hops_chance: float  # that share if it were spread evenly over all visible events
+    followed: float  # of what moved, the share that went to events right after those that P attends to more than to them
+    followed_chance: float
+    roles: list[float]  # shares of P, as in ROLES
+    roles_m: list[float]
+    distance: list[float]  # mean weight 0, 1, ... events back, over histories that reach so far
+    distance_m: list[float]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,6 @@ def analyse(
     Raises:
         ValueError: part is not a part of the split, or holds no target; users or examples below 1; the baseline knows other items.
     """
-    if part not in ("validation", "test"):
-        raise ValueError(f"part is {part!r}, must be validation or test")
     for name, value in (("users", users), ("examples", examples)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be 1 or more")
@@ -165,31 +163,36 @@ def analyse(
 @torch.inference_mode()
 def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[Head]:
     """Every head of every layer, on these histories."""
-    count, window = model.config.heads, max(map(len, histories))
-    sums = [[HeadSums(window) for _ in range(count)] for _ in model.blocks]
+    heads, window = model.config.heads, max(map(len, histories))
+    totals: list[dict[str, Any]] = [{} for _ in model.blocks]
     training, device = model.training, model.items.weight.device
     model.eval()
     bar = tqdm(total=len(histories), desc="attention", unit="history", disable=None if progress else True, leave=False)
-    for batch in batches(histories, count):
+    for batch in batches(histories, heads):
         lengths = torch.tensor([len(history) for history in batch])
         items = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
         for row, history in zip(items, batch, strict=True):
             row[len(row) - len(history) :] = torch.from_numpy(history)
         role = roles(items, lengths)
-        for of_layer, maps in zip(sums, model.weights_padded(items.to(device), lengths.to(device)), strict=True):
+        for total, maps in zip(totals, model.weights_padded(items.to(device), lengths.to(device)), strict=True):
             p, m = (each.double().cpu() for each in maps)
-            for head, of_head in enumerate(of_layer):
-                of_head.add(p[:, head], m[:, head], role, lengths)
+            for name, values in layer_sums(p, m, role, lengths, window).items():
+                total[name] = total.get(name, 0) + values
         bar.update(len(batch))
     bar.close()
     model.train(training)
-    heads = []
-    for layer, block in enumerate(model.blocks):
+    results = []
+    reach = (torch.arange(window) < torch.tensor([len(history) for history in histories])[:, None]).sum(0)
+    for layer, (block, total) in enumerate(zip(model.blocks, totals, strict=True)):
+        moved = total["moved"].where(total["moved"] > 1e-9 * len(histories), torch.inf)
+        divisors = {"two_hops": moved, "followed": moved, "distance": reach, "distance_m": reach}
+        means = {name: values / divisors.get(name, len(histories)) for name, values in total.items()}
         gate = block.attention.gate
-        for head in range(count):
+        for head in range(heads):
             value = gate[head] if isinstance(gate, Tensor) and gate.dim() else gate
-            heads.append(sums[layer][head].means(Head(layer + 1, head + 1, None if value is None else float(value))))
-    return heads
+            numbers = {name: mean[head].tolist() for name, mean in means.items()}
+            results.append(Head(layer + 1, head + 1, None if value is None else float(value), **numbers))
+    return results
 
 
 def batches(histories: list[np.ndarray], heads: int) -> Iterator[list[np.ndarray]]:
@@ -203,45 +206,25 @@ def batches(histories: list[np.ndarray], heads: int) -> Iterator[list[np.ndarray
         rest = rest[count:]
 
 
-class HeadSums:
-    """Sums over histories of what a head does."""
+def layer_sums(p: Tensor, m: Tensor, role: Tensor, lengths: Tensor, window: int) -> dict[str, Tensor]:
+    """Sums over histories of what the heads of a layer do, by the names in `Head`: (H, ...) each.
 
-    def __init__(self, window: int) -> None:
-        self.count = 0
-        self.numbers: dict[str, float] = {}
-        self.roles = np.zeros((2, len(ROLES)))
-        self.distance, self.reached = np.zeros((2, window)), np.zeros(window)
-
-    def add(self, p: Tensor, m: Tensor, role: np.ndarray, lengths: Tensor) -> None:
-        """p, m: (B, L, L) of padded histories, whose last row is what predicts. role: (B, L) of `roles`."""
-        size = p.shape[-1]
-        p_row, m_row = rows = p[:, -1], m[:, -1] / m[:, -1].sum(-1, keepdim=True).clamp(min=1e-30)
-        back, visible = looking_back(size, lengths)
-        moved = (m_row - p_row).clamp(min=0)
-        values: dict[str, Tensor] = {"moved": moved.sum(-1)}
-        for suffix, row in zip(("", "_m"), rows, strict=True):
-            values |= {"span" + suffix: torch.special.entr(row).sum(-1).exp(), "back" + suffix: (row * back).sum(-1)}
-        two_hops = torch.einsum("bk,bkj->bj", p_row, p)
-        for name, weight in (("two_hops", two_hops), ("followed", shifted(p_row))):
-            reached = weight > p_row
-            values[name] = (moved * reached * visible).sum(-1)  # to be divided by all that moved
-            values[name + "_chance"] = (reached & visible).sum(-1) / lengths
-        for name, each in values.items():
-            self.numbers[name] = self.numbers.get(name, 0.0) + float(each.sum())
-        for i, row in enumerate(rows):
-            self.roles[i] += np.bincount(role.flatten(), row.flatten(), len(ROLES) + 1)[: len(ROLES)]
-            self.distance[i, :size] += row.sum(0).flip(0).numpy()
-        self.reached[:size] += visible.sum(0).flip(0).numpy()
-        self.count += len(p)
-
-    def means(self, head: Head) -> Head:
-        """The head, with the means filled in."""
-        for name, total in self.numbers.items():
-            divisor = self.numbers["moved"] if name in ("two_hops", "followed") else self.count
-            setattr(head, name, total / divisor if divisor > 1e-9 * self.count else 0.0)
-        head.roles, head.roles_m = (self.roles / self.count).tolist()
-        head.distance, head.distance_m = (self.distance / np.maximum(self.reached, 1)).tolist()
-        return head
+    p, m: (B, H, L, L) of padded histories, whose last row is what predicts. role: (B, L) of `roles`.
+    """
+    back, visible = looking_back(p.shape[-1], lengths)
+    p_row, m_row = p[:, :, -1], m[:, :, -1] / m[:, :, -1].sum(-1, keepdim=True).clamp(min=1e-30)  # (B, H, L)
+    moved = (m_row - p_row).clamp(min=0)
+    sums = {"moved": moved.sum((0, 2))}
+    for suffix, row in (("", p_row), ("_m", m_row)):
+        sums["span" + suffix] = torch.special.entr(row).sum(-1).exp().sum(0)
+        sums["back" + suffix] = (row * back).sum((0, 2))
+        sums["roles" + suffix] = torch.einsum("bhl,blr->hr", row, nn.functional.one_hot(role, len(ROLES) + 1).to(row))[:, :-1]
+        sums["distance" + suffix] = nn.functional.pad(row.sum(0).flip(-1), (0, window - p.shape[-1]))
+    for name, weight in (("two_hops", torch.einsum("bhk,bhkj->bhj", p_row, p)), ("followed", shifted(p_row))):
+        reached = (weight > p_row) & visible[:, None]
+        sums[name] = (moved * reached).sum((0, 2))
+        sums[name + "_chance"] = (reached.sum(-1, dtype=p.dtype) / lengths[:, None]).sum(0)
+    return sums
 
 
 def looking_back(size: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,17 +234,17 @@ def looking_back(size: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shifted(row: Tensor) -> Tensor:
-    """(B, L) moved on by one event."""
-    return torch.cat([torch.zeros_like(row[:, :1]), row[:, :-1]], 1)
+    """(..., L) moved on by one event."""
+    return torch.cat([torch.zeros_like(row[..., :1]), row[..., :-1]], -1)
 
 
-def roles(items: Tensor, lengths: Tensor) -> np.ndarray:
+def roles(items: Tensor, lengths: Tensor) -> Tensor:
     """(B, L) what each event is to the last one, as an index of ROLES, the first that fits; of padding it is len(ROLES)."""
     back, visible = looking_back(items.shape[1], lengths)
     same_item = (items == items[:, -1:]) & (back > 0) & visible
     fits = [(back == 0).expand_as(visible), same_item, shifted(same_item) & (back > 0), (back == 1).expand_as(visible)]
     first = torch.stack([*fits, torch.ones_like(visible)]).int().argmax(0)
-    return first.masked_fill(~visible, len(ROLES)).numpy()
+    return first.masked_fill(~visible, len(ROLES))
 
 
 def without_refinement(model: AWRSR) -> AWRSR:
@@ -296,9 +279,7 @@ def buckets(gains: np.ndarray, counts: np.ndarray, ends: tuple[int, ...]) -> lis
     return result
 
 
-def example(
-    models: tuple[AWRSR, AWRSR], evaluations: list[Evaluation], split: Split, m: int, filter_seen: bool | None
-) -> Example:
+def example(models: tuple[AWRSR, AWRSR], evaluations: list[Evaluation], split: Split, m: int, filter_seen: bool | None) -> Example:
     """Target m, with what each of two models recommends and what the first one attends to."""
     h, (first, second) = split.histories, evaluations
     user = int(first.users[m])

@@ -45,13 +45,13 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
         raise ImportError("pictures need matplotlib: pip install matplotlib") from error
     heads, n, _ = P.shape
     columns = 1 if refinement == "none" else 3
-    side = _side(n)
+    side = min(max(_INCHES_PER_EVENT * n, _PANEL[0]), _PANEL[1])
     figure = Figure(figsize=(columns * side + _MARGINS[0], heads * side + _MARGINS[1]), layout="compressed")
     grid = figure.subplots(heads, columns, squeeze=False)
     for head, axes in enumerate(grid):
         _draw_head(figure, axes, P[head], M[head])
         axes[0].set_ylabel(f"head {head + 1}" if heads > 1 else "", color=_INK, fontsize=11)
-        _label_events(axes, names, last=head == heads - 1)
+        _label_events(axes, names, side, last=head == heads - 1)
     headings = ("P: first-order weights", f"M: refined weights ({refinement})", "M − P: what refinement changes")
     for axis, heading in zip(grid[0], headings, strict=False):
         axis.set_title(heading, color=_INK, fontsize=11)
@@ -95,11 +95,6 @@ def summary(P: Any, M: Any, labels: Sequence[Any], *, top: int = 5) -> str:
     return "\n".join(lines)
 
 
-def _side(n: int) -> float:
-    """Inches of a panel of n events."""
-    return min(max(_INCHES_PER_EVENT * n, _PANEL[0]), _PANEL[1])
-
-
 def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Weights as arrays, labels as short lines of text."""
     arrays, n = [], len(labels)
@@ -120,8 +115,10 @@ def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndar
 def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.ndarray) -> None:
     """P, or P, M and their difference, with colour bars."""
     from matplotlib.colors import FuncNorm, PowerNorm
+    from matplotlib.patches import Rectangle
 
     n = len(P)
+    corners = np.repeat(np.arange(n + 1), 2) - 0.5
     visible = np.tril(np.ones((n, n), dtype=bool))
     maps = [P, M, M - P][: len(axes)]
     largest, furthest = (max(float(np.abs(x[..., visible]).max()), 1e-6) for x in (np.stack(maps[:2]), maps[-1]))
@@ -130,7 +127,12 @@ def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.nd
     images = []
     for axis, values, norm, colours in zip(axes, maps, norms, (_WEIGHTS, _WEIGHTS, _DIFFERENCE), strict=False):
         images.append(axis.imshow(np.ma.array(values, mask=~visible), interpolation="nearest", norm=norm, cmap=colours))
-        _frame(axis, n)
+        axis.plot(corners[1:], corners[:-1], color=_FAINT, linewidth=0.7, zorder=2)  # outlines: the visible part, a staircase
+        axis.plot([-0.5, -0.5], [-0.5, n - 0.5], color=_FAINT, linewidth=0.7, zorder=2)
+        axis.add_patch(Rectangle((-0.5, n - 1.5), n, 1, fill=False, edgecolor=_MARK, linewidth=1.4, zorder=3, clip_on=False))
+        axis.set_xlim(-0.5, n - 0.5)
+        axis.set_ylim(n - 0.5, -0.5)
+        axis.spines[:].set_visible(False)
     for image, panels, end in ((images[0], axes[:2], largest), (images[-1], axes[2:], furthest)):
         if len(panels):
             ticks = _TICKS[end + 1e-6 >= _TICKS]
@@ -141,28 +143,14 @@ def _draw_head(figure: "Figure", axes: Sequence["Axes"], P: np.ndarray, M: np.nd
             bar.ax.tick_params(labelsize=8, color=_FAINT, labelcolor=_INK)
 
 
-def _frame(axis: "Axes", n: int) -> None:
-    """Outlines of the visible part, which is a staircase, and of the last row."""
-    from matplotlib.patches import Rectangle
-
-    corners = np.repeat(np.arange(n + 1), 2) - 0.5
-    axis.plot(corners[1:], corners[:-1], color=_FAINT, linewidth=0.7, zorder=2)
-    axis.plot([-0.5, -0.5], [-0.5, n - 0.5], color=_FAINT, linewidth=0.7, zorder=2)
-    axis.add_patch(Rectangle((-0.5, n - 1.5), n, 1, fill=False, edgecolor=_MARK, linewidth=1.4, zorder=3, clip_on=False))
-    axis.set_xlim(-0.5, n - 0.5)
-    axis.set_ylim(n - 0.5, -0.5)
-    axis.spines[:].set_visible(False)
-
-
-def _label_events(axes: Sequence["Axes"], names: list[str], *, last: bool) -> None:
-    """Item names, thinned if there are many: to the left of the first panel, and below those of the last head."""
+def _label_events(axes: Sequence["Axes"], names: list[str], side: float, *, last: bool) -> None:
+    """Item names, thinned if there are many: to the left of the first panel, and below those of the last head. side: of a panel."""
     n = len(names)
     places = list(range(n - 1, -1, -math.ceil(n / _MOST_NAMES)))[::-1]  # the last event always has its name
     shown = [names[i] for i in places]
-    size = min(9.0, 72 * 0.72 * _side(n) / len(shown))  # points: names must not touch
+    size = min(9.0, 72 * 0.72 * side / len(shown))  # points: names must not touch
     for i, axis in enumerate(axes):
         axis.tick_params(length=2, color=_FAINT, labelcolor=_INK, labelsize=size)
         axis.set_xticks(places, shown if last else [""] * len(places), rotation=90, parse_math=False)
         axis.set_yticks(places, shown if i == 0 else [""] * len(places), parse_math=False)
-    final = axes[0].get_yticklabels()[-1]
-    final.set(color=_MARK, fontweight="bold")
+    axes[0].get_yticklabels()[-1].set(color=_MARK, fontweight="bold")

@@ -1,4 +1,11 @@
-"""The command line, `awrsr` or `python -m awrsr`: the parser put together from the commands, and exit codes for their errors."""
+"""Sequential recommendation with refined attention: from a file of histories to
+recommendations.
+
+  awrsr train                                  what refinement is for
+  awrsr data fetch beauty                      public data
+  awrsr train --data beauty.txt --out runs/b   a model, its metrics and ranks
+  awrsr recommend --run runs/b -k 5            the best next items
+"""
 
 import os
 import sys
@@ -13,14 +20,6 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from ..data.prepare import DEMO
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
 from .shared import as_flags, say
-
-DESCRIPTION = """Sequential recommendation with refined attention: from a file of histories to
-recommendations.
-
-  awrsr train                                  what refinement is for
-  awrsr data fetch beauty                      public data
-  awrsr train --data beauty.txt --out runs/b   a model, its metrics and ranks
-  awrsr recommend --run runs/b -k 5            the best next items"""
 
 
 class Command(NamedTuple):
@@ -62,7 +61,7 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def parser(demo: bool = False) -> ArgumentParser:
     """All commands and their flags. demo: train has the defaults that suit the synthetic histories."""
-    top = ArgumentParser(prog="awrsr", description=DESCRIPTION, formatter_class=Help, allow_abbrev=False)
+    top = ArgumentParser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
     for name, command in COMMANDS.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..files import atomic, read_json, write_json
+from ..files import atomic, write_json
 from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filter_seen
 
 
@@ -16,8 +16,7 @@ def add_flags(to: ArgumentParser) -> None:
     add_data(to, f"File of histories, which are divided as in the run {OWN_DATA}.")
     add_part(to)
     to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
-    examples = "Number of histories to show of those that got better, and of those that got worse."
-    to.add_argument("--examples", type=int, default=3, help=examples)
+    to.add_argument("--examples", type=int, default=3, help="Number of histories to show that got better, and that got worse.")
     to.add_argument("--output", type=str, default="", help="Page to write (default: analysis.html in the run folder).")
     to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to.")
     add_filter_seen(to)
@@ -53,15 +52,11 @@ def run(options: Any) -> None:
 
 def open_baseline(opened: OpenRun) -> Any:
     """The model of --baseline. Raises ValueError unless it was trained on the same data, divided alike."""
-    from ..recommender import AWRSR
-    from ..run_folder import CONFIG
-
-    folder = opened.options.baseline
-    baseline = AWRSR.load(folder).to(opened.model.items.weight.device)
-    stored = read_json(Path(folder) / CONFIG).get("data", {})
-    if len({stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
+    options = opened.options
+    baseline = OpenRun(options, options.baseline)
+    if len({baseline.stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
         raise ValueError(
-            f"baseline is {folder}, must be trained on the data and the split of {opened.options.run} ({opened.data.split}): its "
-            f"data or split ({stored.get('split')}) differ, so it may have been trained on what is held out here"
+            f"baseline is {options.baseline}, must be trained on the data and the split of {options.run} ({opened.data.split}): "
+            f"its data or split ({baseline.data.split}) differ, so it may have been trained on what is held out here"
         )
-    return baseline
+    return baseline.model

@@ -11,11 +11,9 @@ from .shared import add_part
 def add_flags(to: ArgumentParser) -> None:
     to.add_argument("runs", nargs="+", type=str, help="Run folders; those that differ only in the seed count as one variant.")
     to.add_argument("--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="HR@k, NDCG@k or MRR.")
-    baseline = "Run or variant to compare the others with (default: the first)."
-    to.add_argument("--baseline", type=str, default="", help=baseline)
+    to.add_argument("--baseline", type=str, default="", help="Run or variant to compare the others with (default: the first).")
     add_part(to)
-    resamples = "Resamples of the bootstrap, and the fewest of the permutation test."
-    to.add_argument("--resamples", type=int, default=2000, help=resamples)
+    to.add_argument("--resamples", type=int, default=2000, help="Resamples of the bootstrap, and fewest of the permutation test.")
     to.add_argument("--json", type=str, default="", help="JSON file to write the results to.")
 
 

@@ -12,19 +12,9 @@ from jsonargparse import ArgumentParser
 
 from ..data import synthetic
 from ..data.fetch import REGISTRY
-from ..data.prepare import DEMO
+from ..data.prepare import DEMO, DataOptions
 from ..files import write_json
-from .shared import COLUMNS, add_format, as_flags
-
-DRAW = {  # arguments of synthetic.make
-    "users": "Number of users.",
-    "items": "Number of items in the catalogue.",
-    "length": "Events of each user.",
-    "noise": "How often the rule is broken.",
-    "popularity": "Exponent of the popularity law.",
-    "gap": "Least distance of a repeat that the rule did not make.",
-    "seed": "Seed of the draw.",
-}
+from .shared import COLUMNS, add_options, as_flags, options_of
 
 
 def add_fetch_flags(to: ArgumentParser) -> None:
@@ -47,9 +37,7 @@ def fetch(options: Any) -> None:
 
 def add_make_flags(to: ArgumentParser) -> None:
     to.add_argument("--output", type=str, default="synthetic.txt", help="File to write, one user per line.")
-    for name, help in DRAW.items():
-        default = (synthetic.make.__kwdefaults__ or {})[name]
-        to.add_argument(f"--{name}", type=type(default), default=default, help=help)
+    add_options(to, synthetic.RecallTask)
 
 
 def make(options: Any) -> None:
@@ -60,14 +48,14 @@ def make(options: Any) -> None:
       awrsr data make --users 1000 --output recall.txt
       awrsr train --data recall.txt --baseline
     """
-    synthetic.write(synthetic.make(**{name: options[name] for name in DRAW}), options.output)
+    synthetic.write(synthetic.make(**options_of(synthetic.RecallTask, options)), options.output)
     print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}")
     print(f"  awrsr train --data {options.output} --baseline {as_flags(DEMO)}")
 
 
 def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("file", type=str, help="File of histories.")
-    add_format(to)
+    add_options(to, DataOptions, ("format", *COLUMNS))
     to.add_argument("--json", type=str, default="", help="JSON file to write the figures to as well.")
 
 

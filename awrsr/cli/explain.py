@@ -29,16 +29,14 @@ def run(options: Any) -> None:
     config = opened.model.config
     if not 1 <= options.layer <= config.layers:
         raise ValueError(f"layer is {options.layer}, must be in 1..{config.layers}")
-    items = (options.history or history_of(opened, options.user))[-config.max_len :]
+    items = options.history
+    if not items:  # of the user, or else of the first one with 12 events, or with the most if nobody has as many
+        histories, user = opened.histories(), options.user
+        chosen = find_user(histories, user) if user else (histories.lengths >= min(12, histories.lengths.max())).argmax()
+        items = histories.item_ids[histories.of(int(chosen))].tolist()
+    items = items[-config.max_len :]
     labels = [str(item) for item in items]
     p, m = opened.model.attention_maps(items)[options.layer - 1]
     title = f"block {options.layer} of {config.layers}, refinement {config.refinement}"
     save(picture(p, m, labels, refinement=config.refinement, title=title), options.output)
     print(f"{summary(p, m, labels)}\n\nPicture: {options.output}")
-
-
-def history_of(opened: OpenRun, user: str) -> list[Any]:
-    """Item ids of a user, by default of the first one with 12 events, or with the most if nobody has as many."""
-    histories = opened.histories()
-    chosen = find_user(histories, user) if user else int((histories.lengths >= min(12, histories.lengths.max())).argmax())
-    return histories.item_ids[histories.of(chosen)].tolist()

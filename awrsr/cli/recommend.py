@@ -1,12 +1,11 @@
 """`awrsr recommend`: the best next items of every history, as CSV, JSON lines or Parquet."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,9 +13,6 @@ from jsonargparse import ArgumentParser
 
 from ..files import atomic
 from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, filter_seen, find_user
-
-if TYPE_CHECKING:
-    from ..recommender import TopItems
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
@@ -46,7 +42,7 @@ def run(options: Any) -> None:
     histories = opened.histories()
     if options.user:
         chosen = [find_user(histories, user) for user in options.user]
-        histories = histories.keep(np.isin(np.repeat(np.arange(histories.num_users), histories.lengths), chosen))
+        histories = histories.keep(np.isin(histories.owners, chosen))
     known, unknown = histories.numbered_as(model.ids())
     empty = int((known.lengths == 0).sum())
     if empty == known.num_users:
@@ -54,15 +50,15 @@ def run(options: Any) -> None:
     if unknown:
         users = f"; users without any others: {empty:,}" if empty else ""
         print(f"Left out {unknown:,} events whose items the model does not know{users}.", file=sys.stderr)
-    with writer(options.output, model.ids(), known.user_ids) as write:
-        for part in model.top_items(known, options.k, filter_seen=filter_seen(options)):
-            write(part)
+    ids, user_ids = model.ids(), known.user_ids
+    tops = model.top_items(known, options.k, filter_seen=filter_seen(options))
+    rows = (pl.DataFrame({"user": user_ids[t.user], "item": ids[t.item], "rank": t.rank, "score": t.score}) for t in tops)
+    write(options.output, rows)
 
 
-@contextmanager
-def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[Callable[["TopItems"], object]]:
-    """A function that adds some rows to the file: columns user, item, rank, score with the ids of the data. The file appears under
-    its name once all are written. output: a path, or - for CSV on standard output.
+def write(output: str, tables: Iterable[pl.DataFrame]) -> None:
+    """Write tables, one below the other, as they come; the file appears under its name once all are written. output: a path, or -
+    for CSV on standard output.
 
     Raises:
         ValueError: a suffix other than .csv, .jsonl or .parquet.
@@ -70,19 +66,10 @@ def writer(output: str, item_ids: np.ndarray, user_ids: np.ndarray) -> Iterator[
     suffix = ".csv" if output == "-" else Path(output).suffix
     if suffix not in SUFFIXES:
         raise ValueError(f"output is {output!r}, must be - or end in one of {', '.join(SUFFIXES)}")
-
-    def frame(part: "TopItems") -> pl.DataFrame:
-        return pl.DataFrame({"user": user_ids[part.user], "item": item_ids[part.item], "rank": part.rank, "score": part.score})
-
     with nullcontext() if output == "-" else atomic(output) as path:
         if suffix == ".parquet":
-            parts: list[pl.DataFrame] = []
-            yield lambda part: parts.append(frame(part))
-            pl.concat(parts).write_parquet(str(path))
+            pl.concat(tables).write_parquet(str(path))
             return
-        header = chain([True], repeat(False))
         with nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8") as file:
-            if suffix == ".csv":
-                yield lambda part: file.write(frame(part).write_csv(include_header=next(header)))
-            else:
-                yield lambda part: file.write(frame(part).write_ndjson())
+            for i, table in enumerate(tables):
+                file.write(table.write_csv(include_header=i == 0) if suffix == ".csv" else table.write_ndjson())

@@ -1,20 +1,42 @@
 """What several commands share: their flags, opening a run with its histories, warnings about changed data."""
 
 import sys
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..data.histories import Histories, Split
 from ..data.prepare import OF_SPLIT, DataOptions, divide, histories
-from ..data.readers import FORMATS
 from ..files import first_process, read_json
 
 COLUMNS = ("user_column", "item_column", "time_column")
 OWN_DATA = "(default: the run's own)"
+
+
+def add_options(to: Any, kind: Any, names: Collection[str] = ()) -> None:
+    """A flag for each field of a class of options, or for those named."""
+    for each in fields(kind):
+        if names and each.name not in names:
+            continue
+        flag, help, choices = "--" + each.name.replace("_", "-"), each.metadata["help"], each.metadata["choices"]
+        if isinstance(each.default, bool):
+            add_switch(to, each.name, each.default, help)
+        elif each.name != "num_items":  # the data say how many
+            values = {"choices": choices} if choices else {"type": type(each.default)}
+            to.add_argument(flag, *({f"--{each.name}"} - {flag}), default=each.default, help=help, **values)
+
+
+def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
+    to.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
+
+
+def options_of(kind: Any, options: Any) -> dict[str, Any]:
+    """What the flags of `add_options` say."""
+    return {each.name: options[each.name] for each in fields(kind) if each.name in options}
 
 
 def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.") -> None:
@@ -24,16 +46,8 @@ def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.
 
 def add_data(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--data", type=str, default="", help=data_help)
-    add_format(to)
+    add_options(to, DataOptions, ("format", *COLUMNS))
     to.add_argument("--threads", type=int, default=0, help="Threads of torch on the CPU; 0 leaves the number to torch.")
-
-
-def add_format(to: ArgumentParser) -> None:
-    to.add_argument("--format", choices=FORMATS, default="auto", help="Format of the file of histories.")
-    for name in COLUMNS:
-        role = name.removesuffix("_column")
-        none = "; none says that the lines are in order of time" if role == "time" else ""
-        to.add_argument(f"--{role}-column", type=str, default="", help=f"Name of the column of {role}s{none}.")
 
 
 def add_part(to: ArgumentParser) -> None:
@@ -51,9 +65,9 @@ def filter_seen(options: Any) -> bool | None:
 
 
 class OpenRun:
-    """The run folder of --run: its model, on a GPU where there is one, and the histories of --data or else the run's own."""
+    """A run folder, by default that of --run: its model, on a GPU where there is one, and the histories of --data or its own."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self, options: Any, folder: str = "") -> None:
         import torch
 
         from ..recommender import AWRSR
@@ -62,13 +76,11 @@ class OpenRun:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.options = options
-        self.model = AWRSR.load(options.run)
-        self.stored = read_json(Path(options.run) / CONFIG).get("data", {})
-        known = {name: value for name, value in self.stored.items() if name in DataOptions.__dataclass_fields__}
-        for name, split in OF_SPLIT.items():
-            if known.get("split") != split:
-                known.pop(name, None)  # older runs may store it, without effect
-        self.data = DataOptions(**known)
+        self.model = AWRSR.load(folder or options.run)
+        self.stored = read_json(Path(folder or options.run) / CONFIG).get("data", {})
+        known = self.stored.keys() & DataOptions.__dataclass_fields__
+        unused = {name for name, split in OF_SPLIT.items() if split != self.stored.get("split")}  # older runs may store them
+        self.data = DataOptions(**{name: self.stored[name] for name in known - unused})
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def histories(self) -> Histories:

@@ -1,16 +1,16 @@
 """`awrsr train`: train a model on a file of histories and evaluate it."""
 
 import sys
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ActionYesNo, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..config import AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
-from .shared import as_flags, say
+from .shared import add_options, add_switch, as_flags, options_of, say
 
 OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
 
@@ -19,22 +19,10 @@ def add_flags(to: ArgumentParser) -> None:
     to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
     to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, as --print-config prints it.")
-    out = "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>)."
-    to.add_argument("--out", type=str, default="", help=out)
+    to.add_argument("--out", type=str, default="", help="Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>).")
     add_switch(to, "baseline", None, "Also train plain attention, in <out>/plain (default: only without --data).")
     for title, kind in OPTIONS.items():
-        group = to.add_argument_group(title)
-        for each in fields(kind):
-            flag, help = "--" + each.name.replace("_", "-"), each.metadata["help"]
-            if isinstance(each.default, bool):
-                add_switch(group, each.name, each.default, help)
-            elif each.name != "num_items":  # the data say how many
-                values = {"choices": each.metadata["choices"]} if each.metadata["choices"] else {"type": type(each.default)}
-                group.add_argument(flag, *({f"--{each.name}"} - {flag}), default=each.default, help=help, **values)
-
-
-def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
-    to.add_argument("--" + name.replace("_", "-"), action=ActionYesNo(no_prefix="no-"), default=default, help=help)
+        add_options(to.add_argument_group(title), kind)
 
 
 def run(options: Any) -> None:
@@ -63,9 +51,7 @@ def run(options: Any) -> None:
 
     Defaults without --data, unless you set the option yourself:
     """
-    data, config, training = (
-        kind(**{each.name: options[each.name] for each in fields(kind) if each.name in options}) for kind in OPTIONS.values()
-    )
+    data, config, training = (kind(**options_of(kind, options)) for kind in OPTIONS.values())
     loaded = histories(data)
     repeats = f"{loaded.repeat_share():.1%} of the events repeat an item of their history"
     order = "as they stand in the file" if loaded.times is None and data.data else "in order of time"

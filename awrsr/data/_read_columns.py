@@ -5,8 +5,8 @@ T events. A `Place` says where an event is in the file: "ratings.csv:17", or "ra
 
 import re
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from datetime import datetime
+from itertools import combinations
 
 import numpy as np
 import polars as pl
@@ -78,11 +78,9 @@ def find_columns(
         elif maybe := [name for i, name in enumerate(names) if i not in chosen.values() and (i in moments or _may_be_time(name))]:
             untimed = f"--time-column {UNTIMED} if the lines are in order of time (in Python time=NAME)"
             raise refused(f"column {maybe[0]!r} may be the time; use --time-column {maybe[0]!r} if it is, or {untimed}")
-    roles: dict[int, str] = {}
-    for role, column in chosen.items():
-        if column in roles:
-            raise refused(f"column {names[column]!r} is both {roles[column]} and {role}")
-        roles[column] = role
+    for (role, column), (other, its_column) in combinations(chosen.items(), 2):
+        if column == its_column:
+            raise refused(f"column {names[column]!r} is both {role} and {other}")
     return chosen
 
 
@@ -99,16 +97,12 @@ def _may_be_time(name: str) -> bool:
 
 def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:
     """From one value per event in columns "user", "item" and, where there are times, "time"."""
-    users, user_labels = to_ids(columns["user"], "user", place)
-    items, item_labels = to_ids(columns["item"], "item", place)
-    times = to_times(columns["time"], place) if "time" in columns else None
-    read = Histories.from_events(users, items, times)
-    return replace(read, user_ids=labels_of(read.user_ids, user_labels), item_ids=labels_of(read.item_ids, item_labels))
+    users, items = (to_ids(columns[role], role, place) for role in ("user", "item"))
+    return Histories.from_events(users, items, to_times(columns["time"], place) if "time" in columns else None)
 
 
-def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.Series | None]:
-    """(T,) int64: the ids themselves if all are whole numbers that int64 holds, written as int64 writes them.
-    Otherwise numbers that stand for the ids, and the (N,) ids that they stand for as text."""
+def to_ids(values: pl.Series, role: str, place: Place) -> pl.Series:
+    """(T,) int64 if all ids are whole numbers that int64 holds, written as int64 writes them; text otherwise."""
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
         raise DataError(f"{place(0)}: {role} is of type {values.dtype}; must be one number or text per row")
     if values.dtype.is_float():
@@ -117,35 +111,27 @@ def to_ids(values: pl.Series, role: str, place: Place) -> tuple[np.ndarray, pl.S
         exact = values.cast(pl.Int64, strict=False)
         if exact.null_count() == values.null_count() and (exact.cast(values.dtype) == values).all():
             _refuse_missing(values, role, place)
-            return exact.to_numpy(), None  # tables with gaps write 7 as 7.0
+            return exact  # tables with gaps write 7 as 7.0
     text = values.cast(pl.String).str.strip_chars(" \t")
     _refuse_missing(text, role, place)
     whole = text.str.contains(r"^(0|-?[1-9][0-9]*)$")
     if whole.all():
         exact = text.cast(pl.Int64, strict=False)
         if not exact.null_count():
-            return exact.to_numpy(), None
+            return exact
     elif whole.any() and text.filter(~whole).str.to_lowercase().is_in(MISSING).all() and (row := first(~whole)) is not None:
         raise DataError(f"{place(row)}: {role} is {text[row]!r} among whole numbers; must be an id")
     if (row := first(text.str.len_chars() > LONGEST_ID)) is not None:
         length = f"has {len(text[row])} characters; must have at most {LONGEST_ID}"
         raise DataError(f"{place(row)}: {role} {shown(text[row])} {length}")
-    numbers = text.cast(pl.Categorical(pl.Categories.random())).to_physical().cast(pl.Int64).to_numpy()
-    some_row = np.zeros(numbers.max(initial=-1) + 1, dtype=np.int64)
-    some_row[numbers] = np.arange(len(numbers))
-    return numbers, text.gather(some_row)
-
-
-def labels_of(numbers: np.ndarray, labels: pl.Series | None) -> np.ndarray:
-    """What the numbers of `to_ids` stand for."""
-    return numbers if labels is None else np.array(labels.gather(numbers).to_list(), dtype=np.str_)
+    return text
 
 
 def to_times(values: pl.Series, place: Place) -> np.ndarray:
     """(T,) int64 if all are whole numbers, float64 otherwise; dates become seconds since 1970, in UTC if they name no zone."""
     if values.dtype in (pl.Date, pl.Datetime):
         _refuse_missing(values, "time", place)
-        return _seconds(values)
+        return values.dt.epoch("us").to_numpy() / 1e6
     if values.dtype == pl.String:
         values = values.str.strip_chars(" \t")
     elif not values.dtype.is_numeric():
@@ -169,7 +155,7 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
     plain = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
     day = tidy.str.to_date("%Y-%m-%d", strict=False).cast(pl.Datetime("us"))
     parsed = zoned.zip_with(zoned.is_not_null(), plain.zip_with(plain.is_not_null(), day))
-    seconds = np.array(_seconds(parsed.fill_null(EPOCH)))
+    seconds = parsed.fill_null(EPOCH).dt.epoch("us").to_numpy() / 1e6
     for row in np.flatnonzero(parsed.is_null().to_numpy()).tolist():
         try:
             moment = datetime.fromisoformat(tidy[row])
@@ -179,10 +165,6 @@ def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
             raise DataError(f"{place(row)}: time is {shown(text[row])}; {rule}; {untimed}") from None
         seconds[row] = moment.timestamp() if moment.tzinfo else (moment - EPOCH).total_seconds()
     return seconds
-
-
-def _seconds(moments: pl.Series) -> np.ndarray:
-    return moments.dt.epoch("us").to_numpy() / 1e6
 
 
 def _refuse_missing(values: pl.Series, role: str, place: Place) -> None:

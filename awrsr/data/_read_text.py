@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from ._read_columns import DataError, find_columns, first, labels_of, shown, to_histories, to_ids
+from ._read_columns import DataError, find_columns, first, shown, to_histories, to_ids
 from .histories import Histories, number, sums
 
 NEWLINE, QUOTE = 10, 34
-SEPARATORS = (",", "\t", ";", "|", " ")
-LINES_RULE = "a line must be a user id followed by item ids"
-PAIRS_RULE = "a line must be a user id and an item id"
+SEPARATORS = ",\t;|"  # and blanks, where there is none of these
 TEXT_RULE = "must be UTF-8 text or Parquet"
 TYPED = re.compile(r"\s*[^:]+:(token|float|token_seq|float_seq)\s*")  # a name in the header of a RecBole .inter file
 MAGIC = {
@@ -41,8 +39,7 @@ class Text:
 
     def place(self, offset: int) -> str:
         """File and line of a byte."""
-        line = self.data.count(b"\n", 0, offset) + 1
-        return f"{self.source}:{line}"
+        return f"{self.source}:{self.data.count(NEWLINE, 0, offset) + 1}"
 
 
 def text_of(source: str, data: bytes) -> Text:
@@ -62,8 +59,8 @@ def text_of(source: str, data: bytes) -> Text:
     control = re.search(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", data)
     if control:
         raise DataError(f"{text.place(control.start())}: byte 0x{control[0][0]:02x} is not text; {TEXT_RULE}")
-    if not data or data.isspace():
-        raise DataError(f"{source}: is empty" if not data else f"{source}: contains only blank lines")
+    if not data.strip():
+        raise DataError(f"{source}: contains only blank lines")
     return text
 
 
@@ -123,8 +120,8 @@ def read_lines(words: Words, hint: str = "") -> Histories:
     """User id, then item ids in time order, one user per line. `hint` ends a complaint about what looks like one event per line."""
     if (line := first(words.counts < 2)) is not None:
         word = words.of_line(line)[0]
-        delimited = re.search(r"[,;|]|::", word) is not None
-        raise DataError(f"{words.place(line)}: user {shown(word)} has no items; {LINES_RULE}{hint if delimited else ''}")
+        rule = "a line must be a user id followed by item ids" + (hint if re.search(r"[,;|]|::", word) else "")
+        raise DataError(f"{words.place(line)}: user {shown(word)} has no items; {rule}")
     starts, offsets = sums(words.counts)[:-1], sums(words.counts - 1)
     is_item = np.ones(len(words.words), dtype=bool)
     is_item[starts] = False
@@ -132,20 +129,18 @@ def read_lines(words: Words, hint: str = "") -> Histories:
     def item_place(event: int) -> str:
         return words.place(int(np.searchsorted(offsets, event, side="right")) - 1)
 
-    users, user_labels = to_ids(words.words.gather(starts), "user", words.place)
-    distinct, user = number(users)
+    user_ids, user = number(to_ids(words.words.gather(starts), "user", words.place))
     if (line := first(np.maximum.accumulate(user) != np.arange(len(user)))) is not None:
         name, earlier = shown(words.of_line(line)[0]), words.lines[user == user[line]][0]
         raise DataError(f"{words.place(line)}: user {name} already has line {earlier}; each user must have one line{hint}")
-    items, item_labels = to_ids(words.words.filter(pl.Series(is_item)), "item", item_place)
-    item_ids, item = number(items)
-    return Histories(item, offsets, labels_of(item_ids, item_labels), labels_of(distinct, user_labels))
+    item_ids, item = number(to_ids(words.words.filter(pl.Series(is_item)), "item", item_place))
+    return Histories(item, offsets, item_ids, user_ids)
 
 
 def read_pairs(words: Words) -> Histories:
     """One event per line: user id and item id, each user's in time order."""
     if (line := first(words.counts != 2)) is not None:
-        raise DataError(f"{words.place(line)}: has {_fields(words.counts[line])}; {PAIRS_RULE}")
+        raise DataError(f"{words.place(line)}: has {_fields(words.counts[line])}; a line must be a user id and an item id")
     return to_histories({"user": words.words.gather_every(2), "item": words.words.gather_every(2, 1)}, words.place)
 
 
@@ -170,18 +165,16 @@ class Header:
 
 def header_of(text: Text) -> Header:
     """The header, divided by the separator that it contains most often outside quotes."""
-    start = len(text.data) - len(text.data.lstrip(b"\n "))
-    end = text.data.find(b"\n", start)
-    end = len(text.data) if end < 0 else end
-    line = text.data[start:end].decode()
+    first_line = re.search(rb"[^\n ][^\n]*", text.data)
+    assert first_line is not None  # the text is not blank
+    line = first_line[0].decode()
     counts = Counter(re.sub(r'"[^"]*"', "", line))
-    separator = max(SEPARATORS[:-1], key=lambda sign: counts[sign])
-    separator = separator if counts[separator] else " "
+    separator = max(SEPARATORS, key=lambda sign: counts[sign]) if any(counts[sign] for sign in SEPARATORS) else " "
     try:
         names = next(csv.reader([line], delimiter=separator, strict=True))
     except csv.Error:
         names = line.split(separator)  # a quote left open: not a header of a usual kind
-    return Header(names, separator, end + 1)
+    return Header(names, separator, first_line.end() + 1)
 
 
 def read_delimited(text: Text, header: Header, wanted: dict[str, str | None]) -> Histories:
@@ -230,16 +223,10 @@ def _rows(text: Text, header: Header) -> tuple[np.ndarray, np.ndarray, bytes]:
     stops = np.append(np.flatnonzero(ends), len(body))
     starts = np.concatenate([[0], stops[:-1] + 1])
     fields = np.diff(np.searchsorted(np.flatnonzero(separators), stops), prepend=0) + 1
-    blank = np.zeros(len(starts), dtype=bool)
-    for row in np.flatnonzero(fields == 1).tolist():
-        blank[row] = not body[starts[row] : stops[row]].strip()
-        if not blank[row]:  # too few fields: the file is refused anyway
-            break
+    blank = fields == 1
+    blank[blank] = [not body[start:stop].strip() for start, stop in zip(starts[blank], stops[blank], strict=True)]
     if blank[:-1].any():
-        keep = np.ones(len(body), dtype=bool)
-        for row in np.flatnonzero(blank).tolist():
-            keep[starts[row] : stops[row] + 1] = False
-        body = codes[keep].tobytes()
+        body = b"\n".join(body[start:stop] for start, stop in zip(starts[~blank], stops[~blank], strict=True))
     return starts[~blank], fields[~blank], body
 
 

@@ -3,13 +3,14 @@ Wikipedia (JODIE) as a port of SASRec has them, the only ones whose users take i
 
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pooch
 import requests
+
+from ..files import atomic
 
 S3REC = "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/master/data/"
 SASREC = "https://raw.githubusercontent.com/pmixer/SASRec.pytorch/777cccb3a39bef017d576bd669f3241ee43055bb/data/"
@@ -73,15 +74,12 @@ def fetch(
     url = (base_url or remote.base_url).rstrip("/") + "/" + remote.file
     by_hand = f"or download {url} by other means and put it at {target}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}-") as partial:
-            arrived = Path(partial) / target.name
-            _download(url, arrived, progress and sys.stderr.isatty(), timeout)
-            sha256 = pooch.file_hash(str(arrived))
-            if sha256 != remote.sha256:
+        with atomic(target) as partial:
+            bar = progress and sys.stderr.isatty()
+            pooch.HTTPDownloader(progressbar=bar, timeout=timeout)(url, str(partial), None)
+            if (sha256 := pooch.file_hash(str(partial))) != remote.sha256:
                 problem = f"{url} has SHA-256 {sha256}, must have {remote.sha256}; it was not kept"
                 raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
-            os.replace(arrived, target)
     except requests.HTTPError as error:
         raise FetchError(f"download failed: {error}. Give another base_url, {by_hand}") from None
     except requests.RequestException as error:
@@ -93,7 +91,3 @@ def fetch(
         problem = f"cannot write to the cache {folder} ({error.strerror or error})"
         raise FetchError(f"{problem}. Name another with cache or the environment variable {CACHE_VARIABLE}") from None
     return target
-
-
-def _download(url: str, target: Path, bar: bool, timeout: float) -> None:
-    pooch.HTTPDownloader(progressbar=bar, timeout=timeout)(url, str(target), None)

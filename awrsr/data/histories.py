@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+import polars as pl
 
 SPLITS = ("leave-one-out", "last-n", "time", "none")
 
@@ -140,8 +141,8 @@ class Histories:
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
         """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their
         item. All users stay, though some may be left with an empty history."""
-        index = {key: i for i, key in enumerate(_keys(item_ids))}
-        renumbered = np.array([index.get(key, -1) for key in _keys(self.item_ids)], dtype=np.int64)
+        index = {key: i for i, key in enumerate(item_ids.astype(str).tolist())}  # 7 read as a number equals "7" read as text
+        renumbered = np.array([index.get(key, -1) for key in self.item_ids.astype(str).tolist()], dtype=np.int64)
         item = renumbered[self.items] if len(renumbered) else self.items
         known = item >= 0
         times = None if self.times is None else self.times[known]
@@ -154,30 +155,25 @@ def sums(counts: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)])
 
 
-def number(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Distinct ids in order of first appearance, and for each entry the index of its id among them."""
-    if len(ids) and ids.dtype == np.int64 and int(ids.max()) - (low := int(ids.min())) < 2 * len(ids) + 1000:
-        return _number_dense(ids - low, low)
-    distinct, first, index = np.unique(ids, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[index]
+    column = pl.Series("id", ids)
+    unique = column.unique(maintain_order=True)
+    distinct = np.array(unique.to_list(), dtype=np.str_) if unique.dtype == pl.String else unique.to_numpy()
+    if len(ids) and distinct.dtype == np.int64:
+        low, span = int(distinct.min()), int(distinct.max()) - int(distinct.min()) + 1
+        if span < 2 * len(ids) + 1000:  # a table is several times as fast as a join
+            table = np.empty(span, dtype=np.int64)
+            table[distinct - low] = np.arange(len(distinct))
+            return distinct, table[column.to_numpy() - low]
+    index = pl.DataFrame(column).join(pl.DataFrame(unique).with_row_index(), on="id", how="left", maintain_order="left")["index"]
+    return distinct, index.to_numpy().astype(np.int64)
 
 
-def _number_dense(ids: np.ndarray, low: int) -> tuple[np.ndarray, np.ndarray]:
-    """`number` of ids that lie close together, by a table of them instead of a sort; `ids` start at 0, which stands for `low`."""
-    first = np.full(int(ids.max()) + 1, len(ids))
-    first[ids[::-1]] = np.arange(len(ids))[::-1]  # the last one written stays: the first appearance
-    distinct = np.flatnonzero(first < len(ids))
-    distinct = distinct[np.argsort(first[distinct])]
-    rank = np.empty(len(first), dtype=np.int64)
-    rank[distinct] = np.arange(len(distinct))
-    return distinct + low, rank[ids]
-
-
-def _column(role: str, ids: Any) -> np.ndarray:
+def _column(role: str, ids: Any) -> np.ndarray | pl.Series:
     """(T,) ids of one type, from any container: by position, never by a table's index."""
+    if isinstance(ids, pl.Series) and ids.dtype == pl.String and not ids.null_count():
+        return ids
     if isinstance(ids, list | tuple):
         return _one_type(role, list(ids))  # numpy would turn 2**53 + 1 and 0.5 into floats
     values = np.asarray(ids)
@@ -224,11 +220,6 @@ def _one_type(role: str, ids: list[Any]) -> np.ndarray:
     return np.array([str(x) for x in ids], dtype=np.str_)
 
 
-def _keys(ids: np.ndarray) -> list[str]:
-    """Ids as text, so that 7 read as a number equals "7" read as text."""
-    return [str(key) for key in ids.tolist()]
-
-
 @dataclass(frozen=True)
 class Split:
     """What is for training, validation and test: (U,) positions within each history, train < validation < test.
@@ -257,7 +248,7 @@ class Split:
         numbered, unknown = h.numbered_as(item_ids)
         if not unknown:
             return replace(self, histories=numbered), 0
-        known = sums(np.isin(_keys(h.item_ids), _keys(item_ids))[h.items])  # known events before each one
+        known = sums(np.isin(h.item_ids.astype(str), item_ids.astype(str))[h.items])  # known events before each one
         ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
         return Split(numbered, *ends), unknown
 

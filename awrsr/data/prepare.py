@@ -15,18 +15,8 @@ from .synthetic import make
 # Options of model and training that suit the made-up histories: a single layer can recall only if it is refined; in it, equal items
 # attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones; the epochs suffice
 # for two plain layers to learn the task, too.
-DEMO: dict[str, Any] = {
-    "layers": 1,
-    "init": "match",
-    "table_std": 0.5,
-    "refine_scale": 2.8,
-    "gate": 4.0,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "learning_rate": 3e-3,
-    "epochs": 30,
-    "patience": 0,
-}
+DEMO: dict[str, Any] = {"layers": 1, "init": "match", "table_std": 0.5, "refine_scale": 2.8, "gate": 4.0}
+DEMO |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
 
 OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that belong to one way to split
 
@@ -35,23 +25,24 @@ OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}
 class DataOptions:
     """Which histories, and how they are divided."""
 
-    data: str = option("", "file of histories; without one, a made-up data set that needs refinement")
-    format: str = option("auto", "format of the file; auto decides by its name and content", choices=FORMATS)
-    user_column: str = option("", "name of the column of users; by default one of the usual names")
-    item_column: str = option("", "name of the column of items; likewise")
-    time_column: str = option("", "name of the column of times; likewise; none says that lines are in order of time")
-    min_user_events: int = option(1, "leave out users with fewer events, repeatedly until none is left (k-core)", least=1)
-    min_item_events: int = option(1, "leave out items with fewer events, likewise", least=1)
-    collapse: bool = option(False, "count a run of one item as one event")
+    data: str = option("", "File of histories; without one, synthetic histories that need refinement.")
+    format: str = option("auto", "Format of the file of histories; auto decides by its name and content.", choices=FORMATS)
+    user_column: str = option("", "Name of the column of users; by default one of the usual names.")
+    item_column: str = option("", "Name of the column of items; by default one of the usual names.")
+    time_column: str = option("", "Name of the column of times, likewise; none says that the lines are in order of time.")
+    min_user_events: int = option(1, "Leave out users with fewer events, repeatedly until none is left (k-core).", least=1)
+    min_item_events: int = option(1, "Leave out items with fewer events, likewise.", least=1)
+    collapse: bool = option(False, "Count a run of one item as one event.")
     split: str = option(
         "leave-one-out",
-        "what is held out: each user's last event for test and the one before for validation; the last holdout events each; "
-        "or all events from a moment on; none: nothing, so that all events are trained on for all epochs and none is evaluated",
+        "What is held out. leave-one-out: each user's last event for test and the one before for validation. "
+        "last-n: the last holdout events each. time: all events from a moment on. none: nothing; all events are trained on for all "
+        "epochs, and none is evaluated.",
         choices=SPLITS,
     )
-    holdout: int = option(1, "events per user in validation and in test, for the split last-n", least=1)
-    validation_from: str = option("", "first moment of validation, for the split time: a number, or a date such as 2014-05-31")
-    test_from: str = option("", "first moment of test, likewise")
+    holdout: int = option(1, "Events per user in validation and in test, for the split last-n.", least=1)
+    validation_from: str = option("", "First moment of validation, for the split time: a number, or a date such as 2014-05-31.")
+    test_from: str = option("", "First moment of test, likewise.")
 
     def __post_init__(self) -> None:
         check(self)
@@ -68,8 +59,8 @@ class DataOptions:
 def histories(options: DataOptions) -> Histories:
     """The histories that the options describe, filtered."""
     if options.data:
-        columns = {"user": options.user_column, "item": options.item_column, "time": options.time_column}
-        events = read(options.data, format=options.format, **{role: name or None for role, name in columns.items()})
+        user, item, time = (name or None for name in (options.user_column, options.item_column, options.time_column))
+        events = read(options.data, format=options.format, user=user, item=item, time=time)
     else:
         events = make()
     if options.collapse:

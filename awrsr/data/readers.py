@@ -32,6 +32,7 @@ from .histories import Histories
 
 __all__ = ["FORMATS", "DataError", "read"]
 
+Source = str | os.PathLike[str] | IO[str] | IO[bytes]
 FORMATS = ("auto", "lines", "pairs", "inter", "csv", "parquet")
 SUFFIXES = {".inter": "inter", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
 HINT = '; if each line is one event, name the format: "pairs", or "csv" and give it a header'
@@ -39,12 +40,7 @@ STANDARD_INPUT = "standard input"
 
 
 def read(
-    path: "str | os.PathLike[str] | IO[str] | IO[bytes]",
-    *,
-    format: str = "auto",
-    user: str | None = None,
-    item: str | None = None,
-    time: str | None = None,
+    path: Source, *, format: str = "auto", user: str | None = None, item: str | None = None, time: str | None = None
 ) -> Histories:
     """Read a file of histories.
 
@@ -84,36 +80,33 @@ def read(
     return read_lines(words, hint="" if chosen else HINT)
 
 
-def _load(path: "str | os.PathLike[str] | IO[str] | IO[bytes]") -> tuple[str, bytes]:
+def _load(path: Source) -> tuple[str, bytes]:
     """A name for messages, and the content, unzipped."""
-    if not isinstance(path, str | os.PathLike):
-        content = path.read()
-        name = getattr(path, "name", None)
-        source = name if isinstance(name, str) and name != "<stdin>" else STANDARD_INPUT
-        data = content.encode() if isinstance(content, str) else content
-    elif path == "-":
+    if path == "-":
         source, data = STANDARD_INPUT, sys.stdin.buffer.read()
-    else:
+    elif isinstance(path, str | os.PathLike):
         source = os.fspath(path)
         try:
             data = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"{source}: there is no such file") from None
-        except IsADirectoryError:
-            raise DataError(f"{source}: is a folder; must be a file of histories") from None
         except OSError as error:
-            raise DataError(f"{source}: cannot be read: {error.strerror or error}") from None
+            problems = {FileNotFoundError: "there is no such file", IsADirectoryError: "is a folder; must be a file of histories"}
+            problem = problems.get(type(error), f"cannot be read: {error.strerror or error}")
+            raise DataError(f"{source}: {problem}") from None
+    else:
+        name, content = getattr(path, "name", None), path.read()
+        source = name if isinstance(name, str) and name != "<stdin>" else STANDARD_INPUT
+        data = content.encode() if isinstance(content, str) else content
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
         except (EOFError, OSError, zlib.error) as error:
             raise DataError(f"{source}: is an incomplete or damaged gzip archive: {error}") from None
+    if not data:
+        raise DataError(f"{source}: is empty")
     return source, data
 
 
 def _read_parquet(source: str, data: bytes, wanted: dict[str, str | None]) -> Histories:
-    if not data:
-        raise DataError(f"{source}: is empty")
     try:
         schema = pl.read_parquet_schema(io.BytesIO(data))
         names = list(schema)

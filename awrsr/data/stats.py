@@ -52,13 +52,11 @@ def stats(histories: Histories) -> dict[str, Any]:
 def table(values: dict[str, Any]) -> str:
     """The result of `stats` as text."""
     rows = [
-        ("users", _count(values["users"])),
-        ("items", _count(values["items"])),
-        ("events", _count(values["events"])),
+        *((name, f"{values[name]:,}") for name in ("users", "items", "events")),
         ("density", _percent(values["density"])),
         ("events per user: mean", _number(values["length_mean"])),
         ("  median, 90 %, 99 %", ", ".join(_number(values[f"length_{name}"]) for name in ("median", "p90", "p99"))),
-        ("  longest", _count(values["length_longest"])),
+        ("  longest", f"{values['length_longest']:,}"),
         ("events that repeat an item", _percent(values["repeat_share"])),
         ("  at once (a run)", _percent(values["run_share"])),
         ("events after an item seen before", _percent(values["recall_share"])),
@@ -81,10 +79,6 @@ def _gini(counts: np.ndarray) -> float | None:
     """From 0, all items equally frequent, to almost 1, a single item; counts must be sorted."""
     size, total = len(counts), counts.sum()
     return float(((2 * np.arange(1, size + 1) - size - 1) * counts).sum() / (size * total)) if total else None
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
 
 
 def _number(value: float | None) -> str:

@@ -8,61 +8,69 @@ U users, T events, M targets; L length of a history, N items of the catalogue.
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..files import atomic
+from ..options import check, option
 from .histories import Histories
 
 BLOCK = 1 << 15  # users drawn at a time; another size would draw other histories from the same seed
 
 
-def make(
-    *,
-    users: int = 4000,
-    items: int = 24,
-    length: int = 40,
-    noise: float = 0.1,
-    popularity: float = 0.0,
-    gap: int = 4,
-    seed: int = 0,
-) -> Histories:
-    """Draw histories of the recall task; the same arguments give the same histories, bit for bit.
+@dataclass(frozen=True)
+class RecallTask:
+    """What is drawn. By default few items, all equally likely, come back often and little noise breaks the rule, so that a model of
+    one refined layer learns it in a minute on a CPU, while only the rule tells what comes next.
 
-    By default few items, all equally likely, come back often and little noise breaks the rule, so that a model of one refined layer
-    learns it in a minute on a CPU, while only the rule tells what comes next.
+    1 - noise is the best possible HR@1 on planted answers. Small gaps let histories fall into short cycles, which "the item k steps
+    back" predicts without any recall.
+    """
 
-    Args:
-        users: U.
-        items: N, called 1..N; items that occur in no history are not in the catalogue of the result.
-        length: L, events of each user.
-        noise: how often the rule is broken where it could hold; 1 - noise is the best possible HR@1 on planted answers.
-        popularity: exponent of Zipf's law by which fresh items are drawn, where nothing is recalled; 0 draws all equally often.
-        gap: a fresh item is not among the last `gap` events. Small gaps let histories fall into short cycles, which "the item k
-            steps back" predicts without any recall.
-        seed: seed of the generator.
+    users: int = option(4000, "Number of users.", least=1)
+    items: int = option(24, "Number of items in the catalogue.", least=1)
+    length: int = option(40, "Events of each user.", least=1)
+    noise: float = option(0.1, "How often the rule is broken.", least=0, most=1)
+    popularity: float = option(0.0, "Exponent of the popularity law.", least=0, most=10)
+    gap: int = option(4, "Least distance of a repeat that the rule did not make.", least=1)
+    seed: int = option(0, "Seed of the draw.", least=0)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.items < self.gap + 2:
+            least = f"{self.gap + 2} or more: gap {self.gap} rules out that many recent items, and the answer"
+            raise ValueError(f"items is {self.items}, must be {least}")
+
+
+def make(**options: Any) -> Histories:
+    """Draw histories of the recall task; the same options, which are fields of `RecallTask`, give the same histories, bit for bit.
+
+    Users are called 1..U and items 1..N; items that occur in no history are not in the catalogue of the result. Fresh items, where
+    nothing is recalled, are drawn by Zipf's law; they are not among the last `gap` events.
 
     Raises:
         ValueError: a number out of range, with the range.
     """
-    _check(users, items, length, noise, popularity, gap, seed)
-    rng = np.random.default_rng(seed)
-    chances = np.cumsum(np.arange(1, items + 1, dtype=np.float64) ** -popularity)
-    blocks = [_block(rng, min(BLOCK, users - start), length, chances / chances[-1], noise, gap) for start in range(0, users, BLOCK)]
+    task = RecallTask(**options)
+    rng = np.random.default_rng(task.seed)
+    chances = np.cumsum(np.arange(1, task.items + 1, dtype=np.float64) ** -task.popularity)
+    blocks = [_block(rng, min(BLOCK, task.users - start), chances / chances[-1], task) for start in range(0, task.users, BLOCK)]
     events = np.concatenate(blocks).ravel()
-    return Histories.from_events(np.repeat(np.arange(1, users + 1), length), events + 1)
+    return Histories.from_events(np.repeat(np.arange(1, task.users + 1), task.length), events + 1)
 
 
-def _block(rng: np.random.Generator, users: int, length: int, chances: np.ndarray, noise: float, gap: int) -> np.ndarray:
+def _block(rng: np.random.Generator, users: int, chances: np.ndarray, task: RecallTask) -> np.ndarray:
     """(users, L) items, drawn position by position for all users at once."""
-    drawn = np.empty((users, length), dtype=np.int64)
-    for place in range(length):
+    drawn = np.empty((users, task.length), dtype=np.int64)
+    for place in range(task.length):
         answer = _followers(drawn, place)
-        recalled = (answer >= 0) & (rng.random(users) >= noise)
+        recalled = (answer >= 0) & (rng.random(users) >= task.noise)
         drawn[:, place] = np.where(recalled, answer, _fresh(rng, users, chances))
         while True:
-            recent = (drawn[:, max(place - gap, 0) : place] == drawn[:, place, None]).any(axis=1)
+            recent = (drawn[:, max(place - task.gap, 0) : place] == drawn[:, place, None]).any(axis=1)
             again = np.flatnonzero(~recalled & (recent | (drawn[:, place] == answer)))
             if not len(again):
                 break
@@ -127,14 +135,3 @@ def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
         for user, key in enumerate(histories.user_ids.tolist()):
             file.write(f"{key} {' '.join(words[histories.of(user)].tolist())}\n")
     return path
-
-
-def _check(users: int, items: int, length: int, noise: float, popularity: float, gap: int, seed: int) -> None:
-    for name, value, least in (("users", users, 1), ("length", length, 1), ("gap", gap, 1), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be {least} or more")
-    if items < gap + 2:
-        raise ValueError(f"items is {items}, must be {gap + 2} or more: gap {gap} rules out that many recent items, and the answer")
-    for name, share, most in (("noise", noise, 1), ("popularity", popularity, 10)):
-        if not 0 <= share <= most:
-            raise ValueError(f"{name} is {share}, must be from 0 to {most}")

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.random import Generator
 
 from ..config import REMOVED, AWRSRConfig, before_averaging
 from ..files import read_json
 from . import significance
 from .ranking import metric
 
+Variants = dict[str, list[Path]]  # name -> folders of its seeds
 PARTS = ("validation", "test")
 KEYS = ["user", "position", "item"]
 FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
@@ -168,7 +170,7 @@ def compare(
         raise ValueError(f"runs has {len(folders)} folder(s), must have 2 or more to compare")
 
     variants = _variants(folders, [_config(folder) for folder in folders])
-    named = _baseline(baseline, variants, folders)
+    named = _baseline(folders[0] if baseline is None else baseline, variants)
     values, targets = _paired_values(folders, part, metrics)
     flips = max(resamples, FLIPS_PER_ROW * len(metrics) * (len(variants) - 1))
 
@@ -202,13 +204,7 @@ def _summaries(variant: str, metrics: list[str], run_means: np.ndarray, draws: n
 
 
 def _differences(
-    baseline: str,
-    metrics: list[str],
-    variants: dict[str, list[Path]],
-    per_user: np.ndarray,
-    means: np.ndarray,
-    flips: int,
-    rng: np.random.Generator,
+    baseline: str, metrics: list[str], variants: Variants, per_user: np.ndarray, means: np.ndarray, flips: int, rng: Generator
 ) -> list[Difference]:
     """Rows of every variant except the baseline, which are one family for Holm's correction, from (U, V, C) values per user and
     (K, V, C) resampled means."""
@@ -246,7 +242,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, list[Path]]:
+def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
     """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
     usual = asdict(AWRSRConfig()) | asdict(before_averaging())
     defaults = REMOVED["model"] | REMOVED["training"] | usual  # for runs that lack an option
@@ -257,7 +253,7 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, l
 
     names = dict.fromkeys(name for config in configs for name in config if name not in NOT_A_VARIANT)
     differing = [name for name in names if len({text(config, name) for config in configs}) > 1]
-    variants: dict[str, list[Path]] = {}
+    variants: Variants = {}
     seen: dict[tuple[str, str], Path] = {}
     for folder, config in zip(folders, configs, strict=True):
         variant = ", ".join(f"{name}={text(config, name)}" for name in differing) or "all runs"
@@ -272,10 +268,8 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> dict[str, l
     return variants
 
 
-def _baseline(named: Path | str | None, variants: dict[str, list[Path]], folders: list[Path]) -> str:
+def _baseline(named: Path | str, variants: Variants) -> str:
     """The name of the variant to compare with."""
-    if named is None:
-        named = folders[0]
     for variant, members in variants.items():
         if str(named) == variant or Path(named).resolve() in [folder.resolve() for folder in members]:
             return variant
@@ -330,11 +324,8 @@ def _ranks(folder: Path, part: str) -> pl.DataFrame:
 
 def _aligned(rows: list[list[str]]) -> str:
     """Columns of equal width: names to the left, numbers to the right."""
-    names = [i == 0 or title in ("metric", "") for i, title in enumerate(rows[0])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-
-    def line(row: list[str]) -> str:
-        cells = zip(row, widths, names, strict=True)
-        return "  ".join(cell.ljust(width) if name else cell.rjust(width) for cell, width, name in cells).rstrip()
-
-    return "\n".join(map(line, rows))
+    columns = []
+    for i, cells in enumerate(zip(*rows, strict=True)):
+        width, is_name = max(map(len, cells)), i == 0 or cells[0] in ("metric", "")
+        columns.append([cell.ljust(width) if is_name else cell.rjust(width) for cell in cells])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))

@@ -92,34 +92,33 @@ class Targets:
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> "TargetBatches":
         """This process's share of the targets."""
-        return TargetBatches(self, batch_size, rank, world)
+        share = np.arange(len(self))[rank::world]
+        return TargetBatches(self, [share[first : first + batch_size] for first in range(0, len(share), batch_size)])
+
+    def pack(self, chosen: np.ndarray) -> Any:
+        """Some targets, as `rank_batch` takes them."""
+        items = self.split.histories.items
+        end, length, before = self.end[chosen], self.length[chosen], self.places[chosen]
+        events, cu_seqlens = spans(end - length, length)
+        seen = row = None
+        if self.filter_seen:
+            seen = torch.from_numpy(items[spans(end - before, before)[0]])
+            row = torch.from_numpy(np.repeat(np.arange(len(chosen)), before))
+        packed = torch.from_numpy(items[events]), torch.from_numpy(cu_seqlens), int(length.max())
+        return packed, torch.from_numpy(self.items[chosen]), row, seen
 
 
 class TargetBatches:
     """Pairs (which targets, what `rank_batch` takes), for a validation loop to iterate over."""
 
-    def __init__(self, targets: Targets, batch_size: int, rank: int, world: int) -> None:
-        self.targets, self.batch_size = targets, batch_size
-        self.mine = np.arange(len(targets))[rank::world]
+    def __init__(self, targets: Targets, batches: list[np.ndarray]) -> None:
+        self.targets, self.batches = targets, batches
 
     def __len__(self) -> int:
-        return -(-len(self.mine) // self.batch_size)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Any]]:
-        for first in range(0, len(self.mine), self.batch_size):
-            chosen = self.mine[first : first + self.batch_size]
-            yield chosen, self.pack(chosen)
-
-    def pack(self, chosen: np.ndarray) -> Any:
-        t, items = self.targets, self.targets.split.histories.items
-        end, length, before = t.end[chosen], t.length[chosen], t.places[chosen]
-        events, cu_seqlens = spans(end - length, length)
-        seen = row = None
-        if t.filter_seen:
-            seen = torch.from_numpy(items[spans(end - before, before)[0]])
-            row = torch.from_numpy(np.repeat(np.arange(len(chosen)), before))
-        packed = torch.from_numpy(items[events]), torch.from_numpy(cu_seqlens), int(length.max())
-        return packed, torch.from_numpy(t.items[chosen]), row, seen
+        return ((chosen, self.targets.pack(chosen)) for chosen in self.batches)
 
 
 def rank_batch(network: AWRSRNetwork, batch: Any, table: Tensor | None = None) -> Tensor:

@@ -163,7 +163,7 @@ def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
 def rank_step(it: Contestant, chosen: np.ndarray) -> Tensor:
     """(B,) ranks of these test targets among all items."""
     it.model.eval()
-    batch = it.problem.targets.batches(len(chosen)).pack(chosen)
+    batch = it.problem.targets.pack(chosen)
     if it.layout == "packed":
         return rank_batch(it.model, batch)
     (items, cu_seqlens, longest), targets, row, seen = batch
@@ -256,7 +256,7 @@ def yardstick(problem: Problem, refinement: str, batch_size: int = 64, targets: 
     chosen = np.random.default_rng(problem.seed).permutation(len(problem.targets))[:targets]
     it.model.eval()
     with torch.no_grad():
-        (items, cu_seqlens, longest), wanted, row, seen = problem.targets.batches(len(chosen)).pack(chosen)
+        (items, cu_seqlens, longest), wanted, row, seen = problem.targets.pack(chosen)
         out, last = hidden(it, items.to(problem.device), cu_seqlens.to(problem.device), longest)
         scores = (out[last] @ it.model.item_table().T).cpu()
     own = scores.gather(1, wanted[:, None])

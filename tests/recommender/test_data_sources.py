@@ -214,9 +214,9 @@ def test_shortcuts_stay_far_below_recall() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"users": 0}, "users is 0, must be 1 or more"),
+        ({"users": 0}, "users is 0, must be at least 1"),
         ({"items": 5}, "items is 5, must be 6 or more"),
-        ({"noise": 1.5}, "noise is 1.5, must be from 0 to 1"),
+        ({"noise": 1.5}, "noise is 1.5, must be at least 0 and at most 1"),
         ({"noise": float("nan")}, "noise is nan"),
         ({"popularity": -1.0}, "popularity is -1.0"),
         ({"seed": -1}, "seed is -1"),
