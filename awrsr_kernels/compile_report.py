@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from .checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
+from .tuned import cache_folder, replace_file
 
 
 class Target(NamedTuple):
@@ -241,14 +242,9 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         found = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
         return _counted(bytes_of[m[1]] if m else 4 for m in found)
 
-    return {
-        "unset_registers": len(unset_registers(sass)),
-        "registers": registers,
-        "spill_bytes": stack,
-        "tensor_core_instructions": len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass)),
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-    }
+    tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
+    found = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
+    return {"unset_registers": len(unset_registers(sass))} | found | {"loads": widths("LDG"), "stores": widths("STG")}
 
 
 def _counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -289,13 +285,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
     def widths(kind: str) -> dict[str, int]:
         return _counted(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
 
-    return {
-        "registers": registers,
-        "spill_bytes": 4 * spilled,
-        "tensor_core_instructions": text.count("v_mfma"),
-        "loads": widths("load"),
-        "stores": widths("store"),
-    }
+    found = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
+    return found | {"loads": widths("load"), "stores": widths("store")}
 
 
 def _source_hash() -> str:
@@ -318,16 +309,8 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
     except Exception as error:
         message = (str(error) or repr(error)).splitlines()[0][:200]
         return [case._asdict() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(path, rows)
+    replace_file(path, json.dumps(rows))
     return rows
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """In one step: whoever reads the file meanwhile finds the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
@@ -342,9 +325,6 @@ def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[d
     finally:
         if environment is not None:
             os.environ["TRITON_INTERPRET"] = environment
-
-
-COLUMNS = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -381,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--group", type=int, default=1, help="query heads per key head")
     add("--jobs", type=int, default=os.cpu_count(), help="processes")
     add("--json", type=Path, help="write the rows to this file")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awrsr_kernels" / "compiled"
+    base = cache_folder() / "compiled"
     add("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
     given = parser.parse_args(argv)
     if find_spec("triton") is None:
@@ -392,7 +372,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
     wanted = [c for c in wanted if backbones[c.gaussian] in given.backbone]
     wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
-    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{COLUMNS}")
+    columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
+    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")
     rows: list[dict[str, Any]] = []
     for found in compile_cases(wanted, given.jobs, given.cache):
         rows += found
@@ -400,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = [row for row in rows if not row["budget_ok"]]
     print(f"{len(rows)} kernels of {len(wanted)} calls compiled, {len(bad)} over their budget")
     if given.json:
-        _write(given.json, rows)
+        replace_file(given.json, json.dumps(rows, indent=1) + "\n")
     return int(bool(bad))
 
 

@@ -170,9 +170,6 @@ def _checked(
     return _Checked(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
 
 
-# Prompts
-
-
 def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
     """The output; stores the rows of the prompts."""
     q, k, v, w_q, w_k, gate, *_ = checked
@@ -230,9 +227,6 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
         out = run(Inputs(q, k, joint, None, None, None, lengths), call, None, backend)[0]
         results += out.split([x.shape[-1] for x in pack], -1)
     return results
-
-
-# One position
 
 
 def _append(cache: RefinedCache, **new: Tensor) -> None:

@@ -35,12 +35,9 @@ class RefinedTables(nn.Module):
         self.content = settings["tables"] == "content"
         rank, count = settings["rank"], self.heads if settings["per_head"] else 1
         shape = (rank, config.hidden_size) if self.content else (settings["max_positions"], rank)
-
-        def new(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, device=next(attention.parameters()).device, dtype=dtype))
-
-        self.w_q, self.w_k = new(count, *shape), new(count, *shape)
-        self.gate = new(self.heads) if settings["gate"] else None
+        factory: Any = {"device": next(attention.parameters()).device, "dtype": dtype}
+        self.w_q, self.w_k = (nn.Parameter(torch.empty(count, *shape, **factory)) for _ in range(2))
+        self.gate = nn.Parameter(torch.zeros(self.heads, **factory)) if settings["gate"] else None
         for w in (self.w_q, self.w_k):
             nn.init.normal_(w, std=config.hidden_size**-0.5 if self.content else 1.0)
 
@@ -50,13 +47,13 @@ class RefinedTables(nn.Module):
         hidden: (B, L, E), the attention module's input. Returns (B, H, L, R); or from position tables without padding on the left,
         which is for all entries the same, (H, L, R) or (L, R).
         """
+        w_q, w_k = self.cached(hidden)
         if self.content:
-            return self._computed(hidden)
+            return w_q, w_k
         length, limit = hidden.shape[1], self.w_q.shape[1]
         if padding.longest > limit:
             checks.refuse("max_positions", str(limit), f"at least the {padding.longest} positions of the input")
         if padding.first is None and length <= limit:
-            w_q, w_k = self.whole()
             return w_q[..., :length, :], w_k[..., :length, :]
         first = hidden.new_zeros(hidden.shape[0], dtype=torch.int64) if padding.first is None else padding.first
         item = (torch.arange(length, device=first.device) - first[:, None]).clamp(0, limit - 1)
@@ -64,14 +61,10 @@ class RefinedTables(nn.Module):
         return tuple(w[:, item].transpose(0, 1).expand(shape) for w in (self.w_q, self.w_k))  # type: ignore[return-value]
 
     def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """W_q and W_k as a `RefinedCache` takes them: the rows of the new positions, or the whole position tables."""
-        return self._computed(hidden) if self.content else self.whole()
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Position tables: (H, N, R), or (N, R) shared by the heads."""
-        return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
-
-    def _computed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """W_q and W_k as a `RefinedCache` takes them: for "content" (B, H, L, R), the rows of new positions; for "position" all of
+        (H, N, R), or (N, R) shared by the heads."""
+        if not self.content:
+            return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
         found = (F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2]) for w in (self.w_q, self.w_k))
         return tuple(x.transpose(1, 2).expand(-1, self.heads, -1, -1) for x in found)  # type: ignore[return-value]
 
@@ -235,8 +228,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         if self.rows is not None:
             self.reorder_cache(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+    batch_select_indices = reorder_cache
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions."""
