@@ -13,7 +13,7 @@ All of these are attention outputs, so the cache of a whole prompt takes no more
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,20 +25,6 @@ from .call import Call, Inputs
 from .launch_config import table_features
 from .reference import masked_softmax
 from .torch_state import without_autocast
-
-
-class _Checked(NamedTuple):
-    """The checked tensors of a call, and what they come to."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    w_q: Tensor | None  # (1, 1 or H, M, R) by position, or (B, H, L, R) per item
-    w_k: Tensor | None
-    gate: Tensor | None  # (1 or H,)
-    softmax_scale: float
-    refine_scale: float
-    backend: str
 
 
 def refined_attention_prefill(
@@ -76,16 +62,16 @@ def refined_attention_prefill(
     Raises:
         ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
     """
-    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
-    length = checked.q.shape[2]
+    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    length = inputs.q.shape[2]
     if cache.end_bound:
         raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
     checks.choice("padding_side", padding_side, ("left", "right"))
-    checks.lengths(lengths, checked.q)
+    checks.lengths(lengths, inputs.q)
     least, most = checks.length_range(lengths, length)
     left = padding_side == "left" and lengths is not None
-    if checked.w_q is not None and cache.tables == "position":
-        checks.enough_rows(checked.w_q, most)
+    if inputs.w_q is not None and cache.tables == "position":
+        checks.enough_rows(inputs.w_q, most)
     cache.make_room(length)
     cache.end_bound, cache.length_bound = (length if left else most), most  # first, so that a call that fails leaves it in use
     cache.ragged = least < cache.end_bound
@@ -93,8 +79,8 @@ def refined_attention_prefill(
     real = torch.full_like(cache.end, length) if lengths is None else lengths
     cache.first.copy_(length - real) if left else cache.first.zero_()
     cache.end.copy_(cache.first + real)
-    with without_autocast(checked.q.device):
-        return _prefill(checked, cache, lengths, left)
+    with without_autocast(inputs.q.device):
+        return _prefill(inputs._replace(bounds=lengths), scales, backend, cache, left)
 
 
 def refined_attention_step(
@@ -132,20 +118,20 @@ def refined_attention_step(
         ValueError, TypeError: an argument does not fit, the message names it; one requires a gradient while those are recorded; the
             position tables have no row for this item; the named backend cannot run.
     """
-    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
+    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
     table_rows = None
-    if checked.w_q is not None and cache.tables == "position":
-        checks.enough_rows(checked.w_q, cache.length_bound + 1)
-        table_rows = checked.w_q.shape[2]
+    if inputs.w_q is not None and cache.tables == "position":
+        checks.enough_rows(inputs.w_q, cache.length_bound + 1)
+        table_rows = inputs.w_q.shape[2]
     cache.make_room(1, table_rows)
-    with without_autocast(checked.q.device):
-        if checked.backend != "triton":
-            out = _step(checked, cache)
+    with without_autocast(inputs.q.device):
+        if backend != "triton":
+            out = _step(inputs, scales, backend, cache)
         else:
             from ._triton.decode import triton_step
 
-            new, kept = checked[:6], (cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end)
-            out = triton_step(*new, *kept, cache.refinement, checked.softmax_scale, checked.refine_scale)
+            kept = cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end
+            out = triton_step(*inputs[:6], *kept, cache.refinement, *scales)
         cache.end.add_(1)
     cache.end_bound += 1
     cache.length_bound += 1
@@ -155,7 +141,8 @@ def refined_attention_step(
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
     gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str, one: bool = False,
-) -> _Checked:  # fmt: skip
+) -> tuple[Inputs, tuple[float, float], str]:  # fmt: skip
+    """The tensors, checked, the scales and the backend that they come to."""
     if not isinstance(cache, RefinedCache):
         raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
     checks.choice("align", align, ("left", "right"))
@@ -167,17 +154,17 @@ def _checked(
     rank = 1 if w_q is None else w_q.shape[-1]
     features = table_features(q.shape[-1], v.shape[-1], rank, False, cache.refinement)
     scales = checks.scale("softmax_scale", softmax_scale, q.shape[-1]), checks.scale("refine_scale", refine_scale, rank)
-    return _Checked(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
+    return Inputs(q, k, v, w_q, w_k, gate, None), scales, choose_backend(backend, q, features)
 
 
-def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
+def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache, left: bool) -> Tensor:
     """The output; stores the rows of the prompts."""
-    q, k, v, w_q, w_k, gate, *_ = checked
+    q, k, v, w_q, w_k, gate, lengths, *_ = inputs
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     kept = {"k": k, "v": v}
-    call = Call("none", True, False, left, length, False, checked.softmax_scale, 1.0, 0.0)
+    call = Call("none", True, False, left, length, False, scales[0], 1.0, 0.0)
     if w_q is None or w_k is None:
-        out = _attend(q, k, [v], call, checked.backend, lengths)[0]
+        out = _attend(q, k, [v], call, backend, lengths)[0]
     else:
         if cache.tables == "content":
             kept |= {"w_q": w_q, "w_k": w_k}
@@ -188,10 +175,10 @@ def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, lef
         keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), per_query)
         tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
         direct = [values] if cache.refinement in ("value", "additive") else []
-        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, checked.backend, lengths)
+        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, backend, lengths)
         kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
-        call = call._replace(softmax_scale=checked.refine_scale)
-        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, checked.backend, lengths)[0]
+        call = call._replace(softmax_scale=scales[1])
+        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, backend, lengths)[0]
         if cache.refinement == "additive":
             wide = torch.promote_types(out.dtype, torch.float32)
             higher = out.to(wide) if gate is None else gate.to(wide).view(-1, 1, 1) * out
@@ -240,12 +227,12 @@ def _append(cache: RefinedCache, **new: Tensor) -> None:
             rows.select(2, cache.end_bound).copy_(x)
 
 
-def _step(checked: _Checked, cache: RefinedCache) -> Tensor:
+def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache) -> Tensor:
     """The equations at the head of this file for one row, with the arithmetic of its backend."""
-    q, k, v, w_q, w_k, gate, softmax_scale, refine_scale, backend = checked
+    q, k, v, w_q, w_k, gate, *_ = inputs
     _append(cache, k=k, v=v)
     softmax, meet, meet_tables, add = (_reference_arithmetic if backend == "reference" else _torch_arithmetic)(q, gate, cache)
-    p = softmax(q, cache.k, softmax_scale)
+    p = softmax(q, cache.k, scales[0])
     if w_q is None or w_k is None or cache.k_a is None:
         out = meet(p, cache.v)
     else:
@@ -255,7 +242,7 @@ def _step(checked: _Checked, cache: RefinedCache) -> Tensor:
         else:
             q_a, k_a = meet_tables(p, w_q, w_k)
         _append(cache, k_a=k_a)
-        r = softmax(q_a, cache.k_a, refine_scale)
+        r = softmax(q_a, cache.k_a, scales[1])
         if cache.y is not None:
             _append(cache, y=meet(p, cache.v))
         elif cache.refinement == "additive":

@@ -25,6 +25,7 @@ runs. A file holds entries of several GPUs and versions of Triton; another GPU's
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
@@ -125,13 +126,10 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def within(low: float, high: float, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value < high:
-        raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
-    return value
+    with contextlib.suppress(ValueError):
+        if low <= float(text) < high:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -186,13 +184,9 @@ def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float
     queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
     work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
     end, done = time.monotonic() + seconds, 0
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        waiting = [pool.apply_async(compile_one, each) for each in work]
-        for result in waiting:
-            try:
-                result.get(max(0.0, end - time.monotonic()))
-            except multiprocessing.TimeoutError:
-                break
+    with multiprocessing.get_context("spawn").Pool(processes) as pool, contextlib.suppress(multiprocessing.TimeoutError):
+        for result in [pool.apply_async(compile_one, each) for each in work]:
+            result.get(max(0.0, end - time.monotonic()))
             done += 1
     return done
 

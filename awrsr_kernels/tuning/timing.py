@@ -125,9 +125,9 @@ class Workload:
         self.excerpt_dout[self.index] = self.dout[self.index]
 
     def forward(self, leaves: dict[str, Tensor], lengths: Tensor | None, backend: str) -> Tensor:
-        tables = {"w_q": None, "w_k": None} if self.case.refinement == "none" else {}
+        none = {"w_q": None, "w_k": None}
         return refined_attention(
-            **leaves, **tables, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
+            **none | leaves, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
             dropout_p=self.case.dropout_p, dropout_seed=self.seed, backend=backend,
         )  # fmt: skip
 
@@ -155,12 +155,12 @@ class Workload:
         others = torch.ones(self.case.batch, dtype=torch.bool, device=out.device).index_fill(0, self.index, False)
         if not found["out"][others].isfinite().all():
             lines.append("out is not finite beyond the excerpt")
-        strays = [n for n in ("q", "k", "v") if not (found[n][others] == 0).all()]
+        strays = [n for n in ("q", "k", "v") if found[n][others].count_nonzero()]
         return lines + [f"the gradient of {n} is not zero where that of the output is" for n in strays]
 
-    def prepare(self, kernel: str) -> Callable[[], Any]:
-        """The pass that a kernel belongs to, ready to be called."""
-        if kernel in LAUNCHED_FORWARD:
+    def prepare(self, backward: bool) -> Callable[[], Any]:
+        """One of the two passes, ready to be called."""
+        if not backward:
             return lambda: self.forward(self.leaves, self.lengths, "triton")
         out = self.forward(self.leaves, self.lengths, "triton")
         return lambda: _gradients(out, self.leaves, self.dout)
@@ -170,7 +170,7 @@ def compile_one(case: Case, key: Key, config: Config) -> None:
     """Leave what a configuration compiles to in Triton's cache on disk; what fails will fail where it is checked."""
     with contextlib.suppress(Exception), forced({key: config}):
         device = torch.device("cuda", torch.cuda.current_device())
-        Workload(case, device).prepare("backward")()  # which the forward precedes
+        Workload(case, device).prepare(backward=True)()
         torch.cuda.synchronize(device)
 
 
@@ -183,13 +183,7 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.clock = device, Clock(device)
-        self.workloads: dict[Case, Workload] = {}
-
-    def workload(self, case: Case) -> Workload:
-        """Made once: the reference takes longer than the kernels."""
-        if case not in self.workloads:
-            self.workloads[case] = Workload(case, self.device)
-        return self.workloads[case]
+        self.workload = functools.cache(lambda case: Workload(case, device))  # the reference takes longer than the kernels
 
     def refusal(self, case: Case, key: Key, config: Config) -> str | None:
         """Why `config` must not be chosen for `key`: it does not compile, does not fit, or a result is wrong."""
@@ -198,16 +192,15 @@ class Bench:
             with forced({key: config}):
                 lines = workload.wrong()
         except Exception as error:  # Triton's compilers raise whatever they like
-            self._still_there(config)
+            self._check_device(config)
             reason = str(error).strip().splitlines() or [""]
             return f"skipped at {case}: {type(error).__name__}: {reason[0][:160]}"
         return f"WRONG at {case}: {'; '.join(lines)}" if lines else None
 
-    def _still_there(self, config: Config) -> None:
-        if self.device.type != "cuda":
-            return
+    def _check_device(self, config: Config) -> None:
         try:
-            torch.cuda.synchronize(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         except Exception as error:
             raise DeviceLost(f"{config} broke the GPU's state: {error}") from error
 
@@ -215,7 +208,7 @@ class Bench:
         """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
         workload = self.workload(case)
         with forced({key: config}):
-            return self.clock.sample(lambda: workload.prepare(key.kernel))
+            return self.clock.sample(lambda: workload.prepare(backward=key.kernel not in LAUNCHED_FORWARD))
 
 
 def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:
