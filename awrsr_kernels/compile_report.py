@@ -16,6 +16,7 @@ is what a real launch would compile, alignment of pointers included. Rows are ke
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -301,6 +302,8 @@ def _source_hash() -> str:
 
 
 def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a case, read or compiled: in a process of its own, as it must not interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
     path = folder / ("-".join(str(x) for x in case) + ".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -316,15 +319,8 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
 def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows of each case, in order, compiled in `jobs` processes; a case that fails yields one row with an "error"."""
     folder = cache / _source_hash()
-    environment = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_cached, case, folder) for case in chosen]
-            for future in futures:
-                yield future.result()
-    finally:
-        if environment is not None:
-            os.environ["TRITON_INTERPRET"] = environment
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_cached, chosen, itertools.repeat(folder))
 
 
 def _line(row: dict[str, Any]) -> str:

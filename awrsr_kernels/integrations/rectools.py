@@ -3,8 +3,6 @@
 SASRecModel(session_max_len=50, transformer_layers_type=RefinedTransformerLayers, transformer_layers_kwargs={"max_len": 50})
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ class _FlatAttention(PackedAttention):
     RecTools draws every parameter of two dimensions or more anew as training starts.
     """
 
-    shapes: Mapping[str, torch.Size] = MappingProxyType({})
+    shapes: dict[str, torch.Size] = {}  # empty until the tables are flat
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
