@@ -4,6 +4,8 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from . import checks, jagged
@@ -71,20 +73,16 @@ def refined_attention(
             torch.func (vmap, grad, jvp ...) meets another one than "reference". RuntimeError: a second derivative of "triton" or
             "torch". NotImplementedError: their forward mode.
     """
+    scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
+    options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q):
         packed = jagged.packed({"q": q, "k": k, "v": v}, {"w_q": w_q, "w_k": w_k}, lengths, padding_side)
-        out = refined_attention_varlen(
-            **packed, refinement=refinement, gate=gate, causal=causal, softmax_scale=softmax_scale, refine_scale=refine_scale,
-            dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
-        )  # fmt: skip
+        out = refined_attention_varlen(**packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend)
         return jagged.unpacked(out, q).transpose(1, 2)
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
-    call = Call.padded(
-        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
-        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
-    )  # fmt: skip
+    call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, **options)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend)[0]
 
@@ -132,8 +130,8 @@ def refined_attention_varlen(
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
     call = Call.packed(
-        q, w_q, refinement=refinement, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, align=align,
-        per_entry=per_entry, softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
+        q, w_q, cu_seqlens, max_seqlen, align, per_entry=per_entry, refinement=refinement, causal=causal,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
@@ -164,7 +162,7 @@ def attention_weights(
     q, k, _ = checks.batch(q, k, k)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
     call = Call.padded(
-        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        q, w_q, lengths, padding_side, per_entry=per_entry, refinement=refinement, causal=causal,
         softmax_scale=softmax_scale, refine_scale=refine_scale,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)

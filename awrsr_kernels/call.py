@@ -7,7 +7,7 @@ sequence; a packed batch is a single entry whose rows hold all sequences one aft
 where sequences lie (lengths, cumulative lengths, or nothing).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,69 +30,38 @@ class Call(NamedTuple):
     gaussian: bool = False  # items are Gaussians: q and k hold [mean | deviation], and squared weights meet v_cov
 
     @classmethod
-    def padded(
-        cls,
-        q: Tensor,
-        w_q: Tensor | None,
-        *,
-        refinement: str,
-        causal: bool,
-        lengths: Tensor | None,
-        padding_side: str,
-        per_entry: bool,
-        softmax_scale: float | None,
-        refine_scale: float | None,
-        dropout_p: float = 0.0,
-        gaussian: bool = False,
-    ) -> "Call":
-        """Of a padded batch, from checked queries (B, H, L, D) and tables; the other arguments are checked here."""
+    def padded(cls, q: Tensor, w_q: Tensor | None, lengths: Tensor | None, padding_side: str, **options: Any) -> "Call":
+        """Of a padded batch, from checked queries (B, H, L, D) and tables; options: those of `_settled`, checked here."""
         checks.choice("padding_side", padding_side, ("left", "right"))
         checks.lengths(lengths, q)
-        return cls(
-            refinement=refinement,
-            causal=checks.flag("causal", causal),
-            varlen=False,
-            align_right=padding_side == "left",
-            max_len=q.shape[2],
-            per_entry=per_entry,
-            softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-            refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
-            dropout_p=checks.probability("dropout_p", dropout_p),
-            gaussian=gaussian,
-        )
+        return cls._settled(q, w_q, varlen=False, align_right=padding_side == "left", max_len=q.shape[2], **options)
 
     @classmethod
     def packed(
-        cls,
-        q: Tensor,
-        w_q: Tensor | None,
-        *,
-        refinement: str,
-        causal: bool,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        align: str,
-        per_entry: bool,
-        softmax_scale: float | None,
-        refine_scale: float | None,
-        dropout_p: float,
-        gaussian: bool = False,
-    ) -> "Call":
-        """Of a packed batch, from checked queries (T, H, D) and tables; the other arguments are checked here."""
+        cls, q: Tensor, w_q: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, align: str, *, per_entry: bool,
+        **options: Any,
+    ) -> "Call":  # fmt: skip
+        """Of a packed batch, from checked queries (T, H, D) and tables; options: those of `_settled`, checked here."""
         checks.choice("align", align, ("left", "right"))
         cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
         table_rows = None if w_q is None or per_entry else w_q.shape[2]
+        max_len = checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows)
+        return cls._settled(q, w_q, varlen=True, align_right=align == "right", max_len=max_len, per_entry=per_entry, **options)
+
+    @classmethod
+    def _settled(
+        cls, q: Tensor, w_q: Tensor | None, *, refinement: str, causal: bool, softmax_scale: float | None,
+        refine_scale: float | None, dropout_p: float = 0.0, **rest: Any,
+    ) -> "Call":  # fmt: skip
+        """With its numbers checked and their defaults filled in; rest: the fields that are known already."""
+        rank = 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))  # tables of "stochastic" lie side by side
         return cls(
             refinement=refinement,
             causal=checks.flag("causal", causal),
-            varlen=True,
-            align_right=align == "right",
-            max_len=checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows),
-            per_entry=per_entry,
             softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
-            refine_scale=checks.scale("refine_scale", refine_scale, _rank(w_q, refinement)),
+            refine_scale=checks.scale("refine_scale", refine_scale, rank),
             dropout_p=checks.probability("dropout_p", dropout_p),
-            gaussian=gaussian,
+            **rest,
         )
 
 
@@ -111,8 +80,3 @@ class Inputs(NamedTuple):
 
     def need_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)
-
-
-def _rank(w_q: Tensor | None, refinement: str) -> int:
-    """Columns of a table that the caller gave; those of "stochastic" lie side by side."""
-    return 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))

@@ -16,21 +16,24 @@ is what a real launch would compile, alignment of pointers included. Rows are ke
 import argparse
 import collections
 import hashlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from .checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
+from .tuned import cache_folder, replace_file
 
 
 class Target(NamedTuple):
@@ -127,20 +130,18 @@ def spill_budget(case: Case, kernel: str) -> int:
     return 1024 if half or "short" in kernel else 2048
 
 
-class _Driver:
-    """Stands in for the GPU driver: names a target, which is all that a warm-up needs."""
+def _claim_gpu(name: str) -> None:
+    """Put a driver in place that names a target, which is all that a warm-up needs."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
 
-    def __init__(self, target: Any, number: int) -> None:
-        self.target, self.number = target, number
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.number  # one per target: Triton remembers binaries, and the target itself, by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
+    target = GPUTarget(*TARGETS[name][:3])
+    number = list(TARGETS).index(name)  # one per target: Triton remembers binaries, and the target itself, by device
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: target, get_current_device=lambda: number, get_current_stream=lambda device: 0
+        )
+    )
 
 
 def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
@@ -149,15 +150,12 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     For a process of its own, in which Triton does not interpret.
     """
     import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
 
     from ._triton import decode, short, tiled, tiled_bwd
     from ._triton.problem import Problem
     from .call import Call, Inputs
 
-    target = TARGETS[case.target]
-    driver.set_active(_Driver(GPUTarget(target.backend, target.architecture, target.lanes), list(TARGETS).index(case.target)))
+    _claim_gpu(case.target)
     rows: list[dict[str, Any]] = []
 
     def compile_only(kernel: Any, grid: tuple[int, ...], config: Any, device: Any, **arguments: Any) -> None:
@@ -169,7 +167,8 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
 
     for module in (decode, short, tiled, tiled_bwd):
         module.launch = compile_only  # type: ignore[attr-defined]
-    dtype, heads, length = getattr(torch, case.dtype), 2 * case.group, window or case.length or 512
+    dtype, heads = getattr(torch, case.dtype), 2 * case.group
+    length = window or (512 if case.length in (TILED, STEP) else case.length)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -180,34 +179,24 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     v, dout = (new(batch, h, length, d_v) for h in (2, heads))
     table = None if case.refinement == "none" else new(1, 1, length, rank)
     gate = new(heads) if case.refinement == "additive" else None
-    if case.length == STEP:
-        decode.launch_step(*_step_arguments(new, case, batch, heads, window or 512))
+    if case.length == STEP:  # k and v are the cache's
+        q, k_new, v_new, bound = new(batch, heads, 1, d), new(batch, 2, 1, d), new(batch, 2, 1, d), new(batch, dtype=torch.int64)
+        k_a = None if table is None else new(batch, heads, length, rank)
+        y = new(batch, heads, length, d_v) if case.refinement == "value" else None
+        kept = k, v, k_a, y, None, None, bound, bound
+        decode.launch_step(q, k_new, v_new, table, table, gate, *kept, case.refinement, 0.1, 0.1)
         return rows
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
     bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
     problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
-    problem.shared = target.shared
+    problem.shared = TARGETS[case.target].shared
     if problem.is_short():
         short.launch_short_forward(problem)
         short.launch_short_backward(problem, douts)
     else:
         tiled_bwd.launch_tiled_backward(problem, douts, tiled.launch_tiled_forward(problem))
     return rows
-
-
-def _step_arguments(new: Any, case: Case, batch: int, heads: int, capacity: int) -> list[Any]:
-    """Those of a step with position tables: the new item's tensors, the tables, the gate, the cache, and numbers."""
-    import torch
-
-    refined, width = case.refinement != "none", case.width
-    items = [new(batch, h, 1, width) for h in (heads, 2, 2)]
-    table = new(1, 1, capacity, width) if refined else None
-    gate = new(heads) if case.refinement == "additive" else None
-    k_a, y = (new(batch, heads, capacity, width) if there else None for there in (refined, case.refinement == "value"))
-    kept = [new(batch, 2, capacity, width) for _ in range(2)]
-    bounds = [new(batch, dtype=torch.int64) for _ in range(2)]
-    return [*items, table, table, gate, *kept, k_a, y, None, None, *bounds, case.refinement, 0.1, 0.1]
 
 
 def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
@@ -219,10 +208,10 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
         found["unset_registers"] = 0
     fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found["unset_registers"]
     regime = kernel.split("_")[0]
-    row: dict[str, Any] = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other"}
-    row |= case._asdict() | {"config": config} | found
-    row |= {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": case.length != STEP}
-    expected = row["tensor_cores_expected"] == (found["tensor_core_instructions"] > 0)
+    tensor_cores = case.length != STEP
+    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case._asdict(), "config": config}
+    row |= found | {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": tensor_cores}
+    expected = tensor_cores == (found["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
 
 
@@ -248,23 +237,20 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
             for option in ("-res-usage", "-sass")
         )
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
+    bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
     def widths(name: str) -> dict[str, int]:
-        """Instructions by bytes per thread."""
         found = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
-        bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
-        counted = collections.Counter(bytes_of[m[1]] if m else 4 for m in found)
-        return {str(size): counted[size] for size in sorted(counted)}
+        return _counted(bytes_of[m[1]] if m else 4 for m in found)
 
     tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
-    return {
-        "unset_registers": len(unset_registers(sass)),
-        "registers": registers,
-        "spill_bytes": stack,
-        "tensor_core_instructions": tensor,
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-    }
+    found = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
+    return {"unset_registers": len(unset_registers(sass))} | found | {"loads": widths("LDG"), "stores": widths("STG")}
+
+
+def _counted(sizes: Iterable[int]) -> dict[str, int]:
+    """How many instructions there are by bytes per thread."""
+    return {str(size): count for size, count in sorted(collections.Counter(sizes).items())}
 
 
 def _uniform(text: str, wide: int) -> set[int]:
@@ -298,16 +284,10 @@ def _amd(compiled: Any) -> dict[str, Any]:
     sizes = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2, "short_d16": 2, "ubyte": 1}
 
     def widths(kind: str) -> dict[str, int]:
-        found = collections.Counter(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
-        return {str(size): found[size] for size in sorted(found)}
+        return _counted(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
 
-    return {
-        "registers": registers,
-        "spill_bytes": 4 * spilled,
-        "tensor_core_instructions": text.count("v_mfma"),
-        "loads": widths("load"),
-        "stores": widths("store"),
-    }
+    found = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
+    return found | {"loads": widths("load"), "stores": widths("store")}
 
 
 def _source_hash() -> str:
@@ -322,6 +302,8 @@ def _source_hash() -> str:
 
 
 def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
+    """Rows of a case, read or compiled: in a process of its own, as it must not interpret."""
+    os.environ.pop("TRITON_INTERPRET", None)
     path = folder / ("-".join(str(x) for x in case) + ".json")
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
@@ -330,28 +312,15 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
     except Exception as error:
         message = (str(error) or repr(error)).splitlines()[0][:200]
         return [case._asdict() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(rows), encoding="utf-8")
-    temporary.replace(path)
+    replace_file(path, json.dumps(rows))
     return rows
 
 
 def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows of each case, in order, compiled in `jobs` processes; a case that fails yields one row with an "error"."""
     folder = cache / _source_hash()
-    environment = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(_cached, case, folder) for case in chosen]
-            for future in futures:
-                yield future.result()
-    finally:
-        if environment is not None:
-            os.environ["TRITON_INTERPRET"] = environment
-
-
-COLUMNS = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(_cached, chosen, itertools.repeat(folder))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -373,26 +342,23 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m awrsr_kernels.compile_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"])
-    parser.add_argument("--sample", action="store_true", help="the tests' sample: each kernel, regime and refinement once")
-    parser.add_argument("--refinement", nargs="+", default=list(GAUSSIAN_REFINEMENTS), choices=GAUSSIAN_REFINEMENTS)
-    backbones = ("dot", "stochastic")
-    parser.add_argument("--backbone", nargs="+", default=list(backbones), choices=backbones, help="stochastic: between Gaussians")
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument(
-        "--length",
-        nargs="+",
-        type=int,
-        default=[*LENGTHS, TILED, STEP],
-        choices=[*LENGTHS, TILED, STEP],
-        help="0: tiled, 1: a step",
-    )
-    parser.add_argument("--width", nargs="+", type=int, default=list(WIDTHS), choices=WIDTHS, help="the widest of D, D_v, R")
-    parser.add_argument("--group", type=int, default=1, help="query heads per key head")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awrsr_kernels" / "compiled"
-    parser.add_argument("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
+    add, backbones = parser.add_argument, ("dot", "stochastic")
+
+    def add_filter(name: str, values: tuple[Any, ...], **more: Any) -> None:
+        add(name, nargs="+", default=list(values), choices=values, **more)
+
+    add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"])
+    add("--sample", action="store_true", help="the tests' sample: each kernel, regime and refinement once")
+    add_filter("--refinement", GAUSSIAN_REFINEMENTS)
+    add_filter("--backbone", backbones, help="stochastic: between Gaussians")
+    add_filter("--dtype", DTYPES)
+    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="0: tiled, 1: a step")
+    add_filter("--width", WIDTHS, type=int, help="the widest of D, D_v, R")
+    add("--group", type=int, default=1, help="query heads per key head")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes")
+    add("--json", type=Path, help="write the rows to this file")
+    base = cache_folder() / "compiled"
+    add("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
     given = parser.parse_args(argv)
     if find_spec("triton") is None:
         parser.error("Triton is not installed (pip install triton, Linux only)")
@@ -402,7 +368,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
     wanted = [c for c in wanted if backbones[c.gaussian] in given.backbone]
     wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
-    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{COLUMNS}")
+    columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
+    print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")
     rows: list[dict[str, Any]] = []
     for found in compile_cases(wanted, given.jobs, given.cache):
         rows += found
@@ -410,9 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = [row for row in rows if not row["budget_ok"]]
     print(f"{len(rows)} kernels of {len(wanted)} calls compiled, {len(bad)} over their budget")
     if given.json:
-        temporary = given.json.with_name(f".{given.json.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(given.json)
+        replace_file(given.json, json.dumps(rows, indent=1) + "\n")
     return int(bool(bad))
 
 

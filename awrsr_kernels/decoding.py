@@ -12,7 +12,8 @@ its weights, K_A = P W_k and, for "value", Y = P V; not Q_A, which each row uses
 All of these are attention outputs, so the cache of a whole prompt takes no more than plain attention calls, either.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,24 +25,6 @@ from .call import Call, Inputs
 from .launch_config import table_features
 from .reference import masked_softmax
 from .torch_state import without_autocast
-
-
-class _Checked(NamedTuple):
-    """The checked tensors of a call, and what they come to."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    w_q: Tensor | None  # (1, 1 or H, M, R) by position, or (B, H, L, R) per item
-    w_k: Tensor | None
-    gate: Tensor | None  # (1 or H,)
-    softmax_scale: float
-    refine_scale: float
-    backend: str
-
-    @property
-    def group(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
 
 
 def refined_attention_prefill(
@@ -79,28 +62,25 @@ def refined_attention_prefill(
     Raises:
         ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
     """
-    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
-    length = checked.q.shape[2]
+    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    length = inputs.q.shape[2]
     if cache.end_bound:
         raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
     checks.choice("padding_side", padding_side, ("left", "right"))
-    checks.lengths(lengths, checked.q)
+    checks.lengths(lengths, inputs.q)
     least, most = checks.length_range(lengths, length)
     left = padding_side == "left" and lengths is not None
-    if checked.w_q is not None and cache.tables == "position":
-        checks.enough_rows(checked.w_q, most)
+    if inputs.w_q is not None and cache.tables == "position":
+        checks.enough_rows(inputs.w_q, most)
     cache.make_room(length)
     cache.end_bound, cache.length_bound = (length if left else most), most  # first, so that a call that fails leaves it in use
     cache.ragged = least < cache.end_bound
-    if lengths is not None:
-        lengths = lengths.long().clamp(0, length)
-        cache.end.copy_(lengths) if not left else cache.end.fill_(length)
-        cache.first.copy_(length - lengths) if left else cache.first.zero_()
-    else:
-        cache.end.fill_(length)
-        cache.first.zero_()
-    with without_autocast(checked.q.device):
-        return _prefill(checked, cache, lengths, left)
+    lengths = None if lengths is None else lengths.long().clamp(0, length)
+    real = torch.full_like(cache.end, length) if lengths is None else lengths
+    cache.first.copy_(length - real) if left else cache.first.zero_()
+    cache.end.copy_(cache.first + real)
+    with without_autocast(inputs.q.device):
+        return _prefill(inputs._replace(bounds=lengths), scales, backend, cache, left)
 
 
 def refined_attention_step(
@@ -138,22 +118,20 @@ def refined_attention_step(
         ValueError, TypeError: an argument does not fit, the message names it; one requires a gradient while those are recorded; the
             position tables have no row for this item; the named backend cannot run.
     """
-    checked = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
+    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
     table_rows = None
-    if checked.w_q is not None and cache.tables == "position":
-        checks.enough_rows(checked.w_q, cache.length_bound + 1)
-        table_rows = checked.w_q.shape[2]
+    if inputs.w_q is not None and cache.tables == "position":
+        checks.enough_rows(inputs.w_q, cache.length_bound + 1)
+        table_rows = inputs.w_q.shape[2]
     cache.make_room(1, table_rows)
-    with without_autocast(checked.q.device):
-        if checked.backend == "reference":
-            out = _reference_step(checked, cache)
-        elif checked.backend == "torch":
-            out = _torch_step(checked, cache)
+    with without_autocast(inputs.q.device):
+        if backend != "triton":
+            out = _step(inputs, scales, backend, cache)
         else:
             from ._triton.decode import triton_step
 
-            new, kept = checked[:6], (cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end)
-            out = triton_step(*new, *kept, cache.refinement, checked.softmax_scale, checked.refine_scale)
+            kept = cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end
+            out = triton_step(*inputs[:6], *kept, cache.refinement, *scales)
         cache.end.add_(1)
     cache.end_bound += 1
     cache.length_bound += 1
@@ -161,19 +139,10 @@ def refined_attention_step(
 
 
 def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_q: Tensor | None,
-    w_k: Tensor | None,
-    cache: RefinedCache,
-    align: str,
-    gate: Tensor | float | None,
-    softmax_scale: float | None,
-    refine_scale: float | None,
-    backend: str,
-    one: bool = False,
-) -> _Checked:
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
+    gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str, one: bool = False,
+) -> tuple[Inputs, tuple[float, float], str]:  # fmt: skip
+    """The tensors, checked, the scales and the backend that they come to."""
     if not isinstance(cache, RefinedCache):
         raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
     checks.choice("align", align, ("left", "right"))
@@ -185,20 +154,17 @@ def _checked(
     rank = 1 if w_q is None else w_q.shape[-1]
     features = table_features(q.shape[-1], v.shape[-1], rank, False, cache.refinement)
     scales = checks.scale("softmax_scale", softmax_scale, q.shape[-1]), checks.scale("refine_scale", refine_scale, rank)
-    return _Checked(q, k, v, w_q, w_k, gate, *scales, choose_backend(backend, q, features))
+    return Inputs(q, k, v, w_q, w_k, gate, None), scales, choose_backend(backend, q, features)
 
 
-# Prompts
-
-
-def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, left: bool) -> Tensor:
+def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache, left: bool) -> Tensor:
     """The output; stores the rows of the prompts."""
-    q, k, v, w_q, w_k, gate, *_ = checked
-    length, group = q.shape[2], checked.group
+    q, k, v, w_q, w_k, gate, lengths, *_ = inputs
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
     kept = {"k": k, "v": v}
-    call = Call("none", True, False, left, length, False, checked.softmax_scale, 1.0, 0.0)
+    call = Call("none", True, False, left, length, False, scales[0], 1.0, 0.0)
     if w_q is None or w_k is None:
-        out = _attend(q, k, [v], call, checked.backend, lengths)[0]
+        out = _attend(q, k, [v], call, backend, lengths)[0]
     else:
         if cache.tables == "content":
             kept |= {"w_q": w_q, "w_k": w_k}
@@ -209,10 +175,10 @@ def _prefill(checked: _Checked, cache: RefinedCache, lengths: Tensor | None, lef
         keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), per_query)
         tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
         direct = [values] if cache.refinement in ("value", "additive") else []
-        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, checked.backend, lengths)
+        q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, backend, lengths)
         kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
-        call = call._replace(softmax_scale=checked.refine_scale)
-        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, checked.backend, lengths)[0]
+        call = call._replace(softmax_scale=scales[1])
+        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, backend, lengths)[0]
         if cache.refinement == "additive":
             wide = torch.promote_types(out.dtype, torch.float32)
             higher = out.to(wide) if gate is None else gate.to(wide).view(-1, 1, 1) * out
@@ -250,50 +216,67 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
     return results
 
 
-# One position
+def _append(cache: RefinedCache, **new: Tensor) -> None:
+    """By name, (B, heads, 1, F) or what has as many elements, into each entry's row `end`."""
+    for name, x in new.items():
+        rows = getattr(cache, name)
+        x = x.reshape(rows.shape[0], rows.shape[1], rows.shape[3])
+        if cache.ragged:
+            rows[torch.arange(rows.shape[0], device=rows.device), :, cache.end] = x.to(rows.dtype)
+        else:
+            rows.select(2, cache.end_bound).copy_(x)
 
 
-def _append(rows: Tensor, new: Tensor, cache: RefinedCache) -> None:
-    """(B, heads, 1, F) or what has as many elements, into each entry's row `end`."""
-    new = new.reshape(rows.shape[0], rows.shape[1], rows.shape[3])
-    if cache.ragged:
-        rows[torch.arange(rows.shape[0], device=rows.device), :, cache.end] = new.to(rows.dtype)
+def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache) -> Tensor:
+    """The equations at the head of this file for one row, with the arithmetic of its backend."""
+    q, k, v, w_q, w_k, gate, *_ = inputs
+    _append(cache, k=k, v=v)
+    softmax, meet, meet_tables, add = (_reference_arithmetic if backend == "reference" else _torch_arithmetic)(q, gate, cache)
+    p = softmax(q, cache.k, scales[0])
+    if w_q is None or w_k is None or cache.k_a is None:
+        out = meet(p, cache.v)
     else:
-        rows.select(2, cache.end_bound).copy_(new)
+        if cache.tables == "content":
+            _append(cache, w_q=w_q, w_k=w_k)
+            q_a, k_a = meet(p, cache.w_q), meet(p, cache.w_k)
+        else:
+            q_a, k_a = meet_tables(p, w_q, w_k)
+        _append(cache, k_a=k_a)
+        r = softmax(q_a, cache.k_a, scales[1])
+        if cache.y is not None:
+            _append(cache, y=meet(p, cache.v))
+        elif cache.refinement == "additive":
+            r = add(p, r)
+        out = meet(r, cache.v if cache.y is None else cache.y)
+    return out.to(q.dtype).view(*q.shape[:3], v.shape[-1])
 
 
-def _reference_step(checked: _Checked, cache: RefinedCache) -> Tensor:
-    """The equations at the head of this file over all N rows, of which the row sees those from first to end."""
-    q, w_q, w_k, group = checked.q, checked.w_q, checked.w_k, checked.group
-    _append(cache.k, checked.k, cache)
-    _append(cache.v, checked.v, cache)
+def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
+    """Over all N rows, of which the row sees those from first to end."""
     at = torch.arange(cache.capacity, device=q.device)
     visible = ((at >= cache.first[:, None]) & (at <= cache.end[:, None]))[:, None, None]
-    k, v = (x.repeat_interleave(group, 1) for x in (cache.k, cache.v))
-    p = masked_softmax(checked.softmax_scale * q @ k.transpose(-1, -2), visible)
-    if w_q is None or w_k is None or cache.k_a is None:
-        return p @ v
-    if cache.w_q is not None and cache.w_k is not None:
-        _append(cache.w_q, w_q, cache)
-        _append(cache.w_k, w_k, cache)
-        w_q, w_k = cache.w_q, cache.w_k
-    else:
-        item = (at - cache.first[:, None]).clamp(0, w_q.shape[2] - 1)
-        w_q, w_k = (w[0][:, item].transpose(0, 1).to(q.dtype) for w in (w_q, w_k))
-    q_a = p @ w_q
-    _append(cache.k_a, p @ w_k, cache)
-    r = masked_softmax(checked.refine_scale * q_a @ cache.k_a.transpose(-1, -2), visible)
-    if cache.y is not None:
-        _append(cache.y, p @ v, cache)
-        return r @ cache.y
-    if cache.refinement == "additive":
-        r = p + (1.0 if checked.gate is None else checked.gate.to(q.dtype).view(-1, 1, 1)) * r
-    return r @ v
+
+    def per_query(x: Tensor) -> Tensor:
+        return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+    def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        return masked_softmax(scale * queries @ per_query(keys).transpose(-1, -2), visible)
+
+    def meet(weights: Tensor, values: Tensor) -> Tensor:
+        return weights @ per_query(values)
+
+    def meet_tables(weights: Tensor, *tables: Tensor) -> list[Tensor]:
+        item = (at - cache.first[:, None]).clamp(0, tables[0].shape[2] - 1)
+        return [weights @ w[0][:, item].transpose(0, 1).to(q.dtype) for w in tables]
+
+    def add(p: Tensor, r: Tensor) -> Tensor:
+        return p + (1.0 if gate is None else gate.to(q.dtype).view(-1, 1, 1)) * r
+
+    return softmax, meet, meet_tables, add
 
 
-def _torch_step(checked: _Checked, cache: RefinedCache) -> Tensor:
-    """The same over the rows in use, in as few torch calls as it takes; half precision in float32."""
-    q, k, v, w_q, w_k, gate, softmax_scale, refine_scale, _ = checked
+def _torch_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
+    """Over the rows in use, in as few torch calls as it takes; half precision in float32."""
     (batch, heads, _, _), used = q.shape, cache.end_bound + 1
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = back = None
@@ -306,35 +289,22 @@ def _torch_step(checked: _Checked, cache: RefinedCache) -> Tensor:
         return x.narrow(2, 0, used).flatten(0, 1).to(wide)  # (B * heads, n, F)
 
     def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+        queries = queries.reshape(batch * keys.shape[1], heads // keys.shape[1], keys.shape[3])
         scores = torch.bmm(queries.to(wide) * scale, rows(keys).transpose(1, 2)).view(batch, heads, used)
         return (scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).softmax(-1)
 
     def meet(weights: Tensor, values: Tensor) -> Tensor:
         return torch.bmm(weights.view(batch * values.shape[1], heads // values.shape[1], used), rows(values))
 
-    def meet_table(weights: Tensor, w: Tensor) -> Tensor:
-        w = w[0].narrow(1, 0, min(used, w.shape[2])).to(q.dtype).to(wide)  # float32 tables are read in q's dtype
-        weights = weights[..., : w.shape[1]]  # of a window padded on the left: no item is further on
-        if w.shape[0] == 1:
-            return torch.mm(weights.reshape(batch * heads, w.shape[1]), w[0])
-        return torch.bmm(weights.transpose(0, 1), w).transpose(0, 1)
+    def meet_tables(weights: Tensor, *tables: Tensor) -> list[Tensor]:
+        met = min(used, tables[0].shape[2])  # of a window padded on the left: no item is further on
+        weights = (weights if back is None else weights.gather(2, back))[..., :met]
+        met_rows = [w[0].narrow(1, 0, met).to(q.dtype).to(wide) for w in tables]  # float32 is read in q's dtype
+        if tables[0].shape[1] == 1:
+            return [torch.mm(weights.reshape(batch * heads, met), w[0]) for w in met_rows]
+        return [torch.bmm(weights.transpose(0, 1), w).transpose(0, 1) for w in met_rows]
 
-    _append(cache.k, k, cache)
-    _append(cache.v, v, cache)
-    p = softmax(q.reshape(batch * k.shape[1], checked.group, q.shape[-1]), cache.k, softmax_scale)
-    if w_q is None or w_k is None or cache.k_a is None:
-        return meet(p, cache.v).to(q.dtype).view(batch, heads, 1, v.shape[-1])
-    if cache.w_q is not None and cache.w_k is not None:
-        _append(cache.w_q, w_q, cache)
-        _append(cache.w_k, w_k, cache)
-        q_a, k_a = meet(p, cache.w_q), meet(p, cache.w_k)
-    else:
-        items = p if back is None else p.gather(2, back)
-        q_a, k_a = meet_table(items, w_q), meet_table(items, w_k)
-    _append(cache.k_a, k_a, cache)
-    r = softmax(q_a.reshape(batch * heads, 1, q_a.shape[-1]), cache.k_a, refine_scale)
-    if cache.y is not None:
-        _append(cache.y, meet(p, cache.v), cache)
-    elif cache.refinement == "additive":
-        r = r.add_(p) if gate is None else torch.addcmul(p, gate.to(wide).view(-1, 1), r)
-    return meet(r, cache.v if cache.y is None else cache.y).to(q.dtype).view(batch, heads, 1, v.shape[-1])
+    def add(p: Tensor, r: Tensor) -> Tensor:
+        return r.add_(p) if gate is None else torch.addcmul(p, gate.to(wide).view(-1, 1), r)
+
+    return softmax, meet, meet_tables, add

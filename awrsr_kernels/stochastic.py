@@ -4,6 +4,8 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 N table rows.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from . import checks, jagged
@@ -67,22 +69,21 @@ def stochastic_refined_attention(
         (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding. Jagged, if all that have a row per
         item are, as in `refined_attention`.
     """
+    scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
+    options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q_mean):
         items = {"q_mean": q_mean, "q_cov": q_cov, "k_mean": k_mean, "k_cov": k_cov, "v_mean": v_mean, "v_cov": v_cov}
         tables = {"w_q": w_q, "w_k": w_k, "w_q_cov": w_q_cov, "w_k_cov": w_k_cov}
+        packed = jagged.packed(items, tables, lengths, padding_side)
         mean, cov = stochastic_refined_attention_varlen(
-            **jagged.packed(items, tables, lengths, padding_side), refinement=refinement, gate=gate, causal=causal,
-            softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, dropout_seed=dropout_seed, backend=backend,
-        )  # fmt: skip
+            **packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend
+        )
         return jagged.unpacked(mean, q_mean).transpose(1, 2), jagged.unpacked(cov, q_mean).transpose(1, 2)
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
-    call = Call.padded(
-        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
-        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
-    )  # fmt: skip
+    call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, gaussian=True, **options)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
         inputs = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, v_cov=v_cov)
@@ -128,8 +129,8 @@ def stochastic_refined_attention_varlen(
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.packed_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
     call = Call.packed(
-        q, w_q, refinement=refinement, causal=causal, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, align=align,
-        per_entry=per_entry, softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
+        q, w_q, cu_seqlens, max_seqlen, align, per_entry=per_entry, refinement=refinement, causal=causal,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
@@ -167,7 +168,7 @@ def stochastic_attention_weights(
     q_cov, k_cov = map(checks.covariance, _COVARIANCES[:2], (q_cov, k_cov), (q, k))
     w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
     call = Call.padded(
-        q, w_q, refinement=refinement, causal=causal, lengths=lengths, padding_side=padding_side, per_entry=per_entry,
+        q, w_q, lengths, padding_side, per_entry=per_entry, refinement=refinement, causal=causal,
         softmax_scale=softmax_scale, refine_scale=refine_scale, gaussian=True,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)

@@ -24,10 +24,12 @@ VERSION = 1
 Entry = dict[str, Any]
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awrsr_kernels"
+
+
 def tuned_path() -> Path:
-    named = os.environ.get("AWRSR_KERNELS_TUNED")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else cache / "awrsr_kernels" / "tuned.json"
+    return Path(os.environ.get("AWRSR_KERNELS_TUNED") or cache_folder() / "tuned.json")
 
 
 def machine(device: torch.device) -> tuple[str, str]:
@@ -35,9 +37,6 @@ def machine(device: torch.device) -> tuple[str, str]:
     import triton
 
     return torch.cuda.get_device_name(device), triton.__version__
-
-
-# The file
 
 
 def misfit(key: Key, config: Config) -> str | None:
@@ -90,13 +89,18 @@ def _numbers(value: Any, names: int, numbers: int) -> list[Any] | None:
 
 
 def write_entries(path: Path, entries: list[Entry]) -> None:
-    """Replace a file in one step: whoever reads it meanwhile, or after a crash, finds the old one or the new one, whole."""
+    lines = ",\n  ".join(json.dumps(entry) for entry in entries)
+    replace_file(path, f'{{"version": {VERSION}, "entries": [\n  {lines}\n]}}\n')
+    _of.cache_clear()
+
+
+def replace_file(path: Path, text: str) -> None:
+    """In one step: whoever reads the file meanwhile, or after a crash, finds the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            lines = ",\n  ".join(json.dumps(entry) for entry in entries)
-            file.write(f'{{"version": {VERSION}, "entries": [\n  {lines}\n]}}\n')
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's own mode shuts other users out
@@ -104,7 +108,6 @@ def write_entries(path: Path, entries: list[Entry]) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _of.cache_clear()
 
 
 def merged(old: list[Entry], new: list[Entry], gpu: str, triton: str, keys: Collection[Key]) -> list[Entry]:
@@ -112,11 +115,8 @@ def merged(old: list[Entry], new: list[Entry], gpu: str, triton: str, keys: Coll
 
     keys: what was measured. A key without a new entry loses its old one: the table's row held its own.
     """
-
-    def replaced(entry: Entry) -> bool:
-        return (entry["gpu"], entry["triton"]) == (gpu, triton) and Key(*entry["key"]) in keys
-
-    return [entry for entry in old if not replaced(entry)] + new
+    replaced = [[gpu, triton, *key] for key in keys]
+    return [entry for entry in old if [entry["gpu"], entry["triton"], *entry["key"]] not in replaced] + new
 
 
 def tuned_entries(entries: list[Entry], gpu: str, triton: str) -> Tuned:
@@ -124,8 +124,6 @@ def tuned_entries(entries: list[Entry], gpu: str, triton: str) -> Tuned:
     mine = [entry for entry in entries if (entry["gpu"], entry["triton"]) == (gpu, triton)]
     return {Key(*entry["key"]): Config(*entry["config"]) for entry in mine}
 
-
-# What a launch consults
 
 _forced: dict[Key, Config] = {}  # of the process, not of a thread: autograd runs a backward in threads of its own
 

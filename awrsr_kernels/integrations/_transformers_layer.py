@@ -12,10 +12,12 @@ from transformers import AttentionMaskInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import causal_mask_function
 
+from .. import checks
 from ..cache import RefinedCache
 from ..decoding import refined_attention_prefill, refined_attention_step
 from ..torch_state import readable
 
+Parts = tuple[Tensor, Tensor, Tensor]  # query (B, H, L, D), key and value of H_kv heads
 IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key of the settings in a model's config
 
 
@@ -33,12 +35,9 @@ class RefinedTables(nn.Module):
         self.content = settings["tables"] == "content"
         rank, count = settings["rank"], self.heads if settings["per_head"] else 1
         shape = (rank, config.hidden_size) if self.content else (settings["max_positions"], rank)
-
-        def new(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.zeros(shape, device=next(attention.parameters()).device, dtype=dtype))
-
-        self.w_q, self.w_k = new(count, *shape), new(count, *shape)
-        self.gate = new(self.heads) if settings["gate"] else None
+        factory: Any = {"device": next(attention.parameters()).device, "dtype": dtype}
+        self.w_q, self.w_k = (nn.Parameter(torch.empty(count, *shape, **factory)) for _ in range(2))
+        self.gate = nn.Parameter(torch.zeros(self.heads, **factory)) if settings["gate"] else None
         for w in (self.w_q, self.w_k):
             nn.init.normal_(w, std=config.hidden_size**-0.5 if self.content else 1.0)
 
@@ -48,13 +47,13 @@ class RefinedTables(nn.Module):
         hidden: (B, L, E), the attention module's input. Returns (B, H, L, R); or from position tables without padding on the left,
         which is for all entries the same, (H, L, R) or (L, R).
         """
+        w_q, w_k = self.cached(hidden)
         if self.content:
-            return self._computed(hidden)
+            return w_q, w_k
         length, limit = hidden.shape[1], self.w_q.shape[1]
         if padding.longest > limit:
-            raise ValueError(f"max_positions is {limit}; it must be at least the {padding.longest} positions of the input")
+            checks.refuse("max_positions", str(limit), f"at least the {padding.longest} positions of the input")
         if padding.first is None and length <= limit:
-            w_q, w_k = self.whole()
             return w_q[..., :length, :], w_k[..., :length, :]
         first = hidden.new_zeros(hidden.shape[0], dtype=torch.int64) if padding.first is None else padding.first
         item = (torch.arange(length, device=first.device) - first[:, None]).clamp(0, limit - 1)
@@ -62,14 +61,10 @@ class RefinedTables(nn.Module):
         return tuple(w[:, item].transpose(0, 1).expand(shape) for w in (self.w_q, self.w_k))  # type: ignore[return-value]
 
     def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """W_q and W_k as a `RefinedCache` takes them: the rows of the new positions, or the whole position tables."""
-        return self._computed(hidden) if self.content else self.whole()
-
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Position tables: (H, N, R), or (N, R) shared by the heads."""
-        return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
-
-    def _computed(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """W_q and W_k as a `RefinedCache` takes them: for "content" (B, H, L, R), the rows of new positions; for "position" all of
+        (H, N, R), or (N, R) shared by the heads."""
+        if not self.content:
+            return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
         found = (F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2]) for w in (self.w_q, self.w_k))
         return tuple(x.transpose(1, 2).expand(-1, self.heads, -1, -1) for x in found)  # type: ignore[return-value]
 
@@ -93,9 +88,12 @@ class Padding(NamedTuple):
 
 
 class LazyMask:
-    """What a model says of visibility, once per pass: where padding is, and a mask only if a plain layer asks for one."""
+    """What a model says of visibility, once per pass: where padding is, and a mask only if a plain layer asks for one.
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    transformers calls the class as its mask function.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
         self.arguments = arguments
         self.plain = arguments["mask_function"] is causal_mask_function and not arguments["kv_offset"]
         self._padding = _read_padding(arguments) if self.plain else None
@@ -113,7 +111,7 @@ class LazyMask:
     @property
     def ndim(self) -> int:
         """What transformers asks of a mask that it is handed; `generate` makes one ahead of the model for these caches alone."""
-        raise ValueError("cache is static; it must be a DynamicCache for refined layers")
+        checks.refuse("cache", "static", "a DynamicCache for refined layers")
 
     def __getitem__(self, _: Any) -> Any:
         raise ValueError("attention_mask is cut to pieces by this model; it must come to the layers whole for refined ones")
@@ -132,7 +130,7 @@ def _read_padding(arguments: dict[str, Any]) -> Padding | None:
         return Padding(None, "right", None, window)
     if tuple(mask.shape) != (arguments["batch_size"], window):
         must = f"(B, L) with L = {window}, the positions of input and cache (a static cache counts all it has room for)"
-        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be {must}")
+        checks.refuse("attention_mask", f"of shape {tuple(mask.shape)}", must)
     if started and mask.device.type != "cpu":
         return None
     lengths = mask.sum(1)
@@ -144,9 +142,7 @@ def _read_padding(arguments: dict[str, Any]) -> Padding | None:
         return Padding(None, "right", None, window)
     if not one_run or not (left or (right and not started)):
         side = "on the left, as tokens follow" if started else "on one side of the batch"
-        raise ValueError(
-            f"attention_mask is irregular; it must be one run of real tokens per row for refined layers, padded {side}"
-        )
+        checks.refuse("attention_mask", "irregular", f"one run of real tokens per row for refined layers, padded {side}")
     first = window - lengths if left else None
     return Padding(lengths, "left" if left else "right", first, longest, not filled)
 
@@ -158,11 +154,13 @@ class RefinedCacheLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
+    length: int  # positions seen, padding included
+    rows: RefinedCache | None
+    can_go_on: bool  # whether tokens may follow those of the first pass
+
     def __init__(self) -> None:
         super().__init__()
-        self.length = 0  # positions seen, padding included
-        self.rows: RefinedCache | None = None
-        self.can_go_on = True  # whether tokens may follow those of the first pass
+        self.reset()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.is_initialized = True  # the rest waits for the queries and tables
@@ -182,39 +180,27 @@ class RefinedCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    def start(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: RefinedTables, hidden: Tensor, padding: Padding, scale: float
-    ) -> Tensor:
+    def start(self, parts: Parts, tables: RefinedTables, hidden: Tensor, padding: Padding, scale: float) -> Tensor:
         """Attention of a prompt, after `update` has counted it."""
+        q, k, v = parts
         if self.rows is not None and self.rows.end_bound:
             raise ValueError("model attends more than once per layer; for refined layers to keep a cache, it must attend once")
         self.can_go_on = padding.lengths is None or (padding.side == "left" and not padding.empty)
         w_q, w_k = tables.cached(hidden)
         self.rows = RefinedCache(
-            q.shape[0],
-            q.shape[2],
-            heads=q.shape[1],
-            kv_heads=k.shape[1],
-            head_dim=q.shape[-1],
-            value_dim=v.shape[-1],
-            rank=w_q.shape[-1],
-            refinement=tables.refinement,
-            tables="content" if tables.content else "position",
-            dtype=v.dtype,
-            device=v.device,
+            q.shape[0], q.shape[2], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[-1], value_dim=v.shape[-1],
+            rank=w_q.shape[-1], refinement=tables.refinement, tables="content" if tables.content else "position",
+            dtype=v.dtype, device=v.device,
+        )  # fmt: skip
+        return refined_attention_prefill(
+            q, k, v, w_q, w_k, self.rows, gate=tables.gate, lengths=padding.lengths, padding_side=padding.side, softmax_scale=scale
         )
-        sides: Any = {"lengths": padding.lengths, "padding_side": padding.side}
-        return refined_attention_prefill(q, k, v, w_q, w_k, self.rows, gate=tables.gate, softmax_scale=scale, **sides)
 
-    def go_on(
-        self, q: Tensor, k: Tensor, v: Tensor, tables: RefinedTables, hidden: Tensor, padding: Padding | None, scale: float
-    ) -> Tensor:
+    def go_on(self, parts: Parts, tables: RefinedTables, hidden: Tensor, padding: Padding | None, scale: float) -> Tensor:
         """Attention of the positions after those, one by one; `padding`, where it is known, is that of all positions."""
         if self.rows is None:
-            raise ValueError(
-                "cache is empty, as its first pass recorded gradients or had dropout; it must be filled under no_grad, in eval "
-                "mode: model.eval()"
-            )
+            was = "empty, as its first pass recorded gradients or had dropout"
+            checks.refuse("cache", was, "filled under no_grad, in eval mode: model.eval()")
         if not self.can_go_on:
             raise ValueError(
                 "cache began with padding on the right, or with a row of padding alone; for tokens to follow, it must begin with "
@@ -225,10 +211,10 @@ class RefinedCacheLayer(CacheLayerMixin):
             raise ValueError("attention_mask is another than that of the positions in the cache; it must hide the same ones")
         w_q, w_k = tables.cached(hidden)
         outs = []
-        for at in range(q.shape[2]):
-            q_i, k_i, v_i = (x[:, :, at : at + 1] for x in (q, k, v))
+        for at in range(parts[0].shape[2]):
+            q, k, v = (x[:, :, at : at + 1] for x in parts)
             w_q_i, w_k_i = (w[:, :, at : at + 1] if tables.content else w for w in (w_q, w_k))
-            outs.append(refined_attention_step(q_i, k_i, v_i, w_q_i, w_k_i, self.rows, gate=tables.gate, softmax_scale=scale))
+            outs.append(refined_attention_step(q, k, v, w_q_i, w_k_i, self.rows, gate=tables.gate, softmax_scale=scale))
         return torch.cat(outs, 2)
 
     def reset(self) -> None:
@@ -242,16 +228,15 @@ class RefinedCacheLayer(CacheLayerMixin):
         if self.rows is not None:
             self.reorder_cache(torch.arange(self.rows.batch).repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.reorder_cache(indices)
+    batch_select_indices = reorder_cache
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` positions."""
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove is {tokens_to_remove}; it must be 0 or negative")
+            checks.refuse("tokens_to_remove", str(tokens_to_remove), "0 or negative")
         if self.rows is not None:
             if self.rows.end_bound < self.length:
-                raise ValueError("cache is of a batch padded on the right; it must be padded on the left to be cropped")
+                checks.refuse("cache", "of a batch padded on the right", "padded on the left to be cropped")
             self.rows.crop(self.length + tokens_to_remove)
         self.length += tokens_to_remove
 
@@ -265,6 +250,6 @@ def cache_layer(cache: Cache, index: int) -> RefinedCacheLayer:
         layer = cache.layers[index] = RefinedCacheLayer()
     if not isinstance(layer, RefinedCacheLayer):
         state = "offloaded" if cache.offloading else "filled by a plain model" if type(layer) is DynamicLayer else "of another kind"
-        must = "a DynamicCache, empty at first and not offloaded"
-        raise ValueError(f"cache is {type(cache).__name__} of {type(layer).__name__}, {state}; it must be {must}")
+        was = f"{type(cache).__name__} of {type(layer).__name__}, {state}"
+        checks.refuse("cache", was, "a DynamicCache, empty at first and not offloaded")
     return layer

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from .. import checks
 from ..module import RefinedMultiheadAttention
 
-__all__ = ["Packed", "PackedAttention", "pack", "unpack"]
-
 
 class Packed(NamedTuple):
     """Where histories lie in packed rows; handed through a library's blocks in place of its attention mask."""
@@ -50,14 +48,9 @@ class PackedAttention(RefinedMultiheadAttention):
     """
 
     def forward(  # type: ignore[override]
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Packed,
-        key_padding_mask: None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Packed, key_padding_mask: None = None,
         need_weights: bool = False,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """query, key (1, T, E), value the same as key, attn_mask what `pack` gave -> (1, T, E) and no weights.
 
         Raises:
@@ -66,13 +59,12 @@ class PackedAttention(RefinedMultiheadAttention):
         assert value is key and not need_weights
         if self.max_len is not None and attn_mask.max_seqlen > self.max_len:
             checks.refuse("max_len", str(self.max_len), f"at least the longest history, {attn_mask.max_seqlen} items")
-        projected = None
-        if query is not key and (type(self.qkv) is not nn.Linear or self.qkv._forward_hooks or self.qkv._forward_pre_hooks):
-            wanted = self.embed_dim  # of a map that was replaced (LoRA, quantized) or is watched: it alone knows what it does
-            projected = torch.cat([self.qkv(query[0])[:, :wanted], self.qkv(key[0])[:, wanted:]], -1)
+        projected, width, qkv = None, self.embed_dim, self.qkv
+        if query is not key and (type(qkv) is not nn.Linear or qkv._forward_hooks or qkv._forward_pre_hooks):
+            # Of a map that was replaced (LoRA, quantized) or has hooks: it alone knows what it does
+            projected = torch.cat([qkv(query[0])[:, :width], qkv(key[0])[:, width:]], -1)
         elif query is not key:
-            sizes = [self.embed_dim, self.qkv.out_features - self.embed_dim]
-            biases = [None, None] if self.qkv.bias is None else self.qkv.bias.split(sizes)
-            parts = zip((query, key), self.qkv.weight.split(sizes), biases, strict=True)
+            biases = [None, None] if qkv.bias is None else [qkv.bias[:width], qkv.bias[width:]]
+            parts = zip((query, key), (qkv.weight[:width], qkv.weight[width:]), biases, strict=True)
             projected = torch.cat([F.linear(rows[0], weight, bias) for rows, weight, bias in parts], -1)
         return self._packed(query[0], *attn_mask, projected)[None], None

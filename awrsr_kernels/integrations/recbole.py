@@ -15,6 +15,9 @@ from .packed import Packed, PackedAttention, pack, unpack
 
 __all__ = ["DEFAULTS", "RefinedSASRec"]
 
+ENCODER_OPTIONS = (
+    "n_layers", "n_heads", "hidden_size", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act", "layer_norm_eps",
+)  # fmt: skip
 DEFAULTS = str(Path(recbole.__file__).parent / "properties/model/SASRec.yaml")
 """File of RecBole's own settings of SASRec, which it reads by itself for its own classes alone."""
 
@@ -34,17 +37,8 @@ class RefinedSASRec(SASRec):
 
     def __init__(self, config: Any, dataset: Any) -> None:
         super().__init__(config, dataset)
-        self.trm_encoder = _RefinedEncoder(
-            {"max_len": self.max_seq_length} | (config["refined"] or {}),
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            hidden_size=self.hidden_size,
-            inner_size=self.inner_size,
-            hidden_dropout_prob=self.hidden_dropout_prob,
-            attn_dropout_prob=self.attn_dropout_prob,
-            hidden_act=self.hidden_act,
-            layer_norm_eps=self.layer_norm_eps,
-        )
+        own = {name: getattr(self, name) for name in ENCODER_OPTIONS}
+        self.trm_encoder = _RefinedEncoder({"max_len": self.max_seq_length} | (config["refined"] or {}), **own)
         self.trm_encoder.apply(self._init_weights)
 
     def get_attention_mask(self, item_seq: Tensor, bidirectional: bool = False) -> Tensor:

@@ -3,8 +3,6 @@
 SASRecModel(session_max_len=50, transformer_layers_type=RefinedTransformerLayers, transformer_layers_kwargs={"max_len": 50})
 """
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ class _FlatAttention(PackedAttention):
     RecTools draws every parameter of two dimensions or more anew as training starts.
     """
 
-    shapes: Mapping[str, torch.Size] = MappingProxyType({})
+    shapes: dict[str, torch.Size] = {}  # empty until the tables are flat
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
@@ -54,11 +52,14 @@ class _FlatAttention(PackedAttention):
 
 
 class _Refined(TransformerLayersBase):
-    """Refines the blocks of the layers that it is mixed into."""
+    """Refines the blocks of the layers that it is mixed into, which take the options named in `own_options`."""
 
+    own_options: tuple[str, ...] = ()
     transformer_blocks: nn.ModuleList
 
-    def refine(self, options: dict[str, Any]) -> None:
+    def __init__(self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, *rest: Any, **options: Any) -> None:
+        own = {name: options.pop(name) for name in self.own_options if name in options}
+        super().__init__(n_blocks, n_factors, n_heads, dropout_rate, *rest, **own)  # type: ignore[call-arg]
         self.causal = options.get("causal", True)
         block: Any
         for block in self.transformer_blocks:
@@ -95,34 +96,14 @@ class RefinedTransformerLayers(_Refined, SASRecTransformerLayers):
         ValueError, TypeError: an option does not fit; the message names it.
     """
 
-    def __init__(self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, **options: Any) -> None:
-        super().__init__(n_blocks, n_factors, n_heads, dropout_rate)
-        self.refine(options)
-
 
 class RefinedPreLNTransformerLayers(_Refined, PreLNTransformerLayers):
     """The same for blocks that normalise first, BERT4RecModel's own. That model needs the option causal=False."""
 
-    def __init__(
-        self, n_blocks: int, n_factors: int, n_heads: int, dropout_rate: float, ff_factors_multiplier: int = 4, **options: Any
-    ) -> None:
-        super().__init__(n_blocks, n_factors, n_heads, dropout_rate, ff_factors_multiplier)
-        self.refine(options)
+    own_options = ("ff_factors_multiplier",)
 
 
 class RefinedLiGRLayers(_Refined, LiGRLayers):
     """The same for gated blocks, RecTools' LiGRLayers."""
 
-    def __init__(
-        self,
-        n_blocks: int,
-        n_factors: int,
-        n_heads: int,
-        dropout_rate: float,
-        ff_factors_multiplier: int = 4,
-        ff_activation: str = "swiglu",
-        bias_in_ff: bool = False,
-        **options: Any,
-    ) -> None:
-        super().__init__(n_blocks, n_factors, n_heads, dropout_rate, ff_factors_multiplier, ff_activation, bias_in_ff)
-        self.refine(options)
+    own_options = ("ff_factors_multiplier", "ff_activation", "bias_in_ff")

@@ -39,15 +39,9 @@ class RefinedEncoder(SasRecTransformerLayer):
     """
 
     def __init__(
-        self,
-        embedding_dim: int,
-        num_heads: int,
-        num_blocks: int,
-        dropout: float,
-        activation: str = "gelu",
-        hidden_dim: int | None = None,
-        **options: Any,
-    ) -> None:
+        self, embedding_dim: int, num_heads: int, num_blocks: int, dropout: float, activation: str = "gelu",
+        hidden_dim: int | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__(embedding_dim, num_heads, num_blocks, dropout, activation, hidden_dim)
         self.causal = options.get("causal", True)
         options = {"refinement": "additive"} | options

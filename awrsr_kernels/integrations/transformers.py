@@ -74,15 +74,18 @@ def refine(
             "model is plain, but its config has settings of refined attention; it must have a config of its own (copy it), "
             "or, if it was saved refined, come from awrsr_kernels.integrations.transformers.load"
         )
-    last = model.config.max_position_embeddings if tables == "position" else 1
+    positions = None
+    if tables == "position":
+        last = model.config.max_position_embeddings if max_positions is None else max_positions
+        positions = checks.whole("max_positions", last, 1)
     settings = {
         "layers": _chosen(layers, model.config, len(found)),
         "refinement": refinement,
-        "rank": _count("rank", rank, _head_dim(found[0]), checks.MAX_FEATURES),
+        "rank": checks.whole("rank", _head_dim(found[0]) if rank is None else rank, 1, checks.MAX_FEATURES),
         "tables": tables,
         "per_head": checks.flag("per_head", per_head),
         "gate": checks.flag("gate", gate) and refinement == "additive",
-        "max_positions": _count("max_positions", max_positions, last) if tables == "position" else None,
+        "max_positions": positions,
     }
     _install(model, found, settings)
     return model
@@ -127,26 +130,16 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    refined: Refined | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
+    dropout: float = 0.0, refined: Refined | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function as transformers calls it: query (B, H, L, D), key and value of H_kv heads; returns (B, L, H, D_v)."""
     if sparse := [name for name in ("indices", "block_indices") if kwargs.get(name) is not None]:
         raise ValueError(f"{sparse[0]} is used by {type(module).__name__}; it must be None in every layer of a refined model")
     if refined is None:  # a plain layer
         mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
-        found: tuple[Tensor, None] = AttentionInterface()["sdpa"](
-            module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        return found
+        plain: Any = AttentionInterface()["sdpa"]
+        return plain(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if used := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
         raise ValueError(f"{used[0]} is used by {type(module).__name__}; it must be None in refined layers")
     tables, hidden, cache = refined
@@ -154,25 +147,19 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if cache is not None and cache.length > length:
         if dropout:
-            raise ValueError(f"dropout is {dropout} while tokens follow a cache; it must be 0, as in eval mode: model.eval()")
-        out = cache.go_on(*parts, tables, hidden, _padding(attention_mask, cache.length), scale)
+            checks.refuse("dropout", f"{dropout} while tokens follow a cache", "0, as in eval mode: model.eval()")
+        out = cache.go_on(parts, tables, hidden, _padding(attention_mask, cache.length), scale)
         return out.transpose(1, 2).contiguous(), None
     padding = _padding(attention_mask, length)
     assert padding is not None  # it is read where nothing precedes the window
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, hidden, *tables.parameters()))
     if cache is not None and not learning and not dropout:
-        out = cache.start(*parts, tables, hidden, padding, scale)
+        out = cache.start(parts, tables, hidden, padding, scale)
     else:
         out = refined_attention(
-            *parts,
-            *tables.rows(hidden, padding),
-            refinement=tables.refinement,
-            gate=tables.gate,
-            lengths=padding.lengths,
-            padding_side=padding.side,
-            softmax_scale=scale,
-            dropout_p=dropout,
-        )
+            *parts, *tables.rows(hidden, padding), refinement=tables.refinement, gate=tables.gate, lengths=padding.lengths,
+            padding_side=padding.side, softmax_scale=scale, dropout_p=dropout,
+        )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -195,16 +182,12 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
         if name.rpartition(".")[2] in MODULES and isinstance(index, int) and _head_dim(module):
             found[index] = module
     if not found or sorted(found) != list(range(len(found))) or not model._can_set_attn_implementation():
-        raise ValueError(
-            f"model is {type(model).__name__}; it must be a decoder on transformers' attention interface, whose layers' attention "
-            f"modules are named {', '.join(MODULES)} and know their layer_idx and {' or '.join(HEAD_DIMS)}"
-        )
+        names = f"modules are named {', '.join(MODULES)} and know their layer_idx and {' or '.join(HEAD_DIMS)}"
+        must = f"a decoder on transformers' attention interface, whose layers' attention {names}"
+        checks.refuse("model", type(model).__name__, must)
     first = found[0]
-    if (
-        not getattr(first, "is_causal", True)
-        or getattr(model.config, "add_cross_attention", False)
-        or model.config.is_encoder_decoder
-    ):
+    causal = getattr(first, "is_causal", True) and not getattr(model.config, "add_cross_attention", False)
+    if not causal or model.config.is_encoder_decoder:
         raise ValueError(f"model is {type(model).__name__}, not causal or with cross-attention; it must be a decoder alone")
     if first.config is not model.config:
         raise ValueError(f"model is {type(model).__name__}, of several parts; it must be the language model inside it")
@@ -241,13 +224,8 @@ def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return args, kwargs | {"refined": Refined(attention.refined, args[0] if args else kwargs["hidden_states"], layer)}
 
 
-def _mask(**arguments: Any) -> LazyMask:
-    """The mask function as transformers calls it."""
-    return LazyMask(arguments)
-
-
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+AttentionMaskInterface.register(IMPLEMENTATION, LazyMask)
 
 
 def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) -> list[int]:
@@ -266,12 +244,3 @@ def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) 
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
         raise ValueError(f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must be of full attention: {full}')
     return sorted(layers)
-
-
-def _count(name: str, value: int | None, default: int, most: int | None = None) -> int:
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {type(value).__name__}; it must be an int or None")
-    if value < 1 or (most is not None and value > most):
-        raise ValueError(f"{name} is {value}; it must be {f'in 1..{most}' if most else '1 or more'}")
-    return value

@@ -4,33 +4,8 @@
 
 The table of `launch_config.py` suits no GPU best. For each of its keys that the given shapes reach, this measures other
 configurations of that one kernel, all other kernels left as they are: each is checked, output and gradients against the definition,
-before it is timed, and the table's row stays unless one wins by more than 3 %. See --help for examples.
-"""
+before it is timed, and the table's row stays unless one wins by more than 3 %.
 
-import argparse
-import datetime
-import functools
-import itertools
-import math
-import multiprocessing
-import os
-import sys
-import time
-from collections.abc import Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
-
-import torch
-
-from ..checks import REFINEMENTS
-from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
-from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
-from .search import Instrument, Verdict, candidates, describe, search
-from .timing import Bench, Case, DeviceLost, compile_one
-
-EXAMPLES = """
 examples:
   python -m awrsr_kernels.tuning                                    both presets in bfloat16, ten minutes
   python -m awrsr_kernels.tuning --preset recsys --refinement simple additive --dropout 0.1
@@ -49,36 +24,49 @@ run gets further in the same --seconds. Configurations are tried from the table'
 runs. A file holds entries of several GPUs and versions of Triton; another GPU's are never used, and never overwritten.
 """
 
+import argparse
+import contextlib
+import datetime
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..checks import REFINEMENTS
+from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
+from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
+from .search import Verdict, candidates, describe, search
+from .timing import Bench, Case, DeviceLost, compile_one
+
+PRESETS = {  # B, H, L, D of their shapes
+    "recsys": [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)],
+    "long": [(16384 // length, 4, length, 64) for length in (512, 2048)],
+}
 AHEAD = 0.4  # share of the time after which no more is compiled ahead
-
-
-def preset(name: str) -> list[tuple[int, int, int, int]]:
-    """B, H, L, D of its shapes."""
-    if name == "long":
-        return [(16384 // length, 4, length, 64) for length in (512, 2048)]
-    return [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)]
-
-
-# The file, and what is reported
 
 
 def entry_of(verdict: Verdict, gpu: str, triton: str) -> dict[str, Any]:
     """An entry of the file, with the measurement that it rests on."""
-    rows = []
-    for number, case in enumerate(verdict.cases):
-        ours, theirs = verdict.medians[verdict.chosen][number], verdict.medians.get(verdict.table)
-        rows.append(f"{case}: {ours:.4f} ms, table {f'{theirs[number]:.4f} ms' if theirs else 'refused'}")
-    runtime = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}"
-    versions = f"awrsr-kernels {_version('awrsr-kernels')}, torch {torch.__version__}, Triton {triton}, {runtime}"
+    chosen, table = verdict.medians[verdict.chosen], verdict.medians.get(verdict.table)
+    others = [f"{ms:.4f} ms" for ms in table] if table else ["refused"] * len(chosen)
+    rows = (f"{case}: {ms:.4f} ms, table {other}" for case, ms, other in zip(verdict.cases, chosen, others, strict=True))
+    versions = f"awrsr-kernels {__version__}, torch {torch.__version__}, Triton {triton}, {torch_build()}"
     source = f"{datetime.date.today().isoformat()}, {versions}; medians of the pass: {'; '.join(rows)}"
     return {"gpu": gpu, "triton": triton, "key": list(verdict.key), "config": list(verdict.chosen), "source": source}
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except Exception:
-        return "from a source tree"
+def torch_build() -> str:
+    return f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU"
 
 
 def save(path: Path, verdict: Verdict, gpu: str, triton: str) -> None:
@@ -87,30 +75,30 @@ def save(path: Path, verdict: Verdict, gpu: str, triton: str) -> None:
     write_entries(path, merged(read_entries(path), new, gpu, triton, [verdict.key]))
 
 
+KEY_COLUMNS = f"{'kernel':<18}{'length':>7}{'width':>6}{'bytes':>6}"
+
+
+def key_columns(key: Key) -> str:
+    return f"{key.kernel:<18}{key.length or 'any':>7}{key.width:>6}{key.itemsize:>6}"
+
+
 def results_table(verdicts: list[Verdict]) -> str:
-    lines = [
-        f"{'kernel':<18}{'length':>7}{'width':>6}{'bytes':>6}  {'table':<28}{'chosen':<28}{'faster':>8}{'tried':>7}{'refused':>8}"
-        f"{'unreached':>10}"
-    ]
+    lines = [f"{KEY_COLUMNS}  {'table':<28}{'chosen':<28}{'faster':>8}{'tried':>7}{'refused':>8}{'unreached':>10}"]
     for v in verdicts:
-        told = "kept" if v.chosen == v.table else describe(v.chosen)
+        chosen = "kept" if v.chosen == v.table else describe(v.chosen)
         gain = f"{math.exp(-v.score(v.chosen)) - 1:.1%}" if v.table in v.medians and v.chosen in v.medians else "-"
         tried = len(dict.fromkeys([v.table, v.chosen, *candidates(v.key)])) - v.unreached
         table = describe(v.table) + (" (refused)" if v.table in v.refused else "")
-        lines.append(
-            f"{v.key.kernel:<18}{v.key.length or 'any':>7}{v.key.width:>6}{v.key.itemsize:>6}  {table:<28}{told:<28}{gain:>8}"
-            f"{tried:>7}{len(v.refused):>8}{v.unreached:>10}"
-        )
+        lines.append(f"{key_columns(v.key)}  {table:<28}{chosen:<28}{gain:>8}{tried:>7}{len(v.refused):>8}{v.unreached:>10}")
     return "\n".join(lines)
 
 
 def listing(path: Path) -> str:
     """The table, and below each key what is tuned for it."""
     entries, lines = read_entries(path), [f"{path}{'' if path.exists() else ' (not there: nothing is tuned)'}", ""]
-    lines.append(f"{'kernel':<18}{'length':>7}{'width':>6}{'bytes':>6}  configuration, of several the first that fits")
+    lines.append(f"{KEY_COLUMNS}  configuration, of several the first that fits")
     for key, rows in TABLE.items():
-        told = ", or ".join(describe(row.config) for row in rows)
-        lines.append(f"{key.kernel:<18}{key.length or 'any':>7}{key.width:>6}{key.itemsize:>6}  {told}")
+        lines.append(f"{key_columns(key)}  {', or '.join(describe(row.config) for row in rows)}")
         for entry in entries:
             if Key(*entry["key"]) == key:
                 config = describe(Config(*entry["config"]))
@@ -119,33 +107,13 @@ def listing(path: Path) -> str:
     return "\n".join(lines)
 
 
-class Progress:
-    """tqdm's bar if it is installed and a terminal is there, lines above it."""
+def progress_bar(total: int) -> Any:
+    """tqdm's, None if it is not installed or no terminal is there."""
+    if not sys.stderr.isatty() or not find_spec("tqdm"):
+        return None
+    from tqdm import tqdm
 
-    def __init__(self, total: int) -> None:
-        self.bar = None
-        if sys.stderr.isatty() and find_spec("tqdm"):
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, leave=False, unit="candidate")
-
-    def step(self, text: str) -> None:
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
-
-    def say(self, line: str) -> None:
-        if self.bar is None:
-            print(line, flush=True)
-        else:
-            self.bar.write(line)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
-# The command line
+    return tqdm(total=total, leave=False, unit="candidate")
 
 
 def shape(text: str) -> tuple[int, ...]:
@@ -158,25 +126,20 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def within(low: float, high: float, text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not low <= value < high:
-        raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
-    return value
+    with contextlib.suppress(ValueError):
+        if low <= float(text) < high:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
 
 
 def make_parser() -> argparse.ArgumentParser:
+    description, examples = (__doc__ or "\n\nexamples:").split("\n\nexamples:")
     parser = argparse.ArgumentParser(
-        prog="python -m awrsr_kernels.tuning",
-        usage="%(prog)s [options]; --help lists them with examples",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        prog="python -m awrsr_kernels.tuning", usage="%(prog)s [options]; --help lists them with examples",
+        description=description, epilog=f"examples:{examples}", formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add, seconds = parser.add_argument, functools.partial(within, 1, 1e9)
-    add("--preset", nargs="+", choices=("recsys", "long"), help="shapes to tune for (default: both)")
+    add("--preset", nargs="+", choices=tuple(PRESETS), help="shapes to tune for (default: both)")
     add("--shapes", nargs="+", action="extend", type=shape, metavar="B,H,L,D[,R]", help="other shapes; R is D if left out")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default bfloat16")
     add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple; several are judged together")
@@ -194,7 +157,7 @@ def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     if options.shapes and options.preset:
         parser.error("argument --shapes: takes the place of --preset; leave one of them out")
     dtype = getattr(torch, options.dtype)
-    shapes = options.shapes or [size for name in options.preset or ("recsys", "long") for size in preset(name)]
+    shapes = options.shapes or [size for name in options.preset or PRESETS for size in PRESETS[name]]
     if options.processes < 1:
         parser.error(f"argument --processes: was {options.processes}, must be at least 1")
     refinements = list(dict.fromkeys(options.refinement))
@@ -205,10 +168,9 @@ def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
 def missing_gpu(cases: list[Case]) -> str | None:
     """Why nothing can be measured here, None if it can."""
     if not torch.cuda.is_available():
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU"
         return (
             "tuning needs a GPU (NVIDIA of compute capability 8.0 or newer, or AMD) and a torch that sees it: "
-            f"torch {torch.__version__} ({build} build) finds none here; --list works without"
+            f"torch {torch.__version__} ({torch_build()} build) finds none here; --list works without"
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is 1, which must be unset: the interpreter's times say nothing about a GPU"
@@ -222,38 +184,41 @@ def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float
     queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
     work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
     end, done = time.monotonic() + seconds, 0
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        waiting = [pool.apply_async(compile_one, each) for each in work]
-        for result in waiting:
-            try:
-                result.get(max(0.0, end - time.monotonic()))
-            except multiprocessing.TimeoutError:
-                break
+    with multiprocessing.get_context("spawn").Pool(processes) as pool, contextlib.suppress(multiprocessing.TimeoutError):
+        for result in [pool.apply_async(compile_one, each) for each in work]:
+            result.get(max(0.0, end - time.monotonic()))
             done += 1
     return done
 
 
 def tune(
-    grouped: dict[Key, list[Case]], device: torch.device, bench: Instrument, path: Path, names: tuple[str, str], seconds: float
+    grouped: dict[Key, list[Case]], device: torch.device, bench: Bench, path: Path, names: tuple[str, str], seconds: float
 ) -> list[Verdict]:
     """Search key after key, each with an even share of the time that is left, and write each verdict as soon as it stands.
 
     names: the GPU's name and Triton's version, for which the file's entries hold.
     """
     verdicts: list[Verdict] = []
-    progress, begin = Progress(sum(len(candidates(key)) for key in grouped)), time.monotonic()
+    bar, begin = progress_bar(sum(len(candidates(key)) for key in grouped)), time.monotonic()
+    say = functools.partial(print, flush=True) if bar is None else bar.write
+
+    def step(text: str) -> None:
+        if bar is not None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
     try:
         for number, (key, cases) in enumerate(grouped.items()):
             share = max(0.0, seconds - (time.monotonic() - begin)) / (len(grouped) - number)
             found_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
-            table, current = choose(key, shared_memory(device)), found_before.get(key)
-            say = progress.say
-            verdicts.append(search(key, cases, table, bench, share, current=current, say=say, step=progress.step))
+            table = choose(key, shared_memory(device))
+            verdicts.append(search(key, cases, table, bench, share, current=found_before.get(key), say=say, step=step))
             save(path, verdicts[-1], *names)
     except KeyboardInterrupt:
-        progress.say("interrupted; what was found before is kept")
+        say("interrupted; what was found before is kept")
     finally:
-        progress.close()
+        if bar is not None:
+            bar.close()
     return verdicts
 
 

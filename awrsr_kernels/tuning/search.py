@@ -1,15 +1,15 @@
-"""What the tuner tries, in which order, and what it takes for better. Nothing here needs a GPU: the instrument is handed in."""
+"""What the tuner tries, in which order, and what it takes for better. Nothing here needs a GPU: the bench is handed in."""
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from ..launch_config import LENGTHS, TABLE, TILED, Config, Key
 from ..tuned import misfit
-from .timing import Case, guards
+from .timing import Bench, Case, guards
 
 MARGIN = 0.03  # by which a configuration must win, lest noise choose
 CHECKING = 0.7  # share of a kernel's time after which no further candidate is compiled and checked
@@ -19,9 +19,6 @@ WARPS = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (2, 4, 8)}  # of the short regime,
 PROGRAMS = (1, 2, 4, 8, 16)
 BLOCKS = (16, 32, 64, 128)
 LARGEST_SHARED = 232448  # bytes that a program may have on an H100, more than on any older GPU
-
-
-# What is tried
 
 
 def carried(key: Key, config: Config) -> int:
@@ -72,17 +69,6 @@ def describe(config: Config) -> str:
     return f"{block_m}x{block_n} warps {warps}{more}"
 
 
-# The search
-
-
-class Instrument(Protocol):
-    """What the search measures with: `Bench`, or in tests something that needs no GPU."""
-
-    def refusal(self, case: Case, key: Key, config: Config) -> str | None: ...
-
-    def time(self, case: Case, key: Key, config: Config) -> float: ...
-
-
 @dataclass
 class Verdict:
     """What became of a key."""
@@ -102,36 +88,28 @@ class Verdict:
 
 
 def medians_of(
-    bench: Instrument, key: Key, cases: list[Case], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
+    bench: Bench, key: Key, cases: list[Case], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
 ) -> dict[Config, list[float]]:
     """Median of a case's samples. Rounds are interleaved, each begins with another configuration: what else the GPU does, a clock
     that it lowers or a neighbour, hits all of them alike."""
-    samples: dict[Config, list[list[float]]] = {config: [[] for _ in cases] for config in configs}
-    for done in range(rounds):
-        if not go_on(done):
-            break
-        for config in (*configs[done % len(configs) :], *configs[: done % len(configs)]):
-            for into, case in zip(samples[config], cases, strict=True):
-                into.append(bench.time(case, key, config))
-    return {config: [statistics.median(of_case) for of_case in found] for config, found in samples.items()}
+    samples: dict[Config, list[list[float]]] = {config: [] for config in configs}  # a row per round, a number per case
+    for done in itertools.takewhile(go_on, range(rounds)):
+        first = done % len(configs)
+        for config in (*configs[first:], *configs[:first]):
+            samples[config].append([bench.time(case, key, config) for case in cases])
+    return {config: [statistics.median(of_case) for of_case in zip(*rows, strict=True)] for config, rows in samples.items()}
 
 
 def search(
-    key: Key,
-    cases: list[Case],
-    table: Config,
-    bench: Instrument,
-    seconds: float = math.inf,
-    *,
-    current: Config | None = None,
-    say: Callable[[str], None] = print,
-    step: Callable[[str], None] = lambda text: None,
+    key: Key, cases: list[Case], table: Config, bench: Bench, seconds: float = math.inf, *, current: Config | None = None,
+    say: Callable[[str], None] = print, step: Callable[[str], None] = lambda text: None,
     now: Callable[[], float] = time.monotonic,
-) -> Verdict:
+) -> Verdict:  # fmt: skip
     """The fastest right configuration for a key, all its cases together; the table's row unless another wins by MARGIN.
 
-    table: the row that decides without the tuner. current: what an earlier run chose; always tried again. A candidate is right if
-    it is so in every case; one that wins must be so in the guards (`guards`), too, as the key stands for their shapes as well.
+    table: the row that decides without the tuner. bench: refuses and times configurations, in tests by an invented clock. current:
+    what an earlier run chose; always tried again. A candidate is right if it is so in every case; one that wins must be so in the
+    guards (`guards`), too, as the key stands for their shapes as well.
     """
     begin, verdict = now(), Verdict(key, cases, table, table)
     always = [table] if current is None else [table, current]

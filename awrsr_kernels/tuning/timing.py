@@ -5,7 +5,7 @@ B batch, H query heads, H_kv key and value heads, L positions, D head dim (of va
 
 import contextlib
 import functools
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -73,26 +73,20 @@ class Clock:
         self.cuda = device.type == "cuda"
         self.cache = torch.empty(256 << 20 if self.cuda else 0, dtype=torch.int8, device=device)
 
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def sample(self, prepare: Callable[[], Callable[[], Any]]) -> float:
         """Milliseconds of the call that `prepare` returns, the mean of several; what `prepare` itself takes does not count."""
-        spans = []
-        for _ in range(self.SPANS if self.cuda else 1):
-            call = prepare()
-            for _ in range(self.FLUSHES if self.cuda else 0):
-                self.cache.zero_()
-            start = self.mark()
-            result = call()
-            spans.append((start, self.mark()))
-            del call, result
         if not self.cuda:
-            return sum(end - start for start, end in spans) / len(spans) * 1e3
+            return timeit.timeit(prepare(), number=1) * 1e3
+        spans = []
+        for _ in range(self.SPANS):
+            call, start, end = prepare(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(self.FLUSHES):
+                self.cache.zero_()
+            start.record()
+            result = call()
+            end.record()
+            spans.append((start, end))
+            del call, result
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in spans) / len(spans)
 
@@ -131,19 +125,16 @@ class Workload:
         self.excerpt_dout[self.index] = self.dout[self.index]
 
     def forward(self, leaves: dict[str, Tensor], lengths: Tensor | None, backend: str) -> Tensor:
-        tables = {"w_q": None, "w_k": None} if self.case.refinement == "none" else {}
+        none = {"w_q": None, "w_k": None}
         return refined_attention(
-            **leaves, **tables, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
+            **none | leaves, refinement=self.case.refinement, lengths=lengths,  # type: ignore[arg-type]
             dropout_p=self.case.dropout_p, dropout_seed=self.seed, backend=backend,
         )  # fmt: skip
 
     @functools.cached_property
-    def exact(self) -> dict[str, Tensor]:
-        return self._reference(torch.float64)
-
-    @functools.cached_property
-    def same(self) -> dict[str, Tensor]:
-        return self._reference(self.case.dtype)
+    def references(self) -> list[dict[str, Tensor]]:
+        """Results of the excerpt by the definition: in float64, and in the case's own dtype."""
+        return [self._reference(dtype) for dtype in (torch.float64, self.case.dtype)]
 
     def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
         lengths = None if self.lengths is None else self.lengths[self.index]
@@ -159,17 +150,18 @@ class Workload:
         with _poisoned():
             out = self.forward(self.leaves, self.lengths, "triton")
             found = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
-        lines = wrong_results({n: self._excerpt(n, x) for n, x in found.items()}, self.exact, self.same, self.case.dtype)
+        exact, same_dtype = self.references
+        lines = wrong_results({n: self._excerpt(n, x) for n, x in found.items()}, exact, same_dtype, self.case.dtype)
         others = torch.ones(self.case.batch, dtype=torch.bool, device=out.device).index_fill(0, self.index, False)
         if not found["out"][others].isfinite().all():
             lines.append("out is not finite beyond the excerpt")
-        strays = [n for n in ("q", "k", "v") if not (found[n][others] == 0).all()]
+        strays = [n for n in ("q", "k", "v") if found[n][others].count_nonzero()]
         return lines + [f"the gradient of {n} is not zero where that of the output is" for n in strays]
 
-    def prepare_forward(self) -> Callable[[], Any]:
-        return lambda: self.forward(self.leaves, self.lengths, "triton")
-
-    def prepare_backward(self) -> Callable[[], Any]:
+    def prepare(self, backward: bool) -> Callable[[], Any]:
+        """One of the two passes, ready to be called."""
+        if not backward:
+            return lambda: self.forward(self.leaves, self.lengths, "triton")
         out = self.forward(self.leaves, self.lengths, "triton")
         return lambda: _gradients(out, self.leaves, self.dout)
 
@@ -178,7 +170,7 @@ def compile_one(case: Case, key: Key, config: Config) -> None:
     """Leave what a configuration compiles to in Triton's cache on disk; what fails will fail where it is checked."""
     with contextlib.suppress(Exception), forced({key: config}):
         device = torch.device("cuda", torch.cuda.current_device())
-        Workload(case, device).prepare_backward()()
+        Workload(case, device).prepare(backward=True)()
         torch.cuda.synchronize(device)
 
 
@@ -191,13 +183,7 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.clock = device, Clock(device)
-        self.workloads: dict[Case, Workload] = {}
-
-    def workload(self, case: Case) -> Workload:
-        """Made once: the reference takes longer than the kernels."""
-        if case not in self.workloads:
-            self.workloads[case] = Workload(case, self.device)
-        return self.workloads[case]
+        self.workload = functools.cache(lambda case: Workload(case, device))  # the reference takes longer than the kernels
 
     def refusal(self, case: Case, key: Key, config: Config) -> str | None:
         """Why `config` must not be chosen for `key`: it does not compile, does not fit, or a result is wrong."""
@@ -206,16 +192,15 @@ class Bench:
             with forced({key: config}):
                 lines = workload.wrong()
         except Exception as error:  # Triton's compilers raise whatever they like
-            self._still_there(config)
+            self._check_device(config)
             reason = str(error).strip().splitlines() or [""]
             return f"skipped at {case}: {type(error).__name__}: {reason[0][:160]}"
         return f"WRONG at {case}: {'; '.join(lines)}" if lines else None
 
-    def _still_there(self, config: Config) -> None:
-        if self.device.type != "cuda":
-            return
+    def _check_device(self, config: Config) -> None:
         try:
-            torch.cuda.synchronize(self.device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
         except Exception as error:
             raise DeviceLost(f"{config} broke the GPU's state: {error}") from error
 
@@ -223,7 +208,7 @@ class Bench:
         """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
         workload = self.workload(case)
         with forced({key: config}):
-            return self.clock.sample(workload.prepare_forward if key.kernel in LAUNCHED_FORWARD else workload.prepare_backward)
+            return self.clock.sample(lambda: workload.prepare(backward=key.kernel not in LAUNCHED_FORWARD))
 
 
 def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Refined attention inside Hugging Face transformers: the real library, models from configs."""
+"""Refined attention inside Hugging Face transformers: what refined models compute, how they train, are saved and loaded."""
 
 import copy
 import subprocess
@@ -9,80 +9,27 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    BertConfig,
-    BertModel,
-    DynamicCache,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    StaticCache,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, LlamaForCausalLM
 
 from awrsr_kernels import refined_attention
 from awrsr_kernels.integrations.transformers import load, refine
 
 from ..conftest import DEVICE
-
-COMMON: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2}
-WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-WINDOW = 9
-
-
-def llama(**changes: Any) -> Any:
-    torch.manual_seed(3)
-    config = LlamaConfig(**(COMMON | WIDTHS | {"max_position_embeddings": 64} | changes))
-    return LlamaForCausalLM(config).to(DEVICE).eval()
-
-
-def gpt2(**changes: Any) -> Any:
-    torch.manual_seed(3)
-    config = GPT2Config(**(COMMON | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64} | changes))
-    return GPT2LMHeadModel(config).to(DEVICE).eval()
-
-
-def qwen2_with_a_sliding_layer() -> Any:
-    torch.manual_seed(3)
-    kinds = ["sliding_attention", "full_attention"]
-    window = {"use_sliding_window": True, "sliding_window": 3, "layer_types": kinds, "max_position_embeddings": 64}
-    return Qwen2ForCausalLM(Qwen2Config(**(COMMON | WIDTHS | window))).to(DEVICE).eval()
-
-
-ARCHITECTURES = pytest.mark.parametrize("make", [llama, gpt2])
-TABLES = pytest.mark.parametrize("tables", ["content", "position"])
-
-
-def trained(model: Any, **options: Any) -> Any:
-    """Refined, with gates as if they had been trained."""
-    refine(model, **options)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(".gate"):
-                weight.copy_(1 + torch.rand_like(weight))
-    return model
-
-
-def tokens(*shape: int) -> Tensor:
-    return torch.randint(3, COMMON["vocab_size"], shape, device=DEVICE)
-
-
-def padded(lengths: list[int], side: str) -> dict[str, Tensor]:
-    """Random tokens in a window, with positions that count real tokens."""
-    at = torch.arange(WINDOW, device=DEVICE)
-    n = torch.tensor(lengths, device=DEVICE)[:, None]
-    mask = (at >= WINDOW - n if side == "left" else at < n).long()
-    ids = torch.where(mask.bool(), tokens(len(lengths), WINDOW), 0)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * expected.abs().max().item())
+from .decoders import (
+    ARCHITECTURES,
+    COMMON,
+    TABLES,
+    WIDTHS,
+    WINDOW,
+    check_padding,
+    close,
+    gpt2,
+    llama,
+    padded,
+    qwen2_with_a_sliding_layer,
+    tokens,
+    trained,
+)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2, qwen2_with_a_sliding_layer])
@@ -155,61 +102,7 @@ def test_grouped_query_heads_equal_repeated_ones() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_padded_rows_equal_unpadded_ones(make: Any, tables: str, side: str, use_cache: bool) -> None:
-    model, given = trained(make(), tables=tables), padded([9, 4, 1, 6], side)
-    with torch.no_grad():
-        logits = model(**given, use_cache=use_cache).logits
-        for ids, row, real in zip(given["input_ids"], logits, given["attention_mask"].bool(), strict=True):
-            close(row[real], model(ids[real][None]).logits[0])
-
-
-@ARCHITECTURES
-@pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("options", [
-    {"refinement": "additive"},
-    {"refinement": "additive", "tables": "position", "per_head": False},
-    {"refinement": "simple", "tables": "position"},
-    {"refinement": "value", "layers": [1]},
-], ids=str)  # fmt: skip
-def test_generation_with_the_cache_equals_generation_without(make: Any, beams: int, options: dict[str, Any]) -> None:
-    model, given = trained(make(), **options), padded([9, 4, 6], "left")
-    rules = {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
-    del given["position_ids"]
-    rows: list[int] = []
-    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
-    cached, recomputed = (model.generate(**given, use_cache=use, **rules) for use in (True, False))
-    assert rows == [WINDOW] + [1] * 7 + list(range(WINDOW, WINDOW + 8))
-    assert cached.sequences.equal(recomputed.sequences)
-    assert len({tuple(row) for row in cached.sequences[:, WINDOW:].tolist()}) > 1  # the model has something to say
-    for with_cache, without in zip(cached.scores, recomputed.scores, strict=True):
-        close(with_cache, without)
-    layer = cached.cache.layers[1]
-    assert layer.rows.k.shape[:2] == (3 * beams, layer.rows.heads // (2 if make is llama else 1)) and layer.keys is None
-
-
-def test_a_sliding_layer_beside_a_refined_one_generates_as_before() -> None:
-    given = padded([9, 4, 6], "left")
-    del given["position_ids"]
-    original, model = qwen2_with_a_sliding_layer(), refine(qwen2_with_a_sliding_layer(), layers=[1])
-    assert model.generate(**given, max_new_tokens=6).equal(original.generate(**given, max_new_tokens=6))
-
-
-@torch.no_grad()
-def test_a_cache_goes_on_from_any_place() -> None:
-    """Several tokens at once, after forgetting some, for some of the rows."""
-    model, ids = trained(llama()), tokens(3, WINDOW)
-    whole = model(ids).logits
-    cache = DynamicCache()
-    close(model(ids[:, :5], cache=cache).logits, whole[:, :5])
-    close(model(ids[:, 5:], cache=cache).logits, whole[:, 5:])
-    cache.crop(-3)
-    assert cache.get_seq_length() == WINDOW - 3
-    cache.batch_select_indices(torch.tensor([2, 0], device=DEVICE))
-    close(model(ids[[2, 0], -3:], cache=cache).logits, whole[[2, 0], -3:])
-    cache.batch_repeat_interleave(2)
-    new = tokens(4, 1)
-    close(model(new, cache=cache).logits[:, 0], model(torch.cat([ids[[2, 2, 0, 0]], new], 1)).logits[:, -1])
-    cache.reset()
-    close(model(ids, cache=cache).logits, whole)
+    check_padding(trained(make(), tables=tables), padded([9, 4, 1, 6], side), use_cache)
 
 
 @ARCHITECTURES
@@ -305,10 +198,7 @@ def test_tables_may_be_wider_than_the_model(tables: str) -> None:
 def test_padding_does_not_count_against_position_tables(side: str) -> None:
     model, given = trained(llama(), tables="position", max_positions=6), padded([6, 4, 1], side)
     for use_cache in (True, False):
-        with torch.no_grad():
-            logits = model(**given, use_cache=use_cache).logits
-            for ids, row, real in zip(given["input_ids"], logits, given["attention_mask"].bool(), strict=True):
-                close(row[real], model(ids[real][None]).logits[0])
+        check_padding(model, given, use_cache)
     with pytest.raises(ValueError, match="max_positions is 6; it must be at least the 7 positions"):
         model(**padded([7, 1], side), use_cache=False)
 
@@ -407,7 +297,7 @@ def test_what_cannot_be_refined_is_refused() -> None:
     ({"layers": []}, r"layers is \[\]; it must name one layer at least"),
     ({"layers": ["0"]}, r"layers is \['0'\]; it must be None or a list of ints"),
     ({"rank": 257}, r"rank is 257; it must be in 1..256"),
-    ({"rank": 8.0}, "rank is float; it must be an int or None"),
+    ({"rank": 8.0}, "rank is float; it must be an int"),
     ({"tables": "position", "max_positions": 0}, "max_positions is 0; it must be 1 or more"),
     ({"gate": 1}, "gate is 1; it must be True or False"),
     ({"per_head": None}, "per_head is None; it must be True or False"),
@@ -415,75 +305,6 @@ def test_what_cannot_be_refined_is_refused() -> None:
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         refine(llama(), **options)
-
-
-def test_masks_that_are_no_padding_are_refused() -> None:
-    model, ids = refine(llama()), tokens(2, 5)
-
-    def refused(message: str, **given: Any) -> None:
-        with pytest.raises(ValueError, match=message):
-            model(ids, **given)
-
-    row = [[1] * 5]
-    refused("attention_mask is irregular; .* padded on one side", attention_mask=torch.tensor([[1, 0, 1, 1, 1], *row]))
-    refused("attention_mask is irregular; .* padded on one side", attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]))
-    refused(r"attention_mask is of shape \(2, 4\)", attention_mask=torch.ones(2, 4))
-    refused(r"attention_mask is of shape \(2, 1, 5, 5\)", attention_mask=torch.ones(2, 1, 5, 5), use_cache=False)
-    packed = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=DEVICE)
-    refused("attention_mask is not plainly causal", position_ids=packed, use_cache=False)
-    for index in (0, 1):  # refined layers and plain ones
-        with pytest.raises(ValueError, match="block_indices is used by LlamaAttention; it must be None in every layer"):
-            refine(llama(), layers=[index])(ids, block_indices=torch.zeros(1), use_cache=False)
-    cut = model.model.layers[0].forward  # as models do whose layers slice the mask
-    model.model.layers[0].forward = lambda x, attention_mask, **rest: cut(x, attention_mask=attention_mask[:, :, :4], **rest)
-    refused("attention_mask is cut to pieces by this model", use_cache=False)
-    with pytest.raises(ValueError, match="max_positions is 4; it must be at least the 5 positions"):
-        refine(llama(), tables="position", max_positions=4)(ids, use_cache=False)
-
-
-def test_caches_that_cannot_serve_are_refused() -> None:
-    model, ids = refine(llama()), tokens(2, 5)
-
-    def refused(message: str, cache: Any, **given: Any) -> None:
-        with pytest.raises(ValueError, match=message):
-            model(ids[:, :1], cache=cache, **given)
-
-    with torch.no_grad():
-        refused("cache is StaticCache of StaticLayer, of another kind", StaticCache(config=model.config, max_cache_len=8))
-        refused("cache is DynamicCache of DynamicLayer, filled by a plain model", llama()(ids).cache)
-        with pytest.raises(ValueError, match="cache is static; it must be a DynamicCache"):
-            model.generate(ids, max_new_tokens=3, cache_implementation="static")
-        with pytest.raises(ValueError, match="a static cache counts all it has room for"):
-            mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5], device=DEVICE)
-            model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
-        offloaded = DynamicCache(config=model.config)
-        offloaded.offloading = True  # as if made so, which takes a GPU
-        refused("cache is DynamicCache of DynamicLayer, offloaded", offloaded)
-    learning = model(ids).cache
-    with torch.no_grad():
-        refused("cache is empty, as its first pass recorded gradients or had dropout; .* model.eval", learning)
-        cache = model(ids).cache
-        if DEVICE == "cpu":  # values on a GPU are not read
-            refused("attention_mask is another than that", cache, attention_mask=torch.tensor([[1] * 6, [0] + [1] * 5]))
-        right = model(ids, attention_mask=torch.tensor([[1] * 4 + [0], [1, 0, 0, 0, 0]], device=DEVICE)).cache
-        refused("cache began with padding on the right", right)
-        chunk = torch.tensor([[1] * 5, [0] * 5], device=DEVICE)
-        refused("cache began with .* a row of padding alone", model(ids, attention_mask=chunk).cache)
-        with pytest.raises(ValueError, match="cache is of a batch padded on the right"):
-            right.crop(-1)
-        with pytest.raises(ValueError, match="tokens_to_remove is 1; it must be 0 or negative"):
-            cache.crop(1)
-        dropping = trained(llama(attention_dropout=0.2))
-        cache = dropping(ids).cache
-        dropping.train()
-        with pytest.raises(ValueError, match=r"dropout is 0.2 while tokens follow a cache; it must be 0, .* model.eval"):
-            dropping(ids[:, :1], cache=cache)
-        cache = dropping(ids).cache
-        with pytest.raises(ValueError, match="cache is empty, as its first pass .* had dropout"):
-            dropping.eval()(ids[:, :1], cache=cache)
-        twice = AutoConfig.for_model("diffllama", **(COMMON | WIDTHS | {"max_position_embeddings": 64}))
-        with pytest.raises(ValueError, match="attends more than once per layer"):
-            refine(AutoModelForCausalLM.from_config(twice)).eval()(ids)
 
 
 def test_what_was_not_saved_refined_does_not_load(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_a_large_batch_is_compared_by_an_excerpt(dropout_p: float, monkeypatch: 
     monkeypatch.setattr(_tune_bench, "REFERENCE_BYTES", 3 * 12 * 8 * case.heads * case.length**2)
     workload = Workload(case, torch.device(DEVICE))
     assert workload.index.tolist() == ([0, 1, 2] if dropout_p else [0, 3, 6])
-    assert workload.exact["out"].shape[0] == 3 and workload.wrong() == []
+    assert workload.references[0]["out"].shape[0] == 3 and workload.wrong() == []
     workload.excerpt_dout[5] = 1.0
     workload.lengths[5] = case.length
     assert any("is not zero where that of the output is" in line for line in workload.wrong())
