@@ -1,6 +1,6 @@
 """What refinement costs, from committed results alone: operator, training, decoding, and each call under the roof of its device.
 
-    python benchmarks/cost_report.py          # benchmarks/results/operator/cost.md, cost.json, cost_{operator,roofline,quality}.png
+    python -m benchmarks.operator.cost_report      # results/operator/cost.md, cost.json, cost_{operator,roofline,quality}.png
 
 The roof of a device is what it copies and what it multiplies at best: a call that does I operations per byte of device memory gets
 no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and above it
