@@ -12,7 +12,6 @@ The base's figures are kept in .guard/ where they do not depend on what the mach
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -131,8 +130,8 @@ class Guard:
     def rows(self) -> list[Row]:
         """Everything measured and judged: two at a time what is not timed, then one by one what is."""
         with ThreadPoolExecutor(2) as pool:
-            submit = functools.partial(pool.submit, self.measure)
-            jobs = {p.name: [submit(p, side, p.seconds * self.patience) for side in SIDES] for p in PARTS if not p.timed}
+            once = [part for part in PARTS if not part.timed]
+            jobs = {p.name: [pool.submit(self.measure, p, side, p.seconds * self.patience) for side in SIDES] for p in once}
         measured = {name: [job.result() for job in pair] for name, pair in jobs.items()}
         keep = (part.name for part in PARTS if part.keep)
         write_json(self.path, {name: base for name in keep if not isinstance(base := measured[name][0], str)})

@@ -59,19 +59,12 @@ PRESETS = {
     "recsys": Preset(lengths=(20, 50, 100, 200), heads=2, dim=32, batches=(128, 512, 2048)),
     "long": Preset(lengths=(512, 1024, 2048, 4096, 8192), heads=4, dim=64, tokens=16384),
 }
-CPU_DEFAULT = replace(PRESETS["recsys"], batches=(32,))
-QUICK = replace(PRESETS["recsys"], lengths=(20, 50), batches=(32,))
-STOSA = Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,))  # 4 heads of 64 features and L 100: STOSA's own settings
-STOSA_QUICK = replace(STOSA, lengths=(20, 50), batches=(32,))
-
-
-def choose_preset(backbone: str, device: str, name: str | None, quick: bool) -> Preset:
-    """The preset of that name, or what is measured where none is named."""
-    if quick:
-        return STOSA_QUICK if backbone == STOCHASTIC else QUICK
-    if name or device != "cpu":
-        return PRESETS[name or "recsys"]
-    return STOSA if backbone == STOCHASTIC else CPU_DEFAULT
+UNNAMED = {  # (backbone, --quick): what is measured on a CPU where no preset is named; between Gaussians STOSA's sizes
+    (DOT, False): replace(PRESETS["recsys"], batches=(32,)),
+    (DOT, True): replace(PRESETS["recsys"], lengths=(20, 50), batches=(32,)),
+    (STOCHASTIC, False): Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,)),
+    (STOCHASTIC, True): Preset(lengths=(20, 50), heads=4, dim=16, batches=(32,)),
+}
 
 
 @dataclass(frozen=True)

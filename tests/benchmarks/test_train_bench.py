@@ -1,4 +1,4 @@
-"""The benchmarks of training and of a large catalogue: their files, the gate before timing, ratios, the memory limit."""
+"""The benchmark of training: its files, the gate before timing, ratios."""
 
 import csv
 import dataclasses
@@ -21,8 +21,8 @@ from benchmarks.common import compare, pages
 from benchmarks.common.clock import WrongResult
 from benchmarks.common.report import Row
 from benchmarks.training import contestants as training
-from benchmarks.training import large_catalogue, train_bench
 from benchmarks.training import report as train_report
+from benchmarks.training import train_bench
 from benchmarks.training.contestants import Problem, Work, check, contestant, rank_step, yardstick
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -211,22 +211,3 @@ def test_histories_too_short_to_train_on(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         train_bench.main(["--data", str(path), *SMALL])
     assert "argument --data: no history has two events for training" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("loss", ["sampled_softmax", "cross_entropy"])
-def test_large_catalogue_in_small(loss: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--steps", "2", "--targets", "50", "--threads", "1", "--loss", loss, "--out", str(tmp_path)]
-    made = ["--items", "2000", "--users", "500"] if loss == "sampled_softmax" else ["--data", str(data)]
-    assert large_catalogue.main([*options, *made]) == 0
-    results: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
-    stages = {row["stage"]: row for row in results["rows"]}
-    names = ["make", "read", "split", "model", "train", "load", "evaluate", "recommend"]
-    assert list(stages) == (names if loss == "sampled_softmax" else names[1:])
-    assert results["peak_gib"] == max(row["peak_gib"] for row in results["rows"]) > 0 and results["limit_gib"] == 12
-    assert stages["recommend"]["recommendations"] > 0 and stages["train"]["steps"] >= 1
-    assert "within the limit of 12 GiB" in capsys.readouterr().out
-
-
-def test_more_memory_than_the_limit_fails(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert large_catalogue.main(["--data", str(data), "--steps", "1", "--limit", "0.01"]) == 1
-    assert "ABOVE the limit of 0.01 GiB" in capsys.readouterr().out
