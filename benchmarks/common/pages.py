@@ -80,9 +80,9 @@ def training(results: Row) -> str:
             shown = [f"{of[n][speed]:,.0f}, {of[n]['peak_mib']:.3g}" if n in of else "-" for n in layouts]
             cells.append([pass_, refinement, f"`{provider}`", *shown, times(of.get(layouts[0], {}), share)])
         lines += ["", f"{task}:", "", *page_table(["pass", "refinement", "backend", *layouts, "to plain"], cells)]
-    if results["end_to_end"]:
+    if results.get("end_to_end"):
         lines += ["", "Whole runs, per CPU-second:", "", "| | training sequences | users evaluated | |", "|--|--|--|--|"]
-    for row in results["end_to_end"]:
+    for row in results.get("end_to_end", ()):  # of files that the tag study-1 wrote
         train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
         origin = "quoted, not measured here" if row["quoted"] else "this run"
         lines.append(f"| {row['who']} | {train:,.0f} | {users:,.0f} | {origin} |")
