@@ -70,9 +70,6 @@ def command_line(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)])
 
 
-# Tables
-
-
 def grid(columns: list[Column], rows: list[Row]) -> list[str]:
     """A line of titles, then one per row."""
 
@@ -104,9 +101,6 @@ def unsteady(row: Row) -> bool:
 def device_ms(row: Row) -> float:
     """What the device takes: replayed from a CUDA graph, where the host holds nothing up, if there is one."""
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
-
-
-# Files
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ The base's figures are kept in .guard/ where they do not depend on what the mach
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -62,18 +60,6 @@ def find_beauty(folder: str | None) -> Path | None:
     fetched = Path(os.environ.get("AWRSR_CACHE") or pooch.os_cache("awrsr")) / "Beauty.txt"  # as in awrsr/data/fetch.py
     candidates = [Path(folder).resolve() / "beauty.txt"] if folder else [ROOT.parent / "shared/data/beauty.txt", fetched]
     return next((path for path in candidates if path.exists()), None)
-
-
-@contextlib.contextmanager
-def worktree(commit: str) -> Iterator[Path]:
-    """The files of a commit, for as long as they are needed."""
-    with tempfile.TemporaryDirectory(prefix="awrsr-guard-") as folder:
-        root = Path(folder) / "base"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(root), commit], cwd=ROOT, check=True)
-        try:
-            yield root
-        finally:
-            git("worktree", "remove", "--force", str(root))
 
 
 def suites(base: str) -> tuple[Path, Path]:
@@ -154,12 +140,15 @@ def main() -> int:
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     now = git("describe", "--always", "--dirty", "--exclude=*")
     print(f"guard: {now} against {git('log', '-1', '--format=%h %s', base)}", flush=True)
-    with worktree(base) as root, tempfile.TemporaryDirectory(prefix="awrsr-guard-") as scratch:
-        sides = {
-            side: Checkout(files, suite, Path(scratch) / side, CACHE, data, environment)
-            for side, files, suite in zip(SIDES, (root, ROOT), suites(base), strict=True)
-        }
-        rows = Guard(sides, kept_file(base, data), options.patience).rows()
+    with tempfile.TemporaryDirectory(prefix="awrsr-guard-") as scratch:
+        roots, folders = (Path(scratch) / "base", ROOT), (Path(scratch) / "out-base", Path(scratch) / "out-now")
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", roots[0], base], cwd=ROOT, check=True)
+        try:
+            each = zip(SIDES, roots, suites(base), folders, strict=True)
+            sides = {side: Checkout(root, suite, folder, CACHE, data, environment) for side, root, suite, folder in each}
+            rows = Guard(sides, kept_file(base, data), options.patience).rows()
+        finally:
+            git("worktree", "remove", "--force", str(roots[0]))
     sentence, status = conclusion(rows)
     print(f"\n{table(rows)}\n\n{sentence}")
     return status

@@ -27,9 +27,6 @@ NOT_YET = "not measured yet"
 OURS, LAYOUTS = ("torch", "triton"), ("padded", "packed")  # what stands under the roof
 
 
-# Measured: whole calls
-
-
 def rates_of(results: Row) -> Rates:
     return Rates(results["rates"]["copy_gb_per_s"] * 1e9, results["rates"]["matmul_tflops"] * 1e12)
 
@@ -69,9 +66,6 @@ def steps(results: Row, rates: Rates) -> Iterator[Point]:
         problem, call = f"B {s.B} H {s.H} L {s.L} D {s.D} R {s.R}", f"`step`, {row['refinement']}{tables}"
         counts = float(row["bytes"]), float(operations)
         yield Point(results["device"], "decoding steps", problem, call, "step", *counts, row["median_ms"], rates)
-
-
-# The page
 
 
 def measured_table(points: list[Point]) -> list[str]:

@@ -96,9 +96,6 @@ def measure_memory(entrant: Entrant) -> None:
             entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), found[p] / 2**20)
 
 
-# Correctness
-
-
 def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Outputs and gradients by name, and the milliseconds that forward and backward took."""
     start = time.perf_counter()

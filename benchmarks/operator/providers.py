@@ -42,7 +42,7 @@ from awrsr_kernels import (
 
 from ..common.pages import ROLES
 from ..common.stosa import stosa
-from .wasserstein import flash_cpu, squares, tensors_of
+from .wasserstein import FlashCpu, squares, tensors_of
 from .workloads import DOT, STOCHASTIC, Batch, Outputs
 
 Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
@@ -79,6 +79,7 @@ ONE_MASK: Limit = (
     "two attention calls draw two masks; dropout of the sum P + gate R needs one",
 )
 OWN_MASKS: Limit = (lambda b: b.dropout_p, "attention calls draw a mask each; squared weights need that of the weights")
+OF_SQUARES = OWN_MASKS, NOT_PACKED
 
 
 def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
@@ -229,8 +230,8 @@ PROVIDERS = {
         Provider("triton-jagged", "ours", JAGGED["triton"], (NEEDS_GPU, ONLY_PACKED), backbones=BOTH),
         Provider("stosa", "rival", _stosa, (NOT_PACKED,), (16, 16), GAUSSIAN),
         Provider("stosa+compile", "rival", lambda b: _stosa(b, _compiled(stosa)), (NOT_PACKED,), (12, 12), GAUSSIAN),
-        Provider("sdpa2-squares", "rival", lambda b: squares(b, flash_cpu), (NEEDS_CPU, OWN_MASKS, NOT_PACKED), (0, 0), GAUSSIAN),
-        Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), (NEEDS_GPU, OWN_MASKS, NOT_PACKED), (0, 0), GAUSSIAN),
+        Provider("sdpa2-squares", "rival", lambda b: squares(b, FlashCpu.apply), (NEEDS_CPU, *OF_SQUARES), (0, 0), GAUSSIAN),
+        Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), (NEEDS_GPU, *OF_SQUARES), (0, 0), GAUSSIAN),
     )
 }
 

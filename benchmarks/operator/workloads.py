@@ -288,23 +288,11 @@ def build(task: Task, layout: str) -> list[Batch]:
 
 
 def read_histories(path: Path) -> list[int]:
-    """Number of items of each user. Format: one user per line, user id then item ids in time order, ids from 1."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        lines = []
-    for number, words in enumerate(lines, 1):
-        wrong = next((w for w in words if not (w.isascii() and w.isdigit() and int(w) > 0)), None)
-        if wrong is not None:
-            raise ValueError(f"{path}:{number}: {wrong[:40]!r} is not an id (a whole number from 1)")
-        if len(words) < 2:
-            raise ValueError(f"{path}:{number}: was {' '.join(words)!r}, must be a user id, then item ids")
-    users = [int(words[0]) for words in lines]
-    if len(set(users)) < len(users) or not users:
-        raise ValueError(f"{path}: must be a text file of users, each with one line: user id, then item ids")
-    return [len(words) - 1 for words in lines]
+    """Number of items of each user, in a file of any format that awrsr reads. ValueError if it is none."""
+    from awrsr.data.readers import read  # which needs packages that a GPU machine may lack
+
+    lengths: list[int] = read(path).lengths.tolist()
+    return lengths
 
 
 def sample_users(lengths: list[int], count: int, window: int) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list
     for it in contestants:
         p, c, laps = it.problem, it.model.config, it.samples[pass_]
         steps, sequences = len(work.batches(it, pass_)), len(work.sequences if pass_ == "train" else work.targets)
-        median, p20, p80 = quantiles([lap.seconds / steps * 1e3 for lap in laps])
-        cpu = quantiles([lap.cpu_seconds / steps * 1e3 for lap in laps])[0]
+        median, p20, p80 = quantiles([seconds / steps * 1e3 for seconds, _ in laps])
+        cpu = quantiles([cpu_seconds / steps * 1e3 for _, cpu_seconds in laps])[0]
         batch, loss = (p.batch_size, p.loss) if pass_ == "train" else (work.eval_batch, "")
         rows.append(
             {"provider": it.backend, "role": "rival" if it.backend == "stosa" else "ours", "backbone": c.backbone}
