@@ -137,11 +137,6 @@ def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any
     return metrics
 
 
-def machine(*packages: str) -> dict[str, Any]:
-    """Where trainings of one thread run."""
-    return {"device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)", "versions": versions(*packages)}
-
-
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
     """Train a cell with a seed and add the results. Raises RuntimeError where training fails."""
     out, data = runs / f"{cell.name}_{seed}", source(cell.dataset, folder)
@@ -159,7 +154,8 @@ def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results
         "curve": [round(epoch["NDCG@10"], 5) for epoch in metrics["curve"]],
         "command": cell.command(seed),
         "commit": began.read_text(encoding="utf-8").strip(),
-        **machine(),
+        "device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)",
+        "versions": versions(),
     }
     test = pl.read_parquet(out / "ranks_test.parquet").with_columns(pl.col("user", "item").cast(pl.String)).sort("user", "position")
     results.add(entry, test, popularity(cell, data, test))
