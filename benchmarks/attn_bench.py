@@ -2,7 +2,7 @@
 
 examples, from the repository root:
   python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
-  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, .csv and .md
+  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json and .md
   python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --passes fwd

@@ -5,7 +5,7 @@
     python benchmarks/gpu_run.py --only tests tuner   in two goes, the rest in another
 
 Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
-tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine files. Every stage has a time limit of its own,
+tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV): nine files. Every stage has a time limit of its own,
 and what one of them does not finish, or cannot run at all, costs the others nothing.
 """
 

@@ -44,7 +44,7 @@ from awrsr.training.losses import LOSSES
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, number, settle_machine, whole
+from ..common.arguments import add_flag, make_parser, settle_machine, whole
 from ..common.clock import WrongResult
 from ..common.pages import LAYOUTS, TRAINING, markdown
 from .contestants import GATE_STEPS, PASSES, TOLERANCE, Problem, Work, check, contestant, measure_memory, race, yardstick
@@ -65,9 +65,6 @@ def options_parser() -> argparse.ArgumentParser:
     add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
     add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
-    share: dict[str, Any] = {"type": number(0, 1, "in [0, 1)"), "metavar": "P"}
-    add("--dropout", default=AWRSRConfig.attention_dropout, help="of attention weights (default: the model's)", **share)
-    add("--hidden-dropout", default=AWRSRConfig.hidden_dropout, help="of the rest (default: the model's)", **share)
     add = parser.add_argument_group("contestants").add_argument
     add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
@@ -158,7 +155,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     random.seed(options.seed)
     c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
-    c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
     problems = []
     try:
         parts = split(read(options.data) if options.data else make())
