@@ -55,7 +55,7 @@ study: .venv/ready ## the study's missing runs, its tables and pictures: hours, 
 	$(BIN)/python benchmarks/study_report.py
 
 cost: .venv/ready ## the pages and pictures of cost, from committed results
-	$(BIN)/python benchmarks/cost_report.py
+	$(BIN)/python -m benchmarks.operator.cost_report
 
 bench: .venv/ready ## the operator against its rivals, on the CPU and on a GPU where there is one
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out

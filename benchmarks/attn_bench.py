@@ -2,15 +2,15 @@
 
 examples, from the repository root:
   python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
-  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json, .csv, .md and .png
+  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json and .md
   python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
-  python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --kv-heads 2 --passes fwd
+  python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --passes fwd
   python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
                                                           the same users padded, bucketed and packed
   python benchmarks/attn_bench.py --backbone stochastic --refinement all --dropout 0.1
                                                           attention between Gaussians, at STOSA's sizes on a CPU
-  python benchmarks/attn_bench.py --overhead --precompile 8
+  python benchmarks/attn_bench.py --precompile 8
   python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
 providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
@@ -53,12 +53,13 @@ from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
 from benchmarks.common import compare
 from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
 from benchmarks.common.clock import Clock, WrongResult, reason_of
-from benchmarks.common.report import Row, about, command_line, finish
+from benchmarks.common.pages import markdown
+from benchmarks.common.report import Row, about, command_line, finish, write_data
 from benchmarks.operator import workloads
 from benchmarks.operator.gpu_only import precompile, time_graphs
-from benchmarks.operator.measure import PASSES, Entrant, Gate, host_overhead, measure_memory, race
+from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, race
 from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
-from benchmarks.operator.report import graph_reasons, launch_rows, make_rows, table, write_files
+from benchmarks.operator.report import graph_reasons, launch_rows, make_rows, table
 from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
 from benchmarks.operator.workloads import BACKBONES, OPERATOR, Shape, Task, build
 
@@ -77,35 +78,28 @@ def options_parser() -> argparse.ArgumentParser:
     add("--users", type=whole(1), default=256, metavar="N", help="with --lengths: sample this many (default 256)")
     add("--window", type=whole(1), default=50, metavar="L", help="with --lengths: the longest history kept (default 50)")
     add("--heads", type=whole(1), metavar="H", help="query heads")
-    add("--kv-heads", type=whole(1), metavar="H", help="key and value heads, a divisor of the query heads (default: as many)")
     add("--dim", type=whole(1, 256), metavar="D", help="features of queries and keys")
-    add("--value-dim", type=whole(1, 256), metavar="D", help="features of values (default: D)")
-    add("--rank", type=whole(1, 256), metavar="R", help="columns of W_q and W_k (default: D)")
     add("--refinement", nargs="+", choices=(*GAUSSIAN_REFINEMENTS, "all"), default=["simple"], help="default simple")
     add("--dtype", choices=workloads.DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
     add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="on the weights that meet the values")
     add = parser.add_argument_group("measurement").add_argument
     add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the backbone (on a CPU without those that compile)")
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all three")
-    for name in ("--device", "--threads", "--reps", "--budget"):
+    for name in ("--device", "--threads", "--reps", "--budget", "--out"):
         add_flag(add, name)
     add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no problem after S s")
-    add("--overhead", action="store_true", help="also: host time per call")
     add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
-    add_flag(add, "--out", help="write results.json, .csv, .md and, where there are several lengths, results.png")
     add = parser.add_argument_group("comparison, instead of a measurement").add_argument
     add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="rows that got slower or larger: exit status 1")
     times = number(1, 1e9, "a number of at least 1")
     add("--threshold", type=times, metavar="X", help="with --compare: tolerate up to X times A (default 1.1)")
-    add("--force", action="store_true", help="with --compare: compare results of different devices")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Options that contradict each other or the machine."""
-    for name, given in (("threshold", options.threshold), ("force", options.force)):
-        if given and not options.compare:
-            parser.error(f"argument --{name}: is for --compare, and there is none")
+    if options.threshold and not options.compare:
+        parser.error("argument --threshold: is for --compare, and there is none")
     if options.shapes and (options.preset or options.batch or options.length or options.heads or options.dim or options.quick):
         parser.error("argument --shapes: says B, H, L and D itself; leave out --preset, --quick, --batch, --length, --heads, --dim")
     if options.lengths and (options.shapes or options.preset or options.length):
@@ -135,7 +129,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Task]:
     """What the options ask for, a task per shape and refinement."""
-    preset = workloads.choose_preset(options.backbone, options.device, options.preset, options.quick)
+    named = options.preset or ("recsys" if options.device == "cuda" and not options.quick else None)
+    preset = workloads.PRESETS[named] if named else workloads.UNNAMED[options.backbone, options.quick]
     if options.length:
         preset = replace(preset, lengths=tuple(options.length))
     if options.batch:
@@ -152,10 +147,7 @@ def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         asked = [(len(users), heads, options.window, dim)]
     tasks = []
     for b, h, length, d, *rest in asked:
-        kv_heads = options.kv_heads or h
-        if h % kv_heads:
-            parser.error(f"argument --kv-heads: was {kv_heads}, must divide the {h} query heads")
-        shape = Shape(b, h, kv_heads, length, d, options.value_dim or d, options.rank or (rest[0] if rest else d))
+        shape = Shape(b, h, h, length, d, d, rest[0] if rest else d)
         for refinement in options.refinement:
             source = options.lengths.name if options.lengths else ""
             how = options.dtype, options.dropout, options.device
@@ -259,8 +251,7 @@ def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
         except Exception as error:
             total.wrong.append(everyone | {"reason": reason_of(error)})
             print(table([], total.wrong[-1:]), flush=True)
-    overhead = host_overhead(chosen, options.device, options.backbone) if options.overhead else []
-    return {"rates": known} | total._asdict() | {"overhead": overhead}
+    return {"rates": known} | total._asdict()
 
 
 def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
@@ -269,9 +260,8 @@ def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
         before, after = (compare.load(path) for path in options.compare)
     except ValueError as error:
         parser.error(f"argument --compare: {error}")
-    devices = before["device"], after["device"]
-    if devices[0] != devices[1] and not options.force:
-        parser.error("argument --compare: the files are of different devices, {!r} and {!r}; --force ignores that".format(*devices))
+    if before["device"] != after["device"]:
+        parser.error(f"argument --compare: the files are of different devices, {before['device']!r} and {after['device']!r}")
     threshold = options.threshold or 1.1
     outcome = compare.compare(before, after, threshold)
     print(compare.text(outcome, threshold))
@@ -294,9 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not run: {provider}: {reason}")
     for provider, reason in graph_reasons(results["rows"]):
         print(f"no graph: {provider}: {reason}")
-    for row in results["overhead"]:
-        print(f"host time per call, {row['provider']:<17} {row['pass']:<8} {row['median_us']:8.1f} us")
-    finish(results, begin, write_files(options.out, results) if options.out else ())
+    finish(results, begin, write_data(options.out, results, markdown(results)) if options.out else ())
     if results["wrong"]:
         print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)
         return 1

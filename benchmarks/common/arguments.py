@@ -55,7 +55,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--reps": {"type": whole(1), "metavar": "N", "help": "samples of each instead of a time budget"},
     "--budget": {"type": SECONDS, "metavar": "S", "help": "seconds of timing per problem"},
     "--seed": {"type": whole(0), "default": 0, "help": "of everything that is random (default 0)"},
-    "--out": {"type": Path, "metavar": "DIR", "help": "write results.json, results.csv and results.md"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "write results.json and results.md"},
 }
 
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 from .report import Row, device_ms, is_gpu, page_table, times
 
-TRAINING, DECODING, INITIALISATION = "training", "decoding", "initialisation"  # kinds; the operator's files have none
+TRAINING, DECODING = "training", "decoding"  # kinds; the operator's files have none
+INITIALISATION, SEARCH = "initialisation", "search"  # of files that the tag study-1 wrote, and can write again
+SHOWN = 3  # of the best trials of a search
 ROLES = "rival", "floor", "ours"  # in this order where all stand side by side
 LAYOUTS = ("packed", "bucketed", "padded")  # in the order of a training table's columns
 
@@ -80,9 +82,9 @@ def training(results: Row) -> str:
             shown = [f"{of[n][speed]:,.0f}, {of[n]['peak_mib']:.3g}" if n in of else "-" for n in layouts]
             cells.append([pass_, refinement, f"`{provider}`", *shown, times(of.get(layouts[0], {}), share)])
         lines += ["", f"{task}:", "", *page_table(["pass", "refinement", "backend", *layouts, "to plain"], cells)]
-    if results["end_to_end"]:
+    if results.get("end_to_end"):
         lines += ["", "Whole runs, per CPU-second:", "", "| | training sequences | users evaluated | |", "|--|--|--|--|"]
-    for row in results["end_to_end"]:
+    for row in results.get("end_to_end", ()):  # of files that the tag study-1 wrote
         train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
         origin = "quoted, not measured here" if row["quoted"] else "this run"
         lines.append(f"| {row['who']} | {train:,.0f} | {users:,.0f} | {origin} |")
@@ -102,6 +104,20 @@ def initialisation(results: Row) -> str:
     return "\n".join([*lines, *page_table(["refinement", "tables", "table_std", "gate", *tasks], cells)]) + "\n"
 
 
+def search(results: Row) -> str:
+    """The best trials of each search, and what decided."""
+    lines = [f"Searches of equal length; {results['device']}, commit {results['commit'][:12]}. Test figures decided nothing.", ""]
+    trials, cells = {(row["dataset"], row["model"]): str(row["place"]) for row in results["rows"]}, []
+    for row in (row for row in results["rows"] if row["place"] <= SHOWN):
+        chosen = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["settings"].items())
+        reached = f"{row['validation NDCG@10']:.4f}", f"{row['test']:.4f}"
+        cells.append([row["dataset"], row["model"], trials[row["dataset"], row["model"]], str(row["place"]), *reached, chosen])
+    lines += page_table(["data", "model", "trials", "place", "validation NDCG@10", "test NDCG@10", "settings"], cells)
+    decided = {name: ", ".join(f"{k} {v:.2f}" for k, v in shares.items()) for name, shares in results["importances"].items()}
+    table = page_table(["data", "model", "settings"], [[*name.split("/"), text] for name, text in decided.items()])
+    return "\n".join([*lines, "", "What decided, by PED-ANOVA's importance:", "", *table]) + "\n"
+
+
 RENDERERS: dict[str | None, Callable[[Row], str]] = {
-    None: operator, TRAINING: training, DECODING: decoding, INITIALISATION: initialisation,
+    None: operator, TRAINING: training, DECODING: decoding, INITIALISATION: initialisation, SEARCH: search,
 }  # fmt: skip

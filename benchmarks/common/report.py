@@ -1,7 +1,6 @@
-"""What a benchmark leaves: the line that says on what machine, tables for a terminal and for a page, results.json, .csv and .md."""
+"""What a benchmark leaves: the line that says on what machine, tables for a terminal and for a page, results.json and .md."""
 
 import contextlib
-import csv
 import json
 import os
 import platform
@@ -70,9 +69,6 @@ def command_line(script: str, argv: Sequence[str] | None) -> str:
     return shlex.join(["python", f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)])
 
 
-# Tables
-
-
 def grid(columns: list[Column], rows: list[Row]) -> list[str]:
     """A line of titles, then one per row."""
 
@@ -106,9 +102,6 @@ def device_ms(row: Row) -> float:
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
 
 
-# Files
-
-
 @contextlib.contextmanager
 def atomic(path: Path, mode: str = "w") -> Iterator[Any]:
     """A file that appears under its name only once it is complete. (`awrsr.files` needs packages that a GPU machine may lack.)"""
@@ -122,18 +115,13 @@ def atomic(path: Path, mode: str = "w") -> Iterator[Any]:
 
 
 def write_data(directory: Path, results: Row, page: str) -> list[str]:
-    """results.json, results.csv with its rows, and a table for a page as results.md; returns the paths."""
+    """results.json, and a table for a page as results.md; returns the paths."""
     directory.mkdir(parents=True, exist_ok=True)
     with atomic(directory / "results.json") as file:
         json.dump(results, file, indent=1)
-    names = list(dict.fromkeys(name for row in results["rows"] for name in row))
-    with atomic(directory / "results.csv") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(results["rows"])
     with atomic(directory / "results.md") as file:
         file.write(page)
-    return [str(directory / f"results.{kind}") for kind in ("json", "csv", "md")]
+    return [str(directory / f"results.{kind}") for kind in ("json", "md")]
 
 
 def finish(results: Row, begin: float, paths: Sequence[str] = ()) -> None:

@@ -5,7 +5,7 @@
     python benchmarks/gpu_run.py --only tests tuner   in two goes, the rest in another
 
 Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
-tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV, plots): nine files. Every stage has a time limit of its own,
+tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV): nine files. Every stage has a time limit of its own,
 and what one of them does not finish, or cannot run at all, costs the others nothing.
 """
 
@@ -36,7 +36,7 @@ TESTS = ("kernels/**/test_*.py", "benchmarks/**/test_roofline.py", "integrations
 LEFT_OUT = ("test_compile*", "test_cost*", "test_distributed*", "test_track*", "test_tun*")  # which need no GPU, or time calls
 EAGER = ["textbook", "sdpa2", "sdpa2-split", "sdpa", "torch", "triton"]  # what compiles takes half a minute for each shape
 BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compiled in parallel before anything is timed
-    "recsys": (75, ["--preset", "recsys", "--overhead", "--providers", *EAGER]),
+    "recsys": (75, ["--preset", "recsys", "--providers", *EAGER]),
     "long": (40, ["--preset", "long", "--providers", *EAGER]),
     "refinements": (30, ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"]),
     "compiled": (25, ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"]),

@@ -11,22 +11,25 @@ The base's figures are kept in .guard/ where they do not depend on what the mach
 """
 
 import argparse
-import contextlib
 import hashlib
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
+from typing import Any
 
-from .figures import Measured, Row, conclusion, judge, table
-from .parts import PARTS, TURNS, CannotMeasure, Checkout, Part, medians
+import pooch
+
+from awrsr.files import write_json
+
+from .figures import Figures, Measured, Row, conclusion, judge, table
+from .parts import PARTS, TURNS, CannotMeasure, Checkout, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".guard"
@@ -40,144 +43,112 @@ def git(*arguments: str) -> str:
 
 def commit_of(name: str | None) -> str:
     """The base: the commit called that; otherwise where HEAD left origin/main; otherwise the last tag or commit before HEAD."""
-    head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     if name:
-        candidates = [git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")]
+        base = git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
     else:
+        same = "" if git("status", "--porcelain", "--untracked-files=no") else git("rev-parse", "HEAD")
         tag = git("describe", "--tags", "--abbrev=0", "HEAD^")
-        names = (git("merge-base", "HEAD", "origin/main"), tag and git("rev-list", "-1", tag), git("rev-parse", "HEAD^"))
-        candidates = [commit for commit in names if commit != head or changed]
-    base = next(filter(None, candidates), None)
-    if base is None:
-        raise SystemExit(f"guard: there is no commit {name}" if name else "guard: no commit comes before HEAD")
+        earlier = git("merge-base", "HEAD", "origin/main"), git("rev-list", "-1", tag), git("rev-parse", "HEAD^")
+        base = next((commit for commit in earlier if commit not in ("", same)), "")
+    if not base:
+        raise SystemExit(f"guard: there is no commit {name or 'before HEAD'}")
     return base
 
 
 def find_beauty(folder: str | None) -> Path | None:
     """Beauty's file: in the folder named, or beside the project, or where `awrsr data fetch beauty` keeps it; None if nowhere."""
-    if folder:
-        path = Path(folder).resolve() / "beauty.txt"
-        if not path.exists():
-            raise SystemExit(f"guard: there is no {path}")
-        return path
-    beside = ROOT.parent / "shared" / "data" / "beauty.txt"
-    if beside.exists():
-        return beside
-    import pooch  # as in awrsr/data/fetch.py
-
-    cached = Path(os.environ.get("AWRSR_CACHE") or pooch.os_cache("awrsr")) / "Beauty.txt"
-    return cached if cached.exists() else None
+    fetched = Path(os.environ.get("AWRSR_CACHE") or pooch.os_cache("awrsr")) / "Beauty.txt"  # as in awrsr/data/fetch.py
+    candidates = [Path(folder).resolve() / "beauty.txt"] if folder else [ROOT.parent / "shared/data/beauty.txt", fetched]
+    return next((path for path in candidates if path.exists()), None)
 
 
-@contextlib.contextmanager
-def worktree(commit: str) -> Iterator[Path]:
-    """The files of a commit, for as long as they are needed."""
-    with tempfile.TemporaryDirectory(prefix="awrsr-guard-") as folder:
-        root = Path(folder) / "base"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(root), commit], cwd=ROOT, check=True)
-        try:
-            yield root
-        finally:
-            git("worktree", "remove", "--force", str(root))
+def suites(base: str) -> tuple[Path, Path]:
+    """The reports of `make test`: at the base, and at these files; if it has not run there, where it ran last."""
+    folder, now = CACHE / "suite", git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    others = sorted((path for path in folder.glob("*") if path.name != base), key=lambda path: path.stat().st_mtime)
+    if others and not (folder / now).exists():
+        print(f"make test: its last run was at {others[-1].name}")
+        now = others[-1].name
+    return folder / base, folder / now
 
 
-class Kept:
-    """The base's figures from earlier runs, as long as they were measured in the same way."""
-
-    def __init__(self, commit: str, data: Path | None) -> None:
-        measured_with = [version("torch"), version("numpy"), str(data and data.stat().st_size)]
-        sources = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.*"))]
-        digest = hashlib.sha256("\n".join(measured_with + sources).encode()).hexdigest()
-        self.path = CACHE / f"{commit[:12]}-{digest[:8]}.json"
-        self.figures: dict[str, dict[str, float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def add(self, part: str, figures: dict[str, float]) -> None:
-        self.figures[part] = figures
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.figures, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
+def kept_file(commit: str, data: Path | None) -> Path:
+    """Where the base's figures are kept from run to run, as long as they are measured in the same way."""
+    measured_with = [version("torch"), version("numpy"), str(data and data.stat().st_size)]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.*"))]
+    return CACHE / f"{commit[:12]}-{hashlib.sha256(chr(10).join(measured_with + sources).encode()).hexdigest()[:8]}.json"
 
 
 class Guard:
     """Measures every part of both sides within its time, and says how far it is."""
 
-    def __init__(self, sides: dict[str, Checkout], kept: Kept, patience: float) -> None:
-        self.sides, self.kept, self.patience, self.began = sides, kept, patience, time.monotonic()
+    def __init__(self, sides: dict[str, Checkout], kept: Path, patience: float) -> None:
+        self.sides, self.path, self.patience, self.began = sides, kept, patience, time.monotonic()
+        self.kept: dict[str, Figures] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
 
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.began:4.0f} s] {text}", flush=True)
 
-    def once(self, part: Part, side: str) -> Measured:
-        """The figures of one side, for a part whose time does not matter."""
-        if side == "base" and part.name in self.kept.figures:
+    def measure(self, part: Part, side: str, seconds: float) -> Any:
+        """What a part measures of one side, or why it cannot."""
+        if side == "base" and part.name in self.kept:
             self.say(f"{part.name}, base: kept from an earlier run")
-            return self.kept.figures[part.name]
+            return self.kept[part.name]
         began = time.monotonic()
         try:
-            figures = part.measure(self.sides[side], part.seconds * self.patience)
+            measured = part.measure(self.sides[side], seconds)
         except (CannotMeasure, OSError, ValueError, KeyError) as error:
             self.say(f"{part.name}, {side}: NOT MEASURED, {error}")
             return str(error)
         self.say(f"{part.name}, {side}: measured in {time.monotonic() - began:.0f} s")
-        if side == "base" and part.keep:
-            self.kept.add(part.name, figures)
-        return figures
+        return measured
 
-    def in_turn(self, part: Part) -> dict[str, Measured]:
-        """The medians of both sides, which take turns."""
-        end, turns = time.monotonic() + part.seconds * self.patience, {side: list[dict[str, list[float]]]() for side in SIDES}
-        failed: dict[str, str] = {}
-        for turn, side in itertools.product(range(1, TURNS + 1), SIDES):
-            if side in failed:
-                continue
-            began = time.monotonic()
-            try:
-                turns[side].append(part.measure(self.sides[side], max(1.0, end - began)))
-                self.say(f"{part.name}, {side}, turn {turn} of {TURNS}: measured in {time.monotonic() - began:.0f} s")
-            except (CannotMeasure, OSError, ValueError) as error:
-                failed[side] = str(error)
-                self.say(f"{part.name}, {side}: NOT MEASURED, {error}")
-        return {side: failed.get(side) or medians(turns[side]) for side in SIDES}
+    def in_turn(self, part: Part) -> list[Measured]:
+        """Medians of the ratios of both sides, which take turns."""
+        end = time.monotonic() + part.seconds * self.patience
+        turns = [self.measure(part, side, max(1.0, end - time.monotonic())) for side in SIDES * TURNS]
+        medians: list[Measured] = []
+        for of in (turns[0::2], turns[1::2]):
+            reason = next((turn for turn in of if isinstance(turn, str)), "")
+            medians.append(reason or {name: median([ratio for turn in of for ratio in turn[name]]) for name in of[0]})
+        return medians
 
     def rows(self) -> list[Row]:
         """Everything measured and judged: two at a time what is not timed, then one by one what is."""
-        measured: dict[str, dict[str, Measured]] = {}
         with ThreadPoolExecutor(2) as pool:
-            jobs = {p.name: [pool.submit(self.once, p, side) for side in SIDES] for p in PARTS if not p.timed}
-            measured |= {name: dict(zip(SIDES, (job.result() for job in pair), strict=True)) for name, pair in jobs.items()}
-        measured |= {p.name: self.in_turn(p) for p in PARTS if p.timed}
-        return [row for p in PARTS for row in p.shown(judge(p.name, p.kind, *(measured[p.name][side] for side in SIDES)))]
-
-
-def suites(base: str) -> dict[str, tuple[str, ...]]:
-    """For each side the commits whose `make test` counts: the base's own; for now these files', otherwise the one that ran last."""
-    now = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    others = [path for path in (CACHE / "suite").glob("*") if path.name not in (base, now)]
-    last = sorted(others, key=lambda path: path.stat().st_mtime)[-1:]
-    return {"base": (base,), "now": (now, *(path.name for path in last))}
+            once = [part for part in PARTS if not part.timed]
+            jobs = {p.name: [pool.submit(self.measure, p, side, p.seconds * self.patience) for side in SIDES] for p in once}
+        measured = {name: [job.result() for job in pair] for name, pair in jobs.items()}
+        keep = (part.name for part in PARTS if part.keep)
+        write_json(self.path, {name: base for name in keep if not isinstance(base := measured[name][0], str)})
+        rows = []
+        for part in PARTS:
+            judged = judge(part.name, part.kind, *(self.in_turn(part) if part.timed else measured[part.name]))
+            rows += [r for r in judged if not part.brief or r.base != r.now or r.name.endswith(("sum", "worst"))]
+        return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.guard", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__, formatter_class=raw)
     parser.add_argument("--base", help="the commit to compare with")
     parser.add_argument("--data", help="folder with beauty.txt")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every time limit, for a machine with other work")
     options = parser.parse_args()
     base, data = commit_of(options.base), find_beauty(options.data)
-    CACHE.mkdir(exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     now = git("describe", "--always", "--dirty", "--exclude=*")
     print(f"guard: {now} against {git('log', '-1', '--format=%h %s', base)}", flush=True)
-    with worktree(base) as root, tempfile.TemporaryDirectory(prefix="awrsr-guard-") as scratch:
-        sides = {}
-        for side, commits in suites(base).items():
-            folder = Path(scratch) / side
-            folder.mkdir()
-            sides[side] = Checkout(root if side == "base" else ROOT, commits, folder, CACHE, data, environment)
-        rows = Guard(sides, Kept(base, data), options.patience).rows()
+    with tempfile.TemporaryDirectory(prefix="awrsr-guard-") as scratch:
+        roots, folders = (Path(scratch) / "base", ROOT), (Path(scratch) / "out-base", Path(scratch) / "out-now")
+        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", roots[0], base], cwd=ROOT, check=True)
+        try:
+            each = zip(SIDES, roots, suites(base), folders, strict=True)
+            sides = {side: Checkout(root, suite, folder, CACHE, data, environment) for side, root, suite, folder in each}
+            rows = Guard(sides, kept_file(base, data), options.patience).rows()
+        finally:
+            git("worktree", "remove", "--force", str(roots[0]))
     sentence, status = conclusion(rows)
     print(f"\n{table(rows)}\n\n{sentence}")
     return status

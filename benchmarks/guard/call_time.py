@@ -1,18 +1,17 @@
 """Times calls of the operator in turn with two stock attention calls and prints the ratios, as JSON.
 
-    python benchmarks/guard/call_time.py torch            # the torch backend, at a recommender's shapes
-    python benchmarks/guard/call_time.py host             # what an eager call on the kernels keeps the host busy with
+    python benchmarks/guard/call_time.py torch         # the torch backend, at a recommender's shapes
+    python benchmarks/guard/call_time.py host FOLDER   # what an eager call on the kernels keeps the host busy with
 
 It measures the `awrsr_kernels` that PYTHONPATH names, whatever its commit: beyond the public call it relies on three names, in
 `pretend_gpu`. Two stock calls that refine attention weights ("simple") are the yardstick: divided by their time in the same turn, a
 time says little about the machine and what else it is doing.
 
 `host` needs no GPU, but a C compiler: Triton's own JIT and launcher run against `cuda_stub.c`, a driver whose calls return at once.
-The kernels are compiled for sm_90 and "launched" on tensors in the CPU's memory, whose contents nobody reads. What is missing is
-what CUDA itself takes.
+The kernels are compiled for sm_90 and "launched" on tensors in the CPU's memory, whose contents nobody reads; FOLDER
+keeps them and the driver. What is missing is what CUDA itself takes.
 """
 
-import argparse
 import ctypes
 import functools
 import importlib
@@ -24,11 +23,10 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,7 +37,8 @@ from awrsr_kernels import refined_attention, refined_attention_varlen
 
 SHAPES = ((128, 2, 50, 32), (128, 4, 100, 16))  # B, H, L, D
 HOST_LENGTHS = (50, 200)  # a short and a tiled call
-Work = Callable[[], Tensor]
+SECONDS = 0.5  # of processor time, to take turns in, per figure
+Work = tuple[Callable[[], Tensor], list[Tensor]]  # a call, and the tensors whose gradients it has
 
 
 def random_tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -52,32 +51,13 @@ def two_stock_calls(q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor) -
     return F.scaled_dot_product_attention(refined_q, refined_k, v, is_causal=True)
 
 
-def ratios(
-    ours: tuple[Work, list[Tensor]], stock: tuple[Work, list[Tensor]], repeats: int, seconds: float
-) -> dict[str, list[float]]:
-    """Processor time of `ours` over that of `stock`, one ratio per turn, forward alone and with the backward."""
-
-    def timed(work: Callable[[], Any]) -> float:
-        began = time.process_time()
-        for _ in range(repeats):
-            work()
-        return time.process_time() - began
-
-    def both(call: Work, inputs: list[Tensor]) -> Callable[[], Any]:
-        dout = torch.randn_like(call())
-        return lambda: torch.autograd.grad(call(), inputs, dout)
-
-    measured = {}
-    for name, mine, theirs in (("fwd", ours[0], stock[0]), ("fwd+bwd", both(*ours), both(*stock))):
-        timed(mine), timed(theirs)  # the first turn compiles, allocates and fills caches
-        end, measured[name] = time.process_time() + seconds, list[float]()
-        while time.process_time() < end or len(measured[name]) < 5:
-            measured[name].append(timed(mine) / timed(theirs))
-    return measured
+def stock(b: int, heads: int, length: int, d: int) -> Work:
+    inputs = random_tensors(*3 * [(b, heads, length, d)], *2 * [(length, d)])
+    return functools.partial(two_stock_calls, *inputs), inputs
 
 
-def calls(backend: str, lengths: list[int], heads: int, d: int, dtype: torch.dtype) -> dict[str, tuple[Work, list[Tensor]]]:
-    """The public call on one batch, padded and packed, each with the tensors whose gradients it has."""
+def ours(backend: str, lengths: list[int], heads: int, d: int, dtype: torch.dtype) -> dict[str, Work]:
+    """The public call on one batch, padded and packed."""
     b, length, items = len(lengths), max(lengths), sum(lengths)
     padded = random_tensors(*3 * [(b, heads, length, d)], *2 * [(length, d)], dtype=dtype)
     q, k, v, w_q, w_k = packed = random_tensors(*3 * [(items, heads, d)], *2 * [(length, d)], dtype=dtype)
@@ -88,33 +68,51 @@ def calls(backend: str, lengths: list[int], heads: int, d: int, dtype: torch.dty
     }
 
 
-def torch_backend(seconds: float) -> dict[str, list[float]]:
-    measured = {}
-    for b, heads, length, d in SHAPES:
-        draw = random.Random(0)  # most histories are short, a few fill the window
-        lengths = [min(length, 3 + int(draw.expovariate(1 / 6))) for _ in range(b - 1)] + [length]
-        inputs = random_tensors(*3 * [(b, heads, length, d)], *2 * [(length, d)])
-        stock = functools.partial(two_stock_calls, *inputs), inputs  # on the padded batch, whatever the layout of ours
-        for layout, ours in calls("torch", lengths, heads, d, torch.float32).items():
-            for work, found in ratios(ours, stock, 1, seconds).items():
-                measured[f"{layout} {b, heads, length, d}, {work}"] = found
+def ratios(name: str, mine: Work, theirs: Work, repeats: int) -> dict[str, list[float]]:
+    """Processor time of `mine` over that of `theirs`, one ratio per turn, forward alone and with the backward."""
+
+    def timed(work: Callable[[], Any]) -> float:
+        began = time.process_time()
+        for _ in range(repeats):
+            work()
+        return time.process_time() - began
+
+    def both(call: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
+        dout = torch.randn_like(call())
+        return lambda: torch.autograd.grad(call(), inputs, dout)
+
+    measured: dict[str, list[float]] = {}
+    for part, one, other in (("fwd", mine[0], theirs[0]), ("fwd+bwd", both(*mine), both(*theirs))):
+        timed(one), timed(other)  # the first turn compiles, allocates and fills caches
+        end, turns = time.process_time() + SECONDS, measured.setdefault(f"{name}, {part}", [])
+        while time.process_time() < end or len(turns) < 5:
+            turns.append(timed(one) / timed(other))
     return measured
 
 
-def host(seconds: float, folder: Path) -> dict[str, list[float]]:
+def torch_backend() -> dict[str, list[float]]:
+    measured: dict[str, list[float]] = {}
+    for b, heads, length, d in SHAPES:
+        draw = random.Random(0)  # most histories are short, a few fill the window
+        lengths = [min(length, 3 + int(draw.expovariate(1 / 6))) for _ in range(b - 1)] + [length]
+        yardstick = stock(b, heads, length, d)  # on the padded batch, whatever the layout of ours
+        for layout, call in ours("torch", lengths, heads, d, torch.float32).items():
+            measured |= ratios(f"{layout} {b, heads, length, d}", call, yardstick, repeats=1)
+    return measured
+
+
+def host(folder: Path) -> dict[str, list[float]]:
     launches = ctypes.c_long.in_dll(install_stub(folder), "launches")
     pretend_gpu()
-    tiny = random_tensors(*3 * [(1, 2, 16, 32)], *2 * [(16, 32)])  # so small that the host is all that they cost
-    stock = functools.partial(two_stock_calls, *tiny), tiny
-    measured = {}
+    measured: dict[str, list[float]] = {}
+    tiny = stock(1, 2, 16, 32)  # so small that the host is all that they cost
     for length in HOST_LENGTHS:
-        for layout, ours in calls("triton", [30, length], 2, 32, torch.bfloat16).items():
+        for layout, call in ours("triton", [30, length], 2, 32, torch.bfloat16).items():
             before = launches.value
-            ours[0]()
+            call[0]()
             if launches.value == before:
                 raise SystemExit(f"a {layout} call of length {length} launched no kernel on the stub driver: nothing to time")
-            for work, found in ratios(ours, stock, 20, seconds).items():
-                measured[f"{layout} {length}, {work}"] = found
+            measured |= ratios(f"{layout} {length}", call, tiny, repeats=20)
     return measured
 
 
@@ -134,25 +132,13 @@ def install_stub(folder: Path) -> ctypes.CDLL:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    class StubDriver:
-        """What Triton asks of its active driver."""
-
-        utils: Any
-        launcher_cls = nvidia.CudaLauncher
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", 90, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-        def allocate_default_profile_scratch(self, *_: Any) -> None:
-            return None
-
-    active = StubDriver()
+    active = SimpleNamespace(  # what Triton asks of its active driver
+        launcher_cls=nvidia.CudaLauncher,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        allocate_default_profile_scratch=lambda *_: None,
+    )
     driver.set_active(active)
     active.utils = nvidia.CudaUtils()
     return stub
@@ -171,31 +157,17 @@ def pretend_gpu() -> None:
     kernels = importlib.import_module("awrsr_kernels._triton")
     for info in pkgutil.iter_modules(kernels.__path__):
         importlib.import_module(f"{kernels.__name__}.{info.name}")
-    replaced = set()
-    for module in [m for name, m in sys.modules.items() if name.startswith("awrsr_kernels")]:
-        classes = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__]
-        for owner in (module, *classes):
-            for name in answers.keys() & vars(owner).keys():
-                if not isinstance(vars(owner)[name], ModuleType):
-                    setattr(owner, name, answers[name])
-                    replaced.add(name)
-    if missing := answers.keys() - replaced:
-        raise SystemExit(f"awrsr_kernels has no {', '.join(sorted(missing))} any more: bring pretend_gpu in {__file__} up to date")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["torch", "host"])
-    parser.add_argument("--seconds", type=float, default=0.5, help="of processor time, to take turns in, per figure")
-    default = Path(tempfile.gettempdir()) / f"awrsr-cuda-stub-{os.getuid()}"
-    parser.add_argument(
-        "--folder", type=Path, default=default, help=f"keeps the stub driver and compiled kernels (default {default})"
-    )
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    print(json.dumps(torch_backend(options.seconds) if options.what == "torch" else host(options.seconds, options.folder)))
+    modules = [module for name, module in sys.modules.items() if name.startswith("awrsr_kernels")]
+    owners = [*modules, *(x for m in modules for x in vars(m).values() if isinstance(x, type) and x.__module__ == m.__name__)]
+    for name, answer in answers.items():
+        having = [owner for owner in owners if not isinstance(vars(owner).get(name, sys), ModuleType)]
+        if not having:
+            raise SystemExit(f"awrsr_kernels has no {name} any more: bring pretend_gpu in {__file__} up to date")
+        for owner in having:
+            setattr(owner, name, answer)
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(json.dumps(torch_backend() if sys.argv[1] == "torch" else host(Path(sys.argv[2]))))

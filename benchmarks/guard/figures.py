@@ -1,17 +1,13 @@
 """Judges figures against those of the base, and prints both as a table."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Figures = Mapping[str, float]
 Measured = Figures | str  # or why there are none
 
-REASON = "A worse figure wants a reason in the commit message."
-GAP = "What was not measured is not known to be fine."
 
-
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """How figures are judged and printed: the share they may lose, and whether more of them is better."""
 
     tolerance: float
@@ -26,8 +22,7 @@ TESTS = Kind(0.03, True, ",.0f")
 SIZE = Kind(0.03, False, ",.0f")
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A line of the table; `verdict` is worse, better, same, new, or not measured."""
 
     name: str
@@ -53,10 +48,8 @@ def judge(part: str, kind: Kind, base: Measured, now: Measured) -> list[Row]:
 
 def compare(kind: Kind, before: float | None, after: float | None) -> tuple[str, str]:
     """Change in per cent, and verdict."""
-    if after is None:
-        return "", "not measured"
-    if before is None:
-        return "", "new"
+    if before is None or after is None:
+        return "", "not measured" if after is None else "new"
     if before == after:
         return "", "same"
     growth = (after - before) / before if before else float("inf")
@@ -68,8 +61,8 @@ def compare(kind: Kind, before: float | None, after: float | None) -> tuple[str,
 
 def table(rows: Iterable[Row]) -> str:
     """The rows under a head, columns aligned."""
-    lines = [("figure", "base", "now", "change", "verdict"), *((r.name, r.base, r.now, r.change, r.verdict) for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    lines = [Row("figure", "base", "now", "change", "verdict"), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [f"{a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
@@ -78,6 +71,6 @@ def conclusion(rows: Iterable[Row]) -> tuple[str, int]:
     """A sentence, and the exit status: 1 if something is worse, otherwise 2 if something was not measured, otherwise 0."""
     verdicts = [row.verdict for row in rows]
     worse, unknown = verdicts.count("worse"), sum(verdict.startswith("not measured") for verdict in verdicts)
-    sentences = [f"{worse} worse. {REASON}"] if worse else ["Nothing that was measured is worse."]
-    sentences += [f"{unknown} not measured. {GAP}"] if unknown else []
-    return " ".join(sentences), 1 if worse else 2 if unknown else 0
+    judged = f"{worse} worse. A worse figure wants a reason in the commit message." if worse else "Nothing measured is worse."
+    gap = f" {unknown} not measured. What was not measured is not known to be fine." if unknown else ""
+    return judged + gap, 1 if worse else 2 if unknown else 0

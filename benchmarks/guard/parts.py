@@ -1,23 +1,18 @@
 """What is measured: for each part the command that measures a checkout, and how its output is read."""
 
 import ast
+import functools
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-from .figures import QUALITY, RATIO, SECONDS, SIZE, TESTS, Figures, Kind, Row
+from .figures import QUALITY, RATIO, SECONDS, SIZE, TESTS, Kind
 
-HERE = Path(__file__).resolve().parent
-Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 TURNS = 2  # of the base and of now
 
 TRAIN = (
@@ -29,16 +24,14 @@ class CannotMeasure(Exception):
     """Why a part has no figures."""
 
 
-@dataclass(frozen=True)
-class Checkout:
+class Checkout(NamedTuple):
     """A commit's files, and what measuring them needs.
 
-    suites: commits whose `make test` counts as that of these files, the best one first. folder: for output. cache: for what is kept
-    between runs. data: Beauty's file.
+    suite: where its `make test` left reports. folder: for output. cache: for what is kept between runs. data: Beauty's file.
     """
 
     root: Path
-    suites: tuple[str, ...]
+    suite: Path
     folder: Path
     cache: Path
     data: Path | None
@@ -46,36 +39,22 @@ class Checkout:
 
     def output(self, *arguments: str | Path, seconds: float, statuses: tuple[int, ...] = (0,)) -> str:
         """What Python prints, run on this checkout with the same interpreter and libraries."""
-        environment = self.environment | {"PYTHONPATH": str(self.root)}
-        command = [sys.executable, *map(str, arguments)]
-        with subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        ) as process:
-            try:
-                printed, errors = process.communicate(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                raise CannotMeasure(f"took more than {seconds:.0f} s") from None
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)  # what it started, too
-        if process.returncode not in statuses:
-            message = (errors.strip() or printed.strip() or "no output").splitlines()[-1]
-            raise CannotMeasure(f"exit status {process.returncode}: {message}")
-        return printed
+        command, environment = [sys.executable, *map(str, arguments)], self.environment | {"PYTHONPATH": str(self.root)}
+        try:
+            done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            raise CannotMeasure(f"took more than {seconds:.0f} s") from None
+        if done.returncode not in statuses:
+            message = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+            raise CannotMeasure(f"exit status {done.returncode}: {message}")
+        return done.stdout
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A group of figures of one kind.
 
-    seconds: what measuring one side may take; of a timed part, all turns of both. measure: a number per figure; where timed a list,
-    of which the median counts. timed: base and now take turns, with nothing else running. keep: a base is measured once, and its
+    seconds: what measuring one side may take; of a timed part, all turns. measure: a number per figure; where timed a list, of
+    which the median counts. timed: base and now take turns, with nothing else running. keep: a base is measured once, and its
     figures are kept. brief: besides sum and worst, only what changed is printed.
     """
 
@@ -87,30 +66,21 @@ class Part:
     keep: bool = False
     brief: bool = False
 
-    def shown(self, rows: list[Row]) -> list[Row]:
-        changed = [row for row in rows if not self.brief or row.base != row.now or row.name.endswith(("sum", "worst"))]
-        return changed or rows
-
 
 def quality(checkout: Checkout, seconds: float) -> dict[str, float]:
     if checkout.data is None:
         raise CannotMeasure("no beauty.txt (name its folder with DATA=..., or run: awrsr data fetch beauty)")
     out = checkout.folder / "beauty"
     checkout.output("-m", "awrsr", "train", "--data", checkout.data, "--out", out, *TRAIN, seconds=seconds)
-    return read_metrics((out / "metrics.json").read_text(encoding="utf-8"))
-
-
-def read_metrics(text: str) -> dict[str, float]:
-    metrics = json.loads(text)
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
     return {f"{split} {name}": metrics[split][name] for split in ("validation", "test") for name in ("NDCG@10", "HR@10")}
 
 
 def compiled(checkout: Checkout, seconds: float) -> dict[str, float]:
     report = checkout.folder / "compiled.json"
-    statuses = 0, 1  # 1: a kernel is over its budget, which its figures show
-    checkout.output(
-        "-m", "awrsr_kernels.compile_report", "--sample", "--jobs", "1", "--json", report, seconds=seconds, statuses=statuses
-    )  # fmt: skip
+    checkout.folder.mkdir(exist_ok=True)
+    command = "-m", "awrsr_kernels.compile_report", "--sample", "--jobs", "1", "--json", report
+    checkout.output(*command, seconds=seconds, statuses=(0, 1))  # 1: a kernel is over its budget, which its figures show
     return read_report(report.read_text(encoding="utf-8"))
 
 
@@ -132,13 +102,9 @@ def read_report(text: str) -> dict[str, float]:
 
 def tests(checkout: Checkout, seconds: float) -> dict[str, float]:
     printed = checkout.output("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", seconds=seconds)
-    return {"collected": read_collection(printed)}
-
-
-def read_collection(printed: str) -> int:
-    if not (found := re.search(r"^(\d+) tests collected", printed, re.MULTILINE)):
+    if not (count := re.search(r"^(\d+) tests collected", printed, re.MULTILINE)):
         raise CannotMeasure("pytest --collect-only printed no number of tests")
-    return int(found[1])
+    return {"collected": int(count[1])}
 
 
 def lines(checkout: Checkout, seconds: float) -> dict[str, float]:
@@ -150,45 +116,26 @@ def lines(checkout: Checkout, seconds: float) -> dict[str, float]:
 
 def count_lines(source: str) -> int:
     """Of a Python file, without those of docstrings."""
-    count = len(source.splitlines())
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, Documented) and ast.get_docstring(node) is not None:
-            count -= (node.body[0].end_lineno or 0) - node.body[0].lineno + 1
-    return count
+    alone = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    docstrings = [node for node in alone if isinstance(node.value.value, str)]  # type: ignore[attr-defined]
+    return len(source.splitlines()) - sum((node.end_lineno or 0) - node.lineno + 1 for node in docstrings)
 
 
 def suite(checkout: Checkout, seconds: float) -> dict[str, float]:
-    """What the last `make test` took, by the reports that its two runs leave behind."""
-    for commit in checkout.suites:
-        reports = list((checkout.cache / "suite" / commit).glob("*.xml"))
-        if len(reports) == 2:
-            if commit != checkout.suites[0]:
-                print(f"make test: its last run was at {commit}")
-            return {"seconds": sum(read_junit(path.read_text(encoding="utf-8")) for path in reports)}
-    raise CannotMeasure(f"no `make test` has come to its end at {checkout.suites[0][:7]}")
-
-
-def read_junit(text: str) -> float:
-    """Seconds that a run of the tests took, by its report."""
-    run = next(ElementTree.fromstring(text).iter("testsuite"))
-    if failed := int(run.get("failures", 0)) + int(run.get("errors", 0)):
+    """What `make test` took, by the reports that its two runs leave behind."""
+    runs = [next(ElementTree.parse(path).iter("testsuite")) for path in checkout.suite.glob("*.xml")]
+    if len(runs) < 2:
+        raise CannotMeasure(f"no `make test` has come to its end at {checkout.suite.name[:7]}")
+    if failed := sum(int(run.get(kind, 0)) for run in runs for kind in ("failures", "errors")):
         raise CannotMeasure(f"in the last `make test` {failed} tests failed")
-    return float(run.get("time", "nan"))
+    return {"seconds": sum(float(run.get("time", "nan")) for run in runs)}
 
 
-def timed_calls(what: str) -> Callable[[Checkout, float], dict[str, list[float]]]:
+def timed_calls(what: str, checkout: Checkout, seconds: float) -> dict[str, list[float]]:
     """The ratios that `call_time.py` prints."""
-
-    def measure(checkout: Checkout, seconds: float) -> dict[str, list[float]]:
-        script, folder = HERE / "call_time.py", checkout.cache / "stub"
-        return json.loads(checkout.output(script, what, "--folder", folder, seconds=seconds))
-
-    return measure
-
-
-def medians(turns: list[dict[str, list[float]]]) -> Figures:
-    """Of the ratios of all turns."""
-    return {name: median([ratio for turn in turns for ratio in turn[name]]) for name in turns[0]}
+    script = Path(__file__).with_name("call_time.py")
+    ratios: dict[str, list[float]] = json.loads(checkout.output(script, what, checkout.cache / "stub", seconds=seconds))
+    return ratios
 
 
 PARTS = (
@@ -197,6 +144,6 @@ PARTS = (
     Part("tests", TESTS, 60, tests, keep=True),
     Part("Python", SIZE, 20, lines),
     Part("make test", SECONDS, 10, suite),
-    Part("torch backend / two stock calls", RATIO, 70, timed_calls("torch"), timed=True),
-    Part("host, kernel call / two stock calls", RATIO, 110, timed_calls("host"), timed=True),
+    Part("torch backend / two stock calls", RATIO, 70, functools.partial(timed_calls, "torch"), timed=True),
+    Part("host, kernel call / two stock calls", RATIO, 110, functools.partial(timed_calls, "host"), timed=True),
 )

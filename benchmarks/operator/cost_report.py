@@ -1,6 +1,6 @@
 """What refinement costs, from committed results alone: operator, training, decoding, and each call under the roof of its device.
 
-    python benchmarks/cost_report.py          # benchmarks/results/operator/cost.md, cost.json, cost_{operator,roofline,quality}.png
+    python -m benchmarks.operator.cost_report      # results/operator/cost.md, cost.json, cost_{operator,roofline,quality}.png
 
 The roof of a device is what it copies and what it multiplies at best: a call that does I operations per byte of device memory gets
 no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and above it
@@ -25,9 +25,6 @@ RESULTS = ROOT / "benchmarks/results"
 SHOWN = ("simple", "stochastic")  # refinements that have a panel against L
 NOT_YET = "not measured yet"
 OURS, LAYOUTS = ("torch", "triton"), ("padded", "packed")  # what stands under the roof
-
-
-# Measured: whole calls
 
 
 def rates_of(results: Row) -> Rates:
@@ -69,9 +66,6 @@ def steps(results: Row, rates: Rates) -> Iterator[Point]:
         problem, call = f"B {s.B} H {s.H} L {s.L} D {s.D} R {s.R}", f"`step`, {row['refinement']}{tables}"
         counts = float(row["bytes"]), float(operations)
         yield Point(results["device"], "decoding steps", problem, call, "step", *counts, row["median_ms"], rates)
-
-
-# The page
 
 
 def measured_table(points: list[Point]) -> list[str]:

@@ -1,7 +1,7 @@
 """Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed.
 
 examples, from the repository root:
-  python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json, results.csv and results.md
+  python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json and results.md
   python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
 
 providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention

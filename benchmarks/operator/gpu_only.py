@@ -80,9 +80,6 @@ def _time(entrant: Entrant, clock: Clock, backward: bool, capture: Capture) -> f
     return total
 
 
-# Kernels compiled in parallel
-
-
 def compile_one(task: Task) -> str | None:
     """Forward and backward of every batch of a task; why not, if the kernels cannot."""
     try:

@@ -146,9 +146,6 @@ def step_operations(task: Task) -> int:
     return 2 * step_launch(task, content=False).loaded // task.itemsize
 
 
-# The short regime
-
-
 def seat(lengths: Sequence[int], run: int, rows: int) -> list[int]:
     """How many tiles each run of `run` consecutive sequences fills: a tile takes as many as fit, at most a quarter of its rows."""
     found = []
@@ -168,51 +165,40 @@ def short_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     refined, value = refinement != "none", refinement == "value"
     d, d_v, r = call.task.features
     block_d, block_v, block_r = call.blocks
-    items, softmaxes = call.items * s.H, 2 if refined else 1
-    tables = 2 * r * size if refined else 0  # bytes of a row of both
+    items, tables = call.items * s.H, 2 * r * size if refined else 0  # bytes of a row of both
     loaded = items * ((2 * d + d_v) * size + tables)
     read = call.items * (s.H * d + s.H_kv * (d + d_v)) * size + call.window * tables  # a key head once for its query heads
 
-    def turns(tile: Config) -> list[int]:
-        run = max(1, -(-len(call.lengths) * s.H // (tile.programs * processors)))
-        return seat(call.lengths, run, tile.block_m)
+    def launch(pass_: str, tile: Config, width: int, chain: int, dout: int, written: int) -> Launch:
+        per_run = runs(tile)
+        steps, longest = s.H * sum(per_run), max(per_run, default=0)
+        entries = tile.block_m**2 * steps
+        weights = entries * (2 if refined else 1)
+        return Launch(
+            kernel=f"short_{pass_}", stage=0, pass_=pass_, tile=tile, programs=s.H * len(per_run),
+            loaded=loaded + dout, read=read + dout, written=written,
+            operations=2 * entries * width, weights=weights, gradients=weights * (pass_ == "bwd"), drops=entries * call.dropped,
+            chain=chain * longest, chains=chain * steps, starts=longest,
+        )  # fmt: skip
 
-    tile = tiles("short_fwd")
-    per_run = turns(tile)
-    steps, longest, chain = s.H * sum(per_run), max(per_run, default=0), 4 if refined else 2
-    entries = tile.block_m**2 * steps
+    def runs(tile: Config) -> list[int]:
+        return seat(call.lengths, max(1, -(-len(call.lengths) * s.H // (tile.programs * processors))), tile.block_m)
+
     width = block_d + (2 if value else 1) * block_v + (3 * block_r if refined else 0)
-    forward = Launch(
-        kernel="short_fwd", stage=0, pass_="fwd", tile=tile, programs=s.H * len(per_run),
-        loaded=loaded, read=read, written=call.rows * s.H * d_v * size,
-        operations=2 * entries * width, weights=entries * softmaxes, drops=entries * call.dropped,
-        chain=chain * longest, chains=chain * steps, starts=longest,
-    )  # fmt: skip
+    forward = launch("fwd", tiles("short_fwd"), width, 4 if refined else 2, 0, call.rows * s.H * d_v * size)
 
     tile = tiles("short_bwd")
-    per_run = turns(tile)
-    steps, longest = s.H * sum(per_run), max(per_run, default=0)
-    entries, block = tile.block_m**2 * steps, tile.block_m
+    block, partials = tile.block_m, len(runs(tile))  # per head
     moved = refined and (bool(call.task.users) or 2 * call.window <= block)  # P, to the rows of the tables that it meets
     again = refinement == "additive" and not call.dropped  # dM, which takes fewer registers than keeping it
     width = 3 * block_d + (5 if value else 3 if again else 2) * block_v + (9 * block_r if refined else 0) + block * moved
     chain = (7 if refined else 2) + (value or again)  # P, Q_A, R, dQ_A, two or three terms of dP, dQ
-    grouped, dout = s.H > s.H_kv, items * d_v * size
+    grouped = s.H > s.H_kv
     keys = s.H * (d + d_v) * ACCUMULATOR if grouped else s.H_kv * (d + d_v) * size  # bytes of a row of dk and dv
-    partials = s.H * len(per_run)
-    backward = Launch(
-        kernel="short_bwd", stage=0, pass_="bwd", tile=tile, programs=partials,
-        loaded=loaded + dout, read=read + dout,
-        written=call.rows * (s.H * d * size + keys) + (2 * partials * block * r * ACCUMULATOR if refined else 0),
-        operations=2 * entries * width, weights=entries * softmaxes, gradients=entries * softmaxes,
-        drops=entries * call.dropped,
-        chain=chain * longest, chains=chain * steps, starts=longest,
-    )  # fmt: skip
-    sums = _table_sums(call, partials, block) + (_group_sums(call) if grouped else []) + _gate_sums(call, len(per_run))
+    written = call.rows * (s.H * d * size + keys) + (2 * s.H * partials * block * r * ACCUMULATOR if refined else 0)
+    backward = launch("bwd", tile, width, chain, items * d_v * size, written)
+    sums = _table_sums(call, s.H * partials, block) + (_group_sums(call) if grouped else []) + _gate_sums(call, partials)
     return [forward, backward, *sums]
-
-
-# Torch's own kernels after a backward
 
 
 def _torch(name: str, read: int, written: int) -> Launch:
@@ -262,9 +248,6 @@ def _gate_sums(call: Call, partials: int) -> list[Launch]:
     return [_torch("sum", partials * heads * ACCUMULATOR, heads * ACCUMULATOR), *_cast(call, heads)]
 
 
-# The tiled regime
-
-
 class Walk(NamedTuple):
     """Steps of the loops over one sequence, and rows of the other side loaded in them, summed over the tiles of one side."""
 
@@ -290,147 +273,119 @@ def columns_walk(n: int, tile: Config) -> Walk:
 
 
 class _Stage(NamedTuple):
-    """What a stage's kernels take: features, blocks and key heads of what plays q, k, v in it."""
+    """What a stage's kernels take: bytes and width in tiles of a row of q or k, of both tables and of v, 0 where there are none."""
 
     number: int
-    d: int
-    block_d: int
+    key: int
+    table: int
+    value: int
+    block_key: int
+    block_table: int
+    block_value: int
     k_heads: int
     v_heads: int
-    tables: bool
-    values: bool
-    added: bool  # stage 2 of additive adds stage 1's output, stage 1's backward adds stage 2's dv
     dropped: bool
 
 
 def _stages(call: Call) -> list[_Stage]:
-    s, refinement = call.task.shape, call.task.refinement
-    d, _, r = call.task.features
-    block_d, _, block_r = call.blocks
+    s, size, refinement = call.task.shape, call.task.itemsize, call.task.refinement
+    (d, d_v, r), (block_d, block_v, block_r) = call.task.features, call.blocks
+    refined, valued = refinement != "none", refinement != "simple"
     first_dropped = call.dropped and refinement in ("none", "additive")
-    first = _Stage(1, d, block_d, s.H_kv, s.H_kv, refinement != "none", refinement != "simple", False, first_dropped)
-    if refinement == "none":
-        return [first]
+    tables, values = (2 * r * size * refined, d_v * size * valued), (2 * block_r * refined, block_v * valued)
+    first = _Stage(1, d * size, *tables, block_d, *values, s.H_kv, s.H_kv, first_dropped)
     v_heads = s.H if refinement == "value" else s.H_kv
-    return [first, _Stage(2, r, block_r, s.H, v_heads, False, True, refinement == "additive", call.dropped)]
+    second = _Stage(2, r * size, 0, d_v * size, block_r, 0, block_v, s.H, v_heads, call.dropped)
+    return [first, second] if refined else [first]
 
 
 def tiled_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     """A forward kernel per stage; backward a kernel over rows and one over columns per stage, stage 2 first, then the tables'."""
     stages, heads = _stages(call), call.task.shape.H
-    rows, columns = tiles("tiled_bwd_rows"), tiles("tiled_bwd_columns")
+    rows, columns, tables = (tiles(f"tiled_bwd_{name}") for name in ("rows", "columns", "tables"))
     found = [_tiled_forward(call, tiles("tiled_fwd"), stage) for stage in stages]
     for stage in reversed(stages):
-        # Stage 2's dv goes to memory as it is, except additive's, which stage 1 adds in full precision
-        kept_exact = stage.number == 2 and call.task.refinement == "additive"
-        plus = stage.number == 1 and call.task.refinement == "additive"
-        found.append(_tiled_rows(call, rows, stage))
-        found.append(_tiled_columns(call, columns, stage._replace(added=plus), ACCUMULATOR if kept_exact else call.task.itemsize))
+        found += [_tiled_rows(call, rows, stage), _tiled_columns(call, columns, stage)]
     if call.task.refinement == "none":
         return found
-    tile = tiles("tiled_bwd_tables")
-    splits = call.splits(-(-call.window // tile.block_n) * heads, processors)
-    found.append(_tiled_tables(call, tile, stages[0], splits))
+    splits = call.splits(-(-call.window // tables.block_n) * heads, processors)
+    found.append(_tiled_tables(call, tables, stages[0], splits))
     gates = len(call.lengths) * -(-call.window // rows.block_m)
     return [*found, *_table_sums(call, splits * heads, call.window), *_gate_sums(call, gates)]
 
 
-def _total(call: Call, tile: Config, walk: "functools._lru_cache_wrapper[Walk]") -> Walk:
-    """The walk over all query heads."""
+def _walked(
+    call: Call, kernel: str, stage: _Stage, tile: Config, *,
+    programs: int, own: int, row: int, read: int, written: int, width: int, gradients: bool = False, repeats: int = 1,
+) -> Launch:  # fmt: skip
+    """A kernel whose programs load bytes of their `own` and walk along the other side, `row` bytes per row, per head."""
+    walk = rows_walk if kernel in ("tiled_fwd", "tiled_bwd_rows") else columns_walk
     walks = [walk(n, tile) for n in call.lengths]
-    steps, loaded = (call.task.shape.H * sum(w[i] for w in walks) for i in (0, 1))
-    return Walk(steps, loaded, max((w.longest for w in walks), default=0))
-
-
-def _operands(call: Call, stage: _Stage) -> tuple[int, int, int]:
-    """Bytes of a key row and of a table pair's row, and of a value row, as a tile loads them (0 where there are none)."""
-    _, d_v, r = call.task.features
-    size = call.task.itemsize
-    return stage.d * size, 2 * r * size if stage.tables else 0, d_v * size if stage.values else 0
+    steps, passed = (call.task.shape.H * sum(w[i] for w in walks) for i in (0, 1))
+    longest, entries = max((w.longest for w in walks), default=0), tile.block_m * tile.block_n * steps
+    drops = entries * (stage.dropped and kernel != "tiled_bwd_tables")
+    return Launch(
+        kernel=kernel, stage=stage.number, pass_="fwd" if kernel == "tiled_fwd" else "bwd", tile=tile, programs=programs,
+        loaded=own + passed * row, read=read, written=written,
+        operations=2 * entries * width, weights=entries, gradients=entries * gradients, drops=drops,
+        chain=2 * longest * repeats, chains=2 * steps,
+    )  # fmt: skip
 
 
 def _distinct(call: Call, stage: _Stage) -> int:
     """Bytes of q, k, the tables and v as they lie in memory: each once."""
-    key, table, value = _operands(call, stage)
-    return call.items * (key * (call.task.shape.H + stage.k_heads) + value * stage.v_heads) + call.window * table
+    of_items = stage.key * (call.task.shape.H + stage.k_heads) + stage.value * stage.v_heads
+    return call.items * of_items + call.window * stage.table
 
 
 def _tiled_forward(call: Call, tile: Config, stage: _Stage) -> Launch:
-    _, d_v, r = call.task.features
-    _, block_v, block_r = call.blocks
-    h, size, walk, square = call.task.shape.H, call.task.itemsize, _total(call, tile, rows_walk), tile.block_m * tile.block_n
-    key, table, value = _operands(call, stage)
-    items, rest = call.items * h, size == 2  # half precision keeps what rounding lost, for real items
-    added = items * d_v * size if stage.added else 0
-    results = (2 * r if stage.tables else 0) + (d_v if stage.values else 0)
-    width = stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
-    return Launch(
-        kernel="tiled_fwd", stage=stage.number, pass_="fwd", tile=tile,
-        programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
-        loaded=items * key + walk.loaded * (key + table + value) + added,
-        read=_distinct(call, stage) + added,
-        written=(call.rows * h * (results + d_v * stage.added) + items * results * rest) * size + items * ACCUMULATOR,
-        operations=2 * square * walk.steps * width, weights=square * walk.steps, drops=square * walk.steps * stage.dropped,
-        chain=2 * walk.longest, chains=2 * walk.steps,
+    h, half, results = call.task.shape.H, call.task.itemsize == 2, stage.table + stage.value
+    items, adds = call.items * h, stage.number == 2 and call.task.refinement == "additive"  # stage 1's output
+    added = stage.value * adds
+    kept = results * half + ACCUMULATOR  # half precision keeps what rounding lost, for real items
+    return _walked(
+        call, "tiled_fwd", stage, tile, programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
+        own=items * (stage.key + added), row=stage.key + stage.table + stage.value,
+        read=_distinct(call, stage) + items * added, written=call.rows * h * (results + added) + items * kept,
+        width=stage.block_key + stage.block_table + stage.block_value,
     )  # fmt: skip
 
 
 def _tiled_rows(call: Call, tile: Config, stage: _Stage) -> Launch:
     """dq (or dQ_A) and delta, a program per row tile."""
-    _, d_v, r = call.task.features
-    _, block_v, block_r = call.blocks
-    h, size, walk, square = call.task.shape.H, call.task.itemsize, _total(call, tile, rows_walk), tile.block_m * tile.block_n
-    key, table, value = _operands(call, stage)
-    items, half = call.items * h, size == 2
-    saved = (4 * r + 2 * r * half if stage.tables else 0) + (2 * d_v + d_v * half if stage.values else 0)
-    own = items * (saved * size + ACCUMULATOR)  # beside q: gradients, what the forward saved and what it rounded away, lse
-    width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (block_v if stage.values else 0)
-    return Launch(
-        kernel="tiled_bwd_rows", stage=stage.number, pass_="bwd", tile=tile,
-        programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
-        loaded=items * key + own + walk.loaded * (key + table + value),
-        read=_distinct(call, stage) + own,
-        written=call.rows * h * stage.d * size + items * ACCUMULATOR,
-        operations=2 * square * walk.steps * width, weights=square * walk.steps, gradients=square * walk.steps,
-        drops=square * walk.steps * stage.dropped,
-        chain=2 * walk.longest, chains=2 * walk.steps,
+    h, half = call.task.shape.H, call.task.itemsize == 2
+    items = call.items * h
+    own = items * ((stage.table + stage.value) * (2 + half) + ACCUMULATOR)  # gradients, what the forward saved and rounded, lse
+    return _walked(
+        call, "tiled_bwd_rows", stage, tile, programs=-(-call.window // tile.block_m) * len(call.lengths) * h,
+        own=items * stage.key + own, row=stage.key + stage.table + stage.value,
+        read=_distinct(call, stage) + own, written=call.rows * h * stage.key + items * ACCUMULATOR,
+        width=2 * stage.block_key + stage.block_table + stage.block_value, gradients=True,
     )  # fmt: skip
 
 
-def _tiled_columns(call: Call, tile: Config, stage: _Stage, dv_size: int) -> Launch:
-    """dk (or dK_A) and dv, a program per column tile and key head."""
-    _, d_v, _ = call.task.features
-    _, block_v, block_r = call.blocks
-    h, walk, square = call.task.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
-    key, table, value = _operands(call, stage)
-    owners = min(stage.k_heads, stage.v_heads) if stage.values else stage.k_heads
-    numbers = 2 * ACCUMULATOR  # lse and delta of a row
-    added = call.items * owners * d_v * ACCUMULATOR if stage.added else 0
-    width = 2 * stage.block_d + (2 * block_r if stage.tables else 0) + (2 * block_v if stage.values else 0)
-    return Launch(
-        kernel="tiled_bwd_columns", stage=stage.number, pass_="bwd", tile=tile,
-        programs=-(-call.window // tile.block_n) * len(call.lengths) * owners,
-        # In the loop q, dO and [dQ_A | dK_A], which are as wide as a key, a value and a row of both tables
-        loaded=call.items * (h * (key + table) + owners * value) + added + walk.loaded * (key + value + table + numbers),
-        read=_distinct(call, stage) + call.items * h * (value + table + numbers) + added,
-        written=call.rows * (stage.k_heads * key + (owners * d_v * dv_size if stage.values else 0)),
-        operations=2 * square * walk.steps * width, weights=square * walk.steps, gradients=square * walk.steps,
-        drops=square * walk.steps * stage.dropped,
-        chain=2 * walk.longest * (h // owners), chains=2 * walk.steps,
+def _tiled_columns(call: Call, tile: Config, stage: _Stage) -> Launch:
+    """dk (or dK_A) and dv, a program per column tile and key head. Of additive stage 1 adds stage 2's dv, in full precision."""
+    h, additive, full = call.task.shape.H, call.task.refinement == "additive", call.task.features[1] * ACCUMULATOR
+    owners = min(stage.k_heads, stage.v_heads) if stage.value else stage.k_heads
+    added = call.items * owners * full * (additive and stage.number == 1)
+    dv = full if additive and stage.number == 2 else stage.value
+    meets = stage.value + stage.table + 2 * ACCUMULATOR  # dO and [dQ_A | dK_A], as wide as a value and both tables; lse and delta
+    return _walked(
+        call, "tiled_bwd_columns", stage, tile, programs=-(-call.window // tile.block_n) * len(call.lengths) * owners,
+        own=call.items * (h * (stage.key + stage.table) + owners * stage.value) + added, row=stage.key + meets,
+        read=_distinct(call, stage) + call.items * h * meets + added, written=call.rows * (stage.k_heads * stage.key + owners * dv),
+        width=2 * (stage.block_key + stage.block_value) + stage.block_table, gradients=True, repeats=h // owners,
     )  # fmt: skip
 
 
 def _tiled_tables(call: Call, tile: Config, stage: _Stage, splits: int) -> Launch:
     """Partial dW, a program per rows of the tables, head and share of the batch."""
-    _, _, r = call.task.features
-    _, _, block_r = call.blocks
-    h, walk, square = call.task.shape.H, _total(call, tile, columns_walk), tile.block_m * tile.block_n
-    key, table, _ = _operands(call, stage)
-    return Launch(
-        kernel="tiled_bwd_tables", stage=1, pass_="bwd", tile=tile, programs=-(-call.window // tile.block_n) * splits * h,
-        loaded=call.items * h * key + walk.loaded * (key + table + ACCUMULATOR),  # keys; in the loop q, [dQ_A | dK_A] and lse
-        read=call.items * ((h + stage.k_heads) * key + h * (table + ACCUMULATOR)),
-        written=2 * splits * h * call.window * r * ACCUMULATOR,
-        operations=2 * square * walk.steps * (stage.block_d + 2 * block_r), weights=square * walk.steps, drops=0,
-        chain=2 * walk.longest * -(-len(call.lengths) // splits), chains=2 * walk.steps,
+    h, meets = call.task.shape.H, stage.table + ACCUMULATOR  # [dQ_A | dK_A] and lse, with q
+    return _walked(
+        call, "tiled_bwd_tables", stage, tile, programs=-(-call.window // tile.block_n) * splits * h,
+        own=call.items * h * stage.key, row=stage.key + meets,
+        read=call.items * ((h + stage.k_heads) * stage.key + h * meets),
+        written=2 * splits * h * call.window * call.task.shape.R * ACCUMULATOR,
+        width=stage.block_key + stage.block_table, repeats=-(-len(call.lengths) // splits),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How it is measured: the correctness gate, times side by side, peak memory, host overhead."""
+"""How it is measured: the correctness gate, times side by side, peak memory."""
 
 import functools
 import time
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from awrsr_kernels.tolerance import allowed_errors
 
-from ..common.clock import Clock, Span, WrongResult, quantiles, traced, turns, wait
+from ..common.clock import Clock, Span, WrongResult, traced, turns, wait
 from .providers import Provider, ours
-from .workloads import COVARIANCES, DOT, Batch, Outputs, Shape, Task, build
+from .workloads import COVARIANCES, Batch, Outputs
 
 PASSES = ("fwd", "bwd", "fwd+bwd")
 SAMPLE_MS = 2.0  # a CPU sample repeats its call until it lasts about this long
@@ -94,9 +94,6 @@ def measure_memory(entrant: Entrant) -> None:
         found = {"fwd": fwd, "bwd": bwd, "fwd+bwd": max(fwd, bwd)}
         for p in PASSES:
             entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), found[p] / 2**20)
-
-
-# Correctness
 
 
 def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -186,38 +183,3 @@ def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) 
     if name == "gate":
         return x[:heads]
     return x[index, : kv_heads if name in ("k", "v") else heads]
-
-
-# Host overhead
-
-
-def host_overhead(
-    providers: list[Provider], device: str, backbone: str = DOT, calls: int = 100, rounds: int = 9
-) -> list[dict[str, Any]]:
-    """Microseconds of host time per call on a problem that is nearly nothing (B = H = L = 1); a GPU is not waited for."""
-    task = Task(Shape(1, 1, 1, 1, 16, 16, 16), "simple", "float32", 0.0, device, backbone=backbone)
-    batch = build(task, "padded")[0]
-    rows = []
-    for provider in providers:
-        if provider.refusal(batch):
-            continue
-        view = provider.view(batch)
-
-        def call(backward: bool, provider: Provider = provider, view: Batch = view) -> None:
-            out = provider.call(view)
-            if backward:
-                gradients(out, view)
-
-        for name, backward in (("fwd", False), ("fwd+bwd", True)):
-            for _ in range(calls // 10 + 1):
-                call(backward)
-            samples = []
-            for _ in range(rounds):
-                wait(batch.q.device)
-                start = time.perf_counter()
-                for _ in range(calls):
-                    call(backward)
-                samples.append((time.perf_counter() - start) / calls * 1e6)
-            median, p20, p80 = quantiles(samples)
-            rows.append({"provider": provider.name, "pass": name, "median_us": median, "p20_us": p20, "p80_us": p80})
-    return rows

@@ -42,7 +42,7 @@ from awrsr_kernels import (
 
 from ..common.pages import ROLES
 from ..common.stosa import stosa
-from .wasserstein import flash_cpu, squares, tensors_of
+from .wasserstein import FlashCpu, squares, tensors_of
 from .workloads import DOT, STOCHASTIC, Batch, Outputs
 
 Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
@@ -55,13 +55,31 @@ class Provider:
     name: str
     role: str
     call: Callable[[Batch], Outputs]
-    refusal: Callable[[Batch], str | None] = lambda batch: None
+    limits: tuple["Limit", ...] = ()
     squares: tuple[int, int] = (0, 0)
     backbones: tuple[str, ...] = (DOT,)
 
     def view(self, batch: Batch) -> Batch:
         """The batch as this provider computes it."""
         return batch.plain if self.role == "floor" else batch
+
+    def refusal(self, batch: Batch) -> str | None:
+        """Why this provider cannot compute a batch; None if it can."""
+        return next((reason for applies, reason in self.limits if applies(batch)), None)
+
+
+Limit = tuple[Callable[[Batch], object], str]  # which batches a provider cannot compute, and why
+NOT_PACKED: Limit = (lambda b: b.packed, "this call takes no packed batches")
+ONLY_PACKED: Limit = (lambda b: not b.packed, "for packed batches only (--lengths)")
+NEEDS_GPU: Limit = (lambda b: not b.q.is_cuda, "needs a GPU")
+NEEDS_CPU: Limit = (lambda b: b.q.is_cuda, "is made of the CPU's flash call (flex2-squares is the same on a GPU)")
+NO_DROPOUT: Limit = (lambda b: b.dropout_p, "this call has no dropout")
+ONE_MASK: Limit = (
+    lambda b: b.dropout_p and b.refinement == "additive",
+    "two attention calls draw two masks; dropout of the sum P + gate R needs one",
+)
+OWN_MASKS: Limit = (lambda b: b.dropout_p, "attention calls draw a mask each; squared weights need that of the weights")
+OF_SQUARES = OWN_MASKS, NOT_PACKED
 
 
 def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
@@ -191,80 +209,29 @@ def two_stage(batch: Batch, attend: Attend = stock, split: bool = False) -> Tens
     return out if batch.refinement != "additive" else parts[2] + batch.gate.view(-1, *[1] * (q.dim() - 2)) * out
 
 
-def _no_packed(batch: Batch) -> str | None:
-    other = "" if batch.gaussian else " (varlen2 does, on a GPU)"
-    return "this call takes no packed batches" + other if batch.packed else None
-
-
-def _two_stage_refusal(batch: Batch) -> str | None:
-    if batch.dropout_p and batch.refinement == "additive":
-        return "two attention calls draw two masks; dropout of the sum P + gate R needs one"
-    return _no_packed(batch)
-
-
-def _flex_refusal(batch: Batch) -> str | None:
-    if not batch.q.is_cuda:
-        return "FlexAttention has no backward on a CPU; needs a GPU"
-    return "FlexAttention has no dropout" if batch.dropout_p else _no_packed(batch)
-
-
-def _squares_refusal(batch: Batch) -> str | None:
-    if batch.dropout_p:
-        return "attention calls draw a mask each; squared weights need that of the weights"
-    return _no_packed(batch)
-
-
-def _flash_cpu_refusal(batch: Batch) -> str | None:
-    return "is made of the CPU's flash call (flex2-squares is the same on a GPU)" if batch.q.is_cuda else _squares_refusal(batch)
-
-
-def _flex_squares_refusal(batch: Batch) -> str | None:
-    return _flex_refusal(batch) or _squares_refusal(batch)
-
-
-def _varlen_refusal(batch: Batch) -> str | None:
-    if not batch.q.is_cuda:
-        return "varlen_attn needs a GPU"
-    if batch.dropout_p:
-        return "varlen_attn has no dropout"
-    return _jagged_refusal(batch)
-
-
-def _jagged_refusal(batch: Batch) -> str | None:
-    return None if batch.packed else "for packed batches only (--lengths)"
-
-
-def _triton_refusal(batch: Batch) -> str | None:
-    return None if batch.q.is_cuda else "the kernels need a GPU (the interpreter is not worth timing)"
-
-
 BOTH = DOT, STOCHASTIC
 GAUSSIAN = (STOCHASTIC,)
+OURS = {backend: functools.partial(ours, backend=backend) for backend in ("reference", "torch", "triton")}
+JAGGED = {backend: functools.partial(call, jagged=True) for backend, call in OURS.items()}
 PROVIDERS = {
     p.name: p
     for p in (
-        Provider("textbook", "rival", _textbook, _no_packed, squares=(10, 10)),
-        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled(textbook)), _no_packed, squares=(8, 8)),
-        Provider("sdpa2", "rival", two_stage, _two_stage_refusal, squares=(6, 0)),
-        Provider("sdpa2-split", "rival", functools.partial(two_stage, split=True), _two_stage_refusal),
-        Provider("flex2", "rival", functools.partial(two_stage, attend=flex), _flex_refusal),
-        Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), _varlen_refusal),
-        Provider("sdpa", "floor", two_stage, _no_packed, backbones=BOTH),
-        Provider("reference", "ours", functools.partial(ours, backend="reference"), squares=(13, 13), backbones=BOTH),
-        Provider("torch", "ours", functools.partial(ours, backend="torch"), backbones=BOTH),
-        Provider("triton", "ours", functools.partial(ours, backend="triton"), _triton_refusal, backbones=BOTH),
-        Provider("torch-jagged", "ours", functools.partial(ours, backend="torch", jagged=True), _jagged_refusal, backbones=BOTH),
-        Provider(
-            "triton-jagged",
-            "ours",
-            functools.partial(ours, backend="triton", jagged=True),
-            lambda b: _triton_refusal(b) or _jagged_refusal(b),
-            backbones=BOTH,
-        ),
-        Provider("stosa", "rival", _stosa, _no_packed, squares=(16, 16), backbones=GAUSSIAN),
-        Provider("stosa+compile", "rival", lambda b: _stosa(b, _compiled(stosa)), _no_packed, squares=(12, 12), backbones=GAUSSIAN),
-        Provider("sdpa2-squares", "rival", lambda b: squares(b, flash_cpu), _flash_cpu_refusal, backbones=GAUSSIAN),
-        Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), _flex_squares_refusal, backbones=GAUSSIAN),
+        Provider("textbook", "rival", _textbook, (NOT_PACKED,), squares=(10, 10)),
+        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled(textbook)), (NOT_PACKED,), squares=(8, 8)),
+        Provider("sdpa2", "rival", two_stage, (ONE_MASK, NOT_PACKED), squares=(6, 0)),
+        Provider("sdpa2-split", "rival", functools.partial(two_stage, split=True), (ONE_MASK, NOT_PACKED)),
+        Provider("flex2", "rival", functools.partial(two_stage, attend=flex), (NEEDS_GPU, NO_DROPOUT, NOT_PACKED)),
+        Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), (NEEDS_GPU, NO_DROPOUT, ONLY_PACKED)),
+        Provider("sdpa", "floor", two_stage, (NOT_PACKED,), backbones=BOTH),
+        Provider("reference", "ours", OURS["reference"], squares=(13, 13), backbones=BOTH),
+        Provider("torch", "ours", OURS["torch"], backbones=BOTH),
+        Provider("triton", "ours", OURS["triton"], (NEEDS_GPU,), backbones=BOTH),
+        Provider("torch-jagged", "ours", JAGGED["torch"], (ONLY_PACKED,), backbones=BOTH),
+        Provider("triton-jagged", "ours", JAGGED["triton"], (NEEDS_GPU, ONLY_PACKED), backbones=BOTH),
+        Provider("stosa", "rival", _stosa, (NOT_PACKED,), (16, 16), GAUSSIAN),
+        Provider("stosa+compile", "rival", lambda b: _stosa(b, _compiled(stosa)), (NOT_PACKED,), (12, 12), GAUSSIAN),
+        Provider("sdpa2-squares", "rival", lambda b: squares(b, FlashCpu.apply), (NEEDS_CPU, *OF_SQUARES), (0, 0), GAUSSIAN),
+        Provider("flex2-squares", "rival", lambda b: squares(b, flex_lse), (NEEDS_GPU, *OF_SQUARES), (0, 0), GAUSSIAN),
     )
 }
 

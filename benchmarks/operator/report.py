@@ -1,16 +1,13 @@
-"""What attn_bench.py makes of its measurements: rows, ratios computed from them, a table per problem, files and pictures."""
-
-from pathlib import Path
+"""What attn_bench.py makes of its measurements: rows, ratios computed from them, a table per problem."""
 
 import torch
 
 from awrsr_kernels.launch_config import shared_memory
 
-from ..common.pages import markdown
-from ..common.report import Column, Row, atomic, grid, spread, times, write_data
+from ..common.clock import quantiles
+from ..common.report import Column, Row, grid, spread, times
 from .launches import PROCESSORS, task_launches
-from .measure import PASSES, Entrant, quantiles
-from .plots import against_length
+from .measure import PASSES, Entrant
 from .roofline import Rates, shares
 from .workloads import Task
 
@@ -123,18 +120,3 @@ def table(rows: list[Row], wrong: list[Row]) -> str:
     lines = [rows[0]["task"] if rows else wrong[0]["task"], *grid(columns, ordered)] if rows or wrong else []
     lines += [f"{w['provider']:<17}  WRONG, not timed ({w['layout']}): {w['reason']}" for w in wrong]
     return "\n".join(lines) + "\n"
-
-
-def write_files(directory: Path, results: Row) -> list[str]:
-    """Write everything that can be written; returns the paths."""
-    paths = write_data(directory, results, markdown(results))
-    try:
-        figure = against_length([results])
-    except ImportError:
-        print("no picture: matplotlib is not installed (pip install matplotlib)")
-        return paths
-    if figure is not None:
-        paths.append(str(directory / "results.png"))
-        with atomic(directory / "results.png", "wb") as file:
-            figure.savefig(file, format="png", dpi=110)
-    return paths

@@ -20,6 +20,7 @@ from ..common.clock import Clock
 from .workloads import Task, calls
 
 ROUNDS = 5
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # rows of the square matrices: about 20 and 1 ms
 
 
@@ -104,20 +105,8 @@ def free_bytes(device: str) -> int | None:
 
 
 def copy_bytes(device: str) -> int:
-    """Bytes of a tensor to copy."""
-    if device == "cuda":
-        cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0)
-        return beyond(cache, free_bytes(device) or 0, least=1 << 30)
-    cache = 0
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            cache = max(cache, int(path.read_text().strip().removesuffix("K")) << 10)
-    return beyond(cache, free_bytes(device) or 2 << 30, least=256 << 20)
-
-
-def beyond(cache: int, free: int, least: int) -> int:
-    """Twice the last-level cache, so that source and target are four times as large as it; at most an eighth of free memory."""
-    return min(max(least, 2 * cache), free // 8)
+    """Bytes of a tensor to copy: several times what any cache holds; at most an eighth of free memory."""
+    return min(COPY_BYTES[device], (free_bytes(device) or 2 << 30) // 8)
 
 
 def ideal_bytes(task: Task, layout: str, pass_: str) -> int:

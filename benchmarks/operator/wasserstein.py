@@ -31,7 +31,7 @@ def tensors_of(batch: Batch) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return tensors, tuple(getattr(batch, name) for name in names)
 
 
-class _FlashCpu(torch.autograd.Function):
+class FlashCpu(torch.autograd.Function):
     """The CPU's flash attention, whose own autograd drops the gradient of the log-sum-exps.
 
     Its backward forms dS = P * (dO V^T - rowsum(dO * O)). The gradient of a log-sum-exp adds P times it to a row of dS: in a spare
@@ -56,11 +56,6 @@ class _FlashCpu(torch.autograd.Function):
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = backward(dout, q, k, v, out, lse, 0.0, True, scale=ctx.scale)
         return dq[..., :d], dk[..., :d], dv[..., :d_v], None
-
-
-def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _FlashCpu.apply(q, k, v, scale)
-    return out, lse
 
 
 def features(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,19 +59,12 @@ PRESETS = {
     "recsys": Preset(lengths=(20, 50, 100, 200), heads=2, dim=32, batches=(128, 512, 2048)),
     "long": Preset(lengths=(512, 1024, 2048, 4096, 8192), heads=4, dim=64, tokens=16384),
 }
-CPU_DEFAULT = replace(PRESETS["recsys"], batches=(32,))
-QUICK = replace(PRESETS["recsys"], lengths=(20, 50), batches=(32,))
-STOSA = Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,))  # 4 heads of 64 features and L 100: STOSA's own settings
-STOSA_QUICK = replace(STOSA, lengths=(20, 50), batches=(32,))
-
-
-def choose_preset(backbone: str, device: str, name: str | None, quick: bool) -> Preset:
-    """The preset of that name, or what is measured where none is named."""
-    if quick:
-        return STOSA_QUICK if backbone == STOCHASTIC else QUICK
-    if name or device != "cpu":
-        return PRESETS[name or "recsys"]
-    return STOSA if backbone == STOCHASTIC else CPU_DEFAULT
+UNNAMED = {  # (backbone, --quick): what is measured on a CPU where no preset is named; between Gaussians STOSA's sizes
+    (DOT, False): replace(PRESETS["recsys"], batches=(32,)),
+    (DOT, True): replace(PRESETS["recsys"], lengths=(20, 50), batches=(32,)),
+    (STOCHASTIC, False): Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,)),
+    (STOCHASTIC, True): Preset(lengths=(20, 50), heads=4, dim=16, batches=(32,)),
+}
 
 
 @dataclass(frozen=True)
@@ -295,23 +288,11 @@ def build(task: Task, layout: str) -> list[Batch]:
 
 
 def read_histories(path: Path) -> list[int]:
-    """Number of items of each user. Format: one user per line, user id then item ids in time order, ids from 1."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        lines = []
-    for number, words in enumerate(lines, 1):
-        wrong = next((w for w in words if not (w.isascii() and w.isdigit() and int(w) > 0)), None)
-        if wrong is not None:
-            raise ValueError(f"{path}:{number}: {wrong[:40]!r} is not an id (a whole number from 1)")
-        if len(words) < 2:
-            raise ValueError(f"{path}:{number}: was {' '.join(words)!r}, must be a user id, then item ids")
-    users = [int(words[0]) for words in lines]
-    if len(set(users)) < len(users) or not users:
-        raise ValueError(f"{path}: must be a text file of users, each with one line: user id, then item ids")
-    return [len(words) - 1 for words in lines]
+    """Number of items of each user, in a file of any format that awrsr reads. ValueError if it is none."""
+    from awrsr.data.readers import read  # which needs packages that a GPU machine may lack
+
+    lengths: list[int] = read(path).lengths.tolist()
+    return lengths
 
 
 def sample_users(lengths: list[int], count: int, window: int) -> tuple[int, ...]:

@@ -159,7 +159,7 @@ def control(cell: Cell) -> Cell:
 
 
 def searched() -> list[Cell]:
-    """Settings that searches of equal length chose on validation events with seed 0 (`search.py`), with more seeds."""
+    """Settings that searches of equal length chose on validation events with seed 0 (at the tag study-1), with more seeds."""
     cells = [Cell("searched", "wikipedia", "none", 1, "searched", SEARCHED_PLAIN)]
     cells.append(Cell("searched", "wikipedia", "none", 1, "searched and twice the epochs", f"{SEARCHED_PLAIN} --epochs 120"))
     cells += [Cell("searched", "wikipedia", "none", layers, AS_REFINED, SHARED) for layers in (1, 2, 3)]

@@ -13,9 +13,8 @@ ranked once. `study_report.py` makes tables and pictures of these files.
 """
 
 import argparse
-import multiprocessing
-import os
 import shlex
+import subprocess
 import sys
 import threading
 import time
@@ -122,22 +121,9 @@ def source(dataset: str, folder: Path | None) -> Path | None:
 
 
 def train_apart(arguments: list[str], log: Path) -> int:
-    """The exit status of `awrsr train` in a process of its own, forked from one that has loaded what training needs."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["awrsr.training.run", "awrsr.cli.train"])
-    process = server.Process(target=_train, args=(arguments, log))
-    process.start()
-    process.join()
-    return process.exitcode or 0
-
-
-def _train(arguments: list[str], log: Path) -> None:
+    """The exit status of `awrsr train` in a process of its own."""
     with log.open("a", encoding="utf-8") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    from awrsr.cli import main
-
-    sys.exit(main(["train", *arguments]))
+        return subprocess.run([sys.executable, "-m", "awrsr", "train", *arguments], stdout=file, stderr=file).returncode
 
 
 def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any]:
@@ -149,11 +135,6 @@ def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any
         raise RuntimeError(f"awrsr train {shlex.join(arguments)} ended with status {status}; see {out / 'output.txt'}")
     metrics: dict[str, Any] = read_json(out / "metrics.json")
     return metrics
-
-
-def machine(*packages: str) -> dict[str, Any]:
-    """Where trainings of one thread run."""
-    return {"device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)", "versions": versions(*packages)}
 
 
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
@@ -173,7 +154,8 @@ def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results
         "curve": [round(epoch["NDCG@10"], 5) for epoch in metrics["curve"]],
         "command": cell.command(seed),
         "commit": began.read_text(encoding="utf-8").strip(),
-        **machine(),
+        "device": device_name("cpu").rpartition(",")[0] + ", 1 thread(s)",
+        "versions": versions(),
     }
     test = pl.read_parquet(out / "ranks_test.parquet").with_columns(pl.col("user", "item").cast(pl.String)).sort("user", "position")
     results.add(entry, test, popularity(cell, data, test))

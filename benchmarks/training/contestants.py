@@ -13,9 +13,9 @@ import copy
 import functools
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -71,7 +71,7 @@ class Contestant:
     backend: str
     model: AWRSRNetwork
     optimizer: torch.optim.Optimizer
-    samples: dict[str, list["Lap"]] = field(default_factory=lambda: {p: [] for p in PASSES})
+    samples: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {p: [] for p in PASSES})  # seconds, CPU seconds
     first_ms: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
     deviation: float = 0.0  # of the loss curve from the yardstick's, relative, the largest
@@ -79,13 +79,6 @@ class Contestant:
     @property
     def name(self) -> str:
         return f"{self.backend} {self.layout} {self.refinement}"
-
-
-class Lap(NamedTuple):
-    """Seconds of a sample, and of the processor's time."""
-
-    seconds: float
-    cpu_seconds: float
 
 
 def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
@@ -98,16 +91,6 @@ def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, 
     return Contestant(problem, refinement, layout, backend, model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True))
 
 
-# What a contestant does
-
-
-def attention_of(it: Contestant) -> AbstractContextManager[Any]:
-    """Where the contestant's forward runs: in STOSA's formulation, if it is that."""
-    if it.backend != "stosa":
-        return nullcontext()
-    return mock.patch.object(attention, "stochastic_refined_attention", eager_attention)
-
-
 def eager_attention(
     *, refinement: str, gate: Any, dropout_p: float, lengths: Tensor, refine_scale: float | None, backend: str, **tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -116,12 +99,6 @@ def eager_attention(
     items = tuple(tensors[name] for name in ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov"))
     tables = tuple(w for name in attention.TABLES if (w := tensors.get(name)) is not None)
     return stosa(items, tables, 1.0 if gate is None else gate, refinement, dropout_p, lengths)
-
-
-def order(length: np.ndarray, batch_size: int, layout: str) -> list[np.ndarray]:
-    """Which sequences are in which batch: as they come, bucketed sorted by length."""
-    chosen = np.argsort(length, kind="stable") if layout == "bucketed" else np.arange(len(length))
-    return np.array_split(chosen, max(1, round(len(chosen) / batch_size)))
 
 
 def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -134,25 +111,20 @@ def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> t
     real = torch.arange(width, device=items.device) >= width - lengths[:, None]
     padded = items.new_zeros(real.shape)
     padded[real] = items
-    with attention_of(it):
+    patched = mock.patch.object(attention, "stochastic_refined_attention", eager_attention)
+    with patched if it.backend == "stosa" else nullcontext():
         return it.model.forward_padded(padded, lengths)[real], last
 
 
-def loss_of(it: Contestant, batch: Batch, step: int) -> Tensor:
-    """Mean loss over the events of a batch, with the negatives that belong to this step."""
+def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
+    """Forward, loss over events with the negatives that belong to this step, backward, optimizer; returns the loss before it."""
     problem, device = it.problem, it.problem.device
+    it.model.train()
     generator = torch.Generator(device).manual_seed(problem.seed * 1_000_003 + step)
     items, targets, cu_seqlens = (x.to(device) for x in (batch.items, batch.targets, batch.cu_seqlens))
     out, _ = hidden(it, items, cu_seqlens, batch.max_seqlen)
     negatives = draw_negatives(problem.loss, targets, problem.config.num_items, NEGATIVES[problem.loss], generator)
     loss: Tensor = LOSSES[problem.loss](out, targets, it.model.item_table(), negatives).mean()
-    return loss
-
-
-def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
-    """Forward, loss, backward, optimizer; returns the loss before the step."""
-    it.model.train()
-    loss = loss_of(it, batch, step)
     it.optimizer.zero_grad()
     loss.backward()
     it.optimizer.step()
@@ -182,12 +154,12 @@ class Work:
     eval_batch: int = 512
 
     def batches(self, it: Contestant, pass_: str) -> list[np.ndarray]:
-        """The batches of a pass in the contestant's layout."""
-        if pass_ == "train":
-            parts = order(it.problem.windows.length[self.sequences], it.problem.batch_size, it.layout)
-            return [self.sequences[part] for part in parts]
-        parts = order(it.problem.targets.length[self.targets], self.eval_batch, it.layout)
-        return [self.targets[part] for part in parts]
+        """The batches of a pass in the contestant's layout: as they come, bucketed sorted by length."""
+        problem = it.problem
+        train = self.sequences, problem.windows.length, problem.batch_size
+        chosen, length, size = train if pass_ == "train" else (self.targets, problem.targets.length, self.eval_batch)
+        order = np.argsort(length[chosen], kind="stable") if it.layout == "bucketed" else np.arange(len(chosen))
+        return [chosen[part] for part in np.array_split(order, max(1, round(len(chosen) / size)))]
 
 
 def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
@@ -198,30 +170,25 @@ def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
         rank_step(it, chosen)
 
 
-def lap(it: Contestant, pass_: str, work: Work) -> Lap:
-    """One sample."""
-    batches = work.batches(it, pass_)
-    wait(it.problem.device)
-    start, cpu = time.perf_counter(), time.process_time()
-    for step, chosen in enumerate(batches):
-        one_step(it, pass_, chosen, step)
-    wait(it.problem.device)
-    return Lap(time.perf_counter() - start, time.process_time() - cpu)
-
-
 def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | None, budget_s: float) -> None:
     """Fill in samples round-robin."""
     for i in turns(len(contestants), reps, budget_s):
-        contestants[i].samples[pass_].append(lap(contestants[i], pass_, work))
+        it = contestants[i]
+        batches = work.batches(it, pass_)
+        wait(it.problem.device)
+        start, cpu = time.perf_counter(), time.process_time()
+        for step, chosen in enumerate(batches):
+            one_step(it, pass_, chosen, step)
+        wait(it.problem.device)
+        it.samples[pass_].append((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
     """Peak bytes of the batch with most events, above parameters and optimizer state; and `first_ms`, one batch before all else."""
     lengths = it.problem.windows.length if pass_ == "train" else it.problem.targets.length
     batches = work.batches(it, pass_)
-    largest = max(
-        batches, key=lambda chosen: len(chosen) * lengths[chosen].max() if it.layout != "packed" else lengths[chosen].sum()
-    )
+    packed = it.layout == "packed"
+    largest = max(batches, key=lambda chosen: lengths[chosen].sum() if packed else len(chosen) * lengths[chosen].max())
     start = time.perf_counter()
     one_step(it, pass_, batches[0], 0)
     wait(it.problem.device)
@@ -229,9 +196,6 @@ def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
     it.optimizer.zero_grad()
     it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.problem.device)[0] / 2**20
     it.optimizer.zero_grad()
-
-
-# The gate
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from ..common.report import Column, Row, grid, spread, times
 from .contestants import PASSES, Contestant, Work
 
 
-def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: str) -> list[Row]:
+def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list[Row]:
     """One row per contestant: milliseconds per step, in the columns that attn_bench.py has, and what belongs to training."""
     rows = []
     for it in contestants:
         p, c, laps = it.problem, it.model.config, it.samples[pass_]
         steps, sequences = len(work.batches(it, pass_)), len(work.sequences if pass_ == "train" else work.targets)
-        median, p20, p80 = quantiles([lap.seconds / steps * 1e3 for lap in laps])
-        cpu = quantiles([lap.cpu_seconds / steps * 1e3 for lap in laps])[0]
+        median, p20, p80 = quantiles([seconds / steps * 1e3 for seconds, _ in laps])
+        cpu = quantiles([cpu_seconds / steps * 1e3 for _, cpu_seconds in laps])[0]
         batch, loss = (p.batch_size, p.loss) if pass_ == "train" else (work.eval_batch, "")
         rows.append(
             {"provider": it.backend, "role": "rival" if it.backend == "stosa" else "ours", "backbone": c.backbone}
@@ -24,25 +24,29 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work, task: s
             | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "cpu_ms": cpu, "samples": len(laps), "steps": steps}
             | {"peak_mib": it.peak_mib[pass_], "first_call_ms": it.first_ms[pass_]}
             | {"seq_per_s": sequences / steps / median * 1e3, "seq_per_cpu_s": sequences / steps / max(cpu, 1e-9) * 1e3}
-            | {"source": p.source, "batch_size": batch, "task": task}
+            | {"source": p.source, "batch_size": batch, "task": task_of(it, pass_)}
         )
     add_ratios(rows)
     return rows
 
 
+def task_of(it: Contestant, pass_: str) -> str:
+    """What is computed, in words."""
+    p, c = it.problem, it.problem.config
+    what = f"{p.loss}, batches of {p.batch_size}" if pass_ == "train" else "full ranking"
+    size = f"hidden {c.hidden}, {c.layers} layer{'s' * (c.layers > 1)}, {c.heads} heads"
+    return f"{p.source}, {'STOSA, ' * (c.backbone == 'stosa')}{what}, window {c.max_len}, {size}"
+
+
 def add_ratios(rows: list[Row]) -> None:
-    """Adds `ratio_to_plain`, a row's time over that of refinement "none" beside it, `ratio_to_packed`, over that of the packed
-    layout, and the same of the processor's time, `cpu_ratio_...`, which others on the machine disturb less. Absent where that was
-    not measured. Within one task and pass."""
-    by = {tuple(row[k] for k in ("task", "pass", "provider", "refinement", "layout")): row for row in rows}
+    """Adds `ratio_to_plain`, a row's time over that of refinement "none" beside it, and `cpu_ratio_to_plain`, the same of the
+    processor's time, which others on the machine disturb less. Absent where that was not measured."""
+    plain = {(row["task"], row["provider"], row["layout"]): row for row in rows if row["refinement"] == "none"}
     for row in rows:
-        task, pass_, provider = row["task"], row["pass"], row["provider"]
-        plain = by.get((task, pass_, provider, "none", row["layout"]))
-        packed = by.get((task, pass_, provider, row["refinement"], "packed"))
-        for name, base in (("plain", plain), ("packed", packed)):
-            if base is not None:
-                row[f"ratio_to_{name}"] = row["median_ms"] / base["median_ms"]
-                row[f"cpu_ratio_to_{name}"] = row["cpu_ms"] / max(base["cpu_ms"], 1e-9)
+        base = plain.get((row["task"], row["provider"], row["layout"]))
+        if base is not None:
+            row["ratio_to_plain"] = row["median_ms"] / base["median_ms"]
+            row["cpu_ratio_to_plain"] = row["cpu_ms"] / max(base["cpu_ms"], 1e-9)
 
 
 COLUMNS: list[Column] = [
@@ -58,8 +62,6 @@ COLUMNS: list[Column] = [
     ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
     ("to plain", 8, lambda r: times(r, "ratio_to_plain")),
     ("CPU", 6, lambda r: times(r, "cpu_ratio_to_plain")),
-    ("to packed", 9, lambda r: times(r, "ratio_to_packed")),
-    ("CPU", 6, lambda r: times(r, "cpu_ratio_to_packed")),
 ]
 
 

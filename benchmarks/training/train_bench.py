@@ -12,28 +12,21 @@ examples, from the repository root:
 A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
 (AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
 repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
-pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps, or --epochs passes over
-the data, which shows bucketed batches at their best; contestants take turns, and a row is the median of its samples, with peak
-memory above parameters and optimizer state.
+pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps; contestants take turns,
+and a row is the median of its samples, with peak memory above parameters and optimizer state.
 
 Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
 30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
 equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
 
-"to plain" is a step's time over that of refinement none in the same layout and backend, "to packed" over that of the packed layout;
-beside each the same of the processor's time, which is the one to trust where a machine is busy. If the data are Amazon Beauty,
-`awrsr train` also runs for two epochs from start to end, and figures of other implementations on the same file stand beside it,
-marked as quoted: they were not measured here.
+"to plain" is a step's time over that of refinement none in the same layout and backend; beside it the same of the processor's
+time, which is the one to trust where a machine is busy.
 """
 
 import argparse
 import itertools
-import json
 import random
-import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +36,7 @@ import numpy as np
 import torch
 
 from awrsr.config import AWRSRConfig
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import split
 from awrsr.data.readers import read
 from awrsr.data.synthetic import make
 from awrsr.training.batches import Windows
@@ -51,33 +44,13 @@ from awrsr.training.losses import LOSSES
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, number, settle_machine, whole
+from ..common.arguments import add_flag, make_parser, settle_machine, whole
 from ..common.clock import WrongResult
 from ..common.pages import LAYOUTS, TRAINING, markdown
-from .contestants import (
-    GATE_STEPS,
-    PASSES,
-    TOLERANCE,
-    Contestant,
-    Problem,
-    Work,
-    check,
-    contestant,
-    measure_memory,
-    race,
-    yardstick,
-)
+from .contestants import GATE_STEPS, PASSES, TOLERANCE, Problem, Work, check, contestant, measure_memory, race, yardstick
 from .report import make_rows, table
 
 BACKENDS = ("torch", "reference", "triton", "stosa")
-BEAUTY = (22_363, 12_101, 198_502)  # users, items, events
-QUOTED = (  # SASRec on Beauty, one CPU thread
-    {"who": "RecTools' SASRec", "train_sequences_per_cpu_second": 867.0, "eval_users_per_cpu_second": 1911.0},
-    {"who": "STOSA repository's SASRec", "train_sequences_per_cpu_second": 572.0, "eval_users_per_cpu_second": 1082.0},
-)
-END_TO_END = shlex.split(
-    "--threads 1 --loss bce --hidden 64 --layers 2 --heads 2 --max-len 50 --refinement additive --epochs 2 --no-progress"
-)
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -92,20 +65,14 @@ def options_parser() -> argparse.ArgumentParser:
     add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
     add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
-    share: dict[str, Any] = {"type": number(0, 1, "in [0, 1)"), "metavar": "P"}
-    add("--dropout", default=AWRSRConfig.attention_dropout, help="of attention weights (default: the model's)", **share)
-    add("--hidden-dropout", default=AWRSRConfig.hidden_dropout, help="of the rest (default: the model's)", **share)
     add = parser.add_argument_group("contestants").add_argument
     add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
     add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
     add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton; stosa: STOSA's own")
     add = parser.add_argument_group("measurement").add_argument
-    length = parser.add_mutually_exclusive_group().add_argument
-    length("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
-    length("--epochs", type=whole(1), metavar="N", help="passes over the data per sample, instead of steps")
+    add("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
     add("--eval-users", type=whole(1), default=4096, metavar="N", help="users ranked per sample (default 4096)")
-    add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples; no whole runs")
-    add("--skip-end-to-end", action="store_true", help="no whole runs of awrsr train")
+    add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples")
     for name in ("--reps", "--device", "--out"):
         add_flag(add, name)
     add_flag(add, "--budget", default=60.0, help="seconds per pass and loss (default 60)")
@@ -136,22 +103,6 @@ def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
     options.steps = options.steps or 16
 
 
-def load(parser: argparse.ArgumentParser, path: Path | None) -> Histories:
-    try:
-        return read(path) if path else make()
-    except ValueError as error:
-        parser.error(f"argument --data: {error}")
-
-
-def make_work(problem: Problem, options: argparse.Namespace) -> Work:
-    """What a sample consists of: random sequences and targets, or whole epochs."""
-    rng = np.random.default_rng(options.seed)
-    count, targets = len(problem.windows), rng.permutation(len(problem.targets))[: options.eval_users]
-    if options.epochs:
-        return Work(np.concatenate([rng.permutation(count) for _ in range(options.epochs)]), targets)
-    return Work(rng.permutation(count)[: options.steps * options.batch_size], targets)
-
-
 def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     """(refinement, layout, backend) of each; STOSA's formulation has no packed layout."""
     every = itertools.product(options.refinements, options.layouts, options.backends)
@@ -178,64 +129,23 @@ def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]) -> list[report.Row]:
     """Rows of one problem: memory, then times side by side; prints the table."""
-    work = make_work(problem, options)
+    draw = np.random.default_rng(options.seed).permutation
+    targets = draw(len(problem.targets))[: options.eval_users]
+    work = Work(draw(len(problem.windows))[: options.steps * options.batch_size], targets)
     rows: list[report.Row] = []
     for pass_ in passes:
-        entered: list[Contestant] = []
-        for refinement, layout, backend in contestants(options):
-            it = contestant(problem, refinement, layout, backend)
+        entered = [contestant(problem, *each) for each in contestants(options)]
+        for it in entered:
             say(f"memory: {pass_}, {it.name}")
             measure_memory(it, pass_, work)
-            entered.append(it)
         race(entered, pass_, work, options.reps, options.budget)
-        rows += make_rows(entered, pass_, work, label(problem, options, pass_))
+        rows += make_rows(entered, pass_, work)
     print("\n".join(table([r for r in rows if r["pass"] == p]) for p in passes), flush=True)
     return rows
 
 
-def label(problem: Problem, options: argparse.Namespace, pass_: str) -> str:
-    c, what = problem.config, f"{problem.loss}, batches of {problem.batch_size}" if pass_ == "train" else "full ranking"
-    size = f"hidden {c.hidden}, {c.layers} layer{'s' * (c.layers > 1)}, {c.heads} heads"
-    return f"{problem.source}, {'STOSA, ' * (c.backbone == 'stosa')}{what}, window {c.max_len}, {size}"
-
-
-def end_to_end(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """`awrsr train` as its users run it, beside what others' figures say."""
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = ["-m", "awrsr", "train", "--data", str(options.data.resolve()), *END_TO_END, "--seed", str(options.seed)]
-        say("end to end: awrsr " + shlex.join(arguments[2:]))
-        done = subprocess.run([sys.executable, *arguments, "--out", folder], cwd=report.ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise WrongResult(f"awrsr train failed: {done.stderr.strip()[-400:]}")
-        metrics = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-    figures = ("train_sequences_per_cpu_second", "eval_users_per_cpu_second", "peak_mib")
-    ours = {"who": "`awrsr train`, additive", "quoted": False, "command": "awrsr " + shlex.join(["train", *END_TO_END])}
-    return [ours | {name: metrics[name] for name in figures}, *(row | {"quoted": True} for row in QUOTED)]
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def is_beauty(h: Histories) -> bool:
-    return (h.num_users, h.num_items, len(h.items)) == BEAUTY
-
-
-def run(options: argparse.Namespace, parts: Split) -> dict[str, Any]:
-    """Gate everything, then measure everything."""
-    c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
-    c |= {"attention_dropout": options.dropout, "hidden_dropout": options.hidden_dropout}
-    config = AWRSRConfig(num_items=parts.histories.num_items, **c)
-    source = options.data.name if options.data else "synthetic"
-    device = torch.device(options.device)
-    problems = [
-        Problem(parts, config, loss, options.batch_size, device, options.seed, source) for loss in dict.fromkeys(options.loss)
-    ]
-    checked = [row for problem in problems for row in gate(problem, options)]
-    rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
-    skipped = options.quick or options.skip_end_to_end or options.backbone != "sasrec"
-    whole_runs = [] if skipped or not is_beauty(parts.histories) else end_to_end(options)
-    return {"kind": TRAINING, "rows": rows, "gate": checked, "end_to_end": whole_runs}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -244,21 +154,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     settle(parser, options)
     begin = time.perf_counter()
     random.seed(options.seed)
+    c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
+    problems = []
     try:
-        parts = split(load(parser, options.data))
+        parts = split(read(options.data) if options.data else make())
+        config = AWRSRConfig(num_items=parts.histories.num_items, **c)
+        sizes = options.batch_size, torch.device(options.device), options.seed, options.data.name if options.data else "synthetic"
+        problems = [Problem(parts, config, loss, *sizes) for loss in dict.fromkeys(options.loss)]
         Windows(parts, options.max_len)  # which there must be
     except ValueError as error:
         parser.error(f"argument --data: {error}")
     about = report.about(options.device, "lightning") | {"command": report.command_line("train_bench.py", argv)}
     try:
-        results = about | run(options, parts)
+        checked = [row for problem in problems for row in gate(problem, options)]
     except WrongResult as error:
         print(f"train_bench.py: WRONG, nothing was written: {error}", file=sys.stderr)
         return 1
-    for row in results["end_to_end"]:
-        train, users = row["train_sequences_per_cpu_second"], row["eval_users_per_cpu_second"]
-        quoted = "  (quoted)" if row["quoted"] else ""
-        print(f"{row['who']:<28} {train:8.0f} training sequences, {users:8.0f} users evaluated per CPU-second{quoted}")
+    rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
+    results = about | {"kind": TRAINING, "rows": rows, "gate": checked}
     report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
     return 0
 

@@ -57,12 +57,6 @@ def test_a_worse_figure_wants_a_reason() -> None:
     assert "+100.0%" in table(rows)
 
 
-def test_brief_parts_show_totals_and_changes() -> None:
-    part = Part("kernels", SIZE, 1, lambda *_: {}, brief=True)
-    rows = judge("kernels", SIZE, {"sum": 3, "a": 1, "b": 2}, {"sum": 4, "a": 1, "b": 3})
-    assert [row.name for row in part.shown(rows)] == ["kernels: sum", "kernels: b"]
-
-
 def test_the_report_of_compiled_kernels_is_read() -> None:
     row = {
         "target": "sm_90", "refinement": "simple", "dtype": "bfloat16", "dropout": True, "length": 64, "width": 64, "group": 1,
@@ -78,18 +72,21 @@ def test_the_report_of_compiled_kernels_is_read() -> None:
 def test_pytests_reports_are_read(tmp_path: Path) -> None:
     (tmp_path / "test_few.py").write_text("import pytest\n@pytest.mark.parametrize('x', [1, 2])\ndef test_it(x): assert x == 1\n")
 
-    def pytest_prints(*options: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "test_few.py"]
-        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which take seconds to import
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout
-
-    assert parts.read_collection(pytest_prints("--collect-only")) == 2
-    pytest_prints("-k", "1", "--junitxml=good.xml"), pytest_prints("--junitxml=bad.xml")
-    assert 0 < parts.read_junit((tmp_path / "good.xml").read_text()) < 60
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which take seconds to import
+    checkout = Checkout(tmp_path, tmp_path / "suite", tmp_path, tmp_path, None, environment)
+    assert parts.tests(checkout, 60) == {"collected": 2}
+    with pytest.raises(CannotMeasure, match="no `make test` has come to its end at suite"):
+        parts.suite(checkout, 60)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_few.py"]
+    for options in (["-k", "1", "--junitxml=suite/1.xml"], ["-k", "1", "--junitxml=suite/2.xml"], ["--junitxml=bad.xml"]):
+        subprocess.run([*command, *options], cwd=tmp_path, env=environment, capture_output=True)
+    assert 0 < parts.suite(checkout, 60)["seconds"] < 60
+    (tmp_path / "bad.xml").rename(tmp_path / "suite/2.xml")
     with pytest.raises(CannotMeasure, match="1 tests failed"):
-        parts.read_junit((tmp_path / "bad.xml").read_text())
-    with pytest.raises(CannotMeasure, match="no number"):
-        parts.read_collection("no tests ran")
+        parts.suite(checkout, 60)
+    (tmp_path / "test_few.py").unlink()
+    with pytest.raises(CannotMeasure, match="exit status 5"):
+        parts.tests(checkout, 60)
 
 
 def test_docstrings_are_not_counted() -> None:
@@ -98,11 +95,11 @@ def test_docstrings_are_not_counted() -> None:
 
 def test_the_torch_backends_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(call_time, "SHAPES", ((3, 2, 10, 4),))
+    monkeypatch.setattr(call_time, "SECONDS", 0.0)
     torch.use_deterministic_algorithms(False)
-    found = call_time.torch_backend(0.0)
+    found = call_time.torch_backend()
     assert set(found) == {f"{layout} (3, 2, 10, 4), {work}" for layout in ("padded", "packed") for work in ("fwd", "fwd+bwd")}
     assert all(len(ratios) >= 5 and min(ratios) > 0 for ratios in found.values())
-    assert parts.medians([found, found]).keys() == found.keys()
 
 
 def test_the_kernels_can_be_launched_without_a_gpu(tmp_path: Path) -> None:
@@ -141,7 +138,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         checkout.output("-c", "raise SystemExit('no compiler')", seconds=seconds)
         return {}
 
+    def kernels(checkout: Checkout, seconds: float) -> dict[str, float]:
+        return {"sum": 3, "a": 1, "b": 2 + (checkout.root == root)}
+
     measured = (
+        Part("kernels", SIZE, 20, kernels, brief=True),
         Part("lines", SIZE, 20, parts.lines), Part("slow", SIZE, 20, slow, keep=True), Part("turns", RATIO, 20, turns, timed=True),
         Part("fails", SIZE, 20, fails),
     )  # fmt: skip
@@ -157,6 +158,7 @@ def test_a_run_from_base_to_table(project: Path, monkeypatch: pytest.MonkeyPatch
         rows = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
         assert rows["lines: lines outside tests"][-4:] == ["1", "2", "+100.0%", "worse"]
         assert rows["turns: ratio"][-4:] == ["2.000", "1.000", "-50.0%", "better"]
+        assert {"kernels: sum", "kernels: b"} <= rows.keys() and "kernels: a" not in rows  # in brief: totals and changes
         assert rows["slow: x"][-1] == "same" and " ".join(rows["fails"]).endswith("not measured: exit status 1: no compiler")
     assert sorted((project.parent / "runs").read_text().split()) == ["base", "project", "project"]  # the base once
     listed = subprocess.run(["git", "worktree", "list"], cwd=project, capture_output=True, text=True).stdout
@@ -167,6 +169,6 @@ def test_a_run_from_base_to_table(project: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_part_has_limited_time(project: Path) -> None:
-    checkout = Checkout(project, (), project, project, None, {})
+    checkout = Checkout(project, project, project, project, None, {})
     with pytest.raises(CannotMeasure, match="more than 0 s"):
         checkout.output("-c", "import time; time.sleep(60)", seconds=0.2)

@@ -1,4 +1,4 @@
-"""The study: every run once, kept with its ranks; tables that follow from the files; equal searches."""
+"""The study: every run once, kept with its ranks; tables that follow from the files."""
 
 import json
 import re
@@ -318,50 +318,3 @@ def test_a_report_of_nothing_is_refused(cells: list[Cell], out: Path, capsys: py
     with pytest.raises(SystemExit):
         study_report.main(["--out", str(out)])
     assert "holds no run of the plan" in capsys.readouterr().err
-
-
-# Searches
-
-
-def test_both_models_search_as_long_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optuna = pytest.importorskip("optuna")
-    from benchmarks.study import search
-
-    ran: list[list[str]] = []
-
-    def train(command: list[str], _: Path) -> int:
-        ran.append(command)
-        option = dict(zip(command, command[1:], strict=False))
-        found = {"validation": {"NDCG@10": float(option["--hidden-dropout"])}, "test": {"NDCG@10": 0.5}, "train_cpu_seconds": 1.0}
-        (Path(option["--out"]) / "metrics.json").write_text(json.dumps(found), encoding="utf-8")
-        return 0
-
-    monkeypatch.setattr(study, "train_apart", train)
-    given = ["--dataset", "wikipedia", "--folder", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
-    assert search.main([*given, "--trials", "3"]) == 0 and len(ran) == 6
-    assert search.main([*given, "--trials", "10"]) == 0 and len(ran) == 20
-    assert sum("none" in command for command in ran) == 10 and all("--collapse" in command for command in ran)
-    results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
-    for model in search.MODELS:
-        rows = [row for row in results["rows"] if row["model"] == model]
-        values = [row["validation NDCG@10"] for row in rows]
-        assert values == sorted(values, reverse=True) and [row["place"] for row in rows] == list(range(1, 11))
-        assert (
-            max(results["importances"][f"wikipedia/{model}"], key=results["importances"][f"wikipedia/{model}"].get)
-            == "hidden_dropout"
-        )
-    assert (tmp_path / "out/results.md").read_text(encoding="utf-8") == search.markdown(results)
-    assert optuna.logging.get_verbosity() == optuna.logging.WARNING
-
-
-def test_settings_are_options_that_training_takes() -> None:
-    optuna = pytest.importorskip("optuna")
-    from awrsr.cli import parser
-    from benchmarks.study import search
-
-    takes = parser()
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for model in search.MODELS:
-        for _ in range(20):
-            flags = search.as_flags(search.settings(study.ask(), model))
-            assert (takes.parse_args(["train", *flags]).train.refinement == "none") == (model == "plain")

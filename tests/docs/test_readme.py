@@ -38,22 +38,17 @@ def test_measured_tables_are_the_benchmarks() -> None:
     measured = {path: x for path, x in tables.items() if x.get("kind") in pages.RENDERERS and path.name != DEFAULTS}
     assert {x.get("kind") for x in measured.values()} == set(pages.RENDERERS)
     for path, results in measured.items():
-        column = "recall" if results.get("kind") == pages.INITIALISATION else "median_ms"
+        column = {pages.INITIALISATION: "recall", pages.SEARCH: "test"}.get(results.get("kind"), "median_ms")
         assert results["rows"] and all(column in row for row in results["rows"]), path.name
         assert pages.markdown(results) in PAGES, path.name
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / picture).exists()
 
 
-def test_searches_stand_on_a_page() -> None:
-    pytest.importorskip("optuna")
-    from benchmarks.study import search
-
+def test_searches_were_equally_long() -> None:
     for path in (ROOT / "benchmarks/results").rglob("search_*.json"):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        trials = {name: [row for row in results["rows"] if row["model"] == name] for name in search.MODELS}
-        assert results["kind"] == search.KIND and len({len(rows) for rows in trials.values()}) == 1  # equal budgets
-        assert search.markdown(results) in PAGES, path.name
+        models = [row["model"] for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+        assert models.count("plain") == models.count("refined") > 0
 
 
 def test_reports_are_linked_and_of_all_runs() -> None:
