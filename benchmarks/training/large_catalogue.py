@@ -1,0 +1,172 @@
+"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends.
+
+examples, from the repository root:
+  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
+  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
+
+Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
+(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
+items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
+any peak is above --limit.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from awrsr.config import AWRSRConfig, TrainingOptions
+from awrsr.data.histories import Histories, Split, split
+from awrsr.data.readers import read
+from awrsr.evaluation.ranking import evaluate
+from awrsr.recommender import AWRSR
+from awrsr.training.loop import TrainingLoop
+from awrsr.training.trainer import make_trainer
+
+from ..common import report
+from ..common.arguments import add_flag, make_parser, number, whole
+
+
+def options_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--items", type=whole(10), default=1_000_000, metavar="N", help="items of the catalogue (default 1000000)")
+    add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")
+    add("--length", type=whole(3), default=20, metavar="L", help="events of each user (default 20)")
+    add("--data", type=Path, metavar="FILE", help="read this file instead of making one")
+    add("--steps", type=whole(1), default=50, metavar="N", help="training steps (default 50)")
+    add("--targets", type=whole(1), default=1000, metavar="M", help="users to evaluate, and to recommend for (default 1000)")
+    add("--loss", choices=("sampled_softmax", "cross_entropy", "bce"), default="sampled_softmax", help="default sampled_softmax")
+    add("--limit", type=number(0, 1e9, "a number of GiB"), default=12.0, metavar="GIB", help="largest peak (default 12)")
+    add_flag(add, "--threads")
+    add_flag(add, "--seed", help="of data, parameters and training (default 0)")
+    add_flag(add, "--out", help="write results.json, and keep the data and the run there")
+    return parser
+
+
+class Stages:
+    """Time and peak memory of what is done one after another."""
+
+    def __init__(self) -> None:
+        self.rows: list[report.Row] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[report.Row]:
+        """Yields the stage's row, for what else is to be said of it."""
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        row: report.Row = {"stage": name}
+        with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        start, cpu = time.perf_counter(), time.process_time()
+        yield row
+        row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+        row.setdefault("peak_gib", peak_gib())
+        self.rows.append(row)
+        more = ", ".join(f"{k} {v:,.5g}" for k, v in row.items() if k not in ("stage", "seconds", "cpu_seconds", "peak_gib"))
+        print(f"{name:<10} {row['seconds']:8.1f} s   peak {row['peak_gib']:6.2f} GiB   {more}", flush=True)
+
+
+def peak_gib(who: int = resource.RUSAGE_SELF) -> float:
+    """Of this process since the stage began, where Linux says so, or of all its children so far."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines() if who == resource.RUSAGE_SELF else []
+        return int(next(x.split()[1] for x in lines if x.startswith("VmHWM"))) / 2**20
+    return resource.getrusage(who).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+
+
+def make_file(options: argparse.Namespace, path: Path, row: report.Row) -> None:
+    """`awrsr data make`, in a process of its own so that what it leaves behind is not counted against the reader."""
+    sizes = {"users": options.users, "items": options.items, "length": options.length, "seed": options.seed}
+    arguments = [f"--{name}={value}" for name, value in sizes.items()]
+    command = [sys.executable, "-m", "awrsr", "data", "make", *arguments, f"--output={path.resolve()}"]
+    subprocess.run(command, cwd=report.ROOT, check=True, stdout=subprocess.DEVNULL)
+    row |= {"peak_gib": peak_gib(resource.RUSAGE_CHILDREN), "mib": path.stat().st_size / 2**20}
+
+
+def with_few_targets(parts: Split, count: int) -> Split:
+    """Validation and test targets of the first users alone; the others train on all of their events."""
+    lengths = parts.histories.lengths
+    far = np.arange(len(lengths)) >= count
+    return Split(parts.histories, *(np.where(far, lengths, end) for end in (parts.train_end, parts.validation_end)))
+
+
+def train(model: AWRSR, parts: Split, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """The real training run, cut off after some steps of its first epoch."""
+    settings = TrainingOptions(loss=options.loss, epochs=1, seed=options.seed, logger="none", progress=False)
+    training, trainer = TrainingLoop(model.network, parts, settings, folder, {}), make_trainer(settings, folder)
+    trainer.limit_train_batches = options.steps
+    trainer.fit(training)
+    last = training.curve[-1]
+    return {"steps": trainer.global_step, "loss": last["loss"], "step_seconds": training.record["seconds"] / trainer.global_step}
+
+
+def recommend(model: AWRSR, histories: Histories, count: int) -> int:
+    offsets = histories.offsets[: count + 1]
+    first = replace(histories, items=histories.items[: offsets[-1]], offsets=offsets, user_ids=histories.user_ids[:count])
+    return len(model.recommend(first, k=min(10, model.config.num_items)))
+
+
+def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
+    """All stages, in the order of a user's day."""
+    stages = Stages()
+    path = options.data or folder / "histories.txt"
+    if not options.data:
+        with stages.stage("make") as row:
+            make_file(options, path, row)
+    with stages.stage("read") as row:
+        histories = read(path)
+        row |= {"users": histories.num_users, "items": histories.num_items, "events": len(histories.items)}
+    with stages.stage("split"):
+        parts = with_few_targets(split(histories), options.targets)
+    with stages.stage("model") as row:
+        torch.manual_seed(options.seed)
+        model = AWRSR(AWRSRConfig(num_items=histories.num_items))
+        model.item_ids = histories.item_ids
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+    with stages.stage("train") as row:
+        row |= train(model, parts, options, folder / "run")
+    with stages.stage("load"):
+        model = AWRSR.load(folder / "run")
+    with stages.stage("evaluate") as row:
+        found = evaluate(model, parts, filter_seen=not histories.repeats())
+        row |= {"targets": len(found.ranks), "users_per_cpu_second": found.users_per_cpu_second}
+    with stages.stage("recommend") as row:
+        row["recommendations"] = recommend(model, histories, options.targets)
+    return stages.rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = options_parser()
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    command = report.command_line("training/large_catalogue.py", argv)
+    about = report.about("cpu", "lightning", "polars") | {"command": command, "kind": "large catalogue"}
+    with contextlib.ExitStack() as stack:
+        folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            rows = run(options, folder)
+        except (ValueError, subprocess.CalledProcessError) as error:
+            parser.error(str(error))
+    worst, limit = max(rows, key=lambda row: row["peak_gib"]), options.limit
+    peak, over = worst["peak_gib"], worst["peak_gib"] > limit
+    if options.out:
+        with report.atomic(options.out / "results.json") as file:
+            json.dump(about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}, file, indent=1)
+    print(f"peak {peak:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {limit:g} GiB")
+    return int(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
