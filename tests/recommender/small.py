@@ -40,3 +40,8 @@ def as_numbered(lists: list[list[int]], items: int = ITEMS) -> Histories:
     offsets = np.concatenate([[0], np.cumsum([len(each) for each in lists])]).astype(np.int64)
     flat = np.array([item for each in lists for item in each], dtype=np.int64)
     return Histories(flat, offsets, np.arange(items), np.arange(len(lists)))
+
+
+def same_weights(one: AWRSR, other: AWRSR) -> bool:
+    state = other.state_dict()
+    return all(torch.equal(weight, state[name]) for name, weight in one.state_dict().items())

@@ -1,8 +1,6 @@
 """Fitting, recommending and similar items, with ids of any type, against brute force."""
 
-import copy
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +12,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from awrsr import AWRSR, AWRSRConfig, recommender
 from awrsr.config import TrainingOptions
 from awrsr.data.histories import Histories, Split, split
 from awrsr.evaluation.ranking import evaluate
 
-from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model
+from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model, same_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,11 +98,6 @@ def test_the_seed_alone_decides_the_weights() -> None:
     torch.manual_seed(6)
     assert same_weights(one, AWRSR(SMALL).fit(LISTS, replace(BRIEF, seed=3)))
     assert not same_weights(one, AWRSR(SMALL).fit(LISTS, BRIEF, seed=4))
-
-
-def same_weights(one: AWRSR, other: AWRSR) -> bool:
-    state = other.state_dict()
-    return all(torch.equal(weight, state[name]) for name, weight in one.state_dict().items())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -223,46 +215,6 @@ def test_a_catalogue_of_one_item() -> None:
     assert model.recommend([["a"]], 1, filter_seen=True).height == 0
     with pytest.raises(ValueError, match="num_items is 1; loss 'bce'"):
         AWRSR(SMALL).fit(lists, BRIEF, loss="bce")
-
-
-# A module among modules
-
-
-def test_weights_go_by_the_names_that_files_give_them(tmp_path: Path) -> None:
-    model, other = make_model(), make_model(1)
-    model.save(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    assert model.state_dict().keys() == stored.keys() and "items.weight" in stored
-    other.load_state_dict(stored)
-    assert same_weights(model, other)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({"items.weight": stored["items.weight"]})
-
-
-def test_a_model_may_be_part_of_another_module() -> None:
-    one, other = (torch.nn.ModuleDict({"model": make_model(seed), "more": torch.nn.Linear(2, 2)}) for seed in (0, 1))
-    assert {"model.items.weight", "more.weight"} <= one.state_dict().keys()
-    other.load_state_dict(one.state_dict())
-    assert same_weights(one["model"], other["model"])
-    assert len(list(one.parameters())) == len(one.state_dict())
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_models_of_their_own(copied: Callable[[AWRSR], AWRSR]) -> None:
-    model, other = make_model(), make_model(1)
-    twin = copied(model)
-    assert twin.recommend([[1, 2, 3]], 5).equals(model.recommend([[1, 2, 3]], 5))
-    twin.load_state_dict(other.state_dict())
-    assert same_weights(twin, other) and not same_weights(twin, model)
-
-
-def test_the_attributes_of_the_network_are_those_of_the_model() -> None:
-    model = make_model()
-    assert model.items is model.network.items and model.config is model.network.config
-    items, lengths = torch.tensor([[1, 2, 3]]), torch.tensor([3])
-    assert torch.equal(model.scores_padded(items, lengths), model.network.scores_padded(items, lengths))
-    with pytest.raises(AttributeError, match="no attribute 'itms'"):
-        model.itms  # noqa: B018
 
 
 # Recommending

@@ -1,10 +1,8 @@
 """A run and its folder: exact resume, seeds, early stopping, refusals; whatever stops a run leaves the last whole epoch."""
 
 import json
-import logging
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
@@ -14,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -424,25 +421,6 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_epoch(
     assert timeless(train(data, out, epochs=4, loss="bce")) == timeless(train(data, tmp_path / "whole", epochs=4, loss="bce"))
 
 
-def test_fit_without_a_folder_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("here", "temporary"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-
-    def surroundings() -> list[Any]:
-        level = logging.getLogger("lightning.pytorch").level
-        numpy = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
-        return [torch.get_rng_state().tolist(), numpy, random.getstate(), list(warnings.filters), level]
-
-    model = AWRSR(config())
-    before = surroundings()
-    model.fit(histories(), epochs=2, **QUICK)
-    assert surroundings() == before
-    assert list(tmp_path.rglob("*")) == [tmp_path / "here", tmp_path / "temporary"]
-    assert not model.training and model.config.num_items == 24
-
-
 @pytest.mark.parametrize("what", ["json", "model", "checkpoint"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     what: str, run: Path, monkeypatch: pytest.MonkeyPatch
@@ -462,12 +440,3 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     with pytest.raises(OSError, match="no space left"):
         write_it[what]()
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
-
-
-def test_files_get_the_rights_that_any_new_file_gets(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        files.write_json(tmp_path / "a.json", {})
-    finally:
-        os.umask(old)
-    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
