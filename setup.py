@@ -57,7 +57,6 @@ setup(
             "matplotlib",  # the benchmark's plots
             "tqdm",  # its progress bar
             "filelock",  # one study at a time writes its results
-            "optuna",  # the study's searches: a sampler that learns, journals that go on, importances
             "ruff",  # lint
             "mypy",  # types
         ],
