@@ -9,7 +9,7 @@ from awrsr_kernels import launch_config, refined_attention, tuned
 from awrsr_kernels.launch_config import LENGTHS, TABLE, TILED, Config, Key, choose
 from awrsr_kernels.tuned import read_entries
 from awrsr_kernels.tuning import __main__ as tune
-from awrsr_kernels.tuning import timing as _tune_bench
+from awrsr_kernels.tuning import timing
 from awrsr_kernels.tuning.search import MARGIN, candidates, carried, search
 from awrsr_kernels.tuning.timing import Bench, Case, Workload, guards
 
@@ -162,14 +162,14 @@ def test_a_wrong_result_and_an_exception_are_refused(monkeypatch: pytest.MonkeyP
     bench = Bench(torch.device(DEVICE))
     assert bench.refusal(TINY, key, config) is None
     right = refined_attention
-    monkeypatch.setattr(_tune_bench, "refined_attention", lambda *args, **more: right(*args, **more) * 1.001)
+    monkeypatch.setattr(timing, "refined_attention", lambda *args, **more: right(*args, **more) * 1.001)
     found = bench.refusal(TINY, key, config)
     assert found is not None and found.startswith(f"WRONG at {TINY}: out is off by")
 
     def fails(*args: object, **more: object) -> None:
         raise RuntimeError("out of resource: shared memory\nRequired: 300000")
 
-    monkeypatch.setattr(_tune_bench, "refined_attention", fails)
+    monkeypatch.setattr(timing, "refined_attention", fails)
     assert bench.refusal(TINY, key, config) == f"skipped at {TINY}: RuntimeError: out of resource: shared memory"
 
 
@@ -197,7 +197,7 @@ def test_what_a_kernel_leaves_unwritten_is_wrong(monkeypatch: pytest.MonkeyPatch
 def test_a_large_batch_is_compared_by_an_excerpt(dropout_p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="needs Triton")
     case = TINY._replace(batch=7, dropout_p=dropout_p)
-    monkeypatch.setattr(_tune_bench, "REFERENCE_BYTES", 3 * 12 * 8 * case.heads * case.length**2)
+    monkeypatch.setattr(timing, "REFERENCE_BYTES", 3 * 12 * 8 * case.heads * case.length**2)
     workload = Workload(case, torch.device(DEVICE))
     assert workload.index.tolist() == ([0, 1, 2] if dropout_p else [0, 3, 6])
     assert workload.references[0]["out"].shape[0] == 3 and workload.wrong() == []
