@@ -37,7 +37,7 @@ class AWRSR(nn.Module):
     """Sequential recommender whose attention weights attend to one another.
 
     Called, it does what its network does, whose attributes (`items`, `blocks`, `forward_padded`, `scores_padded`, ...) and names of
-    weights in `state_dict` it shares.
+    weights it shares.
     """
 
     network: AWRSRNetwork
@@ -65,6 +65,9 @@ class AWRSR(nn.Module):
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.network.state_dict(*args, **options)
+
+    def named_parameters(self, *args: Any, **options: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.network.named_parameters(*args, **options)
 
     def fit(
         self: Model,
