@@ -2,7 +2,7 @@
 
 The batch is cut into chunks of windows (`packing.py`, `plan.py`) and each chunk into blocks of rows, which `forward.py` and
 `backward.py` visit and where the formulas are. Saved for the backward are Q_A, K_A and Y = P V of "value"; weights are computed
-again. Plain attention goes to torch's own kernel where that is faster (`stock.py`).
+again, except P where keeping it pays. Plain attention goes to torch's own kernel where that is faster (`stock.py`).
 
 Under torch.compile all this is one operator (`operator.py`): it plans when it runs, as in eager mode, so that lengths are read and
 one graph serves any of them. torch.export gets plain aten operations, for the shapes at hand.

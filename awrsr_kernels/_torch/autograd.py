@@ -28,7 +28,7 @@ class RefinedAttention(torch.autograd.Function):
         inputs = Inputs(*tensors)
         plan = Plan(inputs, call)
         loaded = plan.load_inputs(inputs)
-        outs, products = forward_pass(plan, inputs, loaded, keep=True)
+        outs, products = forward_pass(plan, inputs, loaded, keep=True, keep_weights=True)
         # Rows once brought into windows stay; of the caller's tensors shapes and dtypes are enough
         ctx.plan, ctx.like = plan, Inputs._make(None if x is None else torch.empty_like(x, device="meta") for x in inputs)
         ctx.save_for_backward(*loaded, *products)

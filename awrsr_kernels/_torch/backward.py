@@ -3,8 +3,8 @@
 n windows of a chunk, H query heads, L window length, m rows of a block, c columns, D, D_v, R feature sizes.
 
 It sweeps from the last block to the first: in the causal case, once a block has been visited, nothing below adds to its dK_A (and
-dY). The bidirectional case takes one sweep per stage. Weights are computed again. With M as in `reference.py`, Z the dropout mask,
-and softmax'(g; p) = p * (g - rowsum(g * p)):
+dY). The bidirectional case takes one sweep per stage. Weights that were not kept are computed again. With M as in `reference.py`, Z
+the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     others             dM = Z*(dO V^T)     dV = (M*Z)^T dO               dP, dR = dM of none, simple; additive: dR = gate dM
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO               dV = P^T dY
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..call import Inputs
 from .chunks import Chunk, Operands, Products, load_operands
-from .forward import key_term, met_values, mixed, multiply, one_sweep, projections, weights
+from .forward import first_weights, key_term, met_values, mixed, multiply, one_sweep, projections, weights
 from .packing import Block
 from .plan import Plan
 
@@ -91,7 +91,7 @@ class _ChunkBackward:
             self.grads.k.addcmul_(self.operands.k, self.dterm.transpose(1, 2), value=-self.chunk.call.softmax_scale)
 
     def _first(self, block: Block) -> Tensor:
-        return weights(self.chunk, block, self.operands.q, self.operands.k, self.term, self.chunk.call.softmax_scale)
+        return first_weights(self.chunk, block, self.operands, self.term)
 
     def _higher(self, block: Block) -> Tensor:
         assert self.products.q_a is not None and self.products.k_a is not None

@@ -90,6 +90,16 @@ def weights(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Ten
     return torch.softmax(scores, -1)  # in place it is slower
 
 
+def first_weights(chunk: Chunk, block: Block, operands: Operands, term: Tensor | None, *, keep: bool = False) -> Tensor:
+    """P of a block: what the forward kept, or computed, and kept for the backward if `keep` and worth it."""
+    first = chunk.first_weights.get(block)
+    if first is None:
+        first = weights(chunk, block, operands.q, operands.k, term, chunk.call.softmax_scale)
+        if keep and chunk.keeps_weights(block):
+            chunk.first_weights[block] = first
+    return first
+
+
 def mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
     """M of "additive"."""
     return first + higher if gate is None else torch.addcmul(first, gate, higher)
@@ -102,8 +112,8 @@ def one_sweep(chunk: Chunk) -> bool:
 class _ChunkForward:
     """Writes the products and the outputs (n * H, L, D_v), those of the values and, between Gaussians, of their covariances."""
 
-    def __init__(self, chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor]) -> None:
-        self.chunk, self.operands, self.products, self.outs = chunk, operands, products, outs
+    def __init__(self, chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor], keep_weights: bool) -> None:
+        self.chunk, self.operands, self.products, self.outs, self.keep_weights = chunk, operands, products, outs, keep_weights
         self.projections = projections(operands.tables, operands.values, products)
         self.values = met_values(operands.values, products)
         self.term = key_term(operands.k) if chunk.call.gaussian else None
@@ -125,7 +135,7 @@ class _ChunkForward:
             self._attend(block, self._first(block) if self.chunk.call.refinement == "additive" else None)
 
     def _first(self, block: Block) -> Tensor:
-        return weights(self.chunk, block, self.operands.q, self.operands.k, self.term, self.chunk.call.softmax_scale)
+        return first_weights(self.chunk, block, self.operands, self.term, keep=self.keep_weights)
 
     def _project(self, block: Block, first: Tensor) -> None:
         rows = slice(block.first, block.end)
@@ -150,12 +160,13 @@ class _ChunkForward:
             multiply(out[:, block.first : block.end], mix.square() if power else mix, value[:, : block.columns])
 
 
-def forward_chunk(chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor]) -> None:
-    _ChunkForward(chunk, operands, products, outs).run()
+def forward_pass(
+    plan: Plan, inputs: Inputs, loaded: Inputs, *, keep: bool, keep_weights: bool = False
+) -> tuple[tuple[Tensor, ...], Products]:
+    """The outputs in rows form and, if `keep`, the products of all chunks, which the backward needs.
 
-
-def forward_pass(plan: Plan, inputs: Inputs, loaded: Inputs, *, keep: bool) -> tuple[tuple[Tensor, ...], Products]:
-    """The outputs in rows form and, if `keep`, the products of all chunks, which the backward needs."""
+    keep_weights: whether chunks, which the same plan's backward visits again, may keep P.
+    """
     values = [x for x in (inputs.v, inputs.v_cov) if x is not None]
     outs = [plan.buffer(x.shape[-1]) for x in values]
     buffers = make_products(inputs, plan.call, plan.buffer) if keep else Products()
@@ -163,5 +174,5 @@ def forward_pass(plan: Plan, inputs: Inputs, loaded: Inputs, *, keep: bool) -> t
         products = Products(*(x if x is None else chunk.rows_of(x) for x in buffers))
         if not keep:
             products = make_products(inputs, plan.call, chunk.empty)
-        forward_chunk(chunk, load_operands(chunk, loaded), products, [chunk.rows_of(out) for out in outs])
+        _ChunkForward(chunk, load_operands(chunk, loaded), products, [chunk.rows_of(out) for out in outs], keep_weights).run()
     return tuple(plan.collect(out, x.dtype) for out, x in zip(outs, values, strict=True)), buffers
