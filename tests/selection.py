@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-FILE_SECONDS = 5.0  # of processor time, after which no other test of a file starts
+FILE_SECONDS = 3.0  # of processor time, after which no other test of a file starts
 
 # What takes longer than that by itself: files, tests, and tests that use a fixture.
 SLOW = (
