@@ -166,11 +166,13 @@ def compute(problem: Problem, kind: Kind, tensors: dict[str, Tensor], backend: s
 def disagreements(problem: Problem, kind: Kind, dtype: torch.dtype, backend: str) -> list[str]:
     """What of a backend's outputs and gradients is further from the definition than the tolerance rule allows.
 
-    The rule's yardstick is what the reference errs in that dtype, which in half precision and with few numbers is small by luck in
-    one draw of some hundreds. There a miss of less than twice the limit counts if another draw of the numbers misses, too.
+    A miss of less than twice the limit counts if another draw of the numbers misses, too, where one draw says little. The rule's
+    yardstick is what the reference errs in that dtype, which in half precision and with few numbers is small by luck in one draw of
+    some hundreds. In float64 the reference takes distances from differences and everything else takes them from products: wide
+    Gaussians miss in one draw of sixty.
     """
     wrong, near = compared(problem, kind, dtype, backend)
-    if wrong and near and dtype in (torch.float16, torch.bfloat16):
+    if wrong and near and (dtype in (torch.float16, torch.bfloat16) or kind.gaussian and dtype == torch.float64):
         again = (compared(problem._replace(seed=problem.seed + more), kind, dtype, backend)[0] for more in (1, 2))
         return wrong if any(again) else []
     return wrong
