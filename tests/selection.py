@@ -17,7 +17,7 @@ SLOW = (
     "tests/kernels/test_compile.py::test_lengths_and_batches_compile_nothing_anew",
     "tests/kernels/test_compile.py::test_narrow_products_are_assembled_right",
     "tests/kernels/test_distributed.py",
-    "tests/kernels/test_pytorch.py::test_an_aotinductor_package_gives_the_same",
+    "tests/kernels/test_torch_export.py::test_an_aotinductor_package_gives_the_same",
 )
 SLOW_FIXTURES = {"tests/kernels/test_compile.py": "sample"}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .selection import SLOW, SLOW_FIXTURES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import those before it
 
@@ -133,3 +135,9 @@ def test_old_commands_run_from_where_they_were(command: str) -> None:
     arguments = [command] if command.endswith(".py") else ["-m", command]
     done = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert not done.returncode and "usage:" in done.stdout, done.stderr
+
+
+def test_what_the_fast_selection_leaves_out_as_slow_is_there() -> None:
+    for name in (*SLOW, *(f"{file}::{fixture}" for file, fixture in SLOW_FIXTURES.items())):
+        file, _, function = name.partition("::")
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8"), name

@@ -169,14 +169,12 @@ def store_zeros(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def store_with_rest(
-    view, rest, head, seat, rest_seat, tile,
-    HALF: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
+def store_rest(
+    view, head, seat, tile, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """Store a tile and, with HALF, what rounding it loses: in the columns of `rest` from FIRST on."""
-    store_tile(view, head, seat, tile, WIDTH, BLOCK)
+    """With HALF: store what rounding a tile loses, in the columns from FIRST on."""
     if HALF:
-        store_tile(rest, head, rest_seat, tile - tile.to(DTYPE).to(tile.dtype), WIDTH, BLOCK, FIRST)
+        store_tile(view, head, seat, tile - tile.to(DTYPE).to(tile.dtype), WIDTH, BLOCK, FIRST)
 
 
 @triton.jit
@@ -184,7 +182,7 @@ def load_with_rest(
     view, rest, head, seat,
     HALF: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """[rows of the seat, BLOCK]: what `store_with_rest` stored, both parts together."""
+    """[rows of the seat, BLOCK]: a tile and what `store_rest` kept of it, together."""
     tile = load_tile(view, head, seat, WIDTH, BLOCK).to(ACC)
     if HALF:
         tile += load_tile(rest, head, seat, WIDTH, BLOCK, FIRST).to(ACC)
@@ -251,10 +249,13 @@ def softmax_tile(q_tile, k_tile, visible, scale, DISTANCE: tl.constexpr, PRECISI
 
 
 @triton.jit
-def known_softmax_tile(q_tile, k_tile, lse, visible, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
+def known_softmax_tile(
+    q_tile, k_tile, lse, rows, columns, length, scale,
+    DISTANCE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Softmax of rows whose log-sum-exp is known, in units of log 2; zero where nothing is visible."""
     scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E) - lse[:, None]
-    return tl.exp2(tl.where(visible, scores, float("-inf")))
+    return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
 
 
 @triton.jit

@@ -45,8 +45,8 @@ from .primitives import (
     row_index,
     score_tile,
     seats,
+    store_rest,
     store_tile,
-    store_with_rest,
     table_start,
     visible_tile,
 )
@@ -100,9 +100,10 @@ def _tiled_fwd_kernel(
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
         column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-        visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
         k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)
+        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)  # [BLOCK_M, BLOCK_N], as all weights
+        # Made before the product of the scores it would take up to 18 registers more.
+        visible = visible_tile(rows, columns, length, CAUSAL)
         scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -125,7 +126,9 @@ def _tiled_fwd_kernel(
             cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
         if other_q is not None:
             other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
-            other = known_softmax_tile(other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION)
+            other = known_softmax_tile(
+                other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
+            )
             cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: sums of zero, and a finite log-sum-exp
@@ -139,11 +142,14 @@ def _tiled_fwd_kernel(
         if POINTS:
             q_a_sum = correlation_points(q_a_sum, R, BLOCK_R)
             k_a_sum = correlation_points(k_a_sum, R, BLOCK_R)
-        store_with_rest(q_a, rest, head, padded_seat, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
-        store_with_rest(k_a, rest, head, padded_seat, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
+        store_tile(q_a, head, padded_seat, q_a_sum, R, BLOCK_R)
+        store_tile(k_a, head, padded_seat, k_a_sum, R, BLOCK_R)
+        store_rest(rest, head, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
+        store_rest(rest, head, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
     if VALUES:
         sums = sums * (share * drop_scale)  # applied to weights, the scale would be rounded with them
-        store_with_rest(weighted, rest, head, padded_seat, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
+        store_tile(weighted, head, padded_seat, sums, DV, BLOCK_DV)
+        store_rest(rest, head, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
         if ADDED:
             gate = load_gate(gate_ptr, gate_stride, head, ACC)
             sums = load_tile(added, head, seat, DV, BLOCK_DV).to(ACC) + gate * sums
@@ -156,10 +162,12 @@ def _tiled_fwd_kernel(
             cov_sums = cross_sums + gate * cov_sums
             first_sums = load_with_rest(added_cov, added_rest, head, seat, HALF, ACC, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cross_sums
-            store_with_rest(added_cov, added_rest, head, seat, seat, first_sums, HALF, DTYPE, DV, BLOCK_DV, 2 * R + DV)
+            store_tile(added_cov, head, seat, first_sums, DV, BLOCK_DV)
+            store_rest(added_rest, head, seat, first_sums, HALF, DTYPE, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cov_sums
             store_tile(out_cov, head, padded_seat, first_sums, DV, BLOCK_DV)
-        store_with_rest(weighted_cov, rest, head, padded_seat, seat, cov_sums, HALF, DTYPE, DV, BLOCK_DV, REST + DV)
+        store_tile(weighted_cov, head, padded_seat, cov_sums, DV, BLOCK_DV)
+        store_rest(rest, head, seat, cov_sums, HALF, DTYPE, DV, BLOCK_DV, REST + DV)
 
 
 def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:

@@ -40,7 +40,6 @@ from .primitives import (
     slope_of_points,
     store_tile,
     table_start,
-    visible_tile,
 )
 from .problem import Problem
 from .reduce import in_order, partial_tables, sum_tables
@@ -113,9 +112,8 @@ def _tiled_bwd_rows_kernel(
     for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
         columns = low + tl.arange(0, BLOCK_N)
         column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-        visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
         k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
+        weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
         dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         if VALUES:
             v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
@@ -125,7 +123,7 @@ def _tiled_bwd_rows_kernel(
                 if other_q is not None:
                     other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
                     other = known_softmax_tile(
-                        other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION
+                        other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
                     )
                     mixed = gate * weights + other_gate * other
                 cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
@@ -171,7 +169,6 @@ def _tiled_bwd_columns_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-    padded_seat = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -206,10 +203,9 @@ def _tiled_bwd_columns_kernel(
             rows = low + tl.arange(0, BLOCK_M)
             seat = seats(entry, start, rows, length)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-            visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N], as all scores and weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             lse = load_rows(lse_ptr, at, rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
+            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
                 dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
@@ -221,8 +217,9 @@ def _tiled_bwd_columns_kernel(
                         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
                         other_lse = load_rows(other_lse_ptr, at, rows, length)
                         other = known_softmax_tile(
-                            other_q_tile, other_k_tile, other_lse, visible, other_scale, OTHER_DISTANCE, PRECISION
-                        )
+                            other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
+                            OTHER_DISTANCE, CAUSAL, PRECISION,
+                        )  # fmt: skip
                         mixed = gate * weights + other_gate * other
                     dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
                     dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
@@ -248,7 +245,8 @@ def _tiled_bwd_columns_kernel(
                 dk_sum -= k_tile.to(ACC) * moved[:, None]
             if POINTS and not TABLES:
                 dk_sum = dk_sum * slope_of_points(k_tile.to(ACC), R, BLOCK_R)
-            store_tile(dk, head, padded_seat, dk_sum, D, BLOCK_D)
+            store_tile(dk, head, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
+    padded_seat = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
     if K_GROUP > 1:
         if DISTANCE:
             k_tile = load_tile(k, owner, column_seat, D, BLOCK_D)
@@ -293,8 +291,7 @@ def _tiled_bwd_tables_kernel(
             seat = seats(entry, start, rows, length)
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
             lse = load_rows(lse_ptr, row_index(entry, head, heads, start, rows, rows_total, VARLEN), rows, length)
-            visible = visible_tile(rows, columns, length, CAUSAL)  # [BLOCK_M, BLOCK_N]
-            weights = known_softmax_tile(q_tile, k_tile, lse, visible, score_scale, DISTANCE, PRECISION)
+            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
             at_columns = tl.trans(weights.to(DTYPE))  # [BLOCK_N, BLOCK_M]
             dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
             dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
