@@ -25,8 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from awrsr_kernels.tuned import replace_file
+
 from ..common.arguments import make_parser
-from ..common.report import ROOT, atomic
+from ..common.report import ROOT
 from .checks import SANITIZERS, SMALL, STOPPED, finish, profile_kernels, run, sanitizer_status, start, start_sanitizer
 
 TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
@@ -95,8 +97,7 @@ class Run:
         self.begin = time.monotonic()
 
     def write(self, name: str, content: Any) -> None:
-        with atomic(self.out / name) as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+        replace_file(self.out / name, json.dumps(content, indent=1) + "\n")
 
     def stage(self, name: str, limit: float, work: Callable[[float], dict[str, str] | str]) -> None:
         """Run a stage in its limit, or in what is left of the whole; whatever it raises is its status."""

@@ -32,6 +32,7 @@ from awrsr.evaluation.ranking import evaluate
 from awrsr.recommender import AWRSR
 from awrsr.training.loop import TrainingLoop
 from awrsr.training.trainer import make_trainer
+from awrsr_kernels.tuned import replace_file
 
 from ..common import report
 from ..common.arguments import add_flag, make_parser, number, whole
@@ -162,8 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst, limit = max(rows, key=lambda row: row["peak_gib"]), options.limit
     peak, over = worst["peak_gib"], worst["peak_gib"] > limit
     if options.out:
-        with report.atomic(options.out / "results.json") as file:
-            json.dump(about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}, file, indent=1)
+        results = about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}
+        replace_file(options.out / "results.json", json.dumps(results, indent=1))
     print(f"peak {peak:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {limit:g} GiB")
     return int(over)
 
