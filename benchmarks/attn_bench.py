@@ -50,9 +50,11 @@ from typing import Any, NamedTuple
 import torch
 
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.tuning.arguments import number, sizes, whole
+from awrsr_kernels.tuning.clock import Clock
 from benchmarks.common import compare
-from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
-from benchmarks.common.clock import Clock, WrongResult, reason_of
+from benchmarks.common.arguments import SECONDS, add_flag, make_parser, settle_machine
+from benchmarks.common.clock import WrongResult, reason_of
 from benchmarks.common.pages import markdown
 from benchmarks.common.report import Row, about, command_line, finish, write_data
 from benchmarks.operator import workloads

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.launch_config import key_of
+from awrsr_kernels.tuning.arguments import number, sizes
 
-from ..common.arguments import make_parser, number, sizes
+from ..common.arguments import make_parser
 from ..common.report import Column, Row, grid
 from ..operator.launches import PROCESSORS, Launch, task_launches
 from ..operator.roofline import Rates, ideal_bytes

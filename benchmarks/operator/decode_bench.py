@@ -24,10 +24,12 @@ from torch import Tensor
 from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
+from awrsr_kernels.tuning.arguments import whole
+from awrsr_kernels.tuning.clock import Clock
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, settle_machine, whole
-from ..common.clock import Clock, WrongResult, quantiles, turns
+from ..common.arguments import add_flag, make_parser, settle_machine
+from ..common.clock import WrongResult, quantiles, turns
 from ..common.pages import DECODING, markdown
 from .launches import step_launch
 from .workloads import Shape, Task

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from awrsr_kernels.tolerance import allowed_errors
+from awrsr_kernels.tuning.clock import Clock, Span
 
-from ..common.clock import Clock, Span, WrongResult, traced, turns, wait
+from ..common.clock import WrongResult, traced, turns, wait
 from .providers import Provider, ours
 from .workloads import COVARIANCES, Batch, Outputs
 

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from awrsr.files import atomic, read_json, write_json
-from benchmarks.common.arguments import whole
+from awrsr_kernels.tuning.arguments import whole
 from benchmarks.common.report import commit, device_name, versions
 from benchmarks.study.plan import DATA, GROUPS, KEY, REMOVED, TAG, Cell, plan
 

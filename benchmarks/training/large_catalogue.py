@@ -33,9 +33,10 @@ from awrsr.recommender import AWRSR
 from awrsr.training.loop import TrainingLoop
 from awrsr.training.trainer import make_trainer
 from awrsr_kernels.tuned import replace_file
+from awrsr_kernels.tuning.arguments import number, whole
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, number, whole
+from ..common.arguments import add_flag, make_parser
 
 
 def options_parser() -> argparse.ArgumentParser:

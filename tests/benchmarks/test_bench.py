@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from awrsr_kernels.tuning.clock import Clock
 from benchmarks import attn_bench
-from benchmarks.common.clock import Clock, WrongResult, quantiles, traced
+from benchmarks.common.clock import WrongResult, quantiles, traced
 from benchmarks.common.report import Row, write_data
 from benchmarks.operator import report
 from benchmarks.operator.gpu_only import precompile
