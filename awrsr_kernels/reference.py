@@ -32,7 +32,7 @@ from torch import Tensor
 from .call import Call, Inputs
 from .dropout import scaled_mask
 from .gaussian import correlation_points, squared_distances
-from .windows import Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
+from .windows import Windows, gather_windows, make_windows, scatter_windows, table_window, visibility
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
@@ -77,13 +77,13 @@ def prepare(inputs: Inputs, call: Call) -> _Prepared:
         if windows is None:
             return x
         if call.varlen:
-            return gather_windows(x, windows, True)
+            return gather_windows(x, windows)
         return torch.where(windows.valid[:, None, :, None], x, 0)
 
     def table(w: Tensor | None) -> Tensor | None:
         if w is None:
             return None
-        return (windowed(w) if call.per_entry else table_window(w, call, call.max_len)).to(q.dtype)
+        return (windowed(w) if call.per_entry else table_window(w, call)).to(q.dtype)
 
     values = [inputs.v] if inputs.v_cov is None else [inputs.v, inputs.v_cov]
     q, k, *values = (windowed(x) for x in (q, inputs.k, *values))
@@ -94,14 +94,14 @@ def prepare(inputs: Inputs, call: Call) -> _Prepared:
 
 def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     """The outputs in rows form, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
-    (_, heads, num_rows, _), seed = inputs.q.shape, inputs.seed
+    heads, seed = inputs.q.shape[1], inputs.seed
     q, k, values, w_q, w_k, windows, visible = prepare(inputs, call)
 
     first = first_weights(q, k, visible, call)
     drop: Tensor | float = 1.0
     if seed is not None:
-        sequence = torch.arange(q.shape[0], device=q.device) if windows is None else windows.sequence
-        rows, offset = torch.arange(q.shape[2], device=q.device), None if windows is None else windows.first
+        sequence, rows = (torch.arange(size, device=q.device) for size in (q.shape[0], q.shape[2]))
+        offset = None if windows is None else windows.first
         drop = scaled_mask(seed, call.dropout_p, sequence, heads, rows, q.shape[2], offset, q.dtype)
 
     weights = first
@@ -120,8 +120,7 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
         return tuple(outs)
     if not call.varlen:
         return tuple(torch.where(windows.valid[:, None, :, None], out, 0) for out in outs)
-    buffers = [row_buffer(inputs.q, heads, out.shape[-1], varlen=True) for out in outs]
-    return tuple(scatter_windows(b, out, windows, True)[:, :, :num_rows] for b, out in zip(buffers, outs, strict=True))
+    return tuple(scatter_windows(out, windows, inputs.q) for out in outs)
 
 
 def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
