@@ -51,8 +51,7 @@ class AWRSR(nn.Module):
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t."""
-        states: Tensor = self.network(items, cu_seqlens, max_seqlen)
-        return states
+        return self.network(items, cu_seqlens, max_seqlen)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.network.state_dict(*args, **options)

@@ -55,5 +55,4 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
 def unpacked(out: Tensor, like: Tensor) -> Tensor:
     """Packed (T, ...) as jagged (B, j, ...) of the ragged structure of `like`: what has it can be added to what has it."""
     known = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}  # type: ignore[attr-defined]
-    nested: Tensor = torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)
-    return nested
+    return torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)

@@ -105,13 +105,12 @@ class Workload:
     @functools.cached_property
     def references(self) -> list[dict[str, Tensor]]:
         """Results of the excerpt by the definition: in float64, and in the case's own dtype."""
-        return [self._reference(dtype) for dtype in (torch.float64, self.case.dtype)]
-
-    def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        lengths = None if self.lengths is None else self.lengths[self.index]
-        leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
-        out = self.forward(leaves, lengths, "reference")
-        return {"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype))
+        lengths, found = None if self.lengths is None else self.lengths[self.index], []
+        for dtype in (torch.float64, self.case.dtype):
+            leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
+            out = self.forward(leaves, lengths, "reference")
+            found.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
+        return found
 
     def _excerpt(self, name: str, x: Tensor) -> Tensor:
         return x[self.index] if name in ("out", "q", "k", "v") else x
