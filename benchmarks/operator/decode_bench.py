@@ -95,13 +95,6 @@ def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCach
     return Provider("step", "ours", call, lambda: cache.crop(length - 1)), cache
 
 
-def full(problem: Problem) -> Provider:
-    def call() -> Tensor:
-        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
-
-    return Provider("full", "ours", call, lambda: None)
-
-
 def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     """Two stages of stock attention for one query; `cache` says what earlier positions left."""
     q, k, v, w_q, w_k = (x.expand(*problem.k.shape[:3], -1) for x in problem[:5])
@@ -143,7 +136,12 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
     """Rows of one problem, all providers side by side. Raises WrongResult."""
     exact, same = problem.definition(torch.float64), problem.definition(problem.q.dtype)
     ours, cache = step(problem)
-    providers = [ours, full(problem), *(stock(problem, cache, split) for split in (False, True))]
+
+    def full() -> Tensor:
+        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
+
+    rivals = (stock(problem, cache, split) for split in (False, True))
+    providers = [ours, Provider("full", "ours", full, lambda: None), *rivals]
     for provider in providers:
         lines = wrong_results({"out": provider.call()}, {"out": exact}, {"out": same}, same.dtype)
         provider.undo()
