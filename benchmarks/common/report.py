@@ -103,18 +103,15 @@ def device_ms(row: Row) -> float:
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
 
 
-def write_data(directory: Path, results: Row, page: str) -> list[str]:
-    """results.json, and a table for a page as results.md; returns the paths."""
-    replace_file(directory / "results.json", json.dumps(results, indent=1))
-    replace_file(directory / "results.md", page)
-    return [str(directory / f"results.{kind}") for kind in ("json", "md")]
-
-
-def finish(results: Row, begin: float, paths: Sequence[str] = ()) -> None:
-    """The last lines of a run that began then: whether its medians scatter, what it wrote, how long it took."""
+def finish(results: Row, begin: float, out: Path | None, page: Callable[[Row], str]) -> None:
+    """Writes results.json, and a table for a page as results.md, where there is a folder for them, and prints the last lines of a
+    run that began then: whether its medians scatter, what it wrote, how long it took."""
+    written = {} if out is None else {out / "results.json": json.dumps(results, indent=1), out / "results.md": page(results)}
+    for path, text in written.items():
+        replace_file(path, text)
     if wide := sum(map(unsteady, results["rows"])):
         of_all = f"{wide} of {len(results['rows'])} medians are unsteady"
         print(f"{of_all}, p80 above twice p20: a busy machine? (--threads, --budget)")
-    if paths:
-        print("wrote", ", ".join(paths))
+    if written:
+        print("wrote", ", ".join(map(str, written)))
     print(f"{time.perf_counter() - begin:.0f} s")

@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += of_it
         print("\n".join([problem.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
     results = about | {"rows": rows}
-    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
+    report.finish(results, begin, options.out, markdown)
     return 0
 
 

@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
     results = about | {"kind": TRAINING, "rows": rows, "gate": checked}
-    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
+    report.finish(results, begin, options.out, markdown)
     return 0
 
 

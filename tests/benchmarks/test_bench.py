@@ -13,7 +13,7 @@ from torch import Tensor
 from awrsr_kernels.tuning.clock import Clock
 from benchmarks import attn_bench
 from benchmarks.common.clock import WrongResult, quantiles, traced
-from benchmarks.common.report import Row, write_data
+from benchmarks.common.report import Row, finish
 from benchmarks.operator import report
 from benchmarks.operator.gpu_only import precompile
 from benchmarks.operator.measure import Entrant, Gate, race
@@ -332,5 +332,5 @@ def test_presets_and_small_parts(tmp_path: Path) -> None:
     assert "GiB" in (attn_bench.too_large(huge, PROVIDERS["textbook"]) or "")
     assert attn_bench.too_large(huge, PROVIDERS["torch"]) is None
     with pytest.raises(UnicodeEncodeError):  # in the middle of the second file
-        write_data(tmp_path, {}, "half\ud800")
+        finish({"rows": []}, 0.0, tmp_path, lambda _: "half\ud800")
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
