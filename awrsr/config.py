@@ -9,14 +9,11 @@ from .options import check, option
 
 WATCHED = "NDCG@10"  # on validation: what decides which epoch is kept, and when to stop
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
+USUAL_NEGATIVES = ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
 REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value that had no effect
     "model": {"correlation_norm": False},
     "training": {"table_rate": 1.0},
 }
-
-
-def usual_negatives() -> str:
-    return ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ class TrainingOptions:
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(
-        0, f"Number of items that each target is compared with; 0 takes the usual number: {usual_negatives()}.", least=0
+        0, f"Number of items that each target is compared with; 0 takes the usual number: {USUAL_NEGATIVES}.", least=0
     )
     pvn_weight: float = option(
         0.0,

@@ -6,7 +6,7 @@ B users of a batch, N items, S features of what is multiplied for scores, H head
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -22,15 +22,6 @@ from .run_folder import load_model, save_model
 SCORE_BLOCK = 1 << 24  # scores held at a time
 Model = TypeVar("Model", bound="AWRSR")
 UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]
-
-
-class TopItems(NamedTuple):
-    """Parallel (M,) arrays, a row per recommendation: index of the user, index of the item, rank from 1, score."""
-
-    user: np.ndarray
-    item: np.ndarray
-    rank: np.ndarray
-    score: np.ndarray
 
 
 class AWRSR(nn.Module):
@@ -60,8 +51,7 @@ class AWRSR(nn.Module):
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t."""
-        states: Tensor = self.network(items, cu_seqlens, max_seqlen)
-        return states
+        return self.network(items, cu_seqlens, max_seqlen)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.network.state_dict(*args, **options)
@@ -115,33 +105,36 @@ class AWRSR(nn.Module):
             ValueError: k out of range; the model was not fitted.
         """
         known, _ = Histories.from_lists(histories).numbered_as(self.ids())
-        parts = list(self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size))
-        user, item, rank, score = (np.concatenate([getattr(part, name) for part in parts]) for name in TopItems._fields)
-        return pl.DataFrame({"user": known.user_ids[user], "item": self.ids()[item], "rank": rank, "score": score})
+        return pl.concat(self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size), rechunk=True)
 
     @torch.inference_mode()
     def top_items(
         self, histories: Histories, k: int, *, filter_seen: bool | None = None, batch_size: int = 1024
-    ) -> Iterator[TopItems]:
-        """The same for histories numbered as this model's items, in batches of bounded memory; nothing is gathered."""
+    ) -> Iterator[pl.DataFrame]:
+        """The same for histories numbered as this model's items, in tables of bounded memory; nothing is gathered."""
         count = self.known_items()
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
         training = self.training
         self.eval()
         step = max(1, min(batch_size, SCORE_BLOCK // count))
-        users, table = np.flatnonzero(histories.lengths), self.item_table()
-        yield TopItems(*(np.empty(0, dtype) for dtype in (np.int64, np.int64, np.int64, np.float32)))
+        users, item_table, ids = np.flatnonzero(histories.lengths), self.item_table(), self.ids()
+
+        def table(user: np.ndarray, item: np.ndarray, rank: np.ndarray, score: np.ndarray) -> pl.DataFrame:
+            return pl.DataFrame({"user": histories.user_ids[user], "item": ids[item], "rank": rank, "score": score})
+
+        nobody = np.empty(0, dtype=np.int64)
+        yield table(nobody, nobody, nobody, item_table.new_empty(0).cpu().numpy())
         for first in range(0, len(users), step):
             chosen = users[first : first + step]
-            scores = self.scores(histories, chosen, table)
+            scores = self.scores(histories, chosen, item_table)
             if self.filter_seen if filter_seen is None else filter_seen:
                 events, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
                 row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
                 scores[torch.from_numpy(row), torch.from_numpy(histories.items[events])] = -torch.inf
             score, item = (x.cpu().numpy() for x in scores.topk(k))
             row, column = np.nonzero(score > -np.inf)
-            yield TopItems(chosen[row], item[row, column], column + 1, score[row, column])
+            yield table(chosen[row], item[row, column], column + 1, score[row, column])
         self.train(training)
 
     def scores(self, histories: Histories, users: np.ndarray, table: Tensor | None = None) -> Tensor:

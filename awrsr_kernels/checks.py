@@ -103,9 +103,8 @@ def gaussian_tables(
     w_q, w_k, per_entry = check(*w, q, refinement)
     names = ("w_q_cov", "w_k_cov")
     if refinement != "stochastic":
-        for name, table in zip(names, w_cov, strict=True):
-            if table is not None:
-                refuse(name, "given", f'None unless refinement is "stochastic"; refinement is "{refinement}"')
+        must = f'None unless refinement is "stochastic"; refinement is "{refinement}"'
+        absent(must, **dict(zip(names, w_cov, strict=True)))
         return w_q, w_k, per_entry
     w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
     assert w_q is not None and w_k is not None and w_q_cov is not None and w_k_cov is not None
@@ -331,6 +330,13 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
 
 
+def absent(must: str, **arguments: Any) -> None:
+    """None of these arguments is given."""
+    for name, value in arguments.items():
+        if value is not None:
+            refuse(name, "given", must)
+
+
 def refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
     raise kind(f"{name} is {was}; it must be {must}")
 
@@ -386,8 +392,7 @@ def _query_key_value(q: Tensor, k: Tensor, v: Tensor, form: str, dims: int, name
         _same_device(name, x, q)
     q, k, v = autocast(q), autocast(k), autocast(v)
     for name, x in zip(names, (q, k, v), strict=True):
-        if x.dtype not in DTYPES:
-            refuse(name, str(x.dtype), "float32, bfloat16, float16 or float64", TypeError)
+        dtype(name, x.dtype)
         if x.dtype != q.dtype:
             refuse(name, str(x.dtype), f"of {names[0]}'s dtype, {q.dtype}", TypeError)
         if not 1 <= x.shape[-1] <= MAX_FEATURES:

@@ -38,8 +38,7 @@ class _Points(torch.autograd.Function):
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:
     """(..., D) means and covariances -> (..., 2 D) [mean | deviation] in their dtype; covariances below `SMALLEST` count as it."""
-    output: Tensor = _Points.apply(mean, cov)
-    return output
+    return _Points.apply(mean, cov)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

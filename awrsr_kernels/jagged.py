@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .checks import choice, refuse
+from .checks import absent, choice, refuse
 from .torch_state import readable
 
 
@@ -20,8 +20,7 @@ def is_nested(x: Any) -> TypeGuard[Tensor]:
 def packed(items: dict[str, Tensor], tables: dict[str, Tensor | None], lengths: Tensor | None, padding_side: str) -> dict[str, Any]:
     """Arguments of the packed call for those of the padded one: jagged (B, H, j, F) items, and tables of any form."""
     (first, like), *_ = items.items()
-    if lengths is not None:
-        refuse("lengths", "given", f"None: {first} is jagged and knows its lengths")
+    absent(f"None: {first} is jagged and knows its lengths", lengths=lengths)
     choice("padding_side", padding_side, ("left", "right"))
     arguments: dict[str, Any] = {name: rows(name, x, first, like) for name, x in items.items()}
     for name, w in tables.items():
@@ -55,5 +54,4 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
 def unpacked(out: Tensor, like: Tensor) -> Tensor:
     """Packed (T, ...) as jagged (B, j, ...) of the ragged structure of `like`: what has it can be added to what has it."""
     known = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}  # type: ignore[attr-defined]
-    nested: Tensor = torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)
-    return nested
+    return torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)

@@ -183,20 +183,15 @@ class RefinedMultiheadAttention(RefinedLayer):
         """
         if jagged.is_nested(x):
             given = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-            for name, value in given.items():
-                if value is not None:
-                    checks.refuse(name, "given", "None: x is jagged and knows its lengths")
+            checks.absent("None: x is jagged and knows its lengths", **given)
             rows = jagged.rows("x", x, "x", x, ragged=1)
             self._check_width(rows)
             return jagged.unpacked(self._packed(rows, **jagged.bounds(x)), x)
         if cu_seqlens is not None:
-            for name, value in (("lengths", lengths), ("key_padding_mask", key_padding_mask)):
-                if value is not None:
-                    checks.refuse(name, "given", "None beside cu_seqlens")
+            checks.absent("None beside cu_seqlens", lengths=lengths, key_padding_mask=key_padding_mask)
             self._check(x, "(T, E)", 2)
             return self._packed(x, cu_seqlens, max_seqlen)
-        if max_seqlen is not None:
-            checks.refuse("max_seqlen", "given", "None without cu_seqlens")
+        checks.absent("None without cu_seqlens", max_seqlen=max_seqlen)
         self._check(x, "(B, L, E)", 3)
         place = self._place(x, lengths, key_padding_mask)
         rows = x if place.turn is None else _turned(x, place.turn)
@@ -229,9 +224,7 @@ class RefinedMultiheadAttention(RefinedLayer):
             refinement=self.refinement, tables=self.tables, dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
         )  # fmt: skip
 
-    def prefill(
-        self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None
-    ) -> Tensor:
+    def prefill(self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None) -> Tensor:
         """What `forward` gives in evaluation for prompts x (B, L, E), which fill an empty cache; not while gradients are recorded.
 
         lengths: (B,) real items per prompt; the rest is padding on `padding_side`, by default where `forward` expects it.
@@ -288,8 +281,7 @@ class RefinedMultiheadAttention(RefinedLayer):
     def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
         if key_padding_mask is None:
             return _Place(lengths, None)
-        if lengths is not None:
-            checks.refuse("lengths", "given", "None beside key_padding_mask")
+        checks.absent("None beside key_padding_mask", lengths=lengths)
         if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
             was = str(key_padding_mask.dtype) if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
             checks.refuse("key_padding_mask", was, "a bool tensor, True at padding", TypeError)

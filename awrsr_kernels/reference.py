@@ -24,15 +24,13 @@ paper's equations.
 Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; between Gaussians in float64 O(L^2 D).
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .call import Call, Inputs
 from .dropout import scaled_mask
 from .gaussian import correlation_points, squared_distances
-from .windows import Windows, gather_windows, make_windows, row_buffer, scatter_windows, table_window, visibility
+from .windows import Windows, gather_windows, make_windows, scatter_windows, table_window, visibility
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
@@ -57,19 +55,9 @@ def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor
     return masked_softmax(call.refine_scale * q_a @ k_a.transpose(-1, -2), visible)
 
 
-class _Prepared(NamedTuple):
-    """The call's tensors as (n, H, L, F) in q's dtype, zero where there is no item, with the windows and who sees whom."""
-
-    q: Tensor
-    k: Tensor
-    values: list[Tensor]  # those that weights meet and, between Gaussians, those that squared weights meet
-    w_q: Tensor | None
-    w_k: Tensor | None
-    windows: Windows | None
-    visible: Tensor | None
-
-
-def prepare(inputs: Inputs, call: Call) -> _Prepared:
+def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list[Tensor], Windows | None]:
+    """P and, without dropout, the weights that meet the values (R; "additive" M), each (B, H, L, L); what they meet, (B, H, L, D_v)
+    each, zero where there is no item: V and, between Gaussians, V_cov; and the windows. In q's dtype."""
     q, group = inputs.q, inputs.q.shape[1] // inputs.k.shape[1]
     windows = None if inputs.bounds is None else make_windows(call, inputs.bounds, q.shape[2])
 
@@ -77,66 +65,45 @@ def prepare(inputs: Inputs, call: Call) -> _Prepared:
         if windows is None:
             return x
         if call.varlen:
-            return gather_windows(x, windows, True)
+            return gather_windows(x, windows)
         return torch.where(windows.valid[:, None, :, None], x, 0)
 
-    def table(w: Tensor | None) -> Tensor | None:
-        if w is None:
-            return None
-        return (windowed(w) if call.per_entry else table_window(w, call, call.max_len)).to(q.dtype)
+    def table(w: Tensor) -> Tensor:
+        return (windowed(w) if call.per_entry else table_window(w, call)).to(q.dtype)
 
     values = [inputs.v] if inputs.v_cov is None else [inputs.v, inputs.v_cov]
     q, k, *values = (windowed(x) for x in (q, inputs.k, *values))
     k, *values = (x.repeat_interleave(group, dim=1) for x in (k, *values))
     visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
-    return _Prepared(q, k, values, table(inputs.w_q), table(inputs.w_k), windows, visible)
+    first = weights = first_weights(q, k, visible, call)
+    if inputs.w_q is not None and inputs.w_k is not None:
+        weights = correlation_weights(first, table(inputs.w_q), table(inputs.w_k), visible, call)
+    if call.refinement == "additive":
+        weights = first + (1.0 if inputs.gate is None else inputs.gate.to(q.dtype).view(-1, 1, 1)) * weights
+    return first, weights, values, windows
 
 
 def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     """The outputs in rows form, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
-    (_, heads, num_rows, _), seed = inputs.q.shape, inputs.seed
-    q, k, values, w_q, w_k, windows, visible = prepare(inputs, call)
-
-    first = first_weights(q, k, visible, call)
-    drop: Tensor | float = 1.0
-    if seed is not None:
-        sequence = torch.arange(q.shape[0], device=q.device) if windows is None else windows.sequence
-        rows, offset = torch.arange(q.shape[2], device=q.device), None if windows is None else windows.first
-        drop = scaled_mask(seed, call.dropout_p, sequence, heads, rows, q.shape[2], offset, q.dtype)
-
-    weights = first
-    if w_q is not None and w_k is not None:
-        weights = correlation_weights(first, w_q, w_k, visible, call)
-        if call.refinement == "additive":
-            weights = first + _per_head(inputs.gate, q.dtype) * weights
-    powers = [drop * weights]
-    if call.gaussian:
-        powers.append(powers[0].square())
+    first, weights, values, windows = weights_and_values(inputs, call)
+    if inputs.seed is not None:
+        count, heads, length, _ = first.shape
+        sequence, rows = (torch.arange(size, device=first.device) for size in (count, length))
+        offset = None if windows is None else windows.first
+        weights = scaled_mask(inputs.seed, call.dropout_p, sequence, heads, rows, length, offset, first.dtype) * weights
+    powers = [weights, weights.square()] if call.gaussian else [weights]
     if call.refinement == "value":
         values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
-    outs = [x @ v for x, v in zip(powers, values, strict=False)]
+    outs = [x @ v for x, v in zip(powers, values, strict=True)]
 
     if windows is None:
         return tuple(outs)
     if not call.varlen:
         return tuple(torch.where(windows.valid[:, None, :, None], out, 0) for out in outs)
-    buffers = [row_buffer(inputs.q, heads, out.shape[-1], varlen=True) for out in outs]
-    return tuple(scatter_windows(b, out, windows, True)[:, :, :num_rows] for b, out in zip(buffers, outs, strict=True))
+    return tuple(scatter_windows(out, windows, inputs.q) for out in outs)
 
 
 def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(P, M), each (B, H, L, L); the values are not looked at."""
-    q, k, _, w_q, w_k, _, visible = prepare(inputs, call)
-    first = first_weights(q, k, visible, call)
-    if w_q is None or w_k is None:
-        return first, first
-    higher = correlation_weights(first, w_q, w_k, visible, call)
-    if call.refinement == "value":
-        return first, higher @ first
-    if call.refinement == "additive":
-        return first, first + _per_head(inputs.gate, q.dtype) * higher
-    return first, higher
-
-
-def _per_head(gate: Tensor | None, dtype: torch.dtype) -> Tensor | float:
-    return 1.0 if gate is None else gate.to(dtype).view(-1, 1, 1)
+    first, weights, *_ = weights_and_values(inputs, call)
+    return first, weights @ first if call.refinement == "value" else weights

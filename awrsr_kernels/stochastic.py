@@ -75,9 +75,7 @@ def stochastic_refined_attention(
         items = {"q_mean": q_mean, "q_cov": q_cov, "k_mean": k_mean, "k_cov": k_cov, "v_mean": v_mean, "v_cov": v_cov}
         tables = {"w_q": w_q, "w_k": w_k, "w_q_cov": w_q_cov, "w_k_cov": w_k_cov}
         packed = jagged.packed(items, tables, lengths, padding_side)
-        mean, cov = stochastic_refined_attention_varlen(
-            **packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend
-        )
+        mean, cov = stochastic_refined_attention_varlen(**packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend)
         return jagged.unpacked(mean, q_mean).transpose(1, 2), jagged.unpacked(cov, q_mean).transpose(1, 2)
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)

@@ -50,11 +50,13 @@ from typing import Any, NamedTuple
 import torch
 
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.tuning.arguments import number, sizes, whole
+from awrsr_kernels.tuning.clock import Clock
 from benchmarks.common import compare
-from benchmarks.common.arguments import SECONDS, add_flag, make_parser, number, settle_machine, sizes, whole
-from benchmarks.common.clock import Clock, WrongResult, reason_of
+from benchmarks.common.arguments import SECONDS, add_flag, make_parser, settle_machine
+from benchmarks.common.clock import WrongResult, reason_of
 from benchmarks.common.pages import markdown
-from benchmarks.common.report import Row, about, command_line, finish, write_data
+from benchmarks.common.report import Row, about, command_line, finish
 from benchmarks.operator import workloads
 from benchmarks.operator.gpu_only import precompile, time_graphs
 from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, race
@@ -284,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"not run: {provider}: {reason}")
     for provider, reason in graph_reasons(results["rows"]):
         print(f"no graph: {provider}: {reason}")
-    finish(results, begin, write_data(options.out, results, markdown(results)) if options.out else ())
+    finish(results, begin, options.out, markdown)
     if results["wrong"]:
         print(f"{len(results['wrong'])} results are WRONG and were not timed", file=sys.stderr)
         return 1

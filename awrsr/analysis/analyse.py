@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import WATCHED
-from ..data.histories import Split
+from ..data.histories import Split, spans
 from ..evaluation import significance
 from ..evaluation.ranking import Evaluation, Targets, evaluate, metric
 from ..recommender import AWRSR
@@ -260,9 +260,8 @@ def without_refinement(model: AWRSR) -> AWRSR:
 
 def training_counts(split: Split) -> np.ndarray:
     """(N,) training events of each item."""
-    h = split.histories
-    place = np.arange(len(h.items)) - np.repeat(h.offsets[:-1], h.lengths)
-    return np.bincount(h.items[place < np.repeat(split.train_end, h.lengths)], minlength=h.num_items)
+    events, _ = spans(split.histories.offsets[:-1], split.train_end)
+    return np.bincount(split.histories.items[events], minlength=split.histories.num_items)
 
 
 def buckets(gains: np.ndarray, counts: np.ndarray, ends: tuple[int, ...]) -> list[Bucket]:

@@ -50,10 +50,7 @@ def run(options: Any) -> None:
     if unknown:
         users = f"; users without any others: {empty:,}" if empty else ""
         print(f"Left out {unknown:,} events whose items the model does not know{users}.", file=sys.stderr)
-    ids, user_ids = model.ids(), known.user_ids
-    tops = model.top_items(known, options.k, filter_seen=filter_seen(options))
-    rows = (pl.DataFrame({"user": user_ids[t.user], "item": ids[t.item], "rank": t.rank, "score": t.score}) for t in tops)
-    write(options.output, rows)
+    write(options.output, model.top_items(known, options.k, filter_seen=filter_seen(options)))
 
 
 def write(output: str, tables: Iterable[pl.DataFrame]) -> None:

@@ -40,6 +40,11 @@ REGISTRY: Mapping[str, Remote] = {
 }
 
 
+def cached_file(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where the file of a data set is kept, whether it is there or not; cache as in `fetch`."""
+    return Path(cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("awrsr")) / f"{name}.txt"
+
+
 def fetch(
     name: str,
     *,
@@ -67,8 +72,7 @@ def fetch(
     if name not in registry:
         raise ValueError(f"data set is {name!r}, must be one of {', '.join(registry)}")
     remote = registry[name]
-    folder = Path(cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("awrsr"))
-    target = folder / f"{name}.txt"
+    target = cached_file(name, cache)
     if target.is_file() and pooch.file_hash(str(target)) == remote.sha256:
         return target
     url = (base_url or remote.base_url).rstrip("/") + "/" + remote.file
@@ -88,6 +92,6 @@ def fetch(
     except FetchError:
         raise
     except OSError as error:
-        problem = f"cannot write to the cache {folder} ({error.strerror or error})"
+        problem = f"cannot write to the cache {target.parent} ({error.strerror or error})"
         raise FetchError(f"{problem}. Name another with cache or the environment variable {CACHE_VARIABLE}") from None
     return target

@@ -260,7 +260,7 @@ class Split:
         starts, ends = parts[part]
         counts = ends - starts
         users = np.repeat(np.arange(len(counts)), counts)
-        places = np.arange(counts.sum()) - np.repeat(sums(counts)[:-1] - starts, counts)
+        places, _ = spans(starts, counts)
         return users[places > 0], places[places > 0]
 
 
@@ -315,5 +315,5 @@ def split(
 
 def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places start .. start + length - 1 of every span, one span after another, and where each begins: (T,), (B + 1,)."""
-    cu_seqlens = np.concatenate([[0], np.cumsum(length)])
+    cu_seqlens = sums(length)
     return np.arange(cu_seqlens[-1]) + np.repeat(start - cu_seqlens[:-1], length), cu_seqlens

@@ -41,7 +41,7 @@ class Windows:
         else:
             counts = np.maximum(-(-pairs // max_len), 0)
             users = np.repeat(np.arange(len(pairs)), counts)
-            nth = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
+            nth, _ = spans(np.zeros_like(counts), counts)
             end = pairs[users] - nth * max_len
             self.length = np.minimum(end, max_len)
             self.start = begins[users] + end - self.length

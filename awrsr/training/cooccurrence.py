@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..data.histories import Split
+from ..data.histories import Split, spans
 
 EXTRA, ROUNDS = 10, 8  # more vectors than asked for, and products with the matrix: enough for what follows, which is training
 REACH = 20  # events between two items that still go together: bounds the work for long histories
@@ -21,9 +21,8 @@ def association(split: Split) -> sparse.csr_matrix:
     at most REACH events apart; each event is a pair with itself."""
     h = split.histories
     counts = np.asarray(split.train_end)
-    user = np.repeat(np.arange(len(counts)), counts)
-    position = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
-    items = h.items[h.offsets[user] + position]
+    events, _ = spans(h.offsets[:-1], counts)
+    user, items = h.owners[events], h.items[events]
     number = np.bincount(items, minlength=h.num_items).astype(np.float64)
     pairs = sparse.csr_matrix(sparse.diags(number))
     for apart in range(1, min(REACH, int(counts.max(initial=1)) - 1) + 1):

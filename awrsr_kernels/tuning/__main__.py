@@ -45,6 +45,7 @@ from .. import __version__
 from ..checks import REFINEMENTS
 from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
 from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
+from .arguments import number, sizes
 from .search import Verdict, candidates, describe, search
 from .timing import Bench, Case, DeviceLost, compile_one
 
@@ -116,34 +117,18 @@ def progress_bar(total: int) -> Any:
     return tqdm(total=total, leave=False, unit="candidate")
 
 
-def shape(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    values = tuple(int(x) for x in parts if x.isascii() and x.isdigit())
-    if len(values) != len(parts) or len(parts) not in (4, 5) or min(values) < 1 or max(values[3:]) > 256:
-        must = "B,H,L,D or B,H,L,D,R: whole numbers of at least 1, D and R up to 256, such as 256,2,50,64"
-        raise argparse.ArgumentTypeError(f"was {text!r}, must be {must}")
-    return values
-
-
-def within(low: float, high: float, text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if low <= float(text) < high:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"was {text!r}, must be a number in [{low:g}, {high:g})")
-
-
 def make_parser() -> argparse.ArgumentParser:
     description, examples = (__doc__ or "\n\nexamples:").split("\n\nexamples:")
     parser = argparse.ArgumentParser(
         prog="python -m awrsr_kernels.tuning", usage="%(prog)s [options]; --help lists them with examples",
         description=description, epilog=f"examples:{examples}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    add, seconds = parser.add_argument, functools.partial(within, 1, 1e9)
+    add, seconds = parser.add_argument, number(1, 1e9, "a number in [1, 1e+09)")
     add("--preset", nargs="+", choices=tuple(PRESETS), help="shapes to tune for (default: both)")
-    add("--shapes", nargs="+", action="extend", type=shape, metavar="B,H,L,D[,R]", help="other shapes; R is D if left out")
+    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="other shapes; R is D if left out")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default bfloat16")
     add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple; several are judged together")
-    add("--dropout", type=functools.partial(within, 0, 1), default=0.0, metavar="P", help="default 0")
+    add("--dropout", type=number(0, 1, "a number in [0, 1)"), default=0.0, metavar="P", help="default 0")
     add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="default: all that the shapes reach")
     add("--seconds", type=seconds, default=600.0, metavar="S", help="to spend, about, over all kernels (default 600)")
     cores = os.cpu_count() or 1

@@ -5,7 +5,6 @@ B batch, H query heads, H_kv key and value heads, L positions, D head dim (of va
 
 import contextlib
 import functools
-import timeit
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,10 +16,13 @@ from ..checks import REFINEMENTS
 from ..launch_config import LENGTHS, SHORT_KERNELS, TILED, TILED_KERNELS, Config, Key, is_short, key_of
 from ..tolerance import wrong_results
 from ..tuned import forced
+from .clock import Clock
 
 REFERENCE_BYTES = 2 << 30  # what the reference's L x L matrices may take
 LAUNCHED_FORWARD = ("short_fwd", "tiled_fwd")
 SEED = 20410  # of the dropout mask
+FLUSHES = 16  # of the cache, ahead of a call: the host queues the call meanwhile
+SPANS = 5  # to a sample, on a GPU
 
 
 class Case(NamedTuple):
@@ -58,37 +60,6 @@ def guards(key: Key, dtype: torch.dtype) -> list[Case]:
     """Small calls that a configuration must serve as well, because it will: the greediest of the key, in every refinement."""
     length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
     return [Case(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
-
-
-class Clock:
-    """CUDA events (without a GPU, for tests, the CPU's clock) around calls that start with a cold L2 cache.
-
-    Flushing the cache keeps the GPU busy while the host queues the call behind it, so that a span holds the device's time alone.
-    """
-
-    FLUSHES = 16
-    SPANS = 5  # to a sample
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.cache = torch.empty(256 << 20 if self.cuda else 0, dtype=torch.int8, device=device)
-
-    def sample(self, prepare: Callable[[], Callable[[], Any]]) -> float:
-        """Milliseconds of the call that `prepare` returns, the mean of several; what `prepare` itself takes does not count."""
-        if not self.cuda:
-            return timeit.timeit(prepare(), number=1) * 1e3
-        spans = []
-        for _ in range(self.SPANS):
-            call, start, end = prepare(), *(torch.cuda.Event(enable_timing=True) for _ in range(2))
-            for _ in range(self.FLUSHES):
-                self.cache.zero_()
-            start.record()
-            result = call()
-            end.record()
-            spans.append((start, end))
-            del call, result
-        torch.cuda.synchronize()
-        return sum(start.elapsed_time(end) for start, end in spans) / len(spans)
 
 
 class Workload:
@@ -134,13 +105,12 @@ class Workload:
     @functools.cached_property
     def references(self) -> list[dict[str, Tensor]]:
         """Results of the excerpt by the definition: in float64, and in the case's own dtype."""
-        return [self._reference(dtype) for dtype in (torch.float64, self.case.dtype)]
-
-    def _reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        lengths = None if self.lengths is None else self.lengths[self.index]
-        leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
-        out = self.forward(leaves, lengths, "reference")
-        return {"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype))
+        lengths, found = None if self.lengths is None else self.lengths[self.index], []
+        for dtype in (torch.float64, self.case.dtype):
+            leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
+            out = self.forward(leaves, lengths, "reference")
+            found.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
+        return found
 
     def _excerpt(self, name: str, x: Tensor) -> Tensor:
         return x[self.index] if name in ("out", "q", "k", "v") else x
@@ -182,7 +152,7 @@ class Bench:
     """Checks and times configurations on a device. All other kernels of a call run as they would without the tuner."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.clock = device, Clock(device)
+        self.device, self.clock = device, Clock(device, FLUSHES)
         self.workload = functools.cache(lambda case: Workload(case, device))  # the reference takes longer than the kernels
 
     def refusal(self, case: Case, key: Key, config: Config) -> str | None:
@@ -206,9 +176,10 @@ class Bench:
 
     def time(self, case: Case, key: Key, config: Config) -> float:
         """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
-        workload = self.workload(case)
+        prepare = functools.partial(self.workload(case).prepare, backward=key.kernel not in LAUNCHED_FORWARD)
         with forced({key: config}):
-            return self.clock.sample(lambda: workload.prepare(backward=key.kernel not in LAUNCHED_FORWARD))
+            spans = [self.clock.timed(prepare())[1] for _ in range(SPANS if self.clock.cuda else 1)]
+            return self.clock.total_ms(spans) / len(spans)
 
 
 def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str, Tensor]:

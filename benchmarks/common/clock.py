@@ -1,11 +1,10 @@
-"""How anything is measured: a clock for either device, turns, quantiles, peak memory, and the error of a wrong result."""
+"""How anything is measured: turns, quantiles, peak memory, and the error of a wrong result. The clock is the tuner's."""
 
 import gc
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,52 +18,6 @@ class WrongResult(Exception):
 def reason_of(error: Exception) -> str:
     """One line of an error, to stand in a table."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-
-
-class Span(NamedTuple):
-    """Two marks, and how long the host was busy between them."""
-
-    start: Any
-    end: Any
-    host_s: float
-
-
-class Clock:
-    """The CPU's clock, or CUDA events.
-
-    On a GPU each span starts with a cold L2 cache and a queue that the host has filled ahead of it, so that it holds the device's
-    time alone; the host's own time is kept beside it, and a call in eager mode takes about the larger of the two.
-    """
-
-    LEAD, FLUSH_MS = 8, 0.05  # flushes of the cache at the least, and what one takes at the least, on an H200
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.cache = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
-
-    def mark(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(self, function: Callable[[], Any], expected_ms: float = 0.0) -> tuple[Any, Span]:
-        """The function's result and its span. expected_ms: how long the host was busy with it before, which the queue outlasts."""
-        if self.cache is not None:
-            for _ in range(max(self.LEAD, math.ceil(1.5 * expected_ms / self.FLUSH_MS))):
-                self.cache.zero_()
-        start, before = self.mark(), time.perf_counter()
-        result = function()
-        host_s = time.perf_counter() - before
-        return result, Span(start, self.mark(), host_s)
-
-    def total_ms(self, spans: list[Span]) -> float:
-        """Sum of the spans; waits for the GPU."""
-        if not self.cuda:
-            return sum(s.end - s.start for s in spans) * 1e3
-        torch.cuda.synchronize()
-        return sum(s.start.elapsed_time(s.end) for s in spans)
 
 
 def wait(device: torch.device) -> None:

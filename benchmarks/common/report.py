@@ -2,18 +2,19 @@
 
 import contextlib
 import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from awrsr_kernels.tuned import replace_file
 
 Row = dict[str, Any]
 Column = tuple[str, int, Callable[[Row], str]]  # title, width (negative: to the left), what a row shows there
@@ -102,33 +103,15 @@ def device_ms(row: Row) -> float:
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
 
 
-@contextlib.contextmanager
-def atomic(path: Path, mode: str = "w") -> Iterator[Any]:
-    """A file that appears under its name only once it is complete. (`awrsr.files` needs packages that a GPU machine may lack.)"""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open(mode, encoding=None if "b" in mode else "utf-8", newline=None if "b" in mode else "") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_data(directory: Path, results: Row, page: str) -> list[str]:
-    """results.json, and a table for a page as results.md; returns the paths."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with atomic(directory / "results.json") as file:
-        json.dump(results, file, indent=1)
-    with atomic(directory / "results.md") as file:
-        file.write(page)
-    return [str(directory / f"results.{kind}") for kind in ("json", "md")]
-
-
-def finish(results: Row, begin: float, paths: Sequence[str] = ()) -> None:
-    """The last lines of a run that began then: whether its medians scatter, what it wrote, how long it took."""
+def finish(results: Row, begin: float, out: Path | None, page: Callable[[Row], str]) -> None:
+    """Writes results.json, and a table for a page as results.md, where there is a folder for them, and prints the last lines of a
+    run that began then: whether its medians scatter, what it wrote, how long it took."""
+    written = {} if out is None else {out / "results.json": json.dumps(results, indent=1), out / "results.md": page(results)}
+    for path, text in written.items():
+        replace_file(path, text)
     if wide := sum(map(unsteady, results["rows"])):
         of_all = f"{wide} of {len(results['rows'])} medians are unsteady"
         print(f"{of_all}, p80 above twice p20: a busy machine? (--threads, --budget)")
-    if paths:
-        print("wrote", ", ".join(paths))
+    if written:
+        print("wrote", ", ".join(map(str, written)))
     print(f"{time.perf_counter() - begin:.0f} s")

@@ -48,10 +48,8 @@ def finish(process: "subprocess.Popen[bytes]", seconds: float) -> int:
         return process.wait(max(0.1, seconds))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGINT)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        pass
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

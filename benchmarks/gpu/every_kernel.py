@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
 
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.checks import REFINEMENTS
+from awrsr_kernels.tuned import replace_file
 
 from ..common.arguments import make_parser
-from ..common.report import atomic
 from ..operator.measure import gradients
 from ..operator.providers import ours
 from ..operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
@@ -127,8 +127,7 @@ def main() -> int:
                 run(problem)
             decode(given.batch, given.heads, given.dim, dtype, device)
             torch.cuda.synchronize()
-        with atomic(given.profile) as file:
-            json.dump(kernel_times(profile), file, indent=1)
+        replace_file(given.profile, json.dumps(kernel_times(profile), indent=1))
     return 0
 
 

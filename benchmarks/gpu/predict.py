@@ -24,12 +24,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.launch_config import key_of
+from awrsr_kernels.tuning.arguments import number, sizes
 
-from ..common.arguments import make_parser, number, sizes
+from ..common.arguments import make_parser
 from ..common.report import Column, Row, grid
 from ..operator.launches import PROCESSORS, Launch, task_launches
 from ..operator.roofline import Rates, ideal_bytes
@@ -51,18 +52,13 @@ START_US = 1.5  # first loads from memory and last stores of a program; in the s
 LAUNCH_US = 2.5  # between two kernels of a stream that the host has filled ahead
 
 
-class Occupancy(NamedTuple):
-    """Programs that a multiprocessor runs at a time; `known` says whether the compiler said so for this very kernel."""
-
-    programs: int
-    known: bool
+UNKNOWN = (2, False)  # of four warps whose threads have the most registers that there are
 
 
-UNKNOWN = Occupancy(2, False)  # of four warps whose threads have the most registers that there are
+def occupancy(report: Sequence[Row], launch: Launch, task: Task) -> tuple[int, bool]:
+    """Programs that a multiprocessor runs at a time, and whether the compiler said so for this very kernel.
 
-
-def occupancy(report: Sequence[Row], launch: Launch, task: Task) -> Occupancy:
-    """From the row of a compile report that fits a launch best.
+    From the row of a compile report that fits a launch best.
 
     Kernel, stage and refinement must agree, then the table's classes of length and width, the configuration, and dropout if they
     can. Of several that fit equally well the one with most registers.
@@ -78,7 +74,7 @@ def occupancy(report: Sequence[Row], launch: Launch, task: Task) -> Occupancy:
         classes = key is not None and (row["length"], row["width"]) == (key.length, key.width)
         agree = classes, row["config"] == config, row["dropout"] == (task.dropout_p > 0)
         fits.append((*agree, row["registers"], max(1, row["programs_per_processor"])))
-    return Occupancy(max(fits)[4], all(max(fits)[:3])) if fits else UNKNOWN
+    return (max(fits)[4], all(max(fits)[:3])) if fits else UNKNOWN
 
 
 def times_us(launch: Launch, programs: int) -> dict[str, float]:

@@ -25,8 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from awrsr_kernels.tuned import replace_file
+
 from ..common.arguments import make_parser
-from ..common.report import ROOT, atomic
+from ..common.report import ROOT
 from .checks import SANITIZERS, SMALL, STOPPED, finish, profile_kernels, run, sanitizer_status, start, start_sanitizer
 
 TOTAL = 580  # seconds for everything; each stage gets what is left of it at most
@@ -95,8 +97,7 @@ class Run:
         self.begin = time.monotonic()
 
     def write(self, name: str, content: Any) -> None:
-        with atomic(self.out / name) as file:
-            file.write(json.dumps(content, indent=1) + "\n")
+        replace_file(self.out / name, json.dumps(content, indent=1) + "\n")
 
     def stage(self, name: str, limit: float, work: Callable[[float], dict[str, str] | str]) -> None:
         """Run a stage in its limit, or in what is left of the whole; whatever it raises is its status."""
@@ -113,8 +114,13 @@ class Run:
         self.write("summary.json", self.summary)
 
     def tests(self, seconds: float) -> str:
-        end, tests = time.monotonic() + seconds, collect_tests()
-        return self.finish_tests(tests, self.start_tests(tests), end)
+        """Dealt out to several processes: each compiles the kernels of its own."""
+        end, tests, started = time.monotonic() + seconds, collect_tests(), []
+        for i in range(min(self.processes, len(tests))):
+            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={self.folder / f'tests-{i}.xml'}"]
+            command = [sys.executable, "-m", "pytest", *options, *tests[i :: self.processes]]
+            started.append(start(command, self.folder / f"tests-{i}.log"))
+        return self.finish_tests(tests, started, end)
 
     def sanitizers(self, seconds: float) -> dict[str, str]:
         """Both at once: neither is timed."""
@@ -123,15 +129,6 @@ class Run:
         tools = {tool: start_sanitizer(tool, self.folder) for tool in SANITIZERS}
         codes = {tool: None if process is None else finish(process, end - time.monotonic()) for tool, process in tools.items()}
         return {tool: sanitizer_status(tool, code, self.folder) for tool, code in codes.items()}
-
-    def start_tests(self, tests: list[str]) -> list["subprocess.Popen[bytes]"]:
-        """The tests dealt out to several processes: each compiles the kernels of its own."""
-        started = []
-        for i in range(min(self.processes, len(tests))):
-            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={self.folder / f'tests-{i}.xml'}"]
-            command = [sys.executable, "-m", "pytest", *options, *tests[i :: self.processes]]
-            started.append(start(command, self.folder / f"tests-{i}.log"))
-        return started
 
     def finish_tests(self, tests: list[str], started: list["subprocess.Popen[bytes]"], end: float) -> str:
         with ThreadPoolExecutor(max(1, len(started))) as pool:  # all at once: each that runs late has its grace

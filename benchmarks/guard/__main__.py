@@ -24,8 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pooch
-
+from awrsr.data.fetch import cached_file
 from awrsr.files import write_json
 
 from .figures import Figures, Measured, Row, conclusion, judge, table
@@ -57,8 +56,8 @@ def commit_of(name: str | None) -> str:
 
 def find_beauty(folder: str | None) -> Path | None:
     """Beauty's file: in the folder named, or beside the project, or where `awrsr data fetch beauty` keeps it; None if nowhere."""
-    fetched = Path(os.environ.get("AWRSR_CACHE") or pooch.os_cache("awrsr")) / "Beauty.txt"  # as in awrsr/data/fetch.py
-    candidates = [Path(folder).resolve() / "beauty.txt"] if folder else [ROOT.parent / "shared/data/beauty.txt", fetched]
+    beside = [ROOT.parent / "shared/data/beauty.txt", cached_file("beauty")]
+    candidates = [Path(folder).resolve() / "beauty.txt"] if folder else beside
     return next((path for path in candidates if path.exists()), None)
 
 

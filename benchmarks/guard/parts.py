@@ -134,8 +134,7 @@ def suite(checkout: Checkout, seconds: float) -> dict[str, float]:
 def timed_calls(what: str, checkout: Checkout, seconds: float) -> dict[str, list[float]]:
     """The ratios that `call_time.py` prints."""
     script = Path(__file__).with_name("call_time.py")
-    ratios: dict[str, list[float]] = json.loads(checkout.output(script, what, checkout.cache / "stub", seconds=seconds))
-    return ratios
+    return json.loads(checkout.output(script, what, checkout.cache / "stub", seconds=seconds))
 
 
 PARTS = (

@@ -13,9 +13,12 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from awrsr.files import atomic
+from awrsr_kernels.tuned import replace_file
+
 from ..common import pages
 from ..common.arguments import make_parser
-from ..common.report import ROOT, Row, atomic, device_ms, is_gpu, page_table
+from ..common.report import ROOT, Row, device_ms, is_gpu, page_table
 from . import plots
 from .launches import step_operations
 from .roofline import Point, Rates
@@ -127,14 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
     }
     texts = {"cost.md": markdown(files, points), "cost.json": json.dumps([p.row() for p in points], indent=1) + "\n"}
     out = folder / "operator"
-    out.mkdir(exist_ok=True)
     for name, text in texts.items():
-        with atomic(out / name) as file:
-            file.write(text)
+        replace_file(out / name, text)
     for name, figure in pictures.items():
         if figure is not None:
-            with atomic(out / name, "wb") as file:
-                figure.savefig(file, format="png", dpi=130)
+            with atomic(out / name) as temporary:
+                figure.savefig(temporary, format="png", dpi=130)
     print(f"wrote {', '.join([*texts, *(name for name, figure in pictures.items() if figure is not None)])} to {out}")
     return 0
 

@@ -24,10 +24,12 @@ from torch import Tensor
 from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
+from awrsr_kernels.tuning.arguments import whole
+from awrsr_kernels.tuning.clock import Clock
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, settle_machine, whole
-from ..common.clock import Clock, WrongResult, quantiles, turns
+from ..common.arguments import add_flag, make_parser, settle_machine
+from ..common.clock import WrongResult, quantiles, turns
 from ..common.pages import DECODING, markdown
 from .launches import step_launch
 from .workloads import Shape, Task
@@ -93,13 +95,6 @@ def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCach
     return Provider("step", "ours", call, lambda: cache.crop(length - 1)), cache
 
 
-def full(problem: Problem) -> Provider:
-    def call() -> Tensor:
-        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
-
-    return Provider("full", "ours", call, lambda: None)
-
-
 def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     """Two stages of stock attention for one query; `cache` says what earlier positions left."""
     q, k, v, w_q, w_k = (x.expand(*problem.k.shape[:3], -1) for x in problem[:5])
@@ -107,31 +102,26 @@ def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     new_q, keys = q[:, :, at:], cache.k.clone()
     tables = [] if refinement == "none" else [w_q, w_k]
     direct = [] if refinement == "simple" else [v]
-    growing = [*(tables if problem.content else []), *direct]  # a step brings a row of each
-    blocks = [*tables, *direct]
-    if split:
-        blocks = [x.clone() if any(x is each for each in growing) else x for x in blocks]
-    else:
-        blocks, fresh = [torch.cat(blocks, -1)], torch.cat([x[:, :, at:] for x in growing] or [v[:, :, at:, :0]], -1)
-    values = None if cache.y is None and cache.k_a is None else (cache.v if cache.y is None else cache.y).clone()
-    k_a = None if cache.k_a is None else cache.k_a.clone()
+    fixed, growing = ([], [*tables, *direct]) if problem.content else (tables, direct)  # a step brings a row of what grows
     appended = [(keys, k)]
     if split:
-        appended += [(rows, x) for rows, x in zip(blocks, (*tables, *direct), strict=True) if rows is not x]
-    if refinement == "additive" and split:
-        values = blocks[-1]
-    elif values is not None and cache.y is None:
+        blocks = [*fixed, *(x.clone() for x in growing)]
+        appended += zip(blocks[len(fixed) :], growing, strict=True)
+    else:
+        blocks, width = [torch.cat([*fixed, *growing], -1)], sum(x.shape[-1] for x in fixed)
+        appended += [(blocks[0][..., width:], torch.cat(growing, -1))] if growing else []
+    k_a = None if cache.k_a is None else cache.k_a.clone()
+    values = blocks[-1] if refinement == "additive" and split else (cache.v if cache.y is None else cache.y).clone()
+    if refinement == "simple" or (refinement == "additive" and not split):
         appended.append((values, v))
 
     def call() -> Tensor:
         for rows, new in appended:
             rows[:, :, at] = new[:, :, at]
-        if not split and growing:
-            blocks[0][:, :, at:, blocks[0].shape[-1] - fresh.shape[-1] :] = fresh
         parts = [F.scaled_dot_product_attention(new_q, keys, x) for x in blocks]
         if not split:
             parts = list(parts[0].split([x.shape[-1] for x in (*tables, *direct)], -1))
-        if k_a is None or values is None:
+        if k_a is None:
             return parts[0]
         k_a[:, :, at:] = parts[1]
         if refinement == "value":
@@ -142,20 +132,21 @@ def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     return Provider("sdpa2-split" if split else "sdpa2", "rival", call, lambda: None)
 
 
-def check(provider: Provider, exact: Tensor, same: Tensor) -> None:
-    lines = wrong_results({"out": provider.call()}, {"out": exact}, {"out": same}, same.dtype)
-    provider.undo()
-    if lines:
-        raise WrongResult(f"{provider.name}: {lines[0]}")
-
-
 def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Row]:
     """Rows of one problem, all providers side by side. Raises WrongResult."""
     exact, same = problem.definition(torch.float64), problem.definition(problem.q.dtype)
     ours, cache = step(problem)
-    providers = [ours, full(problem), *(stock(problem, cache, split) for split in (False, True))]
+
+    def full() -> Tensor:
+        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
+
+    rivals = (stock(problem, cache, split) for split in (False, True))
+    providers = [ours, Provider("full", "ours", full, lambda: None), *rivals]
     for provider in providers:
-        check(provider, exact, same)
+        lines = wrong_results({"out": provider.call()}, {"out": exact}, {"out": same}, same.dtype)
+        provider.undo()
+        if lines:
+            raise WrongResult(f"{provider.name}: {lines[0]}")
     clock = Clock(problem.q.device)
     samples: list[list[float]] = [[] for _ in providers]
     for i in turns(len(providers), reps, budget):
@@ -228,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows += of_it
         print("\n".join([problem.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
     results = about | {"rows": rows}
-    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
+    report.finish(results, begin, options.out, markdown)
     return 0
 
 

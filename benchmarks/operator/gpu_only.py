@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from ..common.clock import Clock, quantiles, reason_of
+from awrsr_kernels.tuning.clock import Clock
+
+from ..common.clock import quantiles, reason_of
 from .measure import Entrant, gradients
 from .providers import PROVIDERS
 from .workloads import Task, build

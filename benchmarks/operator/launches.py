@@ -88,10 +88,8 @@ class Call:
 
 def task_launches(task: Task, layout: str, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
     """Launches of forward and backward of all calls that a layout makes of a task."""
-    found = []
-    for lengths, window in calls(task, layout):
-        found += call_launches(Call(task, lengths, window, layout == "packed"), shared, processors)
-    return found
+    made = (Call(task, lengths, window, layout == "packed") for lengths, window in calls(task, layout))
+    return [launch for call in made for launch in call_launches(call, shared, processors)]
 
 
 def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from awrsr_kernels.tolerance import allowed_errors
+from awrsr_kernels.tolerance import wrong_results
+from awrsr_kernels.tuning.clock import Clock, Span
 
-from ..common.clock import Clock, Span, WrongResult, traced, turns, wait
+from ..common.clock import WrongResult, traced, turns, wait
 from .providers import Provider, ours
 from .workloads import COVARIANCES, Batch, Outputs
 
@@ -120,7 +121,7 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._expected: dict[tuple[int, str, bool, float], tuple[dict[str, Tensor], dict[str, float]]] = {}
+        self._expected: dict[tuple[int, str, bool, float], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def check(self, entrant: Entrant) -> None:
         """Raises WrongResult; fills in `first_ms`, the time of the very first call, compilation included."""
@@ -129,7 +130,7 @@ class Gate:
             view = replace(entrant.provider.view(batch), dropout_seed=SEED)
             if entrant.provider.role != "ours":
                 view = replace(view, dropout_p=0.0)
-            expected, allowed = self._yardstick(id(batch), view)
+            exact, same = self._yardstick(id(batch), view)
             index, heads, kv_heads, bounds = view.excerpt()
             found, ms = _compute(entrant.provider.call, _only(view, index, heads))
             for p in PASSES:
@@ -138,16 +139,12 @@ class Gate:
                 assert view.bounds is not None
                 items = torch.arange(view.max_len, device=bounds.device) < view.bounds[:, None]
                 found |= {name: found[name] * items[:, None, :, None] for name in view.douts}
-            for name, limit in allowed.items():
-                part = _excerpt_of(name, found[name], index, heads, kv_heads)
-                if part.shape != expected[name].shape or part.dtype != view.q.dtype:
-                    raise WrongResult(f"{name} is {tuple(found[name].shape)} {found[name].dtype}")
-                error = (part.double() - expected[name]).abs().max().item()
-                if not error <= limit:  # NaN too
-                    raise WrongResult(f"{name} is off by {error:.1e}, allowed {limit:.1e}")
+            parts = {name: _excerpt_of(name, found[name], index, heads, kv_heads) for name in exact}
+            if lines := wrong_results(parts, exact, same, view.q.dtype):
+                raise WrongResult(lines[0])
 
-    def _yardstick(self, key: int, view: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The excerpt by the reference in float64, and the allowed errors."""
+    def _yardstick(self, key: int, view: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The excerpt by the reference in float64, and in the batch's own dtype."""
         full_key = (key, view.refinement, view.gaussian, view.dropout_p)
         if full_key not in self._expected:
             index, heads, kv_heads, bounds = view.excerpt()
@@ -159,8 +156,7 @@ class Gate:
                 leaves: dict[str, Any] = {n: parts[n].requires_grad_(not n.startswith("dout")) for n in names}
                 return _compute(reference, replace(view, **leaves, bounds=bounds))[0]
 
-            exact, same = excerpt(torch.float64), excerpt(view.q.dtype)
-            self._expected[full_key] = exact, allowed_errors(exact, same, view.q.dtype)
+            self._expected[full_key] = excerpt(torch.float64), excerpt(view.q.dtype)
         return self._expected[full_key]
 
 

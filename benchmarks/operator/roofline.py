@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.clock import Clock
+from awrsr_kernels.tuning.clock import Clock
+
 from .workloads import Task, calls
 
 ROUNDS = 5

@@ -291,8 +291,7 @@ def read_histories(path: Path) -> list[int]:
     """Number of items of each user, in a file of any format that awrsr reads. ValueError if it is none."""
     from awrsr.data.readers import read  # which needs packages that a GPU machine may lack
 
-    lengths: list[int] = read(path).lengths.tolist()
-    return lengths
+    return read(path).lengths.tolist()
 
 
 def sample_users(lengths: list[int], count: int, window: int) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from awrsr.files import atomic, read_json, write_json
-from benchmarks.common.arguments import whole
+from awrsr_kernels.tuning.arguments import whole
 from benchmarks.common.report import commit, device_name, versions
 from benchmarks.study.plan import DATA, GROUPS, KEY, REMOVED, TAG, Cell, plan
 
@@ -133,8 +133,7 @@ def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any
     status = train_apart(arguments, out / "output.txt")
     if status:
         raise RuntimeError(f"awrsr train {shlex.join(arguments)} ended with status {status}; see {out / 'output.txt'}")
-    metrics: dict[str, Any] = read_json(out / "metrics.json")
-    return metrics
+    return read_json(out / "metrics.json")
 
 
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
@@ -163,13 +162,12 @@ def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results
 
 def popularity(cell: Cell, file: Path | None, test: pl.DataFrame) -> np.ndarray:
     """(M,) how often the item of each target is among the training events."""
+    from awrsr.analysis.analyse import training_counts
     from awrsr.data.prepare import DataOptions, divide, histories
 
     options = DataOptions(data=str(file or ""), **DATA.get(cell.dataset, {}))
     split = divide(histories(options), options)
-    h = split.histories
-    events = np.concatenate([h.items[first : first + n] for first, n in zip(h.offsets[:-1], split.train_end, strict=True)])
-    counts = dict(zip(h.item_ids.astype(str).tolist(), np.bincount(events, minlength=h.num_items).tolist(), strict=True))
+    counts = dict(zip(split.histories.item_ids.astype(str).tolist(), training_counts(split).tolist(), strict=True))
     return np.array([counts[item] for item in test["item"].to_list()])
 
 

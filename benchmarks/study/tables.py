@@ -6,6 +6,7 @@ import numpy as np
 
 from awrsr.evaluation import significance
 from awrsr.evaluation.compare import LEVEL
+from benchmarks.common.report import page_table
 from benchmarks.study.gains import Gain, Runs, controlled, planned
 from benchmarks.study.plan import REMOVED, TAG, Cell, plan
 from benchmarks.study.run import Results
@@ -29,8 +30,8 @@ APART = ("depth", "control", "searched", "ablation")  # compared with something 
 
 def grid(columns: str, rows: Iterable[list[str]]) -> list[str]:
     """Lines of a table whose columns are given as they stand in its head; none without rows."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [f"| {columns} |", "|--" * (columns.count("|") + 1) + "|", *lines] if lines else []
+    lines = list(rows)
+    return page_table(columns.split(" | "), lines) if lines else []
 
 
 def table(cells: list[Runs], compared: list[Gain]) -> list[str]:

@@ -74,7 +74,6 @@ class Contestant:
     samples: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {p: [] for p in PASSES})  # seconds, CPU seconds
     first_ms: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
-    deviation: float = 0.0  # of the loss curve from the yardstick's, relative, the largest
 
     @property
     def name(self) -> str:

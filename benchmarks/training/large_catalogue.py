@@ -12,6 +12,7 @@ any peak is above --limit.
 
 import argparse
 import contextlib
+import functools
 import json
 import resource
 import subprocess
@@ -32,9 +33,11 @@ from awrsr.evaluation.ranking import evaluate
 from awrsr.recommender import AWRSR
 from awrsr.training.loop import TrainingLoop
 from awrsr.training.trainer import make_trainer
+from awrsr_kernels.tuned import replace_file
+from awrsr_kernels.tuning.arguments import number, whole
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, number, whole
+from ..common.arguments import add_flag, make_parser
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -54,26 +57,20 @@ def options_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Stages:
-    """Time and peak memory of what is done one after another."""
-
-    def __init__(self) -> None:
-        self.rows: list[report.Row] = []
-
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[report.Row]:
-        """Yields the stage's row, for what else is to be said of it."""
-        print(f"{name} ...", file=sys.stderr, flush=True)
-        row: report.Row = {"stage": name}
-        with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        start, cpu = time.perf_counter(), time.process_time()
-        yield row
-        row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-        row.setdefault("peak_gib", peak_gib())
-        self.rows.append(row)
-        more = ", ".join(f"{k} {v:,.5g}" for k, v in row.items() if k not in ("stage", "seconds", "cpu_seconds", "peak_gib"))
-        print(f"{name:<10} {row['seconds']:8.1f} s   peak {row['peak_gib']:6.2f} GiB   {more}", flush=True)
+@contextlib.contextmanager
+def timed_stage(rows: list[report.Row], name: str) -> Iterator[report.Row]:
+    """Adds a row of time and peak memory to the rows; yields it, for what else is to be said of the stage."""
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    row: report.Row = {"stage": name}
+    with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    start, cpu = time.perf_counter(), time.process_time()
+    yield row
+    row |= {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    row.setdefault("peak_gib", peak_gib())
+    rows.append(row)
+    more = ", ".join(f"{k} {v:,.5g}" for k, v in row.items() if k not in ("stage", "seconds", "cpu_seconds", "peak_gib"))
+    print(f"{name:<10} {row['seconds']:8.1f} s   peak {row['peak_gib']:6.2f} GiB   {more}", flush=True)
 
 
 def peak_gib(who: int = resource.RUSAGE_SELF) -> float:
@@ -118,31 +115,32 @@ def recommend(model: AWRSR, histories: Histories, count: int) -> int:
 
 def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
     """All stages, in the order of a user's day."""
-    stages = Stages()
+    rows: list[report.Row] = []
+    stage = functools.partial(timed_stage, rows)
     path = options.data or folder / "histories.txt"
     if not options.data:
-        with stages.stage("make") as row:
+        with stage("make") as row:
             make_file(options, path, row)
-    with stages.stage("read") as row:
+    with stage("read") as row:
         histories = read(path)
         row |= {"users": histories.num_users, "items": histories.num_items, "events": len(histories.items)}
-    with stages.stage("split"):
+    with stage("split"):
         parts = with_few_targets(split(histories), options.targets)
-    with stages.stage("model") as row:
+    with stage("model") as row:
         torch.manual_seed(options.seed)
         model = AWRSR(AWRSRConfig(num_items=histories.num_items))
         model.item_ids = histories.item_ids
         row["parameters"] = sum(p.numel() for p in model.parameters())
-    with stages.stage("train") as row:
+    with stage("train") as row:
         row |= train(model, parts, options, folder / "run")
-    with stages.stage("load"):
+    with stage("load"):
         model = AWRSR.load(folder / "run")
-    with stages.stage("evaluate") as row:
+    with stage("evaluate") as row:
         found = evaluate(model, parts, filter_seen=not histories.repeats())
         row |= {"targets": len(found.ranks), "users_per_cpu_second": found.users_per_cpu_second}
-    with stages.stage("recommend") as row:
+    with stage("recommend") as row:
         row["recommendations"] = recommend(model, histories, options.targets)
-    return stages.rows
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -162,8 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     worst, limit = max(rows, key=lambda row: row["peak_gib"]), options.limit
     peak, over = worst["peak_gib"], worst["peak_gib"] > limit
     if options.out:
-        with report.atomic(options.out / "results.json") as file:
-            json.dump(about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}, file, indent=1)
+        results = about | {"limit_gib": limit, "peak_gib": peak, "rows": rows}
+        replace_file(options.out / "results.json", json.dumps(results, indent=1))
     print(f"peak {peak:.2f} GiB ({worst['stage']}), {'ABOVE' if over else 'within'} the limit of {limit:g} GiB")
     return int(over)
 

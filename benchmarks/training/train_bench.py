@@ -42,9 +42,10 @@ from awrsr.data.synthetic import make
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES
 from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.tuning.arguments import whole
 
 from ..common import report
-from ..common.arguments import add_flag, make_parser, settle_machine, whole
+from ..common.arguments import add_flag, make_parser, settle_machine
 from ..common.clock import WrongResult
 from ..common.pages import LAYOUTS, TRAINING, markdown
 from .contestants import GATE_STEPS, PASSES, TOLERANCE, Problem, Work, check, contestant, measure_memory, race, yardstick
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
     results = about | {"kind": TRAINING, "rows": rows, "gate": checked}
-    report.finish(results, begin, report.write_data(options.out, results, markdown(results)) if options.out else ())
+    report.finish(results, begin, options.out, markdown)
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import benchmarks.guard.__main__ as guard
+from awrsr.data.fetch import cached_file
 from benchmarks.guard import call_time, parts
 from benchmarks.guard.figures import QUALITY, RATIO, SIZE, TESTS, Kind, conclusion, judge, table
 from benchmarks.guard.parts import CannotMeasure, Checkout, Part
@@ -110,6 +111,14 @@ def test_the_kernels_can_be_launched_without_a_gpu(tmp_path: Path) -> None:
     code = f"from benchmarks.guard.call_time import *; install_stub(Path({str(tmp_path)!r})); pretend_gpu()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_beauty_is_found_where_it_is_fetched_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWRSR_CACHE", str(tmp_path))
+    monkeypatch.setattr(guard, "ROOT", tmp_path / "project")
+    assert guard.find_beauty(None) is None
+    cached_file("beauty").write_text("1 2 3\n")
+    assert guard.find_beauty(None) == tmp_path / "beauty.txt"
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from awrsr_kernels.launch_config import Config
 from benchmarks.gpu import predict as predictor
-from benchmarks.gpu.predict import UNKNOWN, Occupancy, occupancy, predict, times_us
+from benchmarks.gpu.predict import UNKNOWN, occupancy, predict, times_us
 from benchmarks.operator.launches import Launch
 from benchmarks.operator.roofline import Rates, ideal_bytes
 from benchmarks.operator.workloads import Shape, Task
@@ -78,13 +78,13 @@ def test_the_compile_report_is_read() -> None:
         row("tiled_fwd_stage2", 0, **tiled),
     ]
 
-    def of(launch: Launch, problem: Task) -> Occupancy:
+    def of(launch: Launch, problem: Task) -> tuple[int, bool]:
         return occupancy(report, launch, problem)
 
     assert of(KERNEL, task()) == (5, True) and of(KERNEL, task(length=30)) == (8, True)
     assert of(KERNEL, Task(Shape(64, 2, 2, 50, 32, 32, 65), "simple", "bfloat16", 0.0, "cuda")) == (6, True)
     assert of(KERNEL, task(dropout_p=0.1)) == (7, True)
-    assert of(KERNEL._replace(tile=Config(64, 64, 8, 1, 4)), task()).known is False  # the report is of another tile
+    assert of(KERNEL._replace(tile=Config(64, 64, 8, 1, 4)), task())[1] is False  # the report is of another tile
     assert of(KERNEL._replace(kernel="short_bwd"), task()) == occupancy([], KERNEL, task()) == UNKNOWN
     long = KERNEL._replace(kernel="tiled_fwd", stage=1, tile=Config(64, 64, 4, 2))
     assert of(long, task(length=500)) == (9, True) and of(long._replace(stage=2), task(length=500)) == (1, True)  # one at least

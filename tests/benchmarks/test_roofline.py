@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from awrsr_kernels.tuning.clock import Clock
 from benchmarks import attn_bench
-from benchmarks.common.clock import Clock
 from benchmarks.operator import report, roofline
 from benchmarks.operator.gpu_only import time_graphs
 from benchmarks.operator.measure import Entrant
