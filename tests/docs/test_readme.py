@@ -1,4 +1,4 @@
-"""The README's example runs as it is printed, and the tables on its pages, or linked from them, are those that benchmarks wrote."""
+"""The README's examples run as printed and give what it says; its tables, and those on its pages, are those that benchmarks wrote."""
 
 import json
 import re
@@ -23,9 +23,14 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     names: dict = {}
     for snippet in snippets:
         exec(snippet, names)
-    printed = capsys.readouterr().out
-    assert "torch.Size([8, 4, 50, 32]) torch.Size([50, 32])" in printed
-    assert "dan" in printed and (tmp_path / "runs/tea/model.safetensors").exists()
+    assert names["out"].shape == (8, 4, 50, 32) and names["w_q"].grad.shape == (50, 32)
+    assert re.search(r"Ann +┆ Sun +┆ 1 ", capsys.readouterr().out) and (tmp_path / "runs/days/model.safetensors").exists()
+
+
+def test_it_stays_short_and_its_links_lead_somewhere() -> None:
+    assert len(README.split()) < 1700
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
 
 
 def test_nothing_is_left_to_fill_in() -> None:
@@ -57,8 +62,45 @@ def test_reports_are_linked_and_of_all_runs() -> None:
     assert (ROOT / "benchmarks/results/study/study.md").read_text(encoding="utf-8").startswith(f"{runs} runs; ")
 
 
+def rows_of(table: str) -> list[list[str]]:
+    """Cells of a Markdown table, without its head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+def readme_table(head: str) -> list[list[str]]:
+    return rows_of(head + README.split(head)[1].split("\n\n")[0])
+
+
 def test_the_study_in_short_is_that_of_its_tables() -> None:
     page = (ROOT / "benchmarks/results/study/study.md").read_text(encoding="utf-8")
     short = page.split("**In short**")[1].split("\n\n")[1]
     assert short.startswith("| data | settings | layers | plain | plain + mean | additive |") and len(short.splitlines()) > 2
-    assert short in README and short in (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    assert short in (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    cells = {tuple(row[:3]): row[3:6] + [row[7].split(" (p")[0]] for row in rows_of(short)}
+    assert [row[1:] for row in readme_table("| data | plain attention |")] == [
+        cells["synthetic", "usual", "1"],
+        cells["beauty", "256 wide from cooccurrence", "1"],
+        cells["beauty", "usual", "1"],
+        cells["wikipedia", "usual", "1"],
+        cells["lastfm", "usual", "1"],
+    ]
+
+
+def test_speeds_are_those_of_the_benchmarks() -> None:
+    def row(file: str, task: str, layout: str = "padded", column: str = "median_ms") -> list[str]:
+        results = json.loads((ROOT / "benchmarks/results" / file).read_text(encoding="utf-8"))["rows"]
+        chosen = [r for r in results if r["task"].startswith(task) and r["layout"] == layout and r["pass"] == "fwd+bwd"]
+        ms = {r["provider"]: r[column] for r in chosen}
+        ours = ms.get("triton", ms["torch"])
+        two_calls = min(ms["sdpa2"], ms["sdpa2-split"])
+        return [f"{ours:.3g} ms", f"{two_calls / ours:.2f}", f"{ms['sdpa'] / ours:.2f}"]
+
+    cpu, gpu = "operator/2026-11-24_cpu", "gpu/2026-11-28_h200.json"
+    assert [[cell.strip("*") for cell in cells[2:]] for cells in readme_table("| on | problem | ours |")] == [
+        row(f"{cpu}_beauty.json", "beauty.txt 1024 users, window 50"),
+        row(f"{cpu}.json", "B 128 L 100 H 2 D 32 R 100"),
+        row(f"{cpu}.json", "B 2 L 2048 H 4 D 64 R 64"),
+        row(gpu, "B 512 L 50", column="graph_ms"),
+        row(gpu, "B 512 L 200", column="graph_ms"),
+        row(gpu, "B 512 L 50", column="host_ms"),
+    ]
