@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..call import Inputs
 from .chunks import Chunk, Operands, Products, load_operands
-from .forward import first_weights, key_term, met_values, mixed, multiply, one_sweep, projections, weights
+from .forward import first_weights, higher_weights, key_term, met_values, mixed, multiply, one_sweep, projections
 from .packing import Block
 from .plan import Plan
 
@@ -94,8 +94,7 @@ class _ChunkBackward:
         return first_weights(self.chunk, block, self.operands, self.term)
 
     def _higher(self, block: Block) -> Tensor:
-        assert self.products.q_a is not None and self.products.k_a is not None
-        return weights(self.chunk, block, self.products.q_a, self.products.k_a, self.higher_term, self.chunk.call.refine_scale)
+        return higher_weights(self.chunk, block, self.products, self.higher_term)
 
     def _is_last(self, block: Block) -> bool:
         """Whether it is visited first: there is nothing to add to yet."""
@@ -152,7 +151,7 @@ class _ChunkBackward:
         if self.dgate is not None:
             self.dgate += torch.linalg.vecdot(higher.flatten(1), grad.flatten(1)).view_as(self.dgate)
         keep = call.refinement == "additive"
-        dscores = _softmax_backward(grad, higher, higher if keep else None)
+        dscores = _softmax_backward(grad, higher, torch.empty_like(grad) if keep else None)
         if self.operands.gate is not None:
             dscores *= self.operands.gate
         q_a, k_a, dk_a = self.products.q_a, self.products.k_a, self.dproducts.k_a

@@ -28,8 +28,8 @@ class Chunk:
     length: int
     windows: Windows | None  # if there are lengths
     device: torch.device
-    kept_columns: int  # Z and P of blocks with no more columns may be kept for the backward: each weighs no more than q, k and v
-    first_weights: dict[Block, Tensor] = field(default_factory=dict)  # P, where it is kept
+    kept_columns: int  # Z, P and R of blocks with no more columns may be kept for the backward: each weighs no more than q, k and v
+    _weights: dict[tuple[str, Block], Tensor] = field(default_factory=dict)  # "P" and "R", where they are kept
     _masks: dict[Block, Tensor] = field(default_factory=dict)
     _hidden: tuple[Block, Tensor | None] | None = None  # of the block asked for last: P and R need it one after the other
 
@@ -37,9 +37,17 @@ class Chunk:
         self.count = self.entries.stop - self.entries.start
         self.blocks = row_blocks(self.length, self.call.causal)
 
-    def keeps_weights(self, block: Block) -> bool:
-        """Whether P is worth keeping for the backward: without it a step of plain attention takes 1.1 to 1.3 times as long."""
-        return (self.call.refinement == "none" or self.call.gaussian) and block.columns <= self.kept_columns
+    def weights(self, name: str, block: Block, compute: Callable[[], Tensor], keep: bool) -> Tensor:
+        """P or R of a block, not to be written to: what was kept of it, or computed, and kept if `keep` says so and it is small.
+
+        Computed again in the backward, both would make a training step take 1.1 to 1.3 times as long.
+        """
+        weights = self._weights.get((name, block))
+        if weights is None:
+            weights = compute()
+            if keep and block.columns <= self.kept_columns:
+                self._weights[name, block] = weights
+        return weights
 
     def empty(self, features: int) -> Tensor:
         return torch.empty(self.count * self.heads, self.length, features, dtype=self.dtype, device=self.device)

@@ -76,8 +76,8 @@ def _to_points(x: Tensor) -> None:
     half.copy_(r.clamp_(min=0).add_(1).sqrt_().mul_(low))
 
 
-def weights(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float) -> Tensor:
-    """Softmax of a block's queries against the keys that it may see, (n * H, m, c); term: `key_term` of keys between Gaussians."""
+def _softmax(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float) -> Tensor:
+    """Weights of a block's queries for the keys that they may see, (n * H, m, c); term: `key_term` of keys between Gaussians."""
     first, end, columns = block
     scores = queries.new_empty(queries.shape[0], end - first, columns)
     if term is not None:
@@ -90,14 +90,17 @@ def weights(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Ten
     return torch.softmax(scores, -1)  # in place it is slower
 
 
-def first_weights(chunk: Chunk, block: Block, operands: Operands, term: Tensor | None, *, keep: bool = False) -> Tensor:
-    """P of a block: what the forward kept, or computed, and kept for the backward if `keep` and worth it."""
-    first = chunk.first_weights.get(block)
-    if first is None:
-        first = weights(chunk, block, operands.q, operands.k, term, chunk.call.softmax_scale)
-        if keep and chunk.keeps_weights(block):
-            chunk.first_weights[block] = first
-    return first
+def first_weights(chunk: Chunk, block: Block, operands: Operands, term: Tensor | None, keep: bool = False) -> Tensor:
+    """P of a block."""
+    call, (q, k) = chunk.call, (operands.q, operands.k)
+    return chunk.weights("P", block, lambda: _softmax(chunk, block, q, k, term, call.softmax_scale), keep)
+
+
+def higher_weights(chunk: Chunk, block: Block, products: Products, term: Tensor | None, keep: bool = False) -> Tensor:
+    """R of a block."""
+    call, (q_a, k_a, *_) = chunk.call, products
+    assert q_a is not None and k_a is not None
+    return chunk.weights("R", block, lambda: _softmax(chunk, block, q_a, k_a, term, call.refine_scale), keep)
 
 
 def mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
@@ -135,7 +138,7 @@ class _ChunkForward:
             self._attend(block, self._first(block) if self.chunk.call.refinement == "additive" else None)
 
     def _first(self, block: Block) -> Tensor:
-        return first_weights(self.chunk, block, self.operands, self.term, keep=self.keep_weights)
+        return first_weights(self.chunk, block, self.operands, self.term, self.keep_weights)
 
     def _project(self, block: Block, first: Tensor) -> None:
         rows = slice(block.first, block.end)
@@ -150,8 +153,8 @@ class _ChunkForward:
         """first: P, where that meets the values."""
         chunk, products, seed = self.chunk, self.products, self.operands.seed
         mix = first
-        if products.q_a is not None and products.k_a is not None:
-            mix = weights(chunk, block, products.q_a, products.k_a, self.higher_term, chunk.call.refine_scale)
+        if chunk.call.refinement != "none":
+            mix = higher_weights(chunk, block, products, self.higher_term, self.keep_weights)
             if chunk.call.refinement == "additive" and first is not None:
                 mix = mixed(first, mix, self.operands.gate)
         assert mix is not None
@@ -165,7 +168,7 @@ def forward_pass(
 ) -> tuple[tuple[Tensor, ...], Products]:
     """The outputs in rows form and, if `keep`, the products of all chunks, which the backward needs.
 
-    keep_weights: whether chunks, which the same plan's backward visits again, may keep P.
+    keep_weights: whether chunks, which the same plan's backward visits again, may keep P and R.
     """
     values = [x for x in (inputs.v, inputs.v_cov) if x is not None]
     outs = [plan.buffer(x.shape[-1]) for x in values]
