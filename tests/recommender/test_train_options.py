@@ -173,7 +173,7 @@ def test_with_nothing_held_out_every_event_is_trained_on_to_the_end(
     assert main([*command(data, whole, epochs=4, patience=1), "--split", "none"]) == 0
     assert weights(run) == weights(whole) and results(run)["epochs"] == 4
     assert main(["recommend", "--run", str(run), "-k", "2"]) == 0
-    assert "holds nothing out" in refused("evaluate", "--run", run)
+    assert "holds out no events" in refused("evaluate", "--run", run)
 
 
 def test_a_split_of_nothing_trains_on_the_last_events(parts: Split) -> None:
@@ -315,14 +315,14 @@ def test_no_gpu_where_one_is_asked_for_is_an_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(data, tmp_path / "run", accelerator="gpu")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("awrsr train: accelerator is 'gpu', but torch finds none here") and "take cpu or auto" in error
+    assert error.startswith("awrsr train: accelerator is 'gpu', but torch finds no such device") and "use cpu or auto" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_precision_that_the_device_lacks_is_an_error(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(data, tmp_path / "run", precision="16-mixed")) == 1
     error = capsys.readouterr().err
-    assert error == "awrsr train: precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true\n"
+    assert error == "awrsr train: precision is '16-mixed', which needs a GPU; use bf16-mixed or 32-true\n"
     assert not (tmp_path / "run").exists()
 
 
