@@ -31,7 +31,7 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, ca
         (["--dropout", "1"], "must be a number in [0, 1)"),
         (["--seconds", "soon"], "was 'soon', must be a number"),
         (["--processes", "0"], "was 0, must be at least 1"),
-        (["--preset", "long", "--shapes", "1,1,1,1"], "leave one of them out"),
+        (["--preset", "long", "--shapes", "1,1,1,1"], "leave out one of them"),
         (["--kernel", "short"], "invalid choice: 'short'"),
     ],
 )
