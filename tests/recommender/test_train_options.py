@@ -115,7 +115,7 @@ def test_the_learning_rate_falls_by_half_a_cosine(parts: Split, monkeypatch: pyt
 def test_more_epochs_are_another_run_where_the_rate_falls(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert main(command(data, tmp_path / "run", epochs=1, schedule="cosine")) == 0
     error = refused(*command(data, tmp_path / "run", epochs=2, schedule="cosine"))
-    assert "holds another run: training.epochs was 1 and is 2 (with schedule 'cosine' the rate of each step" in error
+    assert "holds another run: training.epochs was 1 and is 2 (with schedule 'cosine' the learning rate of each" in error
 
 
 def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
 @pytest.mark.parametrize("loss", ["bce", "gbce"])
 def test_losses_that_distances_cannot_have_are_refused(loss: str, parts: Split, tmp_path: Path) -> None:
     model = AWRSR(config(num_items=24, **STOSA))
-    with pytest.raises(ValueError, match=rf"loss is '{loss}', must not be with backbone 'stosa'"):
+    with pytest.raises(ValueError, match=rf"loss is '{loss}', which does not suit backbone 'stosa'"):
         TrainingLoop(model.network, parts, TrainingOptions(loss=loss, **QUICK), tmp_path, {})
 
 
