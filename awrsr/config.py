@@ -1,4 +1,4 @@
-"""What a model is made of and how it is trained. Loads no torch, so that `--help` is quick."""
+"""The options of a model and of its training. This module does not import torch, so that `--help` is quick."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from .data.histories import Split
 from .options import check, option
 
-WATCHED = "NDCG@10"  # on validation: what decides which epoch is kept, and when to stop
+WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when training stops
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 USUAL_NEGATIVES = ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
 REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value that had no effect
@@ -18,72 +18,78 @@ REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value 
 
 @dataclass(frozen=True)
 class AWRSRConfig:
-    """What the network is made of; each option says what it is for."""
+    """Options of the network; the help text of each field says what it does."""
 
-    num_items: int = option(0, "Number of items N in the catalogue; 0 leaves it to fit.", least=0)
+    num_items: int = option(0, "Number of items N in the catalogue; 0 means that `fit` counts them.", least=0)
     backbone: str = option(
         "sasrec",
-        "sasrec: dot-product attention. stosa: items and events are Gaussians, which attention and scores compare by their "
-        "Wasserstein distance; the options of STOSA's authors stand above.",
+        "Kind of model. sasrec: dot-product attention between vectors. stosa: items and events are Gaussians, and attention and "
+        "scores compare them by Wasserstein distance; the options that STOSA's authors use are listed above.",
         choices=("sasrec", "stosa"),
     )
     refinement: str = option(
         "additive",
-        "How attention weights are refined. none is plain attention (SASRec, STOSA); stochastic needs backbone stosa.",
+        "How attention weights are refined. none: plain attention, as in SASRec and STOSA. stochastic: only with backbone stosa.",
         choices=("none", "simple", "value", "additive", "stochastic"),
     )
-    max_len: int = option(50, "Number of events that the model reads, the last ones of a history.", least=1)
-    hidden: int = option(64, "Width of the network.", least=1)
-    layers: int = option(2, "Number of blocks of attention and feed-forward.", least=1)
-    heads: int = option(2, "Number of attention heads in a block.", least=1)
-    rank: int = option(32, "Rank of the correlation space, the number of columns of its tables; at most 256.", least=1, below=257)
+    max_len: int = option(50, "Number of events that the model reads: the last ones of each history.", least=1)
+    hidden: int = option(64, "Width of the network: the number of features of each event.", least=1)
+    layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1)
+    heads: int = option(2, "Number of attention heads in each block.", least=1)
+    rank: int = option(
+        32, "Rank of the correlation space, which is the number of columns of its tables; at most 256.", least=1, below=257
+    )
     tables: str = option(
         "position",
-        "What the tables of the correlation space are. position: a learned row per position, counted from the end. content: a "
-        "linear map of each event.",
+        "Where the rows of the tables come from. position: a learned row for each position, counted from the end of the history. "
+        "content: a learned linear map of each event.",
         choices=("position", "content"),
     )
-    per_head: bool = option(True, "Give each head its own position tables instead of sharing them.")
-    table_std: float = option(1.0, "Root mean square of the tables' entries at the start.", least=0)
+    per_head: bool = option(True, "Give each head its own position tables instead of sharing one pair.")
+    table_std: float = option(1.0, "Root mean square of the entries of the tables before training.", least=0)
     table_init: str = option(
         "normal",
-        "How position tables start. normal: at random. orthogonal: with orthogonal columns. identity: with a column per position, "
-        "or per few positions where rank is less than max_len, so that events attend to events that attend alike. shifted: w_k is "
-        "w_q moved on by one position, so that events attend to what followed the events that first-order weights find.",
+        "How position tables are initialised. normal: at random. orthogonal: with orthogonal columns. identity: with a column for "
+        "each position, or for each few positions if rank is less than max_len; events then attend to events with similar "
+        "first-order weights. shifted: w_k is w_q shifted by one position; events then attend to what followed the events that "
+        "first-order weights point to.",
         choices=("normal", "orthogonal", "identity", "shifted"),
     )
-    refine_scale: float = option(0.0, "Factor of the scores of higher-order weights; 0 takes 1 / sqrt(rank).", least=0)
+    refine_scale: float = option(0.0, "Factor of the scores that give higher-order weights; 0 means 1 / sqrt(rank).", least=0)
     learned_scale: bool = option(
-        False, "Learn a factor of refine_scale for each head, which starts at 1; not with refinement stochastic."
+        False, "Multiply refine_scale by a learned number per head, which starts at 1; not with refinement stochastic."
     )
-    gate: float = option(1.0, "Factor of the higher-order weights with refinement additive.", least=0)
-    learned_gate: bool = option(False, "Learn the factor of each head, which starts at gate; only with refinement additive.")
-    feedforward: int = option(1, "Width of the feed-forward layer as a multiple of hidden.", least=1)
+    gate: float = option(1.0, "Factor of the higher-order weights; only used with refinement additive.", least=0)
+    learned_gate: bool = option(
+        False, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
+    )
+    feedforward: int = option(1, "Width of the feed-forward layer, as a multiple of hidden.", least=1)
     activation: str = option("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu", "elu"))
     norm: str = option("pre", "Apply layer norm before or after attention and feed-forward.", choices=("pre", "post"))
     init: str = option(
         "copy",
-        "How weights start. normal: all small. match: the last block has Xavier's weights and keys equal to queries, so that "
-        "events attend to events like them. copy: like match, and the last block passes on the events it attends to unchanged, so "
-        "that their items rank first.",
+        "How weights are initialised. normal: all small. match: the last block has Xavier weights, and keys equal queries, so that "
+        "events attend to similar events. copy: like match, but the last block also passes on unchanged the events that it attends "
+        "to, so that their items rank first.",
         choices=("normal", "match", "copy"),
     )
     mean_branch: str = option(
         "attended",
-        "What stosa does with means. attended: they are attended to, as STOSA's paper says. published: blocks return them "
+        "How stosa treats means. attended: attention is applied to them, as in STOSA's paper. published: blocks return them "
         "unchanged, as in the code published with STOSA.",
         choices=("attended", "published"),
     )
     temperature: float = option(
         0.0,
-        "Temperature of scores. 0 takes dot products of state and item; above 0, cosines divided by it (0.05 to 0.1 is usual).",
+        "Temperature of scores. 0: a score is the dot product of state and item. Above 0: it is their cosine divided by the "
+        "temperature (0.05 to 0.1 is usual).",
         least=0,
     )
-    hidden_dropout: float = option(0.5, "Dropout of embeddings and of what each layer adds.", least=0, below=1)
-    attention_dropout: float = option(0.3, "Dropout of attention weights.", least=0, below=1)
+    hidden_dropout: float = option(0.5, "Dropout rate of embeddings and of the output that each layer adds.", least=0, below=1)
+    attention_dropout: float = option(0.3, "Dropout rate of attention weights.", least=0, below=1)
     backend: str = option(
         "auto",
-        "Backend of awrsr_kernels; a stored model does not depend on it.",
+        "Backend of awrsr_kernels that computes attention; a saved model does not depend on it.",
         choices=("auto", "triton", "torch", "reference"),
     )
 
@@ -96,79 +102,88 @@ class AWRSRConfig:
         if self.backbone != "stosa":
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:
-                    raise ValueError(f"{name} is {value!r}, must be another with backbone {self.backbone!r}: it needs stosa")
+                    raise ValueError(f"{name} is {value!r}, which needs backbone 'stosa'; backbone is {self.backbone!r}")
         elif self.temperature:
             raise ValueError(f"temperature is {self.temperature}, must be 0 with backbone 'stosa', whose scores are distances")
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How a model is trained; each option says what it is for."""
+    """Options of training; the help text of each field says what it does."""
 
     loss: str = option(
         "sampled_softmax",
-        "Training loss. sampled_softmax: one uniform pool of negatives per batch, uncorrected; a pool as large as the catalogue is "
-        "all of it. cross_entropy: the whole catalogue. bce, bpr and gbce: negatives are any items except the target. bce and gbce "
-        "do not fit stosa, whose scores are never above 0.",
+        "Training loss. sampled_softmax: softmax over the target and a pool of negatives that a batch shares, drawn uniformly, "
+        "with uncorrected scores; if the pool is as large as the catalogue, it is the whole catalogue. cross_entropy: softmax "
+        "over the whole catalogue. bce, bpr and gbce: negatives are drawn from all items except the target. bce and gbce do not "
+        "suit stosa, whose scores are never above 0.",
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(
-        0, f"Number of items that each target is compared with; 0 takes the usual number: {USUAL_NEGATIVES}.", least=0
+        0, f"Number of negatives that each target is compared with; 0 means the usual number: {USUAL_NEGATIVES}.", least=0
     )
     pvn_weight: float = option(
         0.0,
-        "Weight of the penalty that STOSA adds to bpr where a target is farther from the state than from the negative; its authors "
-        "take 0.005.",
+        "Weight of the penalty that STOSA adds to bpr when a target is farther from the state than from the negative; its authors "
+        "use 0.005.",
         least=0,
     )
     calibration: float = option(
-        0.75, "Calibration t of gbce: 0 is bce with negatives summed, 1 is fully calibrated.", least=0, below=1 + 1e-9
+        0.75, "Calibration t of gbce: 0 is bce summed over the negatives, 1 is fully calibrated.", least=0, below=1 + 1e-9
     )
     item_init: str = option(
         "normal",
-        "How item embeddings start. normal: at random. cooccurrence: from a factorisation of which items share training histories, "
-        "which takes fewer epochs and helps rare items.",
+        "How item embeddings are initialised. normal: at random. cooccurrence: from a factorisation of which items share training "
+        "histories, which needs fewer epochs and helps rare items.",
         choices=("normal", "cooccurrence"),
     )
     windows: str = option(
         "last",
-        "Train on the last max_len events of a history, or on all of its events, cut into windows.",
+        "Which events of a long history are trained on. last: the last max_len events. all: all events, cut into windows.",
         choices=("last", "all"),
     )
     batch_size: int = option(
-        128, "Sequences per step over all processes; steps are made equally large, so it may be a few more or less.", least=1
+        128, "Sequences per step, over all processes; some more or fewer where steps are made equally large.", least=1
     )
     learning_rate: float = option(1e-3, "Learning rate of AdamW.", least=1e-12)
     schedule: str = option(
         "constant",
-        "Schedule of the learning rate: constant, or falling to 0 over all epochs by half a cosine.",
+        "Schedule of the learning rate. constant: it does not change. cosine: it falls to 0 over all epochs along half a cosine.",
         choices=("constant", "cosine"),
     )
     weight_decay: float = option(0.0, "Weight decay of AdamW.", least=0)
     average: float = option(
         0.998,
-        "Share of a running average of the weights that each step keeps, less in the first steps. The average is evaluated and "
-        "saved; 0 takes the weights themselves.",
+        "Decay of the running average of the weights per step, lower during the first steps. The average is what is evaluated and "
+        "saved; 0 switches averaging off.",
         least=0,
         below=1,
     )
-    clip: float = option(0.0, "Largest norm of the gradient; 0 does not clip.", least=0)
-    epochs: int = option(100, "Largest number of passes over the data.", least=1)
-    patience: int = option(10, f"Stop after this many epochs without a better validation {WATCHED}; 0 never stops early.", least=0)
+    clip: float = option(0.0, "Clip the norm of the gradient to this value; 0 does not clip.", least=0)
+    epochs: int = option(100, "Maximum number of passes over the data.", least=1)
+    patience: int = option(
+        10, f"Stop after this many epochs without a better {WATCHED} on validation; 0 never stops early.", least=0
+    )
     filter_seen: str = option(
         "auto",
-        "Leave the items of a history out of its ranking, where a target among them counts as a miss. auto: unless more than 1 % "
-        "of the events repeat an item of their history.",
+        "Leave the items of a history out of its ranking; a target among them then counts as a miss. auto: yes, unless more than "
+        "1 % of the events repeat an item of their history.",
         choices=("auto", "yes", "no"),
     )
-    seed: int = option(0, "Random seed of weights, order, negatives and dropout.", least=0, below=1 << 31)
-    precision: str = option("32-true", "Precision of the arithmetic.", choices=("32-true", "bf16-mixed", "16-mixed", "64-true"))
-    accelerator: str = option("auto", "Where to train; auto takes a GPU if there is one.", choices=("auto", "cpu", "gpu", "mps"))
+    seed: int = option(0, "Random seed of initial weights, data order, negatives and dropout.", least=0, below=1 << 31)
+    precision: str = option(
+        "32-true",
+        "Numerical precision, by the names that Lightning uses.",
+        choices=("32-true", "bf16-mixed", "16-mixed", "64-true"),
+    )
+    accelerator: str = option("auto", "Device to train on; auto uses a GPU if there is one.", choices=("auto", "cpu", "gpu", "mps"))
     devices: int = option(1, "Number of processes on each machine.", least=1)
     nodes: int = option(1, "Number of machines.", least=1)
-    threads: int = option(0, "Number of torch's CPU threads; 0 leaves it to torch.", least=0)
+    threads: int = option(0, "Number of CPU threads that torch uses; 0 leaves the number to torch.", least=0)
     logger: str = option(
-        "csv", "Format of each epoch's loss and metrics, written below logs/.", choices=("csv", "tensorboard", "none")
+        "csv",
+        "Format of the log of losses and metrics per epoch, in the run's folder logs/.",
+        choices=("csv", "tensorboard", "none"),
     )
     progress: bool = option(True, "Show a progress bar on a terminal, or a line per epoch elsewhere.")
 
@@ -177,15 +192,15 @@ class TrainingOptions:
         if self.pvn_weight and self.loss != "bpr":
             raise ValueError(f"pvn_weight is {self.pvn_weight}, must be 0 with loss {self.loss!r}: only bpr has the penalty")
         if self.accelerator in ("gpu", "mps") and self.device() == "cpu":
-            raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds none here; take cpu or auto")
+            raise ValueError(f"accelerator is {self.accelerator!r}, but torch finds no such device; use cpu or auto")
         if self.precision == "16-mixed" and self.device() == "cpu":
-            raise ValueError("precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true")
+            raise ValueError("precision is '16-mixed', which needs a GPU; use bf16-mixed or 32-true")
 
     def num_negatives(self) -> int:
         return self.negatives or NEGATIVES[self.loss]
 
     def device(self) -> str:
-        """Where a single process computes."""
+        """The device that a single process computes on."""
         import torch
 
         if self.accelerator in ("auto", "gpu") and torch.cuda.is_available():
@@ -198,7 +213,7 @@ class TrainingOptions:
 
 
 def before_averaging() -> TrainingOptions:
-    """The options of runs whose files lack some: later options are off by default, except for the running average."""
+    """Options for runs that were stored before some options existed: these are off by default, except for the running average."""
     return TrainingOptions(average=0)
 
 
@@ -209,7 +224,7 @@ def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[
         ValueError: the run used such an option.
     """
     if not isinstance(stored, dict):
-        return stored  # its reader says what is wrong
+        return stored  # the code that reads it reports what is wrong
     kept = dict(stored)
     for section, removed in REMOVED.items():
         options = kept.get(section)
@@ -218,6 +233,6 @@ def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[
         for name, unused in removed.items():
             if options.get(name, unused) != unused:
                 used = f"{source} uses {name} (it is {options[name]!r}), an option that was removed"
-                raise ValueError(f"{used}: the tag study-1 of this project still reads this run; or train again without the option")
+                raise ValueError(f"{used}: load this run at the tag study-1 of this project, or train again without the option")
         kept[section] = {name: value for name, value in options.items() if name not in removed}
     return kept

@@ -1,4 +1,4 @@
-"""`AWRSR`, what users hold: a network that knows its items by the ids of the data; it fits, recommends, explains, saves and loads.
+"""`AWRSR`, the public model: a network and the ids of its items. It fits, recommends, explains, saves and loads.
 
 B users of a batch, N items, S features of what is multiplied for scores, H heads.
 """
@@ -27,14 +27,14 @@ UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]
 class AWRSR(nn.Module):
     """Sequential recommender whose attention weights attend to one another.
 
-    Called, it does what its network does, whose attributes (`items`, `blocks`, `forward_padded`, `scores_padded`, ...) and names of
-    weights it shares.
+    A call computes what its network does. The attributes of the network (`items`, `blocks`, `forward_padded`, `scores_padded`, ...)
+    are also attributes of the model, and `state_dict` has the network's names of weights.
     """
 
     network: AWRSRNetwork
     config: AWRSRConfig
     item_ids: np.ndarray | None = None
-    filter_seen: bool = True  # whether items of the history are no candidates: training settles it by what its users do
+    filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
 
     def __init__(self, config: AWRSRConfig | None = None) -> None:
         super().__init__()
@@ -45,12 +45,12 @@ class AWRSR(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "network":  # a copy or a pickle that is being put together
+            if name == "network":  # while a copy or a pickle is being created
                 raise
             return getattr(self.network, name)
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t."""
+        """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t."""
         return self.network(items, cu_seqlens, max_seqlen)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
@@ -67,15 +67,15 @@ class AWRSR(nn.Module):
         out: str | Path | None = None,
         **changes: Any,
     ) -> Model:
-        """Train, keep the weights of the epoch with the best validation NDCG@10, and return self, in evaluation mode.
+        """Train, keep the weights of the epoch with the best validation NDCG@10, and return self in evaluation mode.
 
-        histories: `Histories`, a mapping user -> items or a list of lists of item ids of any one type, in time order; the last
-            event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise, or not at all:
-            `split(histories, "none")` trains on everything for all epochs.
-        options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
-        out: folder for the run (`awrsr.training.run`); without it nothing is left on disk.
+        histories: `Histories`, a mapping from users to items, or a list of lists of item ids, in time order. The last event of each
+            history is held out for test, and the one before it for validation. Pass a `Split` to divide them differently;
+            `split(histories, "none")` holds nothing out, and trains on everything for all epochs.
+        options: `TrainingOptions`. changes: single options by name, such as epochs=20 or loss="bce".
+        out: run folder (see `awrsr.training.run`); without it, nothing is kept on disk.
         """
-        from .training.run import report, train  # Lightning takes seconds to load, and recommending does without
+        from .training.run import report, train  # Lightning takes seconds to import, and only training needs it
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
@@ -91,15 +91,15 @@ class AWRSR(nn.Module):
     def recommend(
         self, histories: UserHistories, k: int = 10, *, filter_seen: bool | None = None, batch_size: int = 1024
     ) -> pl.DataFrame:
-        """The k best next items for each history, which need not be of users seen in training.
+        """The k best next items for each history. Users may be new to the model.
 
-        histories: as for `fit`. Items that the model does not know are passed over; a user it knows no item of gets no row.
-        k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer);
-            None does as in training, where "auto" keeps it for users who take items again.
+        histories: as for `fit`. Items that the model does not know are ignored; a user without any known item gets no row.
+        k: 1 to the number of items N. filter_seen: leave out the items of the history, so that a user who has seen almost all items
+            may get fewer than k. None does what training did, where "auto" keeps these items if users take items again.
 
         Returns:
-            A row per recommendation, users in the order given: user, item, rank (1 = best), score (backbone stosa: the negative
-            squared distance).
+            A row per recommendation, with users in the order given: user, item, rank (1 is the best) and score (with backbone
+            stosa, the negative squared distance).
 
         Raises:
             ValueError: k out of range; the model was not fitted.
@@ -111,7 +111,7 @@ class AWRSR(nn.Module):
     def top_items(
         self, histories: Histories, k: int, *, filter_seen: bool | None = None, batch_size: int = 1024
     ) -> Iterator[pl.DataFrame]:
-        """The same for histories numbered as this model's items, in tables of bounded memory; nothing is gathered."""
+        """Like `recommend`, for histories whose items are numbered as in this model. Yields tables of bounded size."""
         count = self.known_items()
         if not 1 <= k <= count:
             raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
@@ -138,7 +138,7 @@ class AWRSR(nn.Module):
         self.train(training)
 
     def scores(self, histories: Histories, users: np.ndarray, table: Tensor | None = None) -> Tensor:
-        """(B, N) scores of every item as the next one of these users, whose histories must not be empty. table: `item_table`."""
+        """(B, N) scores of every item as the next one of these users. Their histories must not be empty. table: `item_table`."""
         length = np.minimum(histories.lengths[users], self.config.max_len)
         events, cu_seqlens = spans(histories.offsets[users + 1] - length, length)
         device = self.items.weight.device
@@ -148,11 +148,11 @@ class AWRSR(nn.Module):
 
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
-        """The k items most similar to each given item: item, similar, rank, score. The score is the cosine of their embeddings; for
-        backbone stosa, the negative squared distance.
+        """The k items most similar to each given item, as columns item, similar, rank and score. The score is the cosine of the
+        embeddings or, with backbone stosa, the negative squared distance.
 
         Raises:
-            ValueError: an id that the model does not know; k out of 1..N-1.
+            ValueError: the model does not know an id, or k is not in 1..N-1.
         """
         count = self.known_items()
         if not 1 <= k < count:
@@ -172,9 +172,9 @@ class AWRSR(nn.Module):
 
     @torch.inference_mode()
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-        """For each block (P, M): first-order weights and the refined weights that meet the values, (H, n, n) each.
+        """(P, M) for each block: first-order weights, and the refined weights that multiply the values, (H, n, n) each.
 
-        history: n item ids in time order; of more than max_len the last are looked at.
+        history: n item ids in time order. Only the last max_len are used.
         """
         training = self.training
         self.eval()
@@ -184,17 +184,17 @@ class AWRSR(nn.Module):
         return [(p[0], m[0]) for p, m in maps]
 
     def known_items(self) -> int:
-        """N. Raises ValueError where there are none yet."""
+        """N. Raises ValueError if the model has no items yet."""
         if not self.config.num_items:
             raise ValueError("this model knows no items yet: fit or load it first")
         return self.config.num_items
 
     def ids(self) -> np.ndarray:
-        """(N,) ids of the data by place; the places themselves where no data gave any."""
+        """(N,) ids of the items, by their row in the table; the numbers of the rows if there are no ids."""
         return np.arange(self.config.num_items) if self.item_ids is None else self.item_ids
 
     def places(self, items: Sequence[Any]) -> np.ndarray:
-        """Places of item ids in the table. Raises ValueError naming one that is not there."""
+        """Rows of item ids in the table. Raises ValueError naming an id that is not there."""
         known = {str(key): place for place, key in enumerate(self.ids().tolist())}
         unknown = [item for item in items if str(item) not in known]
         if unknown or not len(items):
@@ -202,26 +202,27 @@ class AWRSR(nn.Module):
         return np.array([known[str(item)] for item in items])
 
     def save(self, folder: str | Path, **sections: Any) -> None:
-        """Write config.json, items.parquet and model.safetensors, which take their places when all are written.
+        """Write config.json, items.parquet and model.safetensors. They appear in the folder only when all are complete.
 
-        sections: further ones of config.json.
+        sections: further sections of config.json.
         """
         save_model(folder, self.network, self.ids(), self.filter_seen, **sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
-        """The model that `save` wrote, in evaluation mode. Nothing is unpickled. changes: of the configuration, such as backend.
+        """Load a model that `save` wrote, in evaluation mode, without unpickling. changes: changed options of the configuration,
+        such as backend.
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights are of another configuration.
+            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights do not fit the configuration.
         """
-        with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+        with torch.random.fork_rng(devices=[]):  # the random weights are replaced
             model = cls()
         model.network, model.item_ids, model.filter_seen = load_model(folder, **changes)
         return model.eval()
 
 
 def _to_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading: `state_dict` has the network's own names, on their way down modules have a longer one."""
+    """Before loading, prefix the names in `state_dict`, which are those of the network, with its name in this module."""
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}network.{name.removeprefix(prefix)}"] = state.pop(name)

@@ -56,7 +56,7 @@ def load_model(folder: str | Path, **changes: Any) -> SavedModel:
     try:
         stored_config = AWRSRConfig(**stored["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} is no configuration of this model: {error}") from error
+        raise ValueError(f"{folder / CONFIG} is not a configuration of this model: {error}") from error
     with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
         network = AWRSRNetwork(replace(stored_config, **changes))
     try:
@@ -66,13 +66,13 @@ def load_model(folder: str | Path, **changes: Any) -> SavedModel:
         raise ValueError(f"{folder} is damaged: {error}") from error
     if len(item_ids) != network.config.num_items:
         count = f"{len(item_ids)} items, must hold {network.config.num_items}"
-        raise ValueError(f"{folder / ITEMS} is of another model than {CONFIG}: it holds {count}")
+        raise ValueError(f"{folder / ITEMS} does not belong to the model of {CONFIG}: it holds {count}")
     expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if shapes != expected:
         differs = min(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
         raise ValueError(
-            f"{folder / WEIGHTS} is of another configuration than {CONFIG}: {differs} is {shapes.get(differs, 'absent')}, "
+            f"{folder / WEIGHTS} does not fit {CONFIG}: {differs} is {shapes.get(differs, 'absent')}, "
             f"must be {expected.get(differs, 'absent')}"
         )
     # As they were saved, float64 too; copied to where torch aligns memory, on which the last bits of products may depend
@@ -88,19 +88,19 @@ def can_resume(folder: Path, config: dict[str, Any]) -> bool:
     defaults = flat({"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())})
     old = defaults | flat(without_removed_options(read_json(folder / CONFIG), folder / CONFIG))
     new = defaults | flat(json.loads(json.dumps(config)))
-    fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the rate of each step depends on them
+    fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the learning rate of each step depends on them
     differs = sorted(
         name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed
     )
     if differs:
         changes = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
-        why = " (with schedule 'cosine' the rate of each step depends on them)" if differs == ["training.epochs"] else ""
+        why = " (with schedule 'cosine' the learning rate of each step depends on it)" if differs == ["training.epochs"] else ""
         run = "another run" if has_state else "the model of another run"
-        raise ValueError(f"{folder} holds {run}: {changes}{why}. Give another folder, or remove this one")
+        raise ValueError(f"{folder} holds {run}: {changes}{why}. Choose another folder, or remove this one")
     return has_state
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Section.name -> value; what is no section stands for itself."""
+    """Section.name -> value; a value outside a section keeps its name."""
     sections = {name: values if isinstance(values, dict) else {"": values} for name, values in config.items()}
     return {f"{section}.{name}".rstrip("."): value for section, values in sections.items() for name, value in values.items()}

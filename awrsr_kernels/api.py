@@ -1,4 +1,4 @@
-"""The public calls on vectors: their arguments, checked, in the one form that every backend takes.
+"""The public calls on vectors: they check their arguments and pass them to a backend in the form that all backends accept.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement
 rank, N table rows.
@@ -36,42 +36,45 @@ def refined_attention(
     """Self-attention with refined weights, as defined in `awrsr_kernels/reference.py` (AWRSR, RecSys 2024).
 
     Args:
-        q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Any strides: "triton" copies only a tensor whose last
-            dimension is not contiguous, "torch" also what is cut out of a larger one, where there are lengths. Or jagged
-            (torch.nested, layout torch.jagged), (B, H, j, D): then k, v and content tables are, too, position tables have as many
-            rows as the longest sequence or more, lengths must be None, and padding_side says which rows of a table a sequence
-            uses: "left" the last ones, "right" the first.
-        k: (B, H_kv, L, D) in q's dtype; H a multiple of H_kv (grouped-query attention), query head h reads head h // (H / H_kv).
+        q: (B, H, L, D); float32, bfloat16, float16 or float64; D in 1..256. Strides are arbitrary: "triton" copies a tensor only
+            if its last dimension is not contiguous; with lengths, "torch" also copies a slice of a larger tensor. q may also be
+            jagged (torch.nested, layout torch.jagged), (B, H, j, D). Then k, v and content tables must be jagged as well, position
+            tables need at least as many rows as the longest sequence, lengths must be None, and padding_side says which rows of a
+            table a sequence uses: the last ones ("left") or the first ones ("right").
+        k: (B, H_kv, L, D) in q's dtype. H is a multiple of H_kv (grouped-query attention); query head h reads head
+            h // (H / H_kv).
         v: (B, H_kv, L, D_v) in q's dtype, D_v in 1..256.
-        w_q, w_k: the tables that span the correlation space, R in 1..256: (L, R) shared, (H, L, R) per head, row j for position
-            j; or (B, H, L, R) computed from content, a table per entry. q's dtype, or float32 with half-precision q (read in
-            q's dtype). Ignored, and may be None, when refinement is "none".
+        w_q, w_k: the tables of the correlation space, R in 1..256. Position tables are (L, R), shared by the heads, or (H, L, R);
+            row j belongs to position j. Content tables are (B, H, L, R), computed for each entry. Their dtype is that of q, or
+            float32 if q is in half precision (they are then rounded to q's dtype). Ignored, and may be None, if refinement is
+            "none".
         refinement: "none" (plain attention), "simple", "value" or "additive".
         gate: factor of the higher-order weights in "additive": a number, a scalar tensor or an (H,) tensor. Default 1.
         causal: whether position i sees only positions j <= i.
-        lengths: (B,) integer tensor in 0..L: real items per entry. The rest is padding: output and gradients there are 0, and
-            whatever is stored there (NaN too) has no effect. On a GPU and under torch.compile values out of range are clamped.
-        padding_side: "left" (items end at position L-1) or "right".
+        lengths: (B,) integer tensor in 0..L: number of real items per entry. The rest is padding: output and gradients are 0
+            there, and stored values, even NaN, have no effect. On a GPU and under torch.compile, values out of range are clamped.
+        padding_side: "left" (the last item is at position L-1) or "right".
         softmax_scale: factor of q.k, default 1/sqrt(D).
         refine_scale: factor of the correlations, default 1/sqrt(R).
-        dropout_p: in [0, 1), rounded to a multiple of 1/65536, at most 65534 of them; falls on the weights that meet the values
-            (`dropout.py`).
-        dropout_seed: int, or int64 tensor of one element; drawn with torch.randint on q's device when None. Every backend and
-            layout draws the same mask from the same seed.
-        backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition, L x L matrices, any
+        dropout_p: dropout rate in [0, 1) of the weights that multiply the values (`dropout.py`). It is rounded to a multiple of
+            1/65536, at most 65534/65536.
+        dropout_seed: int, or int64 tensor of one element. If None, it is drawn with torch.randint on q's device. All backends and
+            layouts draw the same mask from the same seed.
+        backend: "triton" (the kernels), "torch" (plain torch, O(L) memory), "reference" (the definition with L x L matrices, any
             number of derivatives, torch.func), or "auto": triton where it can run on a GPU, otherwise torch. torch.export with
-            dynamic sizes, or in its strict mode, gets the definition from "torch", too; from "triton" it gets an operator that
-            AOTInductor's packages cannot hold, and whose programs need `import awrsr_kernels._triton` before they are loaded.
+            dynamic sizes, or in its strict mode, exports the definition for "torch" as well. For "triton" it exports an operator
+            that AOTInductor cannot package; import awrsr_kernels._triton before you load such a program.
 
     Returns:
-        (B, H, L, D_v) in v's dtype; jagged as q is. "triton" and "torch" are differentiable once. Entries are independent, and
-        under `causal` earlier items of later ones; but "triton" and, where there are lengths, "torch" let short ones share a
-        tile, where a NaN or Inf in a real item of one reaches the others, and "torch" lets it reach earlier items of its own.
+        (B, H, L, D_v) in v's dtype; jagged if q is. "triton" and "torch" are differentiable once. Entries are independent of each
+        other, and with `causal` earlier items are independent of later ones. One exception: "triton" and, with lengths, "torch"
+        let short entries share a tile. There, a NaN or Inf in a real item of one entry reaches the others, and with "torch" also
+        earlier items of its own entry.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
-            torch.func (vmap, grad, jvp ...) meets another one than "reference". RuntimeError: a second derivative of "triton" or
-            "torch". NotImplementedError: their forward mode.
+            torch.func (vmap, grad, jvp ...) is used with a backend other than "reference". RuntimeError: a second derivative is
+            taken with "triton" or "torch". NotImplementedError: forward-mode AD is used with one of these.
     """
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
@@ -106,22 +109,23 @@ def refined_attention_varlen(
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`refined_attention` on packed sequences, in flash-attention's convention: no padding anywhere.
+    """`refined_attention` on packed sequences, in flash-attention's convention, without any padding.
 
     Args:
         q, k, v: (T, H, D), (T, H_kv, D), (T, H_kv, D_v): the items of all sequences, one sequence after another.
-        w_q, w_k: (T, H, R) computed from content, a row per item; or a table of N >= max_seqlen rows, (N, R) shared or (H, N, R)
-            per head. A tensor of shape (T, H, R) is always read as content, one of shape (1, H, N, R) never.
-        cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            Empty sequences are legal. On a GPU values are not read, the kernels clamp them, and rows that no sequence covers (those
-            from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients:
-            where T is fixed, as in a CUDA graph, let last sequences hold the rest.
-        max_seqlen: the longest sequence, or a bound on it. Default: N; T with content tables or without any. Give it on a GPU: the
-            kernels launch work for B sequences of that length, and "torch" needs as much memory.
-        align: "right": a sequence of n items uses the last n rows of a table, which equals left padding to a window of N;
-            "left": the first n.
+        w_q, w_k: content tables (T, H, R), with a row per item; or position tables of N >= max_seqlen rows, (N, R), shared by the
+            heads, or (H, N, R). A tensor of shape (T, H, R) is always read as a content table; pass a position table of that shape
+            as (1, H, N, R).
+        cu_seqlens: (B + 1,) int32 or int64, increasing from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
+            Sequences may be empty. On a GPU the values are not checked, and the kernels clamp them. Rows that no sequence covers
+            (from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients.
+            If T is fixed, as in a CUDA graph, let additional sequences cover the rest.
+        max_seqlen: length of the longest sequence, or an upper bound on it. Default: N; T with content tables or without tables.
+            Pass it on a GPU: the kernels launch work for B sequences of this length, and "torch" needs memory for as many.
+        align: "right": a sequence of n items uses the last n rows of a table, as with left padding to a window of N. "left": it
+            uses the first n rows.
 
-    The other arguments, and what is raised, are those of `refined_attention`.
+    The other arguments, and the exceptions, are those of `refined_attention`.
 
     Returns:
         (T, H, D_v) in v's dtype.
@@ -152,11 +156,11 @@ def attention_weights(
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weights themselves, for analysis: O(L^2) memory on purpose.
+    """The attention weights, for analysis. They take O(L^2) memory.
 
-    Arguments as in `refined_attention`. Returns (P, M), each (B, H, L, L) in q's dtype: the first-order weights and the weights
-    that meet the values (for "value" M = R P). Rows of P and R sum to 1, rows of additive M to 1 + gate; rows and columns of
-    padding are 0. Differentiable.
+    Arguments are those of `refined_attention`. Returns (P, M), each (B, H, L, L) in q's dtype: the first-order weights, and the
+    weights that multiply the values (for "value", M = R P). Rows of P and R sum to 1, rows of M with "additive" to 1 + gate. Rows
+    and columns of padding are 0. The result is differentiable.
     """
     checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)

@@ -1,4 +1,4 @@
-"""What decoding keeps of earlier positions: rows of a batch, preallocated.
+"""The cache of decoding: preallocated rows of earlier positions.
 
 B batch, H query heads, H_kv key and value heads, N rows, D head dim, D_v value dim, R refinement rank.
 """
@@ -13,31 +13,32 @@ from .torch_state import readable
 
 
 class RefinedCache:
-    """What a batch of sequences leaves behind for `refined_attention_step`: preallocated rows, one per item.
+    """What `refined_attention_step` needs of earlier positions of a batch: preallocated rows, one per item.
 
-    Entry b holds its items in rows first[b] .. end[b] - 1: prompts padded on the left (first > 0) and on the right (first = 0) lie
-    as they came. Row of a position table = row of the cache - first. Rows that hold no item are zero.
+    Entry b holds its items in rows first[b] .. end[b] - 1. Prompts are stored as they come, padded on the left (first > 0) or on
+    the right (first = 0). An item in row j of the cache uses row j - first of a position table. Rows without an item are zero.
 
-    All tensors are public, to be saved and held by others:
+    All tensors are public, so that other code can save and hold them:
 
         k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
-        k_a (B, H, N, R)     all except "none"
-        y (B, H, N, D_v)     only "value"
-        w_q, w_k             (B, H, N, R), only content tables
+        k_a (B, H, N, R)     except with "none"
+        y (B, H, N, D_v)     only with "value"
+        w_q, w_k             (B, H, N, R), only with content tables
         first, end           (B,) int64
 
-    Beside them three Python values, so that a step need not ask the device: `end_bound`, no entry of `end` is above it;
-    `length_bound`, the same of end - first; `ragged`, False where first is 0 and end is end_bound for all entries. Whoever writes
-    into first or end by hand, or replays a step from a CUDA graph, sets them, too; end_bound below the truth makes results wrong.
+    Three Python values tell a step what it would otherwise have to read from the device. `end_bound` is an upper bound on all
+    values of `end`, and `length_bound` on those of end - first. `ragged` may be False only if first is 0 and end is end_bound for
+    all entries. If you write into first or end yourself, or replay a step from a CUDA graph, set these values as well. An end_bound
+    that is too small gives wrong results.
 
     Args:
-        batch: entries B. capacity: rows N >= 1; a full cache grows by doubling.
-        heads: H. kv_heads: H_kv, which divides it (default H).
-        head_dim: D in 1..256. value_dim: D_v in 1..256 (default D). rank: R in 1..256, needed unless refinement is "none".
+        batch: number of entries B. capacity: number of rows N >= 1; a full cache doubles its capacity.
+        heads: H. kv_heads: H_kv, a divisor of H (default H).
+        head_dim: D in 1..256. value_dim: D_v in 1..256 (default D). rank: R in 1..256, required unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
-        tables: "position" (the caller gives the whole table at every step; it ends where the table does) or "content" (every item
-            brings its row, and the cache keeps it; nothing limits the length).
-        dtype: of q, k, v: float32, bfloat16, float16 or float64. device: default torch's.
+        tables: "position" (the caller passes the whole table at every step; its number of rows limits the length) or "content" (the
+            cache stores a row for every item; the length is not limited).
+        dtype: dtype of q, k, v: float32, bfloat16, float16 or float64. device: default that of torch.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -113,12 +114,12 @@ class RefinedCache:
         return {name: getattr(self, name) for name in self._names}
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` rows, at least as many as there are; contents stay, in new tensors."""
+        """Enlarge the cache to `capacity` rows, at least the present number. Contents are copied into new tensors."""
         capacity = checks.whole("capacity", capacity, self.capacity)
         self._move(self.batch, capacity, lambda x: x)
 
     def reorder(self, index: Tensor) -> None:
-        """Keep the entries picked by `index`, a (B',) int32 or int64 tensor (beam search); in place where B' is B."""
+        """Replace the entries by those that `index` selects, a (B',) int32 or int64 tensor (beam search); in place if B' is B."""
         checks.indices("index", index, self.batch, self.k)
         self.first, self.end = self._fill(self.first, self.first[index]), self._fill(self.end, self.end[index])
         self._move(index.shape[0], self.capacity, lambda x: x[index])
@@ -128,7 +129,7 @@ class RefinedCache:
             self.ragged = any(n < self.end_bound for n in lengths)
 
     def crop(self, length: int) -> None:
-        """Forget what lies in rows from `length` on, 0 or more; with padding on the left these count, too."""
+        """Remove the rows from `length` on, 0 or more. Padding on the left counts as rows."""
         length = checks.whole("length", length, 0)
         if length >= self.end_bound:
             return
@@ -140,13 +141,13 @@ class RefinedCache:
         self.length_bound = checks.length_range(self.end - self.first, min(length, self.length_bound))[1]
 
     def reset(self) -> None:
-        """Forget everything; the memory stays."""
+        """Remove all items, and keep the memory."""
         for x in (*self.rows().values(), self.first, self.end):
             x.zero_()
         self.end_bound, self.length_bound, self.ragged = 0, 0, False
 
     def make_room(self, rows: int, most: int | None = None) -> None:
-        """Grow, to twice the capacity or as far as `most` items per entry can fill it, unless `rows` more fit after `end_bound`."""
+        """If `rows` more do not fit after `end_bound`, grow to twice the capacity, or as far as `most` items per entry fill it."""
         needed, padding = self.end_bound + rows, self.end_bound - self.length_bound
         if needed > self.capacity:
             enough = 2 * self.capacity if most is None else min(2 * self.capacity, padding + most)
@@ -161,7 +162,7 @@ class RefinedCache:
             return torch.empty_like(new).copy_(new)
 
     def _move(self, batch: int, capacity: int, select: Callable[[Tensor], Tensor]) -> None:
-        """Rows in use, as `select` picks their entries, into `batch` entries of `capacity` rows; in place where these are."""
+        """Copy the rows in use, entries chosen by `select`, into `batch` entries of `capacity` rows; in place if sizes match."""
         for name, x in self.rows().items():
             target = x
             if (batch, capacity) != (x.shape[0], x.shape[2]):

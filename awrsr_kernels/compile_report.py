@@ -1,16 +1,17 @@
-"""What every configuration of the launch table compiles to, without a GPU.
+"""Compile every configuration of the launch table, without a GPU, and report registers, spills and shared memory.
 
     python -m awrsr_kernels.compile_report --target sm_90 --json report.json
     python -m awrsr_kernels.compile_report --target all                          # also: make compile-report
     python -m awrsr_kernels.compile_report --backbone dot --refinement additive --dtype bfloat16 --length 64 --width 64
 
-One row per kernel: registers, bytes spilled to local memory per thread, shared memory, tensor-core instructions, loads from and
-stores to device memory by width, and how many programs a processor holds. `budget_ok` says that it compiles, fits the chip, uses
-tensor cores where its products should, spills no more than `spill_budget` grants, and reads no register that nothing has set. Exit
-status 1 if any row is not ok.
+Each kernel is a row: registers, bytes per thread spilled to local memory, shared memory, tensor-core instructions, loads from and
+stores to device memory by width, and the number of programs that a processor holds. `budget_ok` is true if the kernel compiles,
+fits the chip, uses tensor cores where its products should, spills no more than `spill_budget` allows, and reads no register that
+was never set. The exit status is 1 if any row is not ok.
 
-A launch is replaced by Triton's own warm-up on tensors without memory, under a driver that claims the wanted GPU; so what compiles
-is what a real launch would compile, alignment of pointers included. Rows are kept in a cache by a hash of the kernels' sources.
+Each launch is replaced by Triton's own warm-up, on tensors without memory and with a driver that reports the wanted GPU. It
+therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash of the kernels'
+sources.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from .tuned import cache_folder, replace_file
 
 
 class Target(NamedTuple):
-    """A chip. shared: bytes that one program, and that all programs of a processor may have. registers: of 32 bits, a processor."""
+    """A chip. shared: bytes of shared memory that one program may use. processor_shared: bytes of all programs of a processor."""
 
     backend: str
     architecture: Any
@@ -60,7 +61,7 @@ KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEM
 
 
 class Case(NamedTuple):
-    """One call, compiled forward and backward, of the greatest sizes in its classes; or a step of decoding."""
+    """A call, compiled forward and backward with the largest sizes of its classes, or a step of decoding."""
 
     target: str
     refinement: str
@@ -90,7 +91,7 @@ def cases(target: str) -> list[Case]:
 
 
 def sample() -> list[Case]:
-    """What the tests compile: each kernel, regime and refinement once on sm_90, a call on every other target."""
+    """The cases that the tests compile: each kernel, regime and refinement once on sm_90, and one call on every other target."""
     found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     found += [Case("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
@@ -100,19 +101,19 @@ def sample() -> list[Case]:
 def spill_budget(case: Case, kernel: str) -> int:
     """Bytes per thread that a kernel may keep in local memory: what was found on sm_90, and why.
 
-    Forward kernels up to 128 features, and the short backward in half precision up to 64, keep everything in registers. Except
-    "additive" under dropout with 64 rows: it is 14 registers short, as the gradient of M and both weights live at once beside the
-    sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients leave in float32, which takes a few,
-    too. Between Gaussians the squares and their gradient live beside the rest, another 48 registers: 64 rows spill 88 (simple) to
-    632 bytes (stochastic, whose points come on top), and twice the warps would halve that and the programs of a processor, too; and
-    the tiled stage 2 of "additive" has P's tile beside R's, 32 to 88 bytes too many.
-    Wider or float32 tiles hold twice as much on chip: there less spilling would cost occupancy or more launches. A step of decoding
-    spills nothing on any target, but for a word or two in float32 with 256 features, whatever the tile.
+    Forward kernels with up to 128 features, and the short backward in half precision with up to 64, keep everything in registers.
+    The exception is "additive" with dropout and 64 rows, which is 14 registers short: the gradient of M and both weights are live
+    at the same time as the sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients are written in
+    float32, which takes a few registers as well. Between Gaussians, the squares and their gradient take another 48 registers. 64
+    rows then spill 88 bytes (simple) to 632 bytes (stochastic, which also holds its points); twice the warps would halve that, but
+    also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and spills 32 to 88 bytes. Wider or
+    float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more launches. A step of decoding spills
+    nothing on any target, except for a word or two in float32 with 256 features, with any tile.
 
-    The table was chosen for sm_90. On the others forward kernels keep at most 408 bytes there. Backward ones keep up to 1.1 KB on
-    gfx942 and 1.3 KB on sm_100 (256 features), and 1.8 KB on sm_80, whose tensor cores want the operands of a 64-row tile in
-    registers that sm_90 reads from shared memory: twice the warps spill as much, so that is left to
-    `python -m awrsr_kernels.tuning`.
+    The table was chosen for sm_90. On other targets, forward kernels keep at most 408 bytes in local memory. Backward kernels keep
+    up to 1.1 KB on gfx942, 1.3 KB on sm_100 (256 features) and 1.8 KB on sm_80, whose tensor cores need in registers the operands
+    of a 64-row tile that sm_90 reads from shared memory. Twice the warps spill as much there, so that is left to `python -m
+    awrsr_kernels.tuning`.
     """
     half = case.dtype != "float32"
     if case.length == STEP:
@@ -131,23 +132,21 @@ def spill_budget(case: Case, kernel: str) -> int:
 
 
 def _claim_gpu(name: str) -> None:
-    """Put a driver in place that names a target, which is all that a warm-up needs."""
+    """Install a driver that reports a target, which is all that a warm-up needs."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
     target = GPUTarget(*TARGETS[name][:3])
     number = list(TARGETS).index(name)  # one per target: Triton remembers binaries, and the target itself, by device
     driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: target, get_current_device=lambda: number, get_current_stream=lambda device: 0
-        )
+        SimpleNamespace(get_current_target=lambda: target, get_current_device=lambda: number, get_current_stream=lambda device: 0)
     )
 
 
 def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
-    """A row per kernel that the call launches ("variant" tells binaries apart); `window` in place of its class's greatest length.
+    """A row per kernel that the call launches ("variant" distinguishes binaries). window: replaces the largest length of the class.
 
-    For a process of its own, in which Triton does not interpret.
+    Call this in a process of its own, in which Triton does not interpret.
     """
     import torch
 
@@ -204,7 +203,7 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
     found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
     found["shared_bytes"] = compiled.metadata.shared
     budget = spill_budget(case, kernel)
-    if target.backend == "hip" or target.architecture >= 100:  # whose instructions are others
+    if target.backend == "hip" or target.architecture >= 100:  # these have other instructions
         found["unset_registers"] = 0
     fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found["unset_registers"]
     regime = kernel.split("_")[0]
@@ -216,7 +215,7 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
 
 
 def _occupancy(target: Target, found: dict[str, Any], warps: int) -> int:
-    """How many programs a processor holds, by its registers, shared memory and warps."""
+    """How many programs a processor holds, limited by registers, shared memory and warps."""
     by_shared = target.processor_shared // (found["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
     if target.backend == "hip":  # four units of 512 registers a lane
         waves = 4 * min(8, 512 // max(8, found["registers"]))
@@ -249,7 +248,7 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
 
 
 def _counted(sizes: Iterable[int]) -> dict[str, int]:
-    """How many instructions there are by bytes per thread."""
+    """The number of instructions by bytes per thread."""
     return {str(size): count for size, count in sorted(collections.Counter(sizes).items())}
 
 
@@ -259,7 +258,7 @@ def _uniform(text: str, wide: int) -> set[int]:
 
 
 def unset_registers(sass: str) -> list[str]:
-    """Instructions that read a uniform register which nothing above them writes: see `_triton/ptxas.py` for who makes such.
+    """Instructions that read a uniform register that nothing above them writes; see `_triton/ptxas.py`.
 
     In code for compute capability 8.0 to 9.0.
     """
@@ -270,7 +269,7 @@ def unset_registers(sass: str) -> list[str]:
         into, *operands = rest.split(",")
         wide = 4 if ".128" in name else 2 if ".64" in name else 1  # registers of an operand
         if not re.match(r"U|R2UR|S2UR|CS2UR|VOTEU|REDUX", name):
-            into, operands, wide = "", [into, *operands], 1  # what it is named after is not uniform
+            into, operands, wide = "", [into, *operands], 1  # its destination is not a uniform register
         for text in operands:
             if "gdesc" not in text and not _uniform(text, wide) <= written:  # a descriptor names more registers than it reads
                 found.append(instruction)
@@ -291,7 +290,7 @@ def _amd(compiled: Any) -> dict[str, Any]:
 
 
 def _source_hash() -> str:
-    """Of everything that decides what a kernel compiles to."""
+    """A hash of everything that decides what a kernel compiles to."""
     import triton
 
     root, digest = Path(__file__).parent, hashlib.sha256(triton.__version__.encode())
@@ -334,7 +333,7 @@ def _line(row: dict[str, Any]) -> str:
     text = f"{head}{row['kernel']:26}{tile:>12}{row['registers']:6}{row['spill_bytes']:7}{row['shared_bytes']:8}"
     text += f"{row['tensor_core_instructions']:5}{row['programs_per_processor']:4}  {loads}"
     if row.get("unset_registers"):
-        return text + f"   MISASSEMBLED ({row['unset_registers']} reads of registers that nothing has set)"
+        return text + f"   MISASSEMBLED ({row['unset_registers']} reads of registers that were never set)"
     return text if row["budget_ok"] else text + f"   OVER BUDGET (spill {row['spill_budget']})"
 
 
@@ -347,18 +346,18 @@ def main(argv: list[str] | None = None) -> int:
     def add_filter(name: str, values: tuple[Any, ...], **more: Any) -> None:
         add(name, nargs="+", default=list(values), choices=values, **more)
 
-    add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"])
-    add("--sample", action="store_true", help="the tests' sample: each kernel, regime and refinement once")
-    add_filter("--refinement", GAUSSIAN_REFINEMENTS)
-    add_filter("--backbone", backbones, help="stochastic: between Gaussians")
-    add_filter("--dtype", DTYPES)
-    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="0: tiled, 1: a step")
-    add_filter("--width", WIDTHS, type=int, help="the widest of D, D_v, R")
-    add("--group", type=int, default=1, help="query heads per key head")
-    add("--jobs", type=int, default=os.cpu_count(), help="processes")
-    add("--json", type=Path, help="write the rows to this file")
+    add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"], help="chips to compile for (default sm_90)")
+    add("--sample", action="store_true", help="compile only what the tests do: each kernel, regime and refinement once")
+    add_filter("--refinement", GAUSSIAN_REFINEMENTS, help="refinements to compile (default all)")
+    add_filter("--backbone", backbones, help="between vectors (dot) or between Gaussians (stochastic; default both)")
+    add_filter("--dtype", DTYPES, help="data types to compile (default all)")
+    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="most items; 0: tiled regime, 1: decoding step (default all)")
+    add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
+    add("--group", type=int, default=1, help="query heads per key head (default 1)")
+    add("--jobs", type=int, default=os.cpu_count(), help="number of processes that compile (default: one per core)")
+    add("--json", type=Path, help="file to write the rows to")
     base = cache_folder() / "compiled"
-    add("--cache", type=Path, default=base, help=f"folder of rows compiled before (default {base})")
+    add("--cache", type=Path, default=base, help=f"folder that caches rows (default {base})")
     given = parser.parse_args(argv)
     if find_spec("triton") is None:
         parser.error("Triton is not installed (pip install triton, Linux only)")

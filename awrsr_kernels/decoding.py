@@ -1,15 +1,15 @@
-"""Decoding: refined attention of one new position at a time, O(L) work each, with what earlier positions left in a cache.
+"""Decoding: refined attention of one new position at a time, in O(L) work, with a cache of earlier positions.
 
 B batch, H query heads, H_kv key and value heads, N rows of the cache, n rows in use, G = H / H_kv, D head dim, D_v value dim,
 R refinement rank, M table rows.
 
-Causal attention never changes what earlier rows computed. Of them the row of a new position needs K and V, the rows of W that meet
-its weights, K_A = P W_k and, for "value", Y = P V; not Q_A, which each row uses once:
+With causal attention, a new position does not change the results of earlier rows. For its own row it needs of them K and V, the
+rows of W that its weights multiply, K_A = P W_k and, for "value", Y = P V. It does not need Q_A, which only its own row uses:
 
     p = softmax(softmax_scale q K^T)     q_a = p W_q     k_a = p W_k  (appended to K_A)     "value": y = p V  (appended to Y)
     r = softmax(refine_scale q_a K_A^T)  output: r V, "value" r Y, "additive" p V + gate r V
 
-All of these are attention outputs, so the cache of a whole prompt takes no more than plain attention calls, either.
+All of these are attention outputs, so plain attention calls also compute the cache of a whole prompt.
 """
 
 from collections.abc import Callable
@@ -43,24 +43,26 @@ def refined_attention_prefill(
     refine_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal refined attention of prompts, which fills an empty cache: `refined_attention_step` continues from there.
+    """Causal refined attention of prompts, which also fills an empty cache for `refined_attention_step`.
 
     Args:
-        q, k, v: (B, H, L, D), (B, H_kv, L, D), (B, H_kv, L, D_v), as in `refined_attention` and as the cache was made for.
-        w_q, w_k: position tables (M, R) or (H, M, R), with a row for every item of the longest prompt at least; or content tables
-            (B, H, L, R). Ignored, and may be None, when the cache's refinement is "none".
-        cache: an empty one (new, or after `reset`); grows if L exceeds its capacity.
-        align: "left": row j of a position table is that of an entry's item j, on whatever side its padding is. "right" would move
-            every item to another row with every step, so with position tables it raises; content tables and "none" take either.
-        lengths: (B,) integer tensor in 0..L: real items per entry, the rest is padding on `padding_side`, "right" or "left".
+        q, k, v: (B, H, L, D), (B, H_kv, L, D), (B, H_kv, L, D_v), as in `refined_attention`, with the sizes of the cache.
+        w_q, w_k: position tables (M, R) or (H, M, R), with at least one row for every item of the longest prompt; or content
+            tables (B, H, L, R). Ignored, and may be None, if the cache's refinement is "none".
+        cache: an empty cache (new, or after `reset`). It grows if L exceeds its capacity.
+        align: "left": row j of a position table belongs to item j of an entry, on whichever side its padding is. "right" raises an
+            error with position tables, since every step would move all items to other rows; with content tables and with "none"
+            it is allowed.
+        lengths: (B,) integer tensor in 0..L: number of real items per entry. The rest is padding on `padding_side`, "right" or
+            "left".
 
     The other arguments are those of `refined_attention`.
 
     Returns:
-        (B, H, L, D_v) in v's dtype, 0 at padding. There is no gradient.
+        (B, H, L, D_v) in v's dtype, 0 at padding. It has no gradient.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, the message names it; or one requires a gradient while those are recorded.
+        ValueError, TypeError: an argument does not fit, or requires a gradient while gradients are recorded; the message names it.
     """
     inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
     length = inputs.q.shape[2]
@@ -73,7 +75,7 @@ def refined_attention_prefill(
     if inputs.w_q is not None and cache.tables == "position":
         checks.enough_rows(inputs.w_q, most)
     cache.make_room(length)
-    cache.end_bound, cache.length_bound = (length if left else most), most  # first, so that a call that fails leaves it in use
+    cache.end_bound, cache.length_bound = (length if left else most), most  # a call that fails leaves it in use
     cache.ragged = least < cache.end_bound
     lengths = None if lengths is None else lengths.long().clamp(0, length)
     real = torch.full_like(cache.end, length) if lengths is None else lengths
@@ -97,26 +99,27 @@ def refined_attention_step(
     refine_scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Refined attention of one new position per entry: appended to the cache, and the row that the full causal call has for it.
+    """Append one new position per entry to the cache, and compute the row that the full causal call has for it.
 
-    O(n) work and memory for n cached items. On a GPU nothing waits for the device.
+    This takes O(n) work and memory for n cached items. It does not synchronise with a GPU.
 
     Args:
-        q, k, v: (B, H, 1, D), (B, H_kv, 1, D), (B, H_kv, 1, D_v), as the cache was made for. Any strides.
-        w_q, w_k: with position tables the whole tables, (M, R) or (H, M, R), the same in all calls, M above the row of this item;
-            with content tables the rows of this item, (B, H, 1, R). Ignored, and may be None, when the refinement is "none".
-        cache: changed in place: one item more in every entry. It may be empty.
+        q, k, v: (B, H, 1, D), (B, H_kv, 1, D), (B, H_kv, 1, D_v), with the sizes of the cache and any strides.
+        w_q, w_k: with position tables, the whole tables, (M, R) or (H, M, R), the same in all calls, with a row for this item;
+            with content tables, the rows of this item, (B, H, 1, R). Ignored, and may be None, if the refinement is "none".
+        cache: changed in place: every entry gets one more item. The cache may be empty.
         align: as in `refined_attention_prefill`.
-        gate: factor of the higher-order weights in "additive", as in `refined_attention`, the same in all calls; so are the scales.
-        backend: "triton" (one kernel), "torch" (plain torch operations on the rows in use), "reference" (the row as it is defined,
-            over all rows of the cache) or "auto": triton where it can run on a GPU, otherwise torch.
+        gate: factor of the higher-order weights in "additive", as in `refined_attention`. It must be the same in all calls, like
+            the scales.
+        backend: "triton" (one kernel), "torch" (plain torch operations on the rows in use), "reference" (the definition, over all
+            rows of the cache) or "auto": triton where it can run on a GPU, otherwise torch.
 
     Returns:
-        (B, H, 1, D_v) in v's dtype. There is no gradient.
+        (B, H, 1, D_v) in v's dtype. It has no gradient.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, the message names it; one requires a gradient while those are recorded; the
-            position tables have no row for this item; the named backend cannot run.
+        ValueError, TypeError: an argument does not fit, or requires a gradient while gradients are recorded; the position tables
+            have no row for this item; the named backend cannot run. The message names the argument.
     """
     inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
     table_rows = None
@@ -142,7 +145,7 @@ def _checked(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
     gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str, one: bool = False,
 ) -> tuple[Inputs, tuple[float, float], str]:  # fmt: skip
-    """The tensors, checked, the scales and the backend that they come to."""
+    """The checked tensors, the scales and the chosen backend."""
     if not isinstance(cache, RefinedCache):
         raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
     checks.choice("align", align, ("left", "right"))
@@ -158,7 +161,7 @@ def _checked(
 
 
 def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache, left: bool) -> Tensor:
-    """The output; stores the rows of the prompts."""
+    """Compute the output, and store the rows of the prompts."""
     q, k, v, w_q, w_k, gate, lengths, *_ = inputs
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     kept = {"k": k, "v": v}
@@ -194,7 +197,7 @@ def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: R
 
 
 def _rows_by_item(w: Tensor, first: Tensor | None, length: int) -> Tensor:
-    """(1 or B, 1 or H, L, R): for each row of a window the table's row; any for rows without an item."""
+    """(1 or B, 1 or H, L, R): the table's row for each row of a window; rows without an item get an arbitrary one."""
     if first is None and w.shape[2] >= length:
         return w.narrow(2, 0, length)
     item = torch.arange(length, device=w.device) - (0 if first is None else first[:, None])
@@ -202,7 +205,7 @@ def _rows_by_item(w: Tensor, first: Tensor | None, length: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str, lengths: Tensor | None) -> list[Tensor]:
-    """softmax(q k^T) times each of the values; those share a call, as many as its width allows."""
+    """softmax(q k^T) times each of the values. As many of them share a call as its width allows."""
     packs: list[list[Tensor]] = [[]]
     for x in values:
         if sum(each.shape[-1] for each in packs[-1]) + x.shape[-1] > checks.MAX_FEATURES:
@@ -217,7 +220,7 @@ def _attend(q: Tensor, k: Tensor, values: list[Tensor], call: Call, backend: str
 
 
 def _append(cache: RefinedCache, **new: Tensor) -> None:
-    """By name, (B, heads, 1, F) or what has as many elements, into each entry's row `end`."""
+    """Write new rows, (B, heads, 1, F) or of as many elements, into row `end` of each entry, by name."""
     for name, x in new.items():
         rows = getattr(cache, name)
         x = x.reshape(rows.shape[0], rows.shape[1], rows.shape[3])
@@ -228,7 +231,7 @@ def _append(cache: RefinedCache, **new: Tensor) -> None:
 
 
 def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache) -> Tensor:
-    """The equations at the head of this file for one row, with the arithmetic of its backend."""
+    """The equations in this module's docstring for one row, with the arithmetic of the backend."""
     q, k, v, w_q, w_k, gate, *_ = inputs
     _append(cache, k=k, v=v)
     softmax, meet, meet_tables, add = (_reference_arithmetic if backend == "reference" else _torch_arithmetic)(q, gate, cache)
@@ -252,7 +255,7 @@ def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: Refi
 
 
 def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
-    """Over all N rows, of which the row sees those from first to end."""
+    """Arithmetic over all N rows, of which the new row sees those from first to end."""
     at = torch.arange(cache.capacity, device=q.device)
     visible = ((at >= cache.first[:, None]) & (at <= cache.end[:, None]))[:, None, None]
 
@@ -276,14 +279,14 @@ def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -
 
 
 def _torch_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
-    """Over the rows in use, in as few torch calls as it takes; half precision in float32."""
+    """Arithmetic over the rows in use, in as few torch calls as possible; half precision is computed in float32."""
     (batch, heads, _, _), used = q.shape, cache.end_bound + 1
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = back = None
     if cache.ragged:
         at = torch.arange(used, device=q.device)
         hidden = ((at < cache.first[:, None]) | (at > cache.end[:, None]))[:, None]  # (B, 1, n)
-        back = (at + cache.first[:, None]).remainder_(used)[:, None].expand(-1, heads, -1)  # row of each item; the rest weighs 0
+        back = (at + cache.first[:, None]).remainder_(used)[:, None].expand(-1, heads, -1)  # row of each item; others weigh 0
 
     def rows(x: Tensor) -> Tensor:
         return x.narrow(2, 0, used).flatten(0, 1).to(wide)  # (B * heads, n, F)
@@ -297,7 +300,7 @@ def _torch_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tu
         return torch.bmm(weights.view(batch * values.shape[1], heads // values.shape[1], used), rows(values))
 
     def meet_tables(weights: Tensor, *tables: Tensor) -> list[Tensor]:
-        met = min(used, tables[0].shape[2])  # of a window padded on the left: no item is further on
+        met = min(used, tables[0].shape[2])  # with padding on the left, no item is beyond that
         weights = (weights if back is None else weights.gather(2, back))[..., :met]
         met_rows = [w[0].narrow(1, 0, met).to(q.dtype).to(wide) for w in tables]  # float32 is read in q's dtype
         if tables[0].shape[1] == 1:

@@ -18,7 +18,7 @@ from .torch_state import autocast, readable
 
 
 class _Place(NamedTuple):
-    """Where the items of a padded batch lie, and how its rows must be turned for the operator to see padding on its side."""
+    """Where the items of a padded batch are, and how to rotate its rows so that padding is on the side the operator expects."""
 
     lengths: Tensor | None  # (B,)
     turn: Tensor | None  # (B,): row i of the operator is row (i + turn) % L of the caller
@@ -27,35 +27,38 @@ class _Place(NamedTuple):
 class RefinedMultiheadAttention(RefinedLayer):
     """Multi-head self-attention with refined weights (AWRSR, RecSys 2024), batch first.
 
-    out(refined_attention(q, k, v, W_q, W_k)), with q, k, v from one linear map of x. W_q and W_k span the correlation space:
-    they are parameters with a row per position (tables "position"), or computed from x by a linear map (tables "content"), which
-    limits no length. The learned gate of "additive" starts at 0: a new module is plain attention, and refinement grows as it pays.
+    Computes out(refined_attention(q, k, v, W_q, W_k)), with q, k and v from one linear map of x. The tables W_q and W_k span the
+    correlation space. They are parameters with a row per position (tables "position"), or computed from x by a linear map (tables
+    "content"), which does not limit the length. The learned gate of "additive" starts at 0, so a new module computes plain
+    attention, and training opens the gate if that helps.
 
     Args:
         embed_dim: E, a multiple of num_heads.
         num_heads: H; D = E / H is at most 256.
-        max_len: N, rows of position tables: no sequence may be longer. Needed with them, unused otherwise.
+        max_len: N, the number of rows of position tables; no sequence may be longer. Required with position tables, unused
+            otherwise.
         refinement: "none", "simple", "value" or "additive".
         tables: "position" or "content".
         rank: R in 1..256; default D.
-        per_head: whether each head has tables of its own.
-        gate: of "additive". True: learned, a number per head, from gate_init. False: fixed at 1. A number: fixed at that.
-        gate_init: start of a learned gate. At 0, tables get no gradient in the very first step.
-        dropout: on attention weights while training, in [0, 1).
-        bias: whether the linear maps add one.
+        per_head: whether each head has its own tables.
+        gate: factor of the higher-order weights in "additive". True: learned, one number per head, starting from gate_init.
+            False: fixed at 1. A number: fixed at this number.
+        gate_init: initial value of a learned gate. With 0, tables get no gradient in the first step.
+        dropout: dropout rate of attention weights in training mode, in [0, 1).
+        bias: whether the linear maps have a bias.
         num_kv_heads: H_kv, a divisor of H (grouped-query attention); default H.
-        causal: whether a position sees only itself and earlier ones.
-        align: which rows of position tables a sequence of n uses, and where `lengths` expects padding. "right": the last n, so that
-            a row means a distance from the end (recommenders; padding on the left). "left": the first n, so that a row means an
-            absolute position (language models, decoding; padding on the right).
-        table_std: root mean square of the entries of W at the start, 0 or more; of content tables where x has unit scale.
-        table_init: start of position tables, unused otherwise. "normal": drawn at random. "orthogonal": with orthogonal columns
-            (rows, where R > N). "identity": W_q = W_k with a column per position, or per few positions where R < N, so that items
-            attend to items that attend alike. "shifted": W_k is W_q moved on by one position, so that items attend to what
-            followed the items that first-order weights find.
+        causal: whether a position attends only to itself and earlier positions.
+        align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right": the last n
+            rows, so that a row stands for a distance from the end (recommenders; padding on the left). "left": the first n rows,
+            so that a row stands for an absolute position (language models, decoding; padding on the right).
+        table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale.
+        table_init: initialisation of position tables, unused otherwise. "normal": at random. "orthogonal": with orthogonal columns
+            (rows, if R > N). "identity": W_q = W_k with a column for each position, or for each few positions if R < N; items then
+            attend to items with similar first-order weights. "shifted": W_k is W_q shifted by one position; items then attend to
+            what followed the items that first-order weights point to.
         refine_scale: factor of the correlations; default 1/sqrt(R).
-        learned_scale: whether each head learns a factor of refine_scale, which starts at 1; unused with "none".
-        backend: of the operator. `state_dict` does not depend on it.
+        learned_scale: whether each head multiplies refine_scale by a learned number that starts at 1; unused with "none".
+        backend: backend of the operator. `state_dict` does not depend on it.
 
     Parameters in `state_dict`: qkv.weight (E + 2 H_kv D, E), out.weight (E, E), their biases, w_q and w_k (N, R) or (H, N, R), or
     to_tables (E, 2 R) or (E, 2 H R), gate (H,) and scale (H, 1, 1).
@@ -110,7 +113,7 @@ class RefinedMultiheadAttention(RefinedLayer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all parameters: linear maps as torch.nn.MultiheadAttention draws its own, tables at `table_std`."""
+        """Initialise all parameters: linear maps as in torch.nn.MultiheadAttention, tables with scale `table_std`."""
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.kaiming_uniform_(self.out.weight, a=5**0.5)
         for bias in (self.qkv.bias, self.out.bias):
@@ -123,28 +126,28 @@ class RefinedMultiheadAttention(RefinedLayer):
         cls, mha: nn.MultiheadAttention, *, max_len: int | None = None, refinement: str, tables: str = "position",
         rank: int | None = None, causal: bool = True, **options: Any,
     ) -> "RefinedMultiheadAttention":  # fmt: skip
-        """A new module with the weights of a torch.nn.MultiheadAttention, which stays as it is.
+        """A new module with a copy of the weights of a torch.nn.MultiheadAttention.
 
-        With refinement "none", and with "additive", whose learned gate starts at 0, it computes what `mha` does as self-attention
-        of a batch-first x (under a causal mask, if causal). Other refinements change the result at once.
+        With refinement "none", and with "additive" while its learned gate is 0, the module computes the same as `mha` in
+        self-attention of a batch-first x (with a causal mask, if causal). Other refinements change the result at once.
 
         Args:
-            mha: with keys and values of its own width, without bias_k, bias_v and add_zero_attn. Its batch_first does not matter:
-                the new module is batch first. Weights that do not require a gradient go on so.
-            options: further arguments of this class, but those that `mha` decides: bias, num_kv_heads, device, dtype.
+            mha: a module whose keys and values have the width of its queries, without bias_k, bias_v and add_zero_attn. The new
+                module is batch first, whatever mha.batch_first is. Weights that do not require a gradient stay so.
+            options: further arguments of this class, except those that `mha` determines: bias, num_kv_heads, device, dtype.
 
         Raises:
-            ValueError: `mha` has what this class has not, or an option does not fit it; the message says what.
+            ValueError: `mha` has a feature that this class lacks, or an option does not fit it; the message says which.
         """
         if not isinstance(mha, nn.MultiheadAttention):
             checks.refuse("mha", type(mha).__name__, "a torch.nn.MultiheadAttention", TypeError)
         own = {"kdim and vdim": mha._qkv_same_embed_dim, "bias_k": mha.bias_k is None, "add_zero_attn": not mha.add_zero_attn}
         for name, fits in own.items():
             if not fits:
-                checks.refuse("mha", f"with {name}", "without: self-attention has no such thing here")
+                checks.refuse("mha", f"with {name}", "without it: this module computes self-attention only")
         for name in ("bias", "num_kv_heads", "device", "dtype"):
             if name in options:
-                checks.refuse(name, str(options[name]), "left to mha, whose weights the module takes over")
+                checks.refuse(name, str(options[name]), "left out: it comes from mha")
         weight: Tensor = mha.in_proj_weight
         biased = mha.in_proj_bias is not None
         given: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
@@ -169,14 +172,15 @@ class RefinedMultiheadAttention(RefinedLayer):
 
         Args:
             x: (B, L, E); packed (T, E) with cu_seqlens; or jagged (B, j, E), layout torch.jagged.
-            lengths: (B,) integers in 0..L, real items per sequence; padding on the left if align is "right", else on the right.
-            key_padding_mask: (B, L) bool, True at padding, instead of lengths. Each sequence must be one run of items, on whichever
-                side the padding is; a mask with holes raises where it can be read for free (CPU, not compiled).
+            lengths: (B,) integers in 0..L, the number of real items per sequence. Padding is on the left if align is "right",
+                otherwise on the right.
+            key_padding_mask: (B, L) bool, True at padding, instead of lengths. Padding may be on either side, but the items of a
+                sequence must be one run. A mask with holes raises an error where reading it costs nothing (CPU, not compiled).
             cu_seqlens: (B + 1,) integers from 0 to T: sequence b holds rows cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            max_seqlen: with cu_seqlens alone, the longest sequence or a bound on it.
+            max_seqlen: only with cu_seqlens: length of the longest sequence, or an upper bound on it.
 
         Returns:
-            Like x. Attention at padding is 0, so the result there is the bias of the last linear map.
+            A tensor of x's form. Attention is 0 at padding, so the result there is the bias of the last linear map.
 
         Raises:
             ValueError, TypeError: an argument does not fit, or a sequence is longer than max_len.
@@ -201,18 +205,19 @@ class RefinedMultiheadAttention(RefinedLayer):
         return out if place.turn is None else _turned(out, -place.turn)
 
     def weights(self, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """First-order weights P and those that meet the values, M, each (B, H, L, L), of x (B, L, E): O(L^2) memory on purpose."""
+        """First-order weights P and the weights M that multiply the values, (B, H, L, L) each, of x (B, L, E); O(L^2) memory."""
         self._check(x, "(B, L, E)", 3)
         q, k, _ = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
         return attention_weights(q, k, lengths=lengths, **self._padded_options(x))
 
     def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> RefinedCache:
-        """An empty cache for decoding `batch` sequences; it grows beyond `capacity` positions where the tables allow that.
+        """An empty cache for decoding `batch` sequences. It grows beyond `capacity` positions if the tables allow that.
 
-        dtype: of what the linear maps give; default that of their weights, or where autocast is on its dtype.
+        dtype: dtype of the linear maps' output; default that of their weights, or the dtype of autocast if it is on.
 
         Raises:
-            ValueError: the module is not causal, or has position tables and align "right", whose rows move with every new position.
+            ValueError: the module is not causal, or has position tables with align "right", where every new position shifts the
+                rows.
         """
         if not self.causal:
             checks.refuse("causal", "False", "True for decoding")
@@ -225,23 +230,24 @@ class RefinedMultiheadAttention(RefinedLayer):
         )  # fmt: skip
 
     def prefill(self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None) -> Tensor:
-        """What `forward` gives in evaluation for prompts x (B, L, E), which fill an empty cache; not while gradients are recorded.
+        """Fill an empty cache with prompts x (B, L, E), and return what `forward` returns for them in evaluation mode.
 
-        lengths: (B,) real items per prompt; the rest is padding on `padding_side`, by default where `forward` expects it.
+        Not available while gradients are recorded. lengths: (B,) number of real items per prompt; the rest is padding on
+        `padding_side`, by default the side that `forward` expects.
         """
         self._check(x, "(B, L, E)", 3)
         padding_side = self._padding_side() if padding_side is None else padding_side
         return self._decode(refined_attention_prefill, x, cache, lengths=lengths, padding_side=padding_side)
 
     def step(self, x: Tensor, cache: RefinedCache) -> Tensor:
-        """One position more per sequence, x (B, 1, E) -> (B, 1, E): the row that `forward` has for it, in O(L) work."""
+        """Append one position per sequence, x (B, 1, E) -> (B, 1, E): the row that `forward` computes for it, in O(L) work."""
         self._check(x, "(B, 1, E)", 3)
         return self._decode(refined_attention_step, x, cache)
 
     def _decode(self, call: Callable[..., Tensor], x: Tensor, cache: RefinedCache, **where: Any) -> Tensor:
         mine = self.refinement, "" if self.refinement == "none" else self.tables
         if isinstance(cache, RefinedCache) and (cache.refinement, "" if cache.refinement == "none" else cache.tables) != mine:
-            must = f"for {self.refinement}, tables {self.tables}, as make_cache makes it"
+            must = f"for {self.refinement}, tables {self.tables}, as made by make_cache"
             checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
         options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
@@ -273,7 +279,7 @@ class RefinedMultiheadAttention(RefinedLayer):
             checks.refuse("x", str(x.dtype), f"of the weights' dtype, {weight.dtype}", TypeError)
 
     def _weight(self) -> Tensor:
-        """One that has the module's dtype and device: of a linear map, or where both were replaced (LoRA, quantized), any."""
+        """A weight with the module's dtype and device: that of a linear map or, if both were replaced (LoRA, quantized), any."""
         own = (getattr(part, "weight", None) for part in (self.qkv, self.out))
         found = (x for x in (*own, *self.parameters()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
         return next(found, torch.empty(1))
@@ -309,4 +315,4 @@ class RefinedMultiheadAttention(RefinedLayer):
 def _turned(x: Tensor, turn: Tensor) -> Tensor:
     """(B, L, E), row i of entry b from row (i + turn[b]) % L."""
     rows = (torch.arange(x.shape[1], device=x.device) + turn[:, None]) % x.shape[1]
-    return x.gather(1, rows[..., None].expand_as(x))  # take_along_dim would fix open sizes under torch.compile
+    return x.gather(1, rows[..., None].expand_as(x))  # take_along_dim would make dynamic sizes static under torch.compile

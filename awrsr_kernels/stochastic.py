@@ -1,4 +1,4 @@
-"""The public call between Gaussians: STOSA's Wasserstein attention and its refinements.
+"""The public calls between Gaussians: STOSA's Wasserstein attention and its refinements.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement rank,
 N table rows.
@@ -45,29 +45,30 @@ def stochastic_refined_attention(
 ) -> tuple[Tensor, Tensor]:
     """Self-attention between Gaussians with diagonal covariances, by Wasserstein distance (STOSA, WWW 2022), with refined weights.
 
-    Scores are -softmax_scale (|m_i - m_j|^2 + |sqrt c_i - sqrt c_j|^2); means are averaged with the weights, covariances with their
-    squares. The definition is in `awrsr_kernels/reference.py`.
+    Scores are -softmax_scale (|m_i - m_j|^2 + |sqrt c_i - sqrt c_j|^2). Means are averaged with the weights, covariances with the
+    squares of the weights. The definition is in `awrsr_kernels/reference.py`.
 
     Args:
-        q_mean, q_cov: (B, H, L, D), D in 1..256; float32, bfloat16, float16 or float64. Covariances are the variances themselves,
-            meant to be positive: whatever is below 2^-20 (0 and negative numbers, too) is read as 2^-20 and gets no gradient.
+        q_mean, q_cov: (B, H, L, D), D in 1..256; float32, bfloat16, float16 or float64. Covariances are variances and should be
+            positive: values below 2^-20, including 0 and negative numbers, are read as 2^-20 and get no gradient.
         k_mean, k_cov: (B, H_kv, L, D) in q_mean's dtype, H a multiple of H_kv; covariances as above.
         v_mean, v_cov: (B, H_kv, L, D_v) in q_mean's dtype, D_v in 1..256; v_cov is used unchanged.
-        w_q, w_k: the tables, as in `refined_attention`; for "stochastic" those of the means of the correlation space.
-        w_q_cov, w_k_cov: for "stochastic" alone: tables like these whose products, by ELU + 1, are its covariances.
+        w_q, w_k: the tables, as in `refined_attention`; with "stochastic", those of the means of the correlation space.
+        w_q_cov, w_k_cov: only for "stochastic": tables of the same form; ELU + 1 of their products gives the covariances of the
+            correlation space.
         refinement: "none" (Wasserstein attention), "simple", "value" or "additive" (dot products in the correlation space), or
-            "stochastic" (Gaussians there, too, compared by their Wasserstein distance).
+            "stochastic" (Gaussians in the correlation space, compared by Wasserstein distance).
         softmax_scale: factor of the squared distances, default 1/sqrt(D).
         refine_scale: factor of the correlations, or of the squared distances of "stochastic"; default 1/sqrt(R).
 
-    The other arguments, and what is raised, are those of `refined_attention`. Dropout falls on weights, before they are squared.
-    The kernels take D and D_v up to 128, for "stochastic" R up to 128 and for "additive" 2 D + R up to 256: "auto" gives more to
-    the torch backend. Distances are differences of products: means that all lie far from 0, compared with the distances between
-    them, cost digits.
+    The other arguments, and the exceptions, are those of `refined_attention`. Dropout is applied to weights before they are
+    squared. The kernels support D and D_v up to 128, with "stochastic" R up to 128, and with "additive" 2 D + R up to 256; "auto"
+    uses the torch backend beyond that. Distances are computed as differences of products, so means that are far from 0, compared
+    with the distances between them, lose digits.
 
     Returns:
-        (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding. Jagged, if all that have a row per
-        item are, as in `refined_attention`.
+        (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding. Jagged if the inputs are, as in
+        `refined_attention`.
     """
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
@@ -113,7 +114,7 @@ def stochastic_refined_attention_varlen(
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`stochastic_refined_attention` on packed sequences, as `refined_attention_varlen` has them.
+    """`stochastic_refined_attention` on packed sequences, in the layout of `refined_attention_varlen`.
 
     Args:
         q_mean, q_cov: (T, H, D). k_mean, k_cov: (T, H_kv, D). v_mean, v_cov: (T, H_kv, D_v).
@@ -156,10 +157,11 @@ def stochastic_attention_weights(
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The weights of `stochastic_refined_attention` themselves, for analysis: O(L^2) memory on purpose.
+    """The attention weights of `stochastic_refined_attention`, for analysis. They take O(L^2) memory.
 
-    Returns (P, M), each (B, H, L, L) in q_mean's dtype, as `attention_weights` has them: the weights that meet the means (for
-    "value" M = R P). Covariances meet their squares (for "value" those of R and P in turn). Differentiable.
+    Returns (P, M), each (B, H, L, L) in q_mean's dtype, as `attention_weights` does: the weights that multiply the means (for
+    "value", M = R P). Covariances are multiplied by their squares (for "value", by those of P and then those of R). The result is
+    differentiable.
     """
     checks.refinement(refinement, gaussian=True)
     q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)

@@ -91,7 +91,7 @@ class RefinedLayer(nn.Module):
             self.to_tables = new(features, len(self.table_names) * heads * self.rank)
         elif self.table_names:
             if max_len is None:
-                checks.refuse("max_len", "None", 'given with position tables; or take tables="content"')
+                checks.refuse("max_len", "None", 'given with position tables; or use tables="content"')
             self.max_len = checks.whole("max_len", max_len, 1)
             for name in self.table_names:
                 setattr(self, name, new(heads, max_len, self.rank) if per_head else new(max_len, self.rank))

@@ -1,35 +1,35 @@
-"""Time and memory of refined attention beside its rivals, each checked against the definition before it is timed.
+"""Time and memory of refined attention compared with its rivals. Every result is checked against the definition first.
 
 examples, from the repository root:
-  python benchmarks/attn_bench.py                         a minute on two cores, the recommender preset on a GPU
-  python benchmarks/attn_bench.py --quick --out out       less of it; writes out/results.json and .md
+  python benchmarks/attn_bench.py                         a minute on two cores; on a GPU, the recommender preset
+  python benchmarks/attn_bench.py --quick --out out       fewer problems; writes out/results.json and .md
   python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --passes fwd
   python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
-                                                          the same users padded, bucketed and packed
+                                                          the same histories padded, bucketed and packed
   python benchmarks/attn_bench.py --backbone stochastic --refinement all --dropout 0.1
-                                                          attention between Gaussians, at STOSA's sizes on a CPU
+                                                          stochastic attention, on a CPU at STOSA's sizes
   python benchmarks/attn_bench.py --precompile 8
   python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
-providers: textbook (L x L matrices), textbook+compile, sdpa2 (two stock attention calls: the honest rival), sdpa2-split (one
-call per value block, which lets flash kernels take it), flex2 (FlexAttention, GPU), varlen2 (varlen_attn, GPU, packed); sdpa
-(plain attention: the price floor, another result); reference, torch and triton (ours), torch-jagged and triton-jagged (the same,
-packed, as jagged tensors). Of the stochastic backbone: stosa (STOSA's
-formulation, L x L matrices), stosa+compile, sdpa2-squares (stock attention calls, CPU), flex2-squares (the same in FlexAttention,
-GPU); sdpa, which there is plain attention of the means; and ours.
+providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one
+stock call per value block, so that flash kernels can run); flex2 (FlexAttention, GPU); varlen2 (varlen_attn, GPU, packed).
+providers, ours: reference, torch and triton; torch-jagged and triton-jagged (the same on packed rows, as jagged tensors).
+provider sdpa: plain attention, which computes something else; it shows the least that any of these could cost.
+providers with --backbone stochastic: stosa (STOSA's formulation, L x L matrices); stosa+compile; sdpa2-squares (stock attention
+calls, CPU); flex2-squares (the same in FlexAttention, GPU); sdpa (plain attention of the means); and ours.
 
-"vs rival" is the time of the fastest rival, that is of those before sdpa, in any layout, over the row's time: above 1 is faster
-than all of them. On a GPU "median ms" is the device's time, "host ms" the host's beside it, and "graph ms" the time of the call
-replayed from a CUDA graph; results.json has the reason where one cannot be captured. Peak memory is what the allocator holds above
-the inputs. A provider whose output or gradients miss the float64 reference is refused: exit status 1.
+"vs rival" is the time of the fastest rival, in any layout, divided by the time of the row: above 1, the row is faster than every
+rival. On a GPU, "median ms" is the time on the device, "host ms" the time on the host, and "graph ms" the time of the call replayed
+from a CUDA graph; where a call cannot be captured, results.json gives the reason. Peak memory is what the allocator holds on top of
+the inputs. A provider whose output or gradients differ from the float64 reference is not timed; the exit status is then 1.
 
-"copy" and "matmul" are shares of what this device did in this run at best: a copy of large tensors, a large matrix product. The
-bytes are ideal (inputs once, outputs once, W once), the operations those of the formula in workloads.py, so that providers compare.
-"/floor" is the time over the longer of what bytes and operations take at those rates: 1 is as fast as the device allows. On a CPU
-small problems stay in the cache and may beat a floor that is made of memory. What each of our kernels moves and multiplies by
-design stands in results.json under "launches".
+"copy" and "matmul" are shares of the best rates that this run measured on this device, with a copy of large tensors and a large
+matrix product. Bytes are ideal (each input, output and W once), and operations come from the formula in workloads.py, so that
+providers can be compared. "/floor" is the time divided by the longer of two times: that of the bytes and that of the operations at
+these rates. 1 is as fast as the device allows; on a CPU, small problems stay in the cache and can be faster than that. results.json
+lists under "launches" what each of our kernels moves and multiplies by design.
 """
 
 import os
@@ -69,57 +69,106 @@ from benchmarks.operator.workloads import BACKBONES, OPERATOR, Shape, Task, buil
 def options_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("problem").add_argument
-    add("--backbone", choices=BACKBONES, default="dot", help="items are vectors (dot, default) or Gaussians (stochastic, STOSA)")
-    default = "Default: recsys, on a CPU at B 32 or, stochastic, STOSA's sizes (B 128, H 4, D 16, L 50..200)"
-    add("--preset", choices=workloads.PRESETS, help=f"recsys: L 20..200, B 128..2048; long: L 512..8192. {default}")
-    add("--quick", action="store_true", help="B 32, L 20 and 50, few samples")
-    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="problems of your own, R is D if left out")
-    add("--batch", nargs="+", type=whole(1), metavar="B", help="batch sizes instead of the preset's; with --lengths users per call")
-    add("--length", nargs="+", type=whole(1), metavar="L", help="lengths instead of the preset's")
-    add("--lengths", type=Path, metavar="FILE", help="real histories: user id, then item ids, one user per line")
-    add("--users", type=whole(1), default=256, metavar="N", help="with --lengths: sample this many (default 256)")
-    add("--window", type=whole(1), default=50, metavar="L", help="with --lengths: the longest history kept (default 50)")
-    add("--heads", type=whole(1), metavar="H", help="query heads")
-    add("--dim", type=whole(1, 256), metavar="D", help="features of queries and keys")
-    add("--refinement", nargs="+", choices=(*GAUSSIAN_REFINEMENTS, "all"), default=["simple"], help="default simple")
-    add("--dtype", choices=workloads.DTYPES, help="default float32 on a CPU, bfloat16 on a GPU")
-    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="on the weights that meet the values")
+    add(
+        "--backbone",
+        choices=BACKBONES,
+        default="dot",
+        help="whether items are vectors (dot, default) or Gaussians, as in STOSA (stochastic)",
+    )
+    default = "Default: recsys; on a CPU with B 32, and with --backbone stochastic STOSA's sizes (B 128, H 4, D 16, L 50..200)"
+    add(
+        "--preset", choices=workloads.PRESETS, help=f"set of problems. recsys: L 20..200, B 128..2048; long: L 512..8192. {default}"
+    )
+    add("--quick", action="store_true", help="only B 32 with L 20 and 50, and few samples")
+    add(
+        "--shapes",
+        nargs="+",
+        action="extend",
+        type=sizes,
+        metavar="B,H,L,D[,R]",
+        help="sizes of your own problems; R is D if left out",
+    )
+    add(
+        "--batch",
+        nargs="+",
+        type=whole(1),
+        metavar="B",
+        help="batch sizes, instead of the preset's; with --lengths, the number of users per call",
+    )
+    add("--length", nargs="+", type=whole(1), metavar="L", help="lengths, instead of the preset's")
+    add("--lengths", type=Path, metavar="FILE", help="file of real histories, one user per line: user id, then item ids")
+    add("--users", type=whole(1), default=256, metavar="N", help="with --lengths: number of users to sample (default 256)")
+    add(
+        "--window",
+        type=whole(1),
+        default=50,
+        metavar="L",
+        help="with --lengths: number of last items kept of each history (default 50)",
+    )
+    add("--heads", type=whole(1), metavar="H", help="number of query heads")
+    add("--dim", type=whole(1, 256), metavar="D", help="number of features of queries and keys")
+    add(
+        "--refinement",
+        nargs="+",
+        choices=(*GAUSSIAN_REFINEMENTS, "all"),
+        default=["simple"],
+        help="refinements to measure (default simple)",
+    )
+    add("--dtype", choices=workloads.DTYPES, help="data type (default: float32 on a CPU, bfloat16 on a GPU)")
+    add(
+        "--dropout",
+        type=number(0, 1, "in [0, 1)"),
+        default=0.0,
+        metavar="P",
+        help="dropout rate of the weights that multiply the values (default 0)",
+    )
     add = parser.add_argument_group("measurement").add_argument
-    add("--providers", nargs="+", choices=PROVIDERS, help="default: all of the backbone (on a CPU without those that compile)")
-    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all three")
+    add(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        help="providers to measure (default: all of this backbone; on a CPU, without those that compile)",
+    )
+    add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="passes to report (default: all three)")
     for name in ("--device", "--threads", "--reps", "--budget", "--out"):
         add_flag(add, name)
-    add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no problem after S s")
-    add("--precompile", type=whole(1), metavar="N", help="first fill Triton's cache with N processes")
-    add = parser.add_argument_group("comparison, instead of a measurement").add_argument
-    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="rows that got slower or larger: exit status 1")
+    add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no further problem after S seconds")
+    add("--precompile", type=whole(1), metavar="N", help="first compile all kernels, in N processes")
+    add = parser.add_argument_group("comparison instead of a measurement").add_argument
+    add(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A.json", "B.json"),
+        help="list the rows of B that are slower or larger than in A; the exit status is 1 if there are any",
+    )
     times = number(1, 1e9, "a number of at least 1")
-    add("--threshold", type=times, metavar="X", help="with --compare: tolerate up to X times A (default 1.1)")
+    add("--threshold", type=times, metavar="X", help="with --compare: accept up to X times the figure of A (default 1.1)")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Options that contradict each other or the machine."""
+    """Refuse options that contradict each other or do not suit the machine, and fill in defaults."""
     if options.threshold and not options.compare:
-        parser.error("argument --threshold: is for --compare, and there is none")
+        parser.error("argument --threshold: is for --compare, which is not given")
     if options.shapes and (options.preset or options.batch or options.length or options.heads or options.dim or options.quick):
-        parser.error("argument --shapes: says B, H, L and D itself; leave out --preset, --quick, --batch, --length, --heads, --dim")
+        parser.error("argument --shapes: sets B, H, L and D; leave out --preset, --quick, --batch, --length, --heads and --dim")
     if options.lengths and (options.shapes or options.preset or options.length):
         parser.error("argument --lengths: takes lengths from the file; leave out --shapes, --preset and --length (see --window)")
     if options.lengths and options.batch and len(options.batch) > 1:
         parser.error(f"argument --batch: was {options.batch}, must be one number of users per call with --lengths")
     if options.preset and options.quick:
-        parser.error("argument --quick: has problems of its own; leave out --preset")
+        parser.error("argument --quick: cannot be combined with --preset; leave out one of them")
     settle_machine(parser, options)
     if options.dtype == "float64" and options.device == "cuda" and options.providers == ["triton"]:
-        parser.error("argument --dtype: was float64, which the kernels do not have on a GPU")
+        parser.error("argument --dtype: was float64, which the Triton kernels do not support on a GPU")
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.backbone = BACKBONES[options.backbone]
     known = OPERATOR[options.backbone]
     options.refinement = list(known) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
     for name in options.refinement:
         if name not in known:
-            parser.error(f"argument --refinement: was {name}, must be one of {', '.join(known)} (--backbone stochastic has it)")
+            parser.error(f"argument --refinement: was {name}, must be one of {', '.join(known)} with this --backbone")
     of_it = [p.name for p in side_by_side(options.backbone)]
     for name in options.providers or ():
         if name not in of_it:
@@ -130,7 +179,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def make_tasks(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Task]:
-    """What the options ask for, a task per shape and refinement."""
+    """The tasks that the options describe: one per shape and refinement."""
     named = options.preset or ("recsys" if options.device == "cuda" and not options.quick else None)
     preset = workloads.PRESETS[named] if named else workloads.UNNAMED[options.backbone, options.quick]
     if options.length:
@@ -163,7 +212,7 @@ def chosen_providers(options: argparse.Namespace, skipped: list[dict[str, str]])
     left_out = {"varlen2"} if not options.lengths else set()
     chosen = side_by_side(options.backbone)
     if options.device == "cpu":
-        reason = "compiles for about half a minute per shape on a CPU; name it in --providers to have it"
+        reason = "compiling takes about half a minute per shape on a CPU; name it in --providers to include it"
         for name in (p.name for p in chosen if p.name.endswith("+compile")):
             left_out.add(name)
             skipped.append({"provider": name, "layout": "any", "reason": reason})
@@ -171,7 +220,7 @@ def chosen_providers(options: argparse.Namespace, skipped: list[dict[str, str]])
 
 
 def too_large(task: Task, provider: Provider) -> str | None:
-    """Memory a provider's L x L matrices need, if that is more than there is: a CPU would not raise, but kill the run."""
+    """Why a provider's L x L matrices do not fit into memory, None if they do. On a CPU, allocating them would kill the process."""
     s, free = task.shape, free_bytes(task.device)
     needed = provider.squares[task.device == "cuda"] * (task.batch_size or s.B) * s.H * s.L**2 * task.itemsize
     if free is None or needed <= 0.8 * free:
@@ -180,7 +229,7 @@ def too_large(task: Task, provider: Provider) -> str | None:
 
 
 class Outcome(NamedTuple):
-    """What came of a task, or of all of them."""
+    """The results of a task, or of all tasks."""
 
     rows: list[Row]
     launches: list[Row]
@@ -189,7 +238,7 @@ class Outcome(NamedTuple):
 
 
 def enter(task: Task, chosen: Sequence[Provider], outcome: Outcome) -> list[Entrant]:
-    """Providers of a task that can run and are right; the others' reasons go to the outcome."""
+    """The providers of a task that can run and give correct results. Why others do not is added to the outcome."""
     entrants: list[Entrant] = []
     gate, batches = Gate(), {layout: build(task, layout) for layout in task.layouts}
     for provider, layout in itertools.product(chosen, task.layouts):
@@ -215,10 +264,10 @@ def enter(task: Task, chosen: Sequence[Provider], outcome: Outcome) -> list[Entr
 
 
 def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace, rates: Rates) -> Outcome:
-    """All of one task: check, race, graphs; prints its table."""
+    """Check and time the providers of one task, print its table, and return the results."""
     torch.manual_seed(0)
     random.seed(0)
-    torch._dynamo.reset()  # a shape's compilations must not count against the next one's
+    torch._dynamo.reset()  # or the compilations of one shape would count towards the limit of the next
     outcome = Outcome([], [], [], [])
     entrants = enter(task, chosen, outcome)
     if entrants:
@@ -233,12 +282,14 @@ def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace,
 
 
 def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
-    """Measure everything and print as it comes. A task that breaks is reported as wrong and costs the others nothing."""
+    """Measure all tasks and print each as it is done. A task that fails is reported as wrong and does not stop the others."""
     total = Outcome([], [], [], [])
     chosen = chosen_providers(options, total.skipped)
     rates = measure_rates(options.device, options.dtype)
     known = {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12, "matmul_dtype": options.dtype}
-    print(f"at best: a copy {rates.copy / 1e9:.4g} GB/s, a matrix product in {options.dtype} {rates.matmul / 1e12:.4g} TFLOP/s\n")
+    print(
+        f"best rates: copy {rates.copy / 1e9:.4g} GB/s, matrix product in {options.dtype} {rates.matmul / 1e12:.4g} TFLOP/s\n"
+    )
     if options.precompile:
         print(precompile(tasks, options.precompile))
     begin = time.perf_counter()
@@ -257,7 +308,7 @@ def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
 
 
 def comparison(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Print how the second file differs from the first: 1 if anything in it got worse than the threshold allows."""
+    """Print how the second file differs from the first. Returns 1 if a figure is worse than the threshold allows, otherwise 0."""
     try:
         before, after = (compare.load(path) for path in options.compare)
     except ValueError as error:
@@ -280,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     head = about(options.device) | {"command": command_line("attn_bench.py", argv)}
     if options.device == "cpu":
-        print("No GPU in this run: the Triton rows need one and are left out; the rest compares the CPU paths.")
+        print("No GPU is used: the providers that need one are left out, and the others are compared on the CPU.")
     results = head | run(options, tasks)
     for provider, reason in dict.fromkeys((s["provider"], s["reason"]) for s in results["skipped"]):
         print(f"not run: {provider}: {reason}")

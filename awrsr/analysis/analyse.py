@@ -1,7 +1,7 @@
 """Measures what the attention of a trained model does over many histories, and which predictions refinement changes.
 
-B histories of a batch, L window, n events of a history. P are first-order weights, M the refined ones; rows of M are divided by
-their sum, so that those of "additive" compare. A row is that of the last event of a history, which predicts what comes next.
+B histories of a batch, L window, n events of a history. P are first-order weights, M the refined ones. Rows of M are divided by
+their sum, so that "additive" can be compared. "The row" is that of the last event of a history, which predicts the next item.
 """
 
 from collections.abc import Iterator
@@ -30,29 +30,29 @@ ROLES = ("the event itself", "earlier occurrences of its item", "what followed t
 
 @dataclass(frozen=True)
 class Head:
-    """What one head of one layer does, in means over the histories: of P, and of M where a name ends in _m."""
+    """Means over the histories of what one head of one layer does: of P, or of M if the name ends in _m."""
 
     layer: int  # from 1
     head: int
     gate: float | None  # of additive refinement
-    span: float  # number of events that it attends to: exp of the entropy
+    span: float  # number of events that the head attends to: exp of the entropy
     span_m: float
     back: float  # mean distance of what it attends to, in events
     back_m: float
-    moved: float  # share of the weight that M puts elsewhere than P: their total variation distance
-    two_hops: float  # of what moved, the share that went where P P is above P: the paths i -> k -> j
-    two_hops_chance: float  # that share if it were spread evenly over all visible events
-    followed: float  # of what moved, the share that went to events right after those that P attends to more than to them
+    moved: float  # share of the weight that differs between M and P: their total variation distance
+    two_hops: float  # share of the moved weight that went to events where P P is above P: the paths i -> k -> j
+    two_hops_chance: float  # the same share if the weight were spread evenly over all visible events
+    followed: float  # share of the moved weight that went to events whose predecessor has more of P than they have
     followed_chance: float
     roles: list[float]  # shares of P, as in ROLES
     roles_m: list[float]
-    distance: list[float]  # mean weight 0, 1, ... events back, over histories that reach so far
+    distance: list[float]  # mean weight 0, 1, ... events back, over histories that are long enough
     distance_m: list[float]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The gain over the other model on some of the targets, with its interval over these."""
+    """The gain over the other model on some of the targets, with its interval over them."""
 
     name: str
     targets: int
@@ -63,7 +63,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Example:
-    """One history whose prediction differs."""
+    """One history for which the two models predict differently."""
 
     user: Any
     history: list[Any]  # its last item ids
@@ -83,10 +83,10 @@ class Analysis:
     refinement: str
     backbone: str
     part: str
-    histories: int  # whose attention was measured
-    repeats: float  # share of them whose current item occurred before
+    histories: int  # number of histories whose attention was measured
+    repeats: float  # share of these histories whose current item occurred before
     heads: list[Head]
-    targets: int = 0  # ranked by both models; 0: there is no other
+    targets: int = 0  # number of targets that both models ranked; 0: there is no other model
     other: str = ""  # what the other model is
     value: float = 0.0  # NDCG@10 of the targets
     other_value: float = 0.0
@@ -115,23 +115,24 @@ def analyse(
 ) -> Analysis:
     """Measure the attention on a sample of histories, and compare every prediction with that of another model.
 
-    split: whose items are numbered as the model's. baseline: the other model, with the same items; without one it is this model
-    with its refinement switched off after training, which it was not trained for. users: size of the sample. examples: how many to
-    keep of the predictions that got better, and of those that got worse.
+    split: histories with items numbered as in the model. baseline: the other model, with the same items. Without one, it is this
+    model with its refinement switched off after training, which it was not trained for. users: size of the sample. examples:
+    number of predictions to keep that gained most, and that lost most.
 
     Raises:
-        ValueError: part is not a part of the split, or holds no target; users or examples below 1; the baseline knows other items.
+        ValueError: part is not a part of the split, or has no targets; users or examples is below 1; the baseline knows other
+            items.
     """
     for name, value in (("users", users), ("examples", examples)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be 1 or more")
     if baseline is not None and not np.array_equal(baseline.ids().astype(str), model.ids().astype(str)):
-        raise ValueError("baseline knows other items than the model, must be trained on the same data")
+        raise ValueError("baseline knows other items than the model, must have been trained on the same data")
     filter_seen = model.filter_seen if filter_seen is None else filter_seen  # the same for both models
     refinement = model.config.refinement
     targets = Targets(split, part, model.config.max_len, filter_seen)
     if not len(targets):
-        raise ValueError(f"part {part!r} of the split holds no target with a history before it")
+        raise ValueError(f"part {part!r} of the split holds no target that has a history before it")
     sample = np.sort(np.random.default_rng(seed).permutation(len(targets))[:users])
     histories = [split.histories.items[targets.end[m] - targets.length[m] : targets.end[m]] for m in sample]
     repeats = float(np.mean([(items[:-1] == items[-1]).any() for items in histories]))
@@ -142,7 +143,7 @@ def analyse(
     other = without_refinement(model) if baseline is None else baseline
     both = first, second = [evaluate(each, split, part, filter_seen=filter_seen, progress=progress) for each in (model, other)]
     values, other_values = (metric(WATCHED, each.ranks) for each in both)
-    order = np.argsort(1 / second.ranks - 1 / first.ranks, kind="stable")  # most gained first
+    order = np.argsort(1 / second.ranks - 1 / first.ranks, kind="stable")  # largest gain first
     helped = [m for m in order[:examples] if first.ranks[m] < second.ranks[m]]
     hurt = [m for m in order[::-1][:examples] if first.ranks[m] > second.ranks[m]]
     return replace(
@@ -162,7 +163,7 @@ def analyse(
 
 @torch.inference_mode()
 def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[Head]:
-    """Every head of every layer, on these histories."""
+    """Measure every head of every layer on these histories."""
     heads, window = model.config.heads, max(map(len, histories))
     totals: list[dict[str, Any]] = [{} for _ in model.blocks]
     training, device = model.training, model.items.weight.device
@@ -196,7 +197,7 @@ def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[H
 
 
 def batches(histories: list[np.ndarray], heads: int) -> Iterator[list[np.ndarray]]:
-    """The histories, those of like lengths together, in batches of bounded memory."""
+    """The histories in batches of bounded memory and similar lengths."""
     rest = sorted(histories, key=len)
     while rest:
         count = 1
@@ -207,9 +208,9 @@ def batches(histories: list[np.ndarray], heads: int) -> Iterator[list[np.ndarray
 
 
 def layer_sums(p: Tensor, m: Tensor, role: Tensor, lengths: Tensor, window: int) -> dict[str, Tensor]:
-    """Sums over histories of what the heads of a layer do, by the names in `Head`: (H, ...) each.
+    """Sums over histories of what the heads of a layer do, under the names in `Head`, (H, ...) each.
 
-    p, m: (B, H, L, L) of padded histories, whose last row is what predicts. role: (B, L) of `roles`.
+    p, m: (B, H, L, L) of padded histories, whose last row makes the prediction. role: (B, L), from `roles`.
     """
     back, visible = looking_back(p.shape[-1], lengths)
     p_row, m_row = p[:, :, -1], m[:, :, -1] / m[:, :, -1].sum(-1, keepdim=True).clamp(min=1e-30)  # (B, H, L)
@@ -228,18 +229,18 @@ def layer_sums(p: Tensor, m: Tensor, role: Tensor, lengths: Tensor, window: int)
 
 
 def looking_back(size: int, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """(L,) how many events each column is before the last one, and (B, L) whether it is an event of the history at all."""
+    """(L,) number of events from each column to the last one, and (B, L) whether the column is an event of the history."""
     back = torch.arange(size - 1, -1, -1)
     return back, back < lengths[:, None]
 
 
 def shifted(row: Tensor) -> Tensor:
-    """(..., L) moved on by one event."""
+    """(..., L) shifted by one event."""
     return torch.cat([torch.zeros_like(row[..., :1]), row[..., :-1]], -1)
 
 
 def roles(items: Tensor, lengths: Tensor) -> Tensor:
-    """(B, L) what each event is to the last one, as an index of ROLES, the first that fits; of padding it is len(ROLES)."""
+    """(B, L) relation of each event to the last one: the first that fits, as an index of ROLES; len(ROLES) at padding."""
     back, visible = looking_back(items.shape[1], lengths)
     same_item = (items == items[:, -1:]) & (back > 0) & visible
     fits = [(back == 0).expand_as(visible), same_item, shifted(same_item) & (back > 0), (back == 1).expand_as(visible)]
@@ -248,10 +249,10 @@ def roles(items: Tensor, lengths: Tensor) -> Tensor:
 
 
 def without_refinement(model: AWRSR) -> AWRSR:
-    """A copy that attends by first-order weights alone. It was not trained that way, so it shows what refinement does in this
-    model, not what a plain model would have learned."""
+    """A copy of the model that uses only first-order weights. It was not trained that way, so it shows what refinement does in
+    this model, not what a plain model would have learned."""
     weights = model.state_dict()
-    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced
         plain = AWRSR(replace(model.config, refinement="none"))
     plain.load_state_dict({name: weights[name].clone() for name in plain.state_dict()}, assign=True)
     plain.item_ids, plain.filter_seen = model.item_ids, model.filter_seen
@@ -259,13 +260,13 @@ def without_refinement(model: AWRSR) -> AWRSR:
 
 
 def training_counts(split: Split) -> np.ndarray:
-    """(N,) training events of each item."""
+    """(N,) number of training events of each item."""
     events, _ = spans(split.histories.offsets[:-1], split.train_end)
     return np.bincount(split.histories.items[events], minlength=split.histories.num_items)
 
 
 def buckets(gains: np.ndarray, counts: np.ndarray, ends: tuple[int, ...]) -> list[Bucket]:
-    """Gains by a count that the targets have."""
+    """Gains of the targets, grouped by a count of each target."""
     rng, low = np.random.default_rng(0), 0
     result = []
     for high in (*ends, None):
@@ -279,7 +280,7 @@ def buckets(gains: np.ndarray, counts: np.ndarray, ends: tuple[int, ...]) -> lis
 
 
 def example(models: tuple[AWRSR, AWRSR], evaluations: list[Evaluation], split: Split, m: int, filter_seen: bool | None) -> Example:
-    """Target m, with what each of two models recommends and what the first one attends to."""
+    """Target m, with the recommendations of both models and the attention of the first one."""
     h, (first, second) = split.histories, evaluations
     user = int(first.users[m])
     items = h.item_ids[h.of(user)[: first.places[m]]].tolist()

@@ -101,7 +101,7 @@ def _checked(P: Any, M: Any, labels: Sequence[Any]) -> tuple[np.ndarray, np.ndar
     for name, weights in (("P", P), ("M", M)):
         array = np.asarray(weights.detach().float().cpu() if hasattr(weights, "detach") else weights, dtype=float)
         if array.ndim != 3 or not array.shape[0] or array.shape[1:] != (n, n) or not n:
-            raise ValueError(f"{name} has shape {array.shape}, must be (heads, n, n) for {n} labels, with an event or more")
+            raise ValueError(f"{name} has shape {array.shape}, must be (heads, n, n) for {n} labels, and at least one event")
         if not np.isfinite(array).all():
             raise ValueError(f"{name} has weights that are NaN or infinite, must be finite")
         arrays.append(array)

@@ -1,10 +1,10 @@
 """Sequential recommendation with refined attention: from a file of histories to
 recommendations.
 
-  awrsr train                                  what refinement is for
-  awrsr data fetch beauty                      public data
-  awrsr train --data beauty.txt --out runs/b   a model, its metrics and ranks
-  awrsr recommend --run runs/b -k 5            the best next items
+  awrsr train                                  show on synthetic data what refinement does
+  awrsr data fetch beauty                      download public data
+  awrsr train --data beauty.txt --out runs/b   train a model and evaluate it
+  awrsr recommend --run runs/b -k 5            list the best next items of every user
 """
 
 import os
@@ -23,7 +23,7 @@ from .shared import as_flags, say
 
 
 class Command(NamedTuple):
-    """A command: the docstring of `run` is what its --help begins with, and the first sentence stands in the list of commands."""
+    """A command. The docstring of `run` opens its --help; the first sentence also appears in the list of commands."""
 
     add_flags: Callable[[ArgumentParser], None]
     run: Callable[[Any], None]
@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Descriptions keep their line breaks, each flag has one spelling, and defaults that say something are shown."""
+    """Keeps the line breaks of descriptions, shows each flag in one spelling, and shows defaults unless they are empty."""
 
     def _get_help_string(self, action: Action) -> str:
         text = action.help or ""
@@ -60,7 +60,7 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 def parser(demo: bool = False) -> ArgumentParser:
-    """All commands and their flags. demo: train has the defaults that suit the synthetic histories."""
+    """All commands and their flags. demo: give train the defaults that suit the synthetic histories."""
     top = ArgumentParser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
@@ -82,7 +82,7 @@ def add(to: Any, name: str, documented: Any) -> ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Exit status: 0; 1 for bad input; 130 when interrupted; 141 when nobody reads its output any longer."""
+    """Run a command. Exit status: 0; 1 for bad input; 130 when interrupted; 141 when the reader of its output has gone."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = parser().parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = parsed.command

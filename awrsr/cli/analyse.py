@@ -12,22 +12,22 @@ from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filt
 
 def add_flags(to: ArgumentParser) -> None:
     to.add_argument("run", type=str, help="Run folder that awrsr train wrote.")
-    to.add_argument("--baseline", type=str, default="", help="Run folder of a model to compare with, such as a plain one.")
-    add_data(to, f"File of histories, which are divided as in the run {OWN_DATA}.")
+    to.add_argument("--baseline", type=str, default="", help="Run folder of a model to compare with, such as plain attention.")
+    add_data(to, f"File of histories, split as in the run {OWN_DATA}.")
     add_part(to)
     to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
-    to.add_argument("--examples", type=int, default=3, help="Number of histories to show that got better, and that got worse.")
-    to.add_argument("--output", type=str, default="", help="Page to write (default: analysis.html in the run folder).")
-    to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to.")
+    to.add_argument("--examples", type=int, default=3, help="Number of histories shown that gained most, and that lost most.")
+    to.add_argument("--output", type=str, default="", help="HTML file to write (default: analysis.html in the run folder).")
+    to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to, in addition.")
     add_filter_seen(to)
 
 
 def run(options: Any) -> None:
     """Report what attention does over many histories and which predictions refinement
-    changes. The report is one HTML page: how many events the heads attend to and
-    how far back, what refinement moves and where to, and which predictions differ
-    from those of a baseline run or, without one, of the same model with its
-    refinement switched off.
+    changes. The report is one HTML page. It shows how many events the heads attend to
+    and how far back, from where to where refinement moves weight, and which
+    predictions differ from those of a baseline run. Without --baseline, the same
+    model with its refinement switched off is the baseline.
 
       awrsr analyse runs/refined --baseline runs/plain
       awrsr analyse runs/refined --users 2000 --output report.html --json report.json
@@ -51,12 +51,12 @@ def run(options: Any) -> None:
 
 
 def open_baseline(opened: OpenRun) -> Any:
-    """The model of --baseline. Raises ValueError unless it was trained on the same data, divided alike."""
+    """The model of --baseline. Raises ValueError unless it was trained on the same data with the same split."""
     options = opened.options
     baseline = OpenRun(options, options.baseline)
     if len({baseline.stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
         raise ValueError(
             f"baseline is {options.baseline}, must be trained on the data and the split of {options.run} ({opened.data.split}): "
-            f"its data or split ({baseline.data.split}) differ, so it may have been trained on what is held out here"
+            f"its data or its split ({baseline.data.split}) differs, so it may have been trained on events held out here"
         )
     return baseline.model

@@ -1,4 +1,4 @@
-"""`awrsr compare`: whether runs differ by more than chance."""
+"""`awrsr compare`: tests whether runs differ by more than chance."""
 
 from typing import Any
 
@@ -9,18 +9,25 @@ from .shared import add_part
 
 
 def add_flags(to: ArgumentParser) -> None:
-    to.add_argument("runs", nargs="+", type=str, help="Run folders; those that differ only in the seed count as one variant.")
-    to.add_argument("--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="HR@k, NDCG@k or MRR.")
+    to.add_argument("runs", nargs="+", type=str, help="Run folders. Runs that differ only in the seed count as one variant.")
+    to.add_argument(
+        "--metrics", nargs="+", type=str, default=["HR@10", "NDCG@10", "MRR"], help="Metrics to compare: HR@k, NDCG@k or MRR."
+    )
     to.add_argument("--baseline", type=str, default="", help="Run or variant to compare the others with (default: the first).")
     add_part(to)
-    to.add_argument("--resamples", type=int, default=2000, help="Resamples of the bootstrap, and fewest of the permutation test.")
+    to.add_argument(
+        "--resamples",
+        type=int,
+        default=2000,
+        help="Number of bootstrap resamples, and least number of permutations in the permutation test.",
+    )
     to.add_argument("--json", type=str, default="", help="JSON file to write the results to.")
 
 
 def run(options: Any) -> None:
-    """Test whether runs differ by more than chance. Tests are paired; confidence
-    intervals are over users, and over seeds where there are several. Runs that
-    differ only in the seed count as one variant.
+    """Test whether runs differ by more than chance. Tests are paired by user.
+    Confidence intervals are over users and, if a variant has several runs, over
+    seeds. Runs that differ only in the seed count as one variant.
 
       awrsr compare runs/plain runs/refined
       awrsr compare runs/plain-* runs/refined-* --metrics NDCG@10 --json comparison.json

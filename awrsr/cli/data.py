@@ -1,5 +1,5 @@
-"""Fetch public data, make synthetic data, describe a file. The other commands read
-such files of histories.
+"""Fetch public data, make synthetic data, or describe a file of histories. The other
+commands read such files.
 
   awrsr data fetch beauty
   awrsr data make --output recall.txt
@@ -19,13 +19,17 @@ from .shared import COLUMNS, add_options, as_flags, options_of
 
 def add_fetch_flags(to: ArgumentParser) -> None:
     to.add_argument("name", choices=tuple(REGISTRY), help="Which data set to download.")
-    to.add_argument("--base-url", type=str, default="", help="Where the files are (default: the repositories they come from).")
-    to.add_argument("--cache", type=str, default="", help="Folder to keep it in (default: the user's cache, or $AWRSR_CACHE).")
+    to.add_argument(
+        "--base-url", type=str, default="", help="Address to download from (default: the repositories that publish the files)."
+    )
+    to.add_argument(
+        "--cache", type=str, default="", help="Folder to keep the file in (default: $AWRSR_CACHE, or else the user's cache)."
+    )
 
 
 def fetch(options: Any) -> None:
-    """Download a public data set and keep it in a cache. Its SHA-256 is checked before
-    it takes its place.
+    """Download a public data set into a cache. The download is kept only if its SHA-256
+    is the expected one.
 
       awrsr data fetch beauty
     """
@@ -41,9 +45,9 @@ def add_make_flags(to: ArgumentParser) -> None:
 
 
 def make(options: Any) -> None:
-    """Draw synthetic histories of the recall task. What followed the last occurrence
-    of the current item follows again, mixed with noise and popularity. One refined
-    layer learns this rule; one plain layer cannot.
+    """Make synthetic histories of the recall task. In them, the item that followed the
+    last occurrence of the current item follows again, mixed with noise and
+    popularity. One refined layer learns this rule; one plain layer cannot.
 
       awrsr data make --users 1000 --output recall.txt
       awrsr train --data recall.txt --baseline
@@ -56,7 +60,7 @@ def make(options: Any) -> None:
 def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("file", type=str, help="File of histories.")
     add_options(to, DataOptions, ("format", *COLUMNS))
-    to.add_argument("--json", type=str, default="", help="JSON file to write the figures to as well.")
+    to.add_argument("--json", type=str, default="", help="JSON file to write the figures to, in addition.")
 
 
 def stats(options: Any) -> None:

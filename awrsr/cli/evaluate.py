@@ -11,7 +11,7 @@ from .shared import OWN_DATA, OpenRun, add_filter_seen, add_part, add_run, filte
 
 
 def add_flags(to: ArgumentParser) -> None:
-    add_run(to, f"File of histories, which are divided as in the run {OWN_DATA}.")
+    add_run(to, f"File of histories, split as in the run {OWN_DATA}.")
     to.add_argument("--json", type=str, default="", help="JSON file to write the metrics to.")
     to.add_argument("--ranks", type=str, default="", help="Parquet file to write the rank of every held-out event to.")
     add_part(to)
@@ -20,7 +20,7 @@ def add_flags(to: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Rank the whole catalogue for every held-out event and print HR, NDCG and MRR, as
-    training does when it ends. Ties count against the model.
+    awrsr train does at its end. Ties count against the model.
 
       awrsr evaluate --run runs/beauty
       awrsr evaluate --run runs/beauty --data later.txt --json later.json

@@ -9,16 +9,23 @@ from .shared import OpenRun, add_run, find_user
 
 def add_flags(to: ArgumentParser) -> None:
     add_run(to)
-    to.add_argument("--user", type=str, default="", help="Id of the user (default: the first with a history of some length).")
-    to.add_argument("--history", nargs="+", type=str, default=[], help="Item ids of a history to explain instead of a user's.")
-    to.add_argument("--layer", type=int, default=1, help="Which block to draw, from 1.")
+    to.add_argument(
+        "--user",
+        type=str,
+        default="",
+        help="Id of the user (default: the first with 12 events or more, or else with the longest history).",
+    )
+    to.add_argument(
+        "--history", nargs="+", type=str, default=[], help="Item ids of a history to explain instead of that of a user."
+    )
+    to.add_argument("--layer", type=int, default=1, help="Number of the block to draw, from 1.")
     to.add_argument("--output", type=str, default="attention.png", help="Picture to write: .png, .svg or .pdf.")
 
 
 def run(options: Any) -> None:
     """Draw what a model pays attention to in one history. The picture shows first-order
-    weights P, refined weights M and their difference, with items on the axes; the
-    items that the last event attends to most are printed.
+    weights P, refined weights M and their difference, with items on the axes. The
+    command also prints the items that the last event attends to most.
 
       awrsr explain --run runs/beauty --user 17 --output attention.svg
       awrsr explain --run runs/beauty --history 4 8 15 16 23

@@ -8,13 +8,13 @@ from jsonargparse import ArgumentParser
 
 def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
-    to.add_argument("--format", choices=("torch", "onnx"), default="torch", help="torch.export or ONNX.")
+    to.add_argument("--format", choices=("torch", "onnx"), default="torch", help="Format of the file: torch.export or ONNX.")
     to.add_argument("--output", type=str, default="", help="File to write (default: model.pt2 or model.onnx in the run folder).")
 
 
 def run(options: Any) -> None:
-    """Export the scoring path to a file that runs without this package. Its scores are
-    compared with the model's before it takes its place.
+    """Export the scoring path to a file that runs without this package. The file is
+    kept only if its scores agree with those of the model.
 
       awrsr export --run runs/beauty
       awrsr export --run runs/beauty --format onnx --output beauty.onnx

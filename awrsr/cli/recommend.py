@@ -20,15 +20,15 @@ SUFFIXES = (".csv", ".jsonl", ".parquet")
 def add_flags(to: ArgumentParser) -> None:
     add_run(to, f"File of histories; - reads standard input {OWN_DATA}.")
     to.add_argument("--user", nargs="+", type=str, default=[], help="Ids of the users to recommend to (default: all).")
-    to.add_argument("-k", type=int, default=10, help="Number of items for each user.")
+    to.add_argument("-k", type=int, default=10, help="Number of items to recommend to each user.")
     to.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet file; - writes CSV to standard output.")
     add_filter_seen(to)
 
 
 def run(options: Any) -> None:
-    """Recommend the best next items for every history. Rows have the columns user,
-    item, rank, score, with the ids of the data. The model need not know the users;
-    items that it does not know are left out.
+    """Recommend the best next items for every history. The output has the columns user,
+    item, rank and score, with the ids of the data. Users may be new to the model;
+    events with items that it does not know are left out.
 
       awrsr recommend --run runs/beauty -k 5
       awrsr recommend --run runs/beauty --user 17 42
@@ -37,7 +37,7 @@ def run(options: Any) -> None:
     """
     opened = OpenRun(options)
     model = opened.model
-    if options.data:  # all its users, whatever the run left out
+    if options.data:  # all users of the file, even those whom the run would leave out
         opened.data = replace(opened.data, min_user_events=1, min_item_events=1)
     histories = opened.histories()
     if options.user:
@@ -54,7 +54,7 @@ def run(options: Any) -> None:
 
 
 def write(output: str, tables: Iterable[pl.DataFrame]) -> None:
-    """Write tables, one below the other, as they come; the file appears under its name once all are written. output: a path, or -
+    """Write tables one below the other, as they come. The file appears under its name once all are written. output: a path, or -
     for CSV on standard output.
 
     Raises:

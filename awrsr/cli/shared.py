@@ -25,7 +25,7 @@ def add_options(to: Any, kind: Any, names: Collection[str] = ()) -> None:
         flag, help, choices = "--" + each.name.replace("_", "-"), each.metadata["help"], each.metadata["choices"]
         if isinstance(each.default, bool):
             add_switch(to, each.name, each.default, help)
-        elif each.name != "num_items":  # the data say how many
+        elif each.name != "num_items":  # it is counted in the data
             values = {"choices": choices} if choices else {"type": type(each.default)}
             to.add_argument(flag, *({f"--{each.name}"} - {flag}), default=each.default, help=help, **values)
 
@@ -35,7 +35,7 @@ def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
 
 
 def options_of(kind: Any, options: Any) -> dict[str, Any]:
-    """What the flags of `add_options` say."""
+    """The values of the flags that `add_options` added."""
     return {each.name: options[each.name] for each in fields(kind) if each.name in options}
 
 
@@ -47,20 +47,20 @@ def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.
 def add_data(to: ArgumentParser, data_help: str) -> None:
     to.add_argument("--data", type=str, default="", help=data_help)
     add_options(to, DataOptions, ("format", *COLUMNS))
-    to.add_argument("--threads", type=int, default=0, help="Threads of torch on the CPU; 0 leaves the number to torch.")
+    to.add_argument("--threads", type=int, default=0, help="Number of CPU threads that torch uses; 0 leaves the number to torch.")
 
 
 def add_part(to: ArgumentParser) -> None:
-    to.add_argument("--part", choices=("validation", "test"), default="test", help="Which of the held-out events are ranked.")
+    to.add_argument("--part", choices=("validation", "test"), default="test", help="Which held-out events to rank.")
 
 
 def add_filter_seen(to: ArgumentParser) -> None:
-    help = "Whether to leave items of the history out of the ranking; auto does as in the run."
+    help = "Leave the items of a history out of its ranking; auto does what the run did."
     to.add_argument("--filter-seen", choices=("auto", "yes", "no"), default="auto", help=help)
 
 
 def filter_seen(options: Any) -> bool | None:
-    """What --filter-seen says; None: as in the run."""
+    """The value of --filter-seen; None means what the run did."""
     return {"auto": None, "yes": True, "no": False}[options.filter_seen]
 
 
@@ -87,7 +87,7 @@ class OpenRun:
         """Filtered as in the run."""
         options, data = self.options, self.data
         if options.data:
-            alike = Path(options.data).suffix == Path(data.data).suffix  # then the run's format and columns serve
+            alike = Path(options.data).suffix == Path(data.data).suffix  # then the run's format and columns apply
             columns: dict[str, Any] = {name: options[name] or (getattr(data, name) if alike else "") for name in COLUMNS}
             format = data.format if options.format == "auto" and alike else options.format
             return histories(replace(data, data=options.data, format=format, **columns))
@@ -95,20 +95,24 @@ class OpenRun:
             raise ValueError(f"{options.run} was fitted in Python and does not say where its histories are; add --data FILE")
         for name in ("format", *COLUMNS):
             if options[name] not in ("", "auto"):
-                raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run keeps its own")
+                raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
         if data.data not in ("", "-") and not Path(data.data).exists():
-            raise ValueError(f"{data.data}, the run's own data, does not exist; add --data FILE or go where the run was started")
+            raise ValueError(
+                f"{data.data}, the run's own data, does not exist; add --data FILE or run this where the run was started"
+            )
         return histories(data)
 
     def split(self) -> Split:
-        """Divided as in the run, with a warning where the histories are not those of the run."""
+        """The histories, split as in the run. Warns if they are not those of the run."""
         split = divide(self.histories(), self.data)
         fingerprint = self.stored.get("fingerprint")  # older runs have none
         if fingerprint != split.fingerprint() and (fingerprint or self.options.data):
             changed = "--data differs from the run's data" if self.options.data else f"{self.data.name} has changed since the run"
             print(f"Warning: {changed}, so the model may have been trained on events held out here.", file=sys.stderr)
         if not len(split.targets(self.options.part)[0]):
-            raise ValueError(f"part is {self.options.part!r}, but the run's split, {self.data.split!r}, holds nothing out to rank")
+            raise ValueError(
+                f"part is {self.options.part!r}, but the run's split, {self.data.split!r}, holds out no events to rank"
+            )
         return split
 
 

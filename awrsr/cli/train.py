@@ -18,19 +18,19 @@ OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOption
 def add_flags(to: ArgumentParser) -> None:
     to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
     to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
-    to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, as --print-config prints it.")
+    to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, in the form that --print-config prints.")
     to.add_argument("--out", type=str, default="", help="Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>).")
-    add_switch(to, "baseline", None, "Also train plain attention, in <out>/plain (default: only without --data).")
+    add_switch(to, "baseline", None, "Also train plain attention, in the folder <out>/plain (default: only without --data).")
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)
 
 
 def run(options: Any) -> None:
     """Train a model on a file of histories and evaluate it. Training stops when
-    validation no longer improves; the best epoch is evaluated on held-out events by
-    ranking the whole catalogue. Without --data it trains on synthetic histories, and
-    also a plain model to show what refinement is for; options then default to those
-    at the end of this text.
+    validation no longer improves. The best epoch is evaluated on held-out events by
+    ranking the whole catalogue. Without --data, a refined and a plain model are
+    trained on synthetic histories, to show what refinement does; the options then
+    have the defaults at the end of this text.
 
       awrsr train
       awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
@@ -40,7 +40,8 @@ def run(options: Any) -> None:
     The run folder then holds model.safetensors, config.json, items.parquet,
     metrics.json and the rank of every held-out event. If training is interrupted or
     killed, rerun the same command to resume from the last completed epoch; the
-    results are the same numbers. With more --epochs a finished run trains further.
+    results are the same as without the interruption. To train a finished run
+    further, rerun the command with more --epochs.
 
     Options of STOSA's authors, for that backbone:
 
@@ -54,7 +55,7 @@ def run(options: Any) -> None:
     data, config, training = (kind(**options_of(kind, options)) for kind in OPTIONS.values())
     loaded = histories(data)
     repeats = f"{loaded.repeat_share():.1%} of the events repeat an item of their history"
-    order = "as they stand in the file" if loaded.times is None and data.data else "in order of time"
+    order = "in the order of the file" if loaded.times is None and data.data else "in order of time"
     say(f"{data.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
     split = divide(loaded, data)
     name = "-".join((data.name, config.backbone, config.refinement, training.loss, str(training.seed)))
@@ -78,13 +79,13 @@ def run(options: Any) -> None:
 
 
 def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
-    """Train, evaluate and report one model; what it wrote to metrics.json, or nothing in a process other than the first."""
+    """Train, evaluate and report one model. Returns what metrics.json holds, or nothing in a process other than the first."""
     import torch
 
     from ..recommender import AWRSR
     from ..training.run import report, train
 
-    seen = "left out of the ranking" if training.filters_seen(split) else "ranked too"
+    seen = "left out of the ranking" if training.filters_seen(split) else "ranked as well"
     whole = training.loss == "sampled_softmax" and training.num_negatives() >= config.num_items
     loss = f"{training.loss} over the whole catalogue" if whole else training.loss
     say(f"{config.backbone}, refinement {config.refinement}, {loss}, seen items {seen}: {out}")
@@ -94,7 +95,7 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
         record = train(model, split, training, out, data=asdict(data))
         if not record:
             return {}
-        best = f"of which epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
+        best = f"epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
         say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
         return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
@@ -114,6 +115,6 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     if with_recall:
         recall = next(iter(results.values()))["recall"]
         print(
-            f"\nHR@1 recall: of the {recall['targets']:,} held-out events where the current item had occurred before. "
-            f"Naming what followed it then would give {recall['rule HR@1']:.4f}."
+            f"\nHR@1 recall: HR@1 on the {recall['targets']:,} held-out events whose current item had occurred before. "
+            f"Predicting what followed it then would give {recall['rule HR@1']:.4f}."
         )

@@ -18,10 +18,10 @@ SPLITS = ("leave-one-out", "last-n", "time", "none")
 
 @dataclass(frozen=True)
 class Histories:
-    """Events of all users, one user after another; never a padded matrix.
+    """Events of all users, one user after another, without padding.
 
     items: (T,) int64 in 0..N-1, each user's in time order. offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
-    item_ids: (N,) what the file called each item; user_ids: (U,) likewise. times: (T,) or None.
+    item_ids: (N,) ids of the items in the data. user_ids: (U,) ids of the users. times: (T,) or None.
     """
 
     items: np.ndarray
@@ -45,7 +45,7 @@ class Histories:
 
     @property
     def owners(self) -> np.ndarray:
-        """(T,) the user of each event, 0..U-1."""
+        """(T,) number of the user of each event, 0..U-1."""
         return np.repeat(np.arange(self.num_users), self.lengths)
 
     def of(self, user: int) -> np.ndarray:
@@ -54,21 +54,22 @@ class Histories:
 
     @classmethod
     def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
-        """From parallel columns of T values: arrays, lists, or those of a table, whatever its index.
+        """From parallel columns of T values: arrays, lists, or columns of a table with any index.
 
-        users, items: ids, as in `from_lists`; they are numbered in order of first appearance. times: numbers or datetime64 (which
-            becomes seconds since 1970); each user's events are sorted by them, and keep their order if times are equal or absent.
+        users, items: ids, as in `from_lists`; they are numbered in the order of their first appearance. times: numbers or
+            datetime64, which become seconds since 1970. Each user's events are sorted by time, and keep their order if times are
+            equal or not given.
 
         Raises:
-            TypeError: ids that are neither numbers nor text, times that are neither numbers nor datetime64. ValueError: columns of
-                different lengths; a missing value.
+            TypeError: ids are neither numbers nor text, or times are neither numbers nor datetime64. ValueError: columns have
+                different lengths, or a value is missing.
         """
         users, items = _column("user", users), _column("item", items)
         times = None if times is None else _moments(times)
         lengths = {"users": len(users), "items": len(items)} | ({} if times is None else {"times": len(times)})
         if len(set(lengths.values())) > 1:
             got = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            raise ValueError(f"columns must be equally long, a value per event: {got}")
+            raise ValueError(f"columns must be equally long, with one value per event: {got}")
         user_ids, user = number(users)
         item_ids, item = number(items)
         order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
@@ -79,11 +80,11 @@ class Histories:
     def from_lists(cls, histories: "Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]") -> "Histories":
         """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...).
 
-        Ids are of any type: whole numbers that int64 holds stay numbers (7.0 is 7), floats too; all others, and several types
-        together, become text.
+        Ids may be of any type. Whole numbers that fit int64 stay numbers (7.0 becomes 7), and so do floats. All other ids, and ids
+        of several types, become text.
 
         Raises:
-            TypeError: an entry that is not a sequence of ids. ValueError: a missing id (None or NaN).
+            TypeError: an entry is not a sequence of ids. ValueError: an id is missing (None or NaN).
         """
         if isinstance(histories, Histories):
             return histories
@@ -101,14 +102,14 @@ class Histories:
         return cls(item, sums(np.array([len(items) for items in lists], dtype=np.int64)), item_ids, _one_type("user", list(pairs)))
 
     def keep(self, events: np.ndarray) -> "Histories":
-        """Only the events marked in the (T,) boolean `events`; users and items without events left are dropped."""
+        """Only the events that are True in the (T,) boolean `events`. Users and items without events are dropped."""
         users, counts = np.unique(self.owners[events], return_counts=True)
         items, item = np.unique(self.items[events], return_inverse=True)
         times = None if self.times is None else self.times[events]
         return Histories(item, sums(counts), self.item_ids[items], self.user_ids[users], times)
 
     def core(self, min_user_events: int = 1, min_item_events: int = 1) -> "Histories":
-        """The k-core: drops users and items with fewer events, repeatedly, until none is left."""
+        """The k-core: drops users and items with fewer events, and repeats that until nothing changes."""
         kept = self
         while True:
             item_events = np.bincount(kept.items, minlength=kept.num_items)
@@ -118,30 +119,30 @@ class Histories:
             kept = kept.keep(~few)
 
     def collapsed(self) -> "Histories":
-        """Each run of one item is reduced to its first event."""
+        """Of consecutive events of a user with the same item, only the first is kept."""
         first = np.ones(len(self.items), dtype=bool)
         first[1:] = self.items[1:] != self.items[:-1]
         first[self.offsets[:-1][self.lengths > 0]] = True
         return self.keep(first)
 
     def pairs(self) -> int:
-        """How many different pairs of user and item there are."""
+        """Number of different pairs of user and item."""
         key = self.owners * max(self.num_items, 1) + self.items
-        key.sort()  # np.unique would hash, which takes a hundred times as long for twenty million events
+        key.sort()  # np.unique hashes, which takes a hundred times as long for twenty million events
         return int(np.count_nonzero(key[1:] != key[:-1])) + min(len(key), 1)
 
     def repeat_share(self) -> float:
-        """Share of the events whose item the user had before."""
+        """Share of the events whose item occurs earlier in the same history."""
         return 1 - self.pairs() / max(len(self.items), 1)
 
     def repeats(self) -> bool:
-        """Whether users take items again: in more than 1 % of the events, as a few repeated lines are not a habit."""
+        """Whether users take items again, which means in more than 1 % of the events: a few repeated lines are no habit."""
         return self.repeat_share() > 0.01
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
-        """With items numbered as in `item_ids` (a model's catalogue), and how many events were left out because it lacks their
-        item. All users stay, though some may be left with an empty history."""
-        index = {key: i for i, key in enumerate(item_ids.astype(str).tolist())}  # 7 read as a number equals "7" read as text
+        """These histories with items numbered as in `item_ids` (a model's catalogue), and the number of events that are dropped
+        because their item is not in it. All users are kept, some perhaps with an empty history."""
+        index = {key: i for i, key in enumerate(item_ids.astype(str).tolist())}  # so that the number 7 equals the text "7"
         renumbered = np.array([index.get(key, -1) for key in self.item_ids.astype(str).tolist()], dtype=np.int64)
         item = renumbered[self.items] if len(renumbered) else self.items
         known = item >= 0
@@ -151,12 +152,12 @@ class Histories:
 
 
 def sums(counts: np.ndarray) -> np.ndarray:
-    """(n + 1,) sums of the first 0..n of the counts: where each of n parts starts, and where the last one ends."""
+    """(n + 1,) sums of the first 0..n counts: the start of each of n parts, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(counts)])
 
 
 def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids in order of first appearance, and for each entry the index of its id among them."""
+    """Distinct ids in the order of their first appearance, and the index of each entry's id among them."""
     column = pl.Series("id", ids)
     unique = column.unique(maintain_order=True)
     distinct = np.array(unique.to_list(), dtype=np.str_) if unique.dtype == pl.String else unique.to_numpy()
@@ -171,22 +172,22 @@ def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _column(role: str, ids: Any) -> np.ndarray | pl.Series:
-    """(T,) ids of one type, from any container: by position, never by a table's index."""
+    """(T,) ids of one type, from any container, in its order; a table's index is ignored."""
     if isinstance(ids, pl.Series) and ids.dtype == pl.String and not ids.null_count():
         return ids
     if isinstance(ids, list | tuple):
         return _one_type(role, list(ids))  # numpy would turn 2**53 + 1 and 0.5 into floats
     values = np.asarray(ids)
     if values.ndim != 1:
-        raise ValueError(f"{role}s are of shape {values.shape}, must be (T,), an id per event")
+        raise ValueError(f"{role}s are of shape {values.shape}, must be (T,), one id per event")
     return values if values.dtype == np.int64 or values.dtype.kind == "U" else _one_type(role, values.tolist())
 
 
 def _moments(times: Any) -> np.ndarray:
-    """(T,) times as numbers; of dates, seconds since 1970."""
+    """(T,) times as numbers; dates become seconds since 1970."""
     values = np.asarray(times)
     if values.ndim != 1:
-        raise ValueError(f"times are of shape {values.shape}, must be (T,), a moment per event")
+        raise ValueError(f"times are of shape {values.shape}, must be (T,), one time per event")
     if values.dtype.kind == "M":
         missing, values = np.isnat(values), values.astype("datetime64[us]").astype(np.int64) / 1e6
     elif values.dtype.kind in "iuf":
@@ -222,10 +223,10 @@ def _one_type(role: str, ids: list[Any]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """What is for training, validation and test: (U,) positions within each history, train < validation < test.
+    """Histories divided into training, validation and test, by (U,) positions within each history.
 
-    A user's first `train_end` events train the model; each event from there to `validation_end` is a validation target, each from
-    there on a test target. A target is predicted from all events before it.
+    The first `train_end` events of a user train the model. The events from there to `validation_end` are validation targets, and
+    those after it are test targets. A target is predicted from all events before it.
     """
 
     histories: Histories
@@ -233,7 +234,7 @@ class Split:
     validation_end: np.ndarray
 
     def fingerprint(self) -> str:
-        """A digest that equal divisions share."""
+        """A digest; equal splits of equal histories have the same."""
         h = self.histories
         digest = hashlib.sha256()
         for part in (h.items, h.offsets, self.train_end, self.validation_end):
@@ -243,7 +244,7 @@ class Split:
         return digest.hexdigest()[:16]
 
     def numbered_as(self, item_ids: np.ndarray) -> tuple["Split", int]:
-        """As `Histories.numbered_as`; an event that is left out is not a target either, and no other event replaces it."""
+        """Like `Histories.numbered_as`. A dropped event is no longer a target, and no other event replaces it."""
         h = self.histories
         numbered, unknown = h.numbered_as(item_ids)
         if not unknown:
@@ -253,7 +254,7 @@ class Split:
         return Split(numbered, *ends), unknown
 
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) users and (M,) positions in their histories of the targets of "validation" or "test" that have an event before."""
+        """(M,) users and (M,) positions of the targets of "validation" or "test" that have an event before them."""
         parts = {"validation": (self.train_end, self.validation_end), "test": (self.validation_end, self.histories.lengths)}
         if part not in parts:
             raise ValueError(f"part is {part!r}, must be validation or test")
@@ -275,12 +276,12 @@ def split(
     """Divide histories into training, validation and test.
 
     "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
-    "last-n": the same with n events each. Users too short to leave one event for training train only.
-    "time": events from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to.
-    "none": every event is for training, for a model that is to be used rather than evaluated.
+    "last-n": the same with n events each. If this would leave no event of a user for training, all are used for training.
+    "time": events of all users from `validation_from` on are for validation, those from `test_from` on for test.
+    "none": all events are for training, for a model that is to be used rather than evaluated.
 
     Raises:
-        ValueError: an unknown `how`; "time" without times or without two increasing moments; n below 1; no target left.
+        ValueError: `how` is unknown; "time" without times, or without two increasing times; n is below 1; no target is left.
     """
     if how not in SPLITS:
         raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
@@ -289,7 +290,7 @@ def split(
         return Split(histories, lengths, lengths)
     if how == "time":
         if histories.times is None:
-            raise ValueError('split is "time", which needs a file with a time column; this one has none')
+            raise ValueError('split is "time", which needs a file with a time column; this one has no times')
         if validation_from is None or test_from is None or not validation_from < test_from:
             raise ValueError(
                 f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"
@@ -314,6 +315,6 @@ def split(
 
 
 def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places start .. start + length - 1 of every span, one span after another, and where each begins: (T,), (B + 1,)."""
+    """Positions start .. start + length - 1 of every span, one span after another, and the spans' offsets: (T,), (B + 1,)."""
     cu_seqlens = sums(length)
     return np.arange(cu_seqlens[-1]) + np.repeat(start - cu_seqlens[:-1], length), cu_seqlens

@@ -1,4 +1,4 @@
-"""From options to histories that are divided into training, validation and test."""
+"""Reads histories as the options say, and divides them into training, validation and test."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,37 +12,47 @@ from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
 from .synthetic import make
 
-# Options of model and training that suit the made-up histories: a single layer can recall only if it is refined; in it, equal items
-# attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones; the epochs suffice
-# for two plain layers to learn the task, too.
+# Options of model and training that suit the synthetic histories. With a single layer, only a refined model can learn the task.
+# Equal items attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones.
+# The epochs suffice for two plain layers to learn the task, too.
 DEMO: dict[str, Any] = {"layers": 1, "init": "match", "table_std": 0.5, "refine_scale": 2.8, "gate": 4.0}
 DEMO |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
 
-OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that belong to one way to split
+OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that only one split uses
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which histories, and how they are divided."""
+    """Options of the data: which histories are read, and how they are divided."""
 
-    data: str = option("", "File of histories; without one, synthetic histories that need refinement.")
-    format: str = option("auto", "Format of the file of histories; auto decides by its name and content.", choices=FORMATS)
-    user_column: str = option("", "Name of the column of users; by default one of the usual names.")
-    item_column: str = option("", "Name of the column of items; by default one of the usual names.")
-    time_column: str = option("", "Name of the column of times, likewise; none says that the lines are in order of time.")
-    min_user_events: int = option(1, "Leave out users with fewer events, repeatedly until none is left (k-core).", least=1)
-    min_item_events: int = option(1, "Leave out items with fewer events, likewise.", least=1)
-    collapse: bool = option(False, "Count a run of one item as one event.")
+    data: str = option(
+        "",
+        "File of histories. Without one, synthetic histories are made; one refined layer learns them, one plain layer cannot.",
+    )
+    format: str = option("auto", "Format of the file of histories; auto decides by the file's name and content.", choices=FORMATS)
+    user_column: str = option("", "Name of the column of users. If not given, the usual names are tried.")
+    item_column: str = option("", "Name of the column of items. If not given, the usual names are tried.")
+    time_column: str = option(
+        "", "Name of the column of times. If not given, the usual names are tried. none: the lines are in order of time already."
+    )
+    min_user_events: int = option(
+        1, "Leave out users with fewer events. Together with min_item_events, repeated until nothing changes (k-core).", least=1
+    )
+    min_item_events: int = option(1, "Leave out items with fewer events, in the same way.", least=1)
+    collapse: bool = option(False, "Count consecutive events of a user with the same item as one event.")
     split: str = option(
         "leave-one-out",
-        "What is held out. leave-one-out: each user's last event for test and the one before for validation. "
-        "last-n: the last holdout events each. time: all events from a moment on. none: nothing; all events are trained on for all "
-        "epochs, and none is evaluated.",
+        "Which events are held out. leave-one-out: each user's last event for test and the one before it for validation. last-n: "
+        "each user's last holdout events for test, and as many before them for validation. time: all events from test_from on for "
+        "test, and those from validation_from on for validation. none: nothing is held out or evaluated; training uses all "
+        "events and runs for all epochs.",
         choices=SPLITS,
     )
-    holdout: int = option(1, "Events per user in validation and in test, for the split last-n.", least=1)
-    validation_from: str = option("", "First moment of validation, for the split time: a number, or a date such as 2014-05-31.")
-    test_from: str = option("", "First moment of test, likewise.")
+    holdout: int = option(1, "Number of events of each user in validation, and in test; only with split last-n.", least=1)
+    validation_from: str = option(
+        "", "Time at which validation begins: a number, or a date such as 2014-05-31; only with split time."
+    )
+    test_from: str = option("", "Time at which test begins, in the same form; only with split time.")
 
     def __post_init__(self) -> None:
         check(self)

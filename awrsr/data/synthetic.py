@@ -32,11 +32,11 @@ class RecallTask:
 
     users: int = option(4000, "Number of users.", least=1)
     items: int = option(24, "Number of items in the catalogue.", least=1)
-    length: int = option(40, "Events of each user.", least=1)
-    noise: float = option(0.1, "How often the rule is broken.", least=0, most=1)
-    popularity: float = option(0.0, "Exponent of the popularity law.", least=0, most=10)
-    gap: int = option(4, "Least distance of a repeat that the rule did not make.", least=1)
-    seed: int = option(0, "Seed of the draw.", least=0)
+    length: int = option(40, "Number of events of each user.", least=1)
+    noise: float = option(0.1, "Probability that an event breaks the rule.", least=0, most=1)
+    popularity: float = option(0.0, "Exponent of the popularity law (Zipf); 0 makes all items equally popular.", least=0, most=10)
+    gap: int = option(4, "Number of latest events whose items are not drawn again, except by the rule.", least=1)
+    seed: int = option(0, "Random seed.", least=0)
 
     def __post_init__(self) -> None:
         check(self)

@@ -1,4 +1,4 @@
-"""Compares runs: what each variant reaches over its seeds, and whether it differs from the baseline on the same users.
+"""Compares runs: the metrics of each variant over its seeds, and whether they differ from the baseline on the same users.
 
 U users, R runs, V variants, C metrics, K resamples. A run is the folder that training writes.
 """
@@ -24,15 +24,15 @@ PARTS = ("validation", "test")
 KEYS = ["user", "position", "item"]
 FEWEST_SEEDS = 5  # seeds alone move NDCG@10 by some 3 %
 LEVEL = 1 - significance.CONFIDENCE
-FLIPS_PER_ROW = 200  # the least p of the permutation test, corrected for its rows, is a tenth of LEVEL
+FLIPS_PER_ROW = 200  # makes the smallest p of the permutation test, corrected for its rows, a tenth of LEVEL
 
-# Options that do not make a run another variant: its seed, the machine it ran on, what it wrote.
+# Options that may differ within a variant: the seed, the machine, and what is written.
 NOT_A_VARIANT = frozenset("seed out data threads devices nodes accelerator backend progress logger".split())
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One metric of one variant: mean and standard deviation over its seeds, interval over users and seeds."""
+    """One metric of one variant: mean and standard deviation over its seeds, and interval over users and seeds."""
 
     variant: str
     metric: str
@@ -73,7 +73,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The result of `compare`; `str` gives it as tables."""
+    """The result of `compare`; `str` formats it as tables."""
 
     part: str
     users: int
@@ -88,25 +88,25 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know to read the numbers correctly."""
+        """Notes that a reader needs to interpret the numbers."""
         notes = [f"Intervals: {self.confidence:.0%}, {self.resamples:,} bootstrap resamples of users and seeds."]
         if self.targets > self.users:
-            notes.append("Some users have several targets, which are averaged first: every user counts the same.")
+            notes.append("Some users have several targets, which are averaged first, so that every user counts the same.")
         if self.differences:
             notes += [
-                f"p: paired over users, given these seeds; Holm-corrected over the {len(self.differences)} rows.",
-                f"p (flips): of {self.flips:,} flips, so at least {len(self.differences) / (self.flips + 1):.2g} for the best row.",
+                f"p: paired over users, with these seeds held fixed; Holm-corrected over the {len(self.differences)} rows.",
+                f"p (flips): of {self.flips:,} flips, so at least {len(self.differences) / (self.flips + 1):.2g} in the best row.",
                 f'"better", "worse": both p below {LEVEL:.2g} and the interval on one side of 0.',
             ]
         few = [f"{name} ({len(folders)})" for name, folders in self.runs.items() if len(folders) < FEWEST_SEEDS]
         if few:
             notes.append(f"Fewer than {FEWEST_SEEDS} seeds support no claim: {', '.join(few)}.")
         if any(len(folders) == 1 for folders in self.runs.values()):
-            notes.append("The interval of a variant with one seed is over users alone: another seed may well fall outside.")
+            notes.append("The interval of a variant with one seed is over users only: another seed may well fall outside.")
         return notes
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in types that json writes."""
+        """All fields, in types that json can write."""
         differences = [asdict(row) | {"shown": row.shown, "verdict": row.verdict} for row in self.differences]
         return asdict(self) | {"differences": differences, "notes": self.notes}
 
@@ -138,23 +138,24 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Comparison:
-    """Compare runs on the ranks that they gave to the same targets.
+    """Compare runs by the ranks that they gave to the same targets.
 
-    Runs whose configuration differs in `seed`, `out` and settings of the machine alone are seeds of one variant. Every number is a
-    mean over users: a user's targets are averaged first. Intervals are bootstrapped over users, the same ones for all variants, and
-    over seeds. Tests are paired over users: the t-test, and the permutation test that flips signs (Smucker, Allan and Carterette
-    2007 find them in agreement on ranking metrics, Wilcoxon's and the sign test not).
+    Runs whose configurations differ only in `seed`, `out` and settings of the machine are seeds of one variant. Every number is a
+    mean over users, and the targets of a user are averaged first. Intervals are bootstrapped over users, with the same resamples
+    for all variants, and over seeds. Tests are paired over users: the t-test, and the permutation test that flips signs. Smucker,
+    Allan and Carterette (2007) find that these two agree on ranking metrics, unlike Wilcoxon's test and the sign test.
 
     Args:
-        runs: two run folders or more.
+        runs: two or more run folders.
         part: "test" or "validation".
         metrics: HR@k, NDCG@k, MRR.
-        baseline: what the others are compared with: a run's folder, or a variant's name. Default: the first run's variant.
-        resamples: of the bootstrap, and the least of the permutation test, which takes FLIPS_PER_ROW for each row if more.
-        seed: of both.
+        baseline: the run folder or the name of the variant to compare the others with. Default: the variant of the first run.
+        resamples: number of bootstrap resamples, and least number of permutations; the test uses FLIPS_PER_ROW per row if that is
+            more.
+        seed: random seed of the bootstrap and the permutation test.
 
     Raises:
-        ValueError: a folder, file or metric that cannot be read; runs that ranked different targets; a run that is there twice.
+        ValueError: a folder, file or metric cannot be read; runs ranked different targets; a run is given twice.
     """
     if part not in PARTS:
         raise ValueError(f"part is {part!r}, must be one of {', '.join(PARTS)}")
@@ -230,20 +231,20 @@ def _differences(
 def _config(folder: Path) -> dict[str, Any]:
     """The options of a run."""
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder, must be one that awrsr train wrote")
+        raise ValueError(f"{folder} is not a folder, must be a run folder that awrsr train wrote")
     path = folder / "metrics.json"
     try:
         stored = read_json(path)
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no metrics.json: it is not a run, or one that has not finished") from None
+        raise ValueError(f"{folder} has no metrics.json: it is not a run folder, or the run has not finished") from None
     config = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(config, dict):
-        raise ValueError(f'{path} has no object of options called "config", which awrsr train writes')
+        raise ValueError(f'{path} has no options under "config", where awrsr train writes them')
     return config
 
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
-    """Folders by variant, in the order of first appearance; a variant's name is what differs between variants."""
+    """Folders by variant, in the order of first appearance. A variant is named by the options that differ between variants."""
     usual = asdict(AWRSRConfig()) | asdict(before_averaging())
     defaults = REMOVED["model"] | REMOVED["training"] | usual  # for runs that lack an option
 
@@ -260,8 +261,8 @@ def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
         seed = f"seed {config['seed']}" if "seed" in config else "no seed"
         if (variant, seed) in seen:
             raise ValueError(
-                f"{seen[variant, seed]} and {folder} have one configuration and {seed}: "
-                "seeds of a variant must differ, or one run would count twice"
+                f"{seen[variant, seed]} and {folder} have the same configuration and {seed}: "
+                "the seeds of a variant must differ, or one run would count twice"
             )
         seen[variant, seed] = folder
         variants.setdefault(variant, []).append(folder)
@@ -277,7 +278,7 @@ def _baseline(named: Path | str, variants: Variants) -> str:
 
 
 def _paired_values(folders: list[Path], part: str, metrics: list[str]) -> tuple[np.ndarray, int]:
-    """(U, R, C) metrics of every user in every run, and how many targets the users have together."""
+    """(U, R, C) metrics of every user in every run, and the number of targets of all users."""
     first = _ranks(folders[0], part)
     users = first["user"].rle_id().to_numpy()
     counts = np.bincount(users)
@@ -290,7 +291,7 @@ def _paired_values(folders: list[Path], part: str, metrics: list[str]) -> tuple[
             missing, added = (a.join(b, on=KEYS, how="anti").height for a, b in ((first, ranks), (ranks, first)))
             raise ValueError(
                 f"{folders[0]} and {folder} ranked different {part} targets: {missing:,} of {first.height:,} are not in the "
-                f"latter, which has {added:,} others. Runs must be on the same data and split to be compared"
+                f"latter, which has {added:,} others. Runs can be compared only on the same data and split"
             )
         for c, name in enumerate(metrics):
             values[:, r, c] = np.bincount(users, weights=metric(name, ranks["rank"].to_numpy())) / counts
@@ -298,10 +299,10 @@ def _paired_values(folders: list[Path], part: str, metrics: list[str]) -> tuple[
 
 
 def _ranks(folder: Path, part: str) -> pl.DataFrame:
-    """Checked ranks of a run, sorted by target; ids as text, so that 7 read as a number meets "7" read as text."""
+    """Checked ranks of a run, sorted by target; ids are text, so that the number 7 equals the text "7"."""
     path = folder / f"ranks_{part}.parquet"
     if not path.is_file():
-        raise ValueError(f"{folder} has no {path.name}, which awrsr train writes when it ends")
+        raise ValueError(f"{folder} has no {path.name}, which awrsr train writes at its end")
     try:
         ranks = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -318,12 +319,12 @@ def _ranks(folder: Path, part: str) -> pl.DataFrame:
     if not (ranks["rank"] >= 1).all():
         raise ValueError(f"{path} has a rank below 1, must be 1 (best) or more")
     if ranks.select(KEYS).is_duplicated().any():
-        raise ValueError(f"{path} has a target more than once: user, position and item must tell rows apart")
+        raise ValueError(f"{path} has a target more than once: no two rows may have the same user, position and item")
     return ranks.sort(KEYS)
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    """Columns of equal width: names to the left, numbers to the right."""
+    """Lines with aligned columns: names to the left, numbers to the right."""
     columns = []
     for i, cells in enumerate(zip(*rows, strict=True)):
         width, is_name = max(map(len, cells)), i == 0 or cells[0] in ("metric", "")

@@ -49,7 +49,7 @@ class Padded(NamedTuple):
     def places(self, x: Tensor, size: int) -> Tensor:
         """(L,) places of the columns of x in a window of `size`."""
         if x.shape[1] > size:
-            raise ValueError(f"items are {x.shape[1]} events wide, must be at most max_len={size}: cut histories to their ends")
+            raise ValueError(f"histories have {x.shape[1]} events, must have at most max_len={size}: keep the last events of each")
         return torch.arange(size - x.shape[1], size, device=x.device)
 
 

@@ -47,7 +47,7 @@ class AWRSRNetwork(nn.Module):
         """
         if max_seqlen > self.config.max_len:
             raise ValueError(
-                f"max_seqlen is {max_seqlen}, must be at most max_len={self.config.max_len}: cut histories to their ends"
+                f"max_seqlen is {max_seqlen}, must be at most max_len={self.config.max_len}: keep the last events of each history"
             )
         return self.encode(items, Packed(cu_seqlens, max_seqlen))
 

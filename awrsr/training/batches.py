@@ -46,7 +46,7 @@ class Windows:
             self.length = np.minimum(end, max_len)
             self.start = begins[users] + end - self.length
         if not len(self.start):
-            raise ValueError("no history has two events for training; a shorter validation and test part may leave some")
+            raise ValueError("no history has two events for training; hold out fewer events for validation and test")
 
     def __len__(self) -> int:
         return len(self.start)

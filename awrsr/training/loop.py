@@ -62,12 +62,14 @@ class TrainingLoop(L.LightningModule):
         o, network, world = self.options, self.model, self.options.devices * self.options.nodes
         self.windows.batches(o.batch_size, o.seed, 0, 0, world)  # raises where there are too few sequences
         if 0 < len(self.validation) < world:
-            raise ValueError(f"{len(self.validation)} validation targets are too few for {world} processes, must be one for each")
+            raise ValueError(
+                f"{len(self.validation)} validation targets are too few for {world} processes, must be one or more each"
+            )
         if o.pvn_weight and not network.by_distance:
-            backbone = f"backbone {network.config.backbone!r}, whose scores are no distances"
+            backbone = f"backbone {network.config.backbone!r}, whose scores are not distances"
             raise ValueError(f"pvn_weight is {o.pvn_weight}, must be 0 with {backbone}")
         if o.loss in ("bce", "gbce") and network.by_distance:
-            raise ValueError(f"loss is {o.loss!r}, must not be with backbone {network.config.backbone!r}: no score is above 0")
+            raise ValueError(f"loss is {o.loss!r}, which does not suit backbone {network.config.backbone!r}: no score is above 0")
         draw_negatives(o.loss, torch.empty(0, dtype=torch.int64), network.config.num_items, 1, torch.Generator())  # likewise
 
     # 1. Before the first batch
@@ -184,7 +186,7 @@ class TrainingLoop(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         is_state = isinstance(checkpoint, dict) and {"awrsr", "state_dict"} <= checkpoint.keys()
         if not is_state or shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
-            raise ValueError(f"{self.folder / STATE} is no state of this run; remove it to begin anew")
+            raise ValueError(f"{self.folder / STATE} is not a state of this run; remove it to start again")
         for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("ModelCheckpoint")]:
             del checkpoint["callbacks"][name]  # Lightning's own callback, which older runs used: it would be missed
         self.record, self.curve = checkpoint["awrsr"]["record"], checkpoint["awrsr"]["curve"]

@@ -102,7 +102,7 @@ def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator
     if loss == "cross_entropy":
         return targets.new_empty(len(targets), 0)
     if num_items < 2:
-        raise ValueError(f"num_items is {num_items}; loss {loss!r} compares a target with other items, so must be 2 or more")
+        raise ValueError(f"num_items is {num_items}, must be 2 or more: loss {loss!r} compares a target with other items")
     drawn = torch.randint(num_items - 1, (len(targets), k), generator=generator, device=targets.device)
     return drawn + (drawn >= targets[:, None])
 

@@ -98,7 +98,7 @@ def numbered_for(model: Recommender, split: Split) -> Split:
     if own is not None:
         split, unknown = split.numbered_as(own)
         if unknown:
-            raise ValueError(f"histories hold {unknown} events with items this model was not fitted to; make another for them")
+            raise ValueError(f"histories hold {unknown} events with items that this model was not fitted to; fit a new one")
     elif model.network.config.num_items != len(items):
         raise ValueError(
             f"num_items is {model.network.config.num_items}, must be {len(items)}, the number of items in the histories"

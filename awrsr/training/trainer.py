@@ -125,4 +125,4 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's on a file that it then refuses
                 return torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except Exception as error:
-            raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to begin anew") from error
+            raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to start again") from error

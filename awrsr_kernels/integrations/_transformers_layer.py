@@ -70,7 +70,7 @@ class RefinedTables(nn.Module):
 
 
 class Refined(NamedTuple):
-    """What a refined layer hands to the attention function."""
+    """What a refined layer passes to the attention function."""
 
     tables: RefinedTables
     hidden: Tensor  # (B, L, E), the layer's input
@@ -78,7 +78,7 @@ class Refined(NamedTuple):
 
 
 class Padding(NamedTuple):
-    """Where real tokens lie in a batch of windows."""
+    """Where real tokens are in a batch of windows."""
 
     lengths: Tensor | None  # (B,) int64; None: everything is real
     side: str
@@ -88,7 +88,7 @@ class Padding(NamedTuple):
 
 
 class LazyMask:
-    """What a model says of visibility, once per pass: where padding is, and a mask only if a plain layer asks for one.
+    """The visibility of positions in one pass of a model: where padding is, and a dense mask only if a plain layer needs one.
 
     transformers calls the class as its mask function.
     """
@@ -104,17 +104,17 @@ class LazyMask:
         if not self.plain:
             raise ValueError(
                 "attention_mask is not plainly causal (a sliding window, packed sequences, bidirectional or custom); "
-                "it must show refined layers all earlier tokens of one sequence"
+                "refined layers must see all earlier tokens of one sequence"
             )
         return self._padding
 
     @property
     def ndim(self) -> int:
-        """What transformers asks of a mask that it is handed; `generate` makes one ahead of the model for these caches alone."""
+        """transformers reads this of a mask that is passed in; `generate` makes one in advance only for static caches."""
         checks.refuse("cache", "static", "a DynamicCache for refined layers")
 
     def __getitem__(self, _: Any) -> Any:
-        raise ValueError("attention_mask is cut to pieces by this model; it must come to the layers whole for refined ones")
+        raise ValueError("attention_mask is indexed by this model; refined layers need the whole mask")
 
     def dense(self) -> Any:
         if self._dense is None:
@@ -123,13 +123,13 @@ class LazyMask:
 
 
 def _read_padding(arguments: dict[str, Any]) -> Padding | None:
-    """Of the whole window. On a GPU this waits for the device, but not where a cache knows: then None."""
+    """The padding of the whole window. On a GPU this waits for the device; if a cache knows the padding, it is not read: None."""
     mask, window = arguments["attention_mask"], arguments["kv_length"]
     started = window > arguments["q_length"]
     if mask is None or not len(mask):
         return Padding(None, "right", None, window)
     if tuple(mask.shape) != (arguments["batch_size"], window):
-        must = f"(B, L) with L = {window}, the positions of input and cache (a static cache counts all it has room for)"
+        must = f"(B, L) with L = {window}, the positions of input and cache (a static cache counts its whole capacity)"
         checks.refuse("attention_mask", f"of shape {tuple(mask.shape)}", must)
     if started and mask.device.type != "cpu":
         return None
@@ -166,7 +166,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         self.is_initialized = True  # the rest waits for the queries and tables
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Count the new positions and hand them on; `start` and `go_on` store them."""
+        """Count the new positions and return them; `start` and `go_on` store them."""
         self.lazy_initialization(key_states, value_states)
         self.length += key_states.shape[-2]
         return key_states, value_states
@@ -184,7 +184,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         """Attention of a prompt, after `update` has counted it."""
         q, k, v = parts
         if self.rows is not None and self.rows.end_bound:
-            raise ValueError("model attends more than once per layer; for refined layers to keep a cache, it must attend once")
+            raise ValueError("model attends more than once per layer; with refined layers it cannot use a cache")
         self.can_go_on = padding.lengths is None or (padding.side == "left" and not padding.empty)
         w_q, w_k = tables.cached(hidden)
         self.rows = RefinedCache(
@@ -197,18 +197,18 @@ class RefinedCacheLayer(CacheLayerMixin):
         )
 
     def go_on(self, parts: Parts, tables: RefinedTables, hidden: Tensor, padding: Padding | None, scale: float) -> Tensor:
-        """Attention of the positions after those, one by one; `padding`, where it is known, is that of all positions."""
+        """Attention of the next positions, one by one. padding: that of all positions, if it is known."""
         if self.rows is None:
             was = "empty, as its first pass recorded gradients or had dropout"
             checks.refuse("cache", was, "filled under no_grad, in eval mode: model.eval()")
         if not self.can_go_on:
             raise ValueError(
-                "cache began with padding on the right, or with a row of padding alone; for tokens to follow, it must begin with "
+                "cache began with padding on the right, or with a row that is all padding; to add tokens, it must begin with "
                 "padding on the left and a token in every row"
             )
         first = self.rows.first
         if padding is not None and readable(first) and not first.equal(first * 0 if padding.first is None else padding.first):
-            raise ValueError("attention_mask is another than that of the positions in the cache; it must hide the same ones")
+            raise ValueError("attention_mask hides other positions of the cache than before; it must hide the same ones")
         w_q, w_k = tables.cached(hidden)
         outs = []
         for at in range(parts[0].shape[2]):

@@ -91,4 +91,4 @@ class RefinedEncoder(SasRecTransformerLayer):
         wrong = (found != seen[:, None]) & real[:, None, :, None]  # rows of padding attend as they like
         if wrong.any():
             way = "padding and the future" if self.causal else "padding"
-            checks.refuse("attention_mask", "another", f"what hides {way} alone; or take attn_mask_builder=NoAttentionMask()")
+            checks.refuse("attention_mask", "another", f"a mask that hides only {way}; or use attn_mask_builder=NoAttentionMask()")

@@ -58,21 +58,21 @@ def refine(
         max_positions: rows N of position tables, default the config's `max_position_embeddings`.
 
     Returns:
-        The model. New parameters lie in `...<attention>.refined`, in the model's dtype and on its layer's device; the
-        settings lie in `model.config.refined_attention`, so that `load` restores what `model.save_pretrained` wrote.
+        The model. New parameters are in `...<attention>.refined`, in the model's dtype and on its layer's device. The
+        settings are in `model.config.refined_attention`, so that `load` restores what `model.save_pretrained` wrote.
 
     Raises:
-        ValueError, TypeError: an argument does not fit, or the model is refined already, no decoder or of an unknown kind.
+        ValueError, TypeError: an argument does not fit, or the model is already refined, not a decoder or of an unknown kind.
     """
     checks.choice("refinement", refinement, ("simple", "value", "additive"))
     checks.choice("tables", tables, ("content", "position"))
     found = _attention_modules(model)
     if any(hasattr(module, "refined") for module in found):
-        raise ValueError("model is refined already; it must be refined once")
+        raise ValueError("model is already refined; refine a model only once")
     if getattr(model.config, IMPLEMENTATION, None) is not None:
         raise ValueError(
-            "model is plain, but its config has settings of refined attention; it must have a config of its own (copy it), "
-            "or, if it was saved refined, come from awrsr_kernels.integrations.transformers.load"
+            "model is plain, but its config has settings of refined attention; it must have a config of its own (copy it). "
+            "If it was saved refined, load it with awrsr_kernels.integrations.transformers.load"
         )
     positions = None
     if tables == "position":
@@ -94,15 +94,15 @@ def refine(
 def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
     """The refined model that `save_pretrained` wrote.
 
-    Other ways to load (`AutoModel...`) know nothing of the tables: they leave them out and warn of unexpected weights.
+    Other ways to load, such as `AutoModel...`, do not know the tables: they leave them out and warn about unexpected weights.
 
     Args:
         path: a folder, or a name on the Hugging Face Hub.
-        model_class: class of the model, such as `transformers.LlamaModel`; default the one it was saved from.
-        kwargs: those of `PreTrainedModel.from_pretrained`: dtype, device_map, config, settings of the config to change, ...
+        model_class: class of the model, such as `transformers.LlamaModel`; by default the one that was saved.
+        kwargs: arguments of `PreTrainedModel.from_pretrained`, such as dtype, device_map, config, or config settings to change.
 
     Returns:
-        The model; with output_loading_info=True also the report of what was loaded.
+        The model; with output_loading_info=True, also the report on what was loaded.
 
     Raises:
         ValueError: the model was not refined when it was saved, or its tables are missing.
@@ -113,7 +113,7 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
         config, kwargs = AutoConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
     settings = getattr(config, IMPLEMENTATION, None)
     if settings is None:
-        raise ValueError(f"path is {path}, whose config has no refined_attention; it must be a refined model, saved")
+        raise ValueError(f"path is {path}, whose config has no refined_attention; it must be a saved refined model")
     plain: Any = model_class or getattr(transformers, config.architectures[0])
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -124,7 +124,7 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
     building: Any = type(plain.__name__, (plain,), {"__init__": __init__, "__module__": plain.__module__})
     model, report = building.from_pretrained(path, config=config, output_loading_info=True, **kwargs | places)
     if missing := sorted(key for key in report["missing_keys"] if ".refined." in key):
-        raise ValueError(f"path is {path}, without {', '.join(missing)}; it must hold every table of the refined layers")
+        raise ValueError(f"path is {path}, which lacks {', '.join(missing)}; it must hold every table of the refined layers")
     model.__class__ = plain
     return (model, report) if wants_report else model
 
@@ -151,7 +151,7 @@ def _attention(
         out = cache.go_on(parts, tables, hidden, _padding(attention_mask, cache.length), scale)
         return out.transpose(1, 2).contiguous(), None
     padding = _padding(attention_mask, length)
-    assert padding is not None  # it is read where nothing precedes the window
+    assert padding is not None  # it is known when nothing precedes the window
     learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, hidden, *tables.parameters()))
     if cache is not None and not learning and not dropout:
         out = cache.start(parts, tables, hidden, padding, scale)
@@ -164,13 +164,13 @@ def _attention(
 
 
 def _padding(mask: Any, window: int) -> Padding | None:
-    """What the mask says of the window; None where only the cache knows."""
+    """The padding of the window as the mask gives it; None if only the cache knows it."""
     if mask is None:
         return Padding(None, "right", None, window)
     if not isinstance(mask, LazyMask):
         raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) for refined layers, or None")
     if (length := mask.arguments["kv_length"]) != window:
-        raise ValueError(f"attention_mask is of {length} positions; it must be of the {window} of the input and its cache")
+        raise ValueError(f"attention_mask has {length} positions; it must have {window}, those of the input and its cache")
     return mask.padding
 
 
@@ -188,9 +188,9 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
     first = found[0]
     causal = getattr(first, "is_causal", True) and not getattr(model.config, "add_cross_attention", False)
     if not causal or model.config.is_encoder_decoder:
-        raise ValueError(f"model is {type(model).__name__}, not causal or with cross-attention; it must be a decoder alone")
+        raise ValueError(f"model is {type(model).__name__}, which is not causal or has cross-attention; it must be a decoder")
     if first.config is not model.config:
-        raise ValueError(f"model is {type(model).__name__}, of several parts; it must be the language model inside it")
+        raise ValueError(f"model is {type(model).__name__}, which has several parts; pass the language model inside it")
     for name in UNSUPPORTED_SETTINGS:
         if getattr(model.config, name, None) is not None or hasattr(first, name):
             raise ValueError(f"model is {type(model).__name__}, whose attention has {name}; it must be a plain softmax of scores")
@@ -213,9 +213,9 @@ def _install(model: PreTrainedModel, found: list[Any], settings: dict[str, Any])
 
 
 def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Before an attention module runs: have it pass on what the attention function needs.
+    """Before an attention module runs, add what the attention function needs to its arguments.
 
-    Pickled models find it by name, for which this file is imported, which registers the rest.
+    Pickled models refer to this function by name, which imports this file and so registers the rest.
     """
     if (used := attention.config._attn_implementation) != IMPLEMENTATION:
         raise ValueError(f'the attention implementation is "{used}"; it must stay "{IMPLEMENTATION}" in a refined model')
@@ -236,11 +236,13 @@ def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) 
         if not 0 <= index < count:
             raise ValueError(f"layers is {layers!r}; it must be indices in 0..{count - 1}")
     if not layers or len(set(layers)) < len(layers):
-        raise ValueError(f"layers is {layers!r}; it must name one layer at least, each once")
+        raise ValueError(f"layers is {layers!r}; it must name at least one layer, and each only once")
     kinds = get_layer_types_and_kwargs(config)[0]
-    if strange := [kind for kind in kinds if kind not in KINDS]:  # sparse ones hang on the name of the attention implementation
-        raise ValueError(f'model has layers of "{strange[0]}"; those that stay plain, too, must be of {", ".join(KINDS)}')
+    if strange := [kind for kind in kinds if kind not in KINDS]:  # sparse ones depend on the name of the attention implementation
+        raise ValueError(f'model has layers of "{strange[0]}"; all layers, including plain ones, must be of {", ".join(KINDS)}')
     if other := [index for index in layers if kinds[index] != "full_attention"]:
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-        raise ValueError(f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must be of full attention: {full}')
+        raise ValueError(
+            f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must name layers with full attention: {full}'
+        )
     return sorted(layers)

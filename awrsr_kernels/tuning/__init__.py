@@ -1,1 +1,1 @@
-"""The tuner, `python -m awrsr_kernels.tuning`: better launch configurations for the GPU at hand."""
+"""The tuner, `python -m awrsr_kernels.tuning`: finds launch configurations for your GPU."""

@@ -1,27 +1,27 @@
-"""Find launch configurations for the GPU at hand, and keep them where every later call finds them.
+"""Find launch configurations for your GPU, and store them where every later call looks for them.
 
     python -m awrsr_kernels.tune
 
-The table of `launch_config.py` suits no GPU best. For each of its keys that the given shapes reach, this measures other
-configurations of that one kernel, all other kernels left as they are: each is checked, output and gradients against the definition,
-before it is timed, and the table's row stays unless one wins by more than 3 %.
+The table in `launch_config.py` is not the best one for any particular GPU. For each key of the table that the given shapes use, the
+tuner measures other configurations of that one kernel; all other kernels keep theirs. Before a configuration is timed, output and
+gradients are checked against the definition. The table's row is kept unless another configuration is faster by more than 3 %.
 
 examples:
-  python -m awrsr_kernels.tuning                                    both presets in bfloat16, ten minutes
+  python -m awrsr_kernels.tuning                                    both presets in bfloat16; ten minutes
   python -m awrsr_kernels.tuning --preset recsys --refinement simple additive --dropout 0.1
-                                                                  what you train with; all shapes of a key are judged together
+                                                                  as you train; shapes of one key are judged together
   python -m awrsr_kernels.tuning --shapes 256,2,50,64 1024,2,50,64 --kernel short_fwd short_bwd
   python -m awrsr_kernels.tuning --shapes 8,4,1024,64,32 --dtype float16 --seconds 1800 --out tuned.json
-  python -m awrsr_kernels.tuning --list                             what is tuned, and how it came about; needs no GPU
-  AWRSR_KERNELS_TUNED=tuned.json python train.py                  use a file that lies elsewhere
+  python -m awrsr_kernels.tuning --list                             the table and what is tuned; needs no GPU
+  AWRSR_KERNELS_TUNED=tuned.json python train.py                  use another file of tuned entries
 
 presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 512 and 2048 with H 4, D = R = 64.
-kernels: short_* hold a whole head on chip (L up to 64), tiled_* take the rest. A kernel is timed within its pass, the forward or
-the backward.
+kernels: short_* hold a whole head on chip (L up to 64); tiled_* compute all other lengths. The time of a kernel is that of its
+whole pass, forward or backward.
 
-Most of the time goes into compiling, once per configuration, in several --processes: Triton keeps what it compiled, so a second
-run gets further in the same --seconds. Configurations are tried from the table's row outwards. Leave the GPU to the tuner while it
-runs. A file holds entries of several GPUs and versions of Triton; another GPU's are never used, and never overwritten.
+Most of the time is spent on compiling, once per configuration, in several --processes. Triton caches what it compiled, so a second
+run gets further in the same --seconds. Configurations close to the table's row are tried first. Run nothing else on the GPU while
+the tuner runs. A file can hold entries for several GPUs and versions of Triton; those of another GPU are never used or overwritten.
 """
 
 import argparse
@@ -53,11 +53,11 @@ PRESETS = {  # B, H, L, D of their shapes
     "recsys": [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)],
     "long": [(16384 // length, 4, length, 64) for length in (512, 2048)],
 }
-AHEAD = 0.4  # share of the time after which no more is compiled ahead
+AHEAD = 0.4  # share of the time that may be spent on compiling ahead
 
 
 def entry_of(verdict: Verdict, gpu: str, triton: str) -> dict[str, Any]:
-    """An entry of the file, with the measurement that it rests on."""
+    """An entry of the file, with the measurement that it is based on."""
     chosen, table = verdict.medians[verdict.chosen], verdict.medians.get(verdict.table)
     others = [f"{ms:.4f} ms" for ms in table] if table else ["refused"] * len(chosen)
     rows = (f"{case}: {ms:.4f} ms, table {other}" for case, ms, other in zip(verdict.cases, chosen, others, strict=True))
@@ -71,7 +71,7 @@ def torch_build() -> str:
 
 
 def save(path: Path, verdict: Verdict, gpu: str, triton: str) -> None:
-    """Merge a verdict into the file as it now is; where the table's row is kept, the key has no entry."""
+    """Merge a verdict into the current file. A key whose table row is kept has no entry."""
     new = [entry_of(verdict, gpu, triton)] if verdict.chosen != verdict.table else []
     write_entries(path, merged(read_entries(path), new, gpu, triton, [verdict.key]))
 
@@ -95,9 +95,9 @@ def results_table(verdicts: list[Verdict]) -> str:
 
 
 def listing(path: Path) -> str:
-    """The table, and below each key what is tuned for it."""
-    entries, lines = read_entries(path), [f"{path}{'' if path.exists() else ' (not there: nothing is tuned)'}", ""]
-    lines.append(f"{KEY_COLUMNS}  configuration, of several the first that fits")
+    """The table, with the tuned entries below each key."""
+    entries, lines = read_entries(path), [f"{path}{'' if path.exists() else ' (does not exist: nothing is tuned)'}", ""]
+    lines.append(f"{KEY_COLUMNS}  configuration (of several, the first that fits is used)")
     for key, rows in TABLE.items():
         lines.append(f"{key_columns(key)}  {', or '.join(describe(row.config) for row in rows)}")
         for entry in entries:
@@ -109,7 +109,7 @@ def listing(path: Path) -> str:
 
 
 def progress_bar(total: int) -> Any:
-    """tqdm's, None if it is not installed or no terminal is there."""
+    """A bar of tqdm, or None if tqdm is not installed or there is no terminal."""
     if not sys.stderr.isatty() or not find_spec("tqdm"):
         return None
     from tqdm import tqdm
@@ -125,22 +125,22 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add, seconds = parser.add_argument, number(1, 1e9, "a number in [1, 1e+09)")
     add("--preset", nargs="+", choices=tuple(PRESETS), help="shapes to tune for (default: both)")
-    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="other shapes; R is D if left out")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="default bfloat16")
-    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple; several are judged together")
-    add("--dropout", type=number(0, 1, "a number in [0, 1)"), default=0.0, metavar="P", help="default 0")
-    add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="default: all that the shapes reach")
-    add("--seconds", type=seconds, default=600.0, metavar="S", help="to spend, about, over all kernels (default 600)")
+    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="sizes, not a preset's; R is D if left out")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="data type (default bfloat16)")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="refinements, judged together (default simple)")
+    add("--dropout", type=number(0, 1, "a number in [0, 1)"), default=0.0, metavar="P", help="dropout rate (default 0)")
+    add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="kernels to tune (default: all that the shapes use)")
+    add("--seconds", type=seconds, default=600.0, metavar="S", help="approximate seconds for all kernels (default 600)")
     cores = os.cpu_count() or 1
-    add("--processes", type=int, default=cores, metavar="N", help=f"to compile in before anything is timed (default {cores})")
-    add("--out", type=Path, metavar="FILE", help=f"default {tuned_path()}")
-    add("--list", action="store_true", help="print the table and what is tuned, and stop")
+    add("--processes", type=int, default=cores, metavar="N", help=f"processes that compile before timing begins (default {cores})")
+    add("--out", type=Path, metavar="FILE", help=f"file of tuned entries (default {tuned_path()})")
+    add("--list", action="store_true", help="print the table and the tuned entries, and exit")
     return parser
 
 
 def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
     if options.shapes and options.preset:
-        parser.error("argument --shapes: takes the place of --preset; leave one of them out")
+        parser.error("argument --shapes: cannot be combined with --preset; leave out one of them")
     dtype = getattr(torch, options.dtype)
     shapes = options.shapes or [size for name in options.preset or PRESETS for size in PRESETS[name]]
     if options.processes < 1:
@@ -155,7 +155,7 @@ def missing_gpu(cases: list[Case]) -> str | None:
     if not torch.cuda.is_available():
         return (
             "tuning needs a GPU (NVIDIA of compute capability 8.0 or newer, or AMD) and a torch that sees it: "
-            f"torch {torch.__version__} ({torch_build()} build) finds none here; --list works without"
+            f"torch {torch.__version__} ({torch_build()} build) finds none here; --list works without one"
         )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is 1, which must be unset: the interpreter's times say nothing about a GPU"
@@ -165,7 +165,7 @@ def missing_gpu(cases: list[Case]) -> str | None:
 
 
 def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float) -> int:
-    """Compile candidates in several processes, for so long at most: of all kernels alike, the likeliest first. Returns how many."""
+    """Compile candidates in several processes for at most `seconds`, the likeliest of every kernel first. Returns how many."""
     queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
     work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
     end, done = time.monotonic() + seconds, 0
@@ -179,7 +179,7 @@ def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float
 def tune(
     grouped: dict[Key, list[Case]], device: torch.device, bench: Bench, path: Path, names: tuple[str, str], seconds: float
 ) -> list[Verdict]:
-    """Search key after key, each with an even share of the time that is left, and write each verdict as soon as it stands.
+    """Search key after key, each with an even share of the remaining time, and write each verdict as soon as it is known.
 
     names: the GPU's name and Triton's version, for which the file's entries hold.
     """
@@ -200,7 +200,7 @@ def tune(
             verdicts.append(search(key, cases, table, bench, share, current=found_before.get(key), say=say, step=step))
             save(path, verdicts[-1], *names)
     except KeyboardInterrupt:
-        say("interrupted; what was found before is kept")
+        say("interrupted; verdicts reached before are saved")
     finally:
         if bar is not None:
             bar.close()
@@ -220,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason:
             print(f"awrsr_kernels.tune: {reason}", file=sys.stderr)
             return 2
-        write_entries(path, read_entries(path))  # a broken file is reported before minutes of work, not after
+        write_entries(path, read_entries(path))  # so that a broken file is reported before minutes of work
         device = torch.device("cuda", torch.cuda.current_device())
         shared, names = shared_memory(device), machine(device)
         tuned_for(device)
@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not options.kernel or key.kernel in options.kernel:
                     grouped.setdefault(key, []).append(case)
         if not grouped:
-            parser.error(f"argument --kernel: was {' '.join(options.kernel)}, which none of the shapes reaches on this GPU")
+            parser.error(f"argument --kernel: was {' '.join(options.kernel)}, which none of the shapes uses on this GPU")
         print(f"{names[0]}, torch {torch.__version__}, Triton {names[1]}; {len(cases)} shapes, {len(grouped)} kernels", flush=True)
         begin = time.monotonic()
         if options.processes > 1:
@@ -238,14 +238,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{done} candidates compiled ahead in {time.monotonic() - begin:.0f} s", flush=True)
         verdicts = tune(grouped, device, Bench(device), path, names, options.seconds - (time.monotonic() - begin))
     except (ValueError, OSError, DeviceLost) as error:
-        print(f"awrsr_kernels.tune: {error}", file=sys.stderr)  # verdicts that stood before it are in the file
+        print(f"awrsr_kernels.tune: {error}", file=sys.stderr)  # earlier verdicts are in the file
         return 1
     except torch.OutOfMemoryError:
         print("awrsr_kernels.tune: the GPU's memory does not hold a shape and its reference: use smaller --shapes", file=sys.stderr)
         return 1
     print(f"\n{results_table(verdicts)}\n\n{path}")
     if any(v.unreached for v in verdicts):
-        print("candidates were left for want of time: a higher --seconds, or a second run, reaches more")
+        print("not all candidates were measured in the time given; raise --seconds or run the tuner again")
     broken = [v for v in verdicts if v.table in v.refused]
     for v in broken:
         print(f"the table's own row for {v.key} failed: {v.refused[v.table]}; please report it", file=sys.stderr)

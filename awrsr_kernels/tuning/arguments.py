@@ -1,4 +1,4 @@
-"""Types of arguments of command lines, of the tuner and of benchmarks, whose complaints say what they must be."""
+"""Types of command-line arguments for the tuner and the benchmarks; their errors say what a value must be."""
 
 import argparse
 from collections.abc import Callable

@@ -11,12 +11,16 @@ from awrsr_kernels.tuning.arguments import number, whole
 
 SECONDS = number(0, 1e9, "a number of seconds")
 FLAGS: dict[str, dict[str, Any]] = {
-    "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda if there is one"},
-    "--threads": {"type": whole(1), "metavar": "N", "help": "CPU threads; fewer than cores steady the times on a busy machine"},
-    "--reps": {"type": whole(1), "metavar": "N", "help": "samples of each instead of a time budget"},
+    "--device": {"choices": ("cpu", "cuda"), "help": "device to measure on (default: cuda if there is a GPU)"},
+    "--threads": {
+        "type": whole(1),
+        "metavar": "N",
+        "help": "number of CPU threads; on a busy machine, fewer than cores give steadier times",
+    },
+    "--reps": {"type": whole(1), "metavar": "N", "help": "number of samples of each measurement, instead of a time budget"},
     "--budget": {"type": SECONDS, "metavar": "S", "help": "seconds of timing per problem"},
-    "--seed": {"type": whole(0), "default": 0, "help": "of everything that is random (default 0)"},
-    "--out": {"type": Path, "metavar": "DIR", "help": "write results.json and results.md"},
+    "--seed": {"type": whole(0), "default": 0, "help": "random seed (default 0)"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "write results.json and results.md to this folder"},
 }
 
 
@@ -28,14 +32,14 @@ def make_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_flag(add: Callable[..., Any], name: str, **changes: Any) -> None:
-    """One of the shared flags; changes: what differs in this benchmark."""
+    """Add one of the shared flags. changes: arguments of `add_argument` that differ in this benchmark."""
     add(name, **(FLAGS[name] | changes))
 
 
 def settle_machine(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Choose the device where none was named, and set the number of CPU threads."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("argument --device: was cuda, but torch finds no GPU here (cpu would work)")
+        parser.error("argument --device: was cuda, but torch finds no GPU here (use cpu)")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -1,12 +1,13 @@
-"""Every kernel once, forward and backward, padded and packed, with dropout, and steps of decoding: for sanitizers and profilers.
+"""Run every kernel once, for sanitizers and profilers.
 
-Between Gaussians packed alone: the layouts share their kernels, and sanitizers are slow.
+The calls run forward and backward, padded and packed, with dropout; a few steps are decoded. Calls between Gaussians are only
+packed, since both layouts use the same kernels and sanitizers are slow.
 
     python -m benchmarks.gpu.every_kernel
     compute-sanitizer --tool racecheck python -m benchmarks.gpu.every_kernel --batch 12 --processors 1
     python -m benchmarks.gpu.every_kernel --batch 512 --windows 50 512 --profile kernels.json
 
-Without a GPU it runs in Triton's interpreter, where it shows no more than that every kernel is reached.
+Without a GPU the kernels run in Triton's interpreter, which only shows that each of them is reached.
 """
 
 import functools
@@ -94,15 +95,28 @@ def kernel_times(profile: Any) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="default: both")
-    parser.add_argument("--batch", type=int, default=3, help="sequences (default 3)")
-    parser.add_argument("--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows (default 20 and 160)")
-    parser.add_argument("--heads", type=int, default=2, help="query and key heads (default 2)")
-    parser.add_argument("--dim", type=int, default=32, help="D, D_v and R (default 32)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="default bfloat16")
-    parser.add_argument("--processes", type=int, default=1, metavar="N", help="deal the calls out to N, to fill Triton's cache")
-    parser.add_argument("--processors", type=int, metavar="N", help="lay launches out as for so few (default: as there are)")
-    parser.add_argument("--profile", type=Path, metavar="FILE", help="also run under torch.profiler: times per kernel as JSON")
+    parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="backbones to run (default both)")
+    parser.add_argument("--batch", type=int, default=3, help="number of sequences (default 3)")
+    parser.add_argument(
+        "--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows of the calls (default 20 and 160)"
+    )
+    parser.add_argument("--heads", type=int, default=2, help="number of query heads and of key heads (default 2)")
+    parser.add_argument("--dim", type=int, default=32, help="value of D, D_v and R (default 32)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"), help="data type (default bfloat16)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="spread the calls over N processes, to fill Triton's cache"
+    )
+    parser.add_argument(
+        "--processors", type=int, metavar="N", help="launch as if the GPU had N processors (default: as many as it has)"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="also run under torch.profiler, and write the times of each kernel to this JSON file",
+    )
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = given.dtype if device == "cuda" or given.dtype != "bfloat16" else "float32"  # not in the interpreter

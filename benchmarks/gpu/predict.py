@@ -1,23 +1,23 @@
-"""Predicts a kernel's time on an H200, launch by launch, from counts and the compile report: to judge a design before it runs.
+"""Predict the time of each kernel launch on an H200 from counts and the compile report, to judge a design before it runs.
 
     python -m awrsr_kernels.compile_report --target sm_90 --dtype bfloat16 --json report.json
     python -m benchmarks.gpu.predict 512,4,128,64 --refinement simple additive --compile-report report.json
 
-A launch takes the longest of five times, each as if the others were free, and LAUNCH_US in any case:
+The time of a launch is the longest of five times, each computed as if the others were zero, and at least LAUNCH_US:
 
-    memory    bytes read and written / speed of a copy            every tensor once per launch, as if no launch found
-                                                                  in the cache what the one before it left there
-    cache     bytes that programs ask for / speed of the L2       W for every program, earlier keys for every row tile
+    memory    bytes read and written / speed of a copy            every tensor once per launch, as if the cache kept
+                                                                  nothing from the launch before
+    cache     bytes that programs load / speed of the L2          W for every program, earlier keys for every row tile
     matmul    operations of whole tiles / (rate * EFFICIENCY)
-    lanes     instructions beside the products / their rate       exponentials, masks, sums: per entry of a score tile; its
+    lanes     instructions other than products / their rate       exponentials, masks, sums: per entry of a score tile; its
                                                                   gradient; dropout bits, per entry that draws one
-    chain     products that wait for one another * STEP_US,       of the busiest program, or of all programs over how many
-              and START_US per wave of programs and per tile      run at once (the compile report says: registers,
-              that one of them begins                             shared memory, warps)
+    chain     products that wait for each other * STEP_US,        of the busiest program, or of all programs divided by how
+              and START_US per wave of programs and per tile      many run at once (by the registers, shared memory and
+              that one of them begins                             warps in the compile report)
 
-Bytes, operations, entries and chains are `launches.py`'s counts, which a test holds to what the interpreted kernels do. Constants
-are data-sheet numbers or ASSUMED. Of 24 times measured in bfloat16 at recommender sizes 21 were within a factor of 1.5, the rest
-within 1.6. Calls between Gaussians are not counted yet.
+Bytes, operations, entries and chains are counted by `launches.py`; a test compares these counts with what the interpreted kernels
+do. Constants are from data sheets or marked as ASSUMED. Of 24 times measured in bfloat16 at recommender sizes, 21 were within a
+factor of 1.5, the rest within 1.6. Calls between Gaussians are not counted yet.
 """
 
 import json
@@ -131,10 +131,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.usage = None
     add: Any = parser.add_argument
-    add("problem", nargs="+", type=sizes, metavar="B,H,L,D[,R]", help="sizes of a call")
-    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="default simple")
-    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="default 0")
-    add("--compile-report", type=Path, metavar="FILE", help="how many programs run at once (without it: guessed)")
+    add("problem", nargs="+", type=sizes, metavar="B,H,L,D[,R]", help="sizes of a call; R is D if left out")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="refinements to predict (default simple)")
+    add("--dropout", type=number(0, 1, "in [0, 1)"), default=0.0, metavar="P", help="dropout rate (default 0)")
+    add(
+        "--compile-report",
+        type=Path,
+        metavar="FILE",
+        help="JSON file of compile_report, which says how many programs run at once (default: a guess)",
+    )
     options = parser.parse_args(argv)
     try:
         report = json.loads(options.compile_report.read_text(encoding="utf-8")) if options.compile_report else []

@@ -1,12 +1,12 @@
-"""Everything that needs a GPU in one go, within ten minutes and without a network: tests, tuner, benchmarks, profile.
+"""Run everything that needs a GPU, within ten minutes and without a network: tests, tuner, benchmarks and a profile.
 
-    python benchmarks/gpu_run.py --out gpu-out        (or: make gpu)
-    python benchmarks/gpu_run.py --only sanitizers    ten minutes of their own, as everything is slow under them
-    python benchmarks/gpu_run.py --only tests tuner   in two goes, the rest in another
+    python benchmarks/gpu_run.py --out gpu-out        (the same as make gpu)
+    python benchmarks/gpu_run.py --only sanitizers    the sanitizers, which take ten minutes by themselves
+    python benchmarks/gpu_run.py --only tests tuner   some stages now, the others in another run
 
-Leaves in the output folder summary.json (every stage's status, seconds, and a profile of each kernel), tests.json, tuned.json (the
-tuner's table), one JSON per benchmark, and logs.tar.gz (logs, CSV): nine files. Every stage has a time limit of its own,
-and what one of them does not finish, or cannot run at all, costs the others nothing.
+The output folder then holds nine files: summary.json (status and seconds of every stage, and a profile of each kernel), tests.json,
+tuned.json (the tuner's table), one JSON per benchmark, and logs.tar.gz (logs and CSV files). Every stage has its own time limit. A
+stage that fails or does not finish does not stop the others.
 """
 
 import functools
@@ -185,14 +185,26 @@ class Run:
 
 def main() -> int:
     parser = make_parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu-out")), help="folder for the results")
-    parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile and test in")
-    parser.add_argument("--only", nargs="+", choices=STAGES, default=[], help="stages, in this order; default all but sanitizers")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT", "gpu-out")),
+        help="folder for the results (default $OUT, or else gpu-out)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=min(16, os.cpu_count() or 1),
+        help="number of processes that compile and test (default %(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=STAGES, default=[], help="stages to run, in this order (default: all except sanitizers)"
+    )
     given = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
-        raise SystemExit("this needs a GPU, and torch finds none here; `make bench` compares the CPU paths")
+        raise SystemExit("this needs a GPU, and torch finds none here; `make bench` measures on the CPU")
     given.out.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:

@@ -1,13 +1,14 @@
-"""Prints what no later change may lose, beside the same figures of an earlier commit, in under ten minutes on two cores.
+"""Compare quality, speed and size of this folder with those of an earlier commit, in under ten minutes on two cores.
 
-    make guard                      # against the merge-base with origin/main; without one, the last tag, or the commit before
+    make guard                      # against the merge base with origin/main, or else the last tag, or else the previous commit
     make guard BASE=v0.1            # against any commit
     make guard DATA=folder          # with the beauty.txt in a folder other than ../shared/data and awrsr's cache
 
-Measured are this folder as it stands, changes that are not committed included, and the base in a git worktree of its own, with the
-same interpreter and libraries. Times are ratios to two stock attention calls; base and now take turns. Quality and counts that are
-worse by more than 3 %, and times by more than 10 %, are called worse: exit status 1. Status 2 says that something was not measured.
-The base's figures are kept in .guard/ where they do not depend on what the machine is doing.
+It measures this folder, including changes that are not committed, and the base in a git worktree of its own, with the same
+interpreter and libraries. Times are ratios to two stock attention calls, measured in turns on both sides. A figure counts as worse
+if it is a quality or a count that is worse by more than 3 %, or a time that is worse by more than 10 %. The exit status is 1 if a
+figure is worse, and 2 if something was not measured. Figures of the base that do not depend on the load of the machine are kept in
+.guard/ for the next run.
 """
 
 import argparse
@@ -130,9 +131,9 @@ class Guard:
 def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__, formatter_class=raw)
-    parser.add_argument("--base", help="the commit to compare with")
-    parser.add_argument("--data", help="folder with beauty.txt")
-    parser.add_argument("--patience", type=float, default=1.0, help="multiplies every time limit, for a machine with other work")
+    parser.add_argument("--base", help="commit to compare with")
+    parser.add_argument("--data", help="folder that holds beauty.txt")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor of every time limit, for a busy machine (default 1)")
     options = parser.parse_args()
     base, data = commit_of(options.base), find_beauty(options.data)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

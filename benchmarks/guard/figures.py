@@ -71,6 +71,6 @@ def conclusion(rows: Iterable[Row]) -> tuple[str, int]:
     """A sentence, and the exit status: 1 if something is worse, otherwise 2 if something was not measured, otherwise 0."""
     verdicts = [row.verdict for row in rows]
     worse, unknown = verdicts.count("worse"), sum(verdict.startswith("not measured") for verdict in verdicts)
-    judged = f"{worse} worse. A worse figure wants a reason in the commit message." if worse else "Nothing measured is worse."
-    gap = f" {unknown} not measured. What was not measured is not known to be fine." if unknown else ""
+    judged = f"{worse} worse. Give the reason for a worse figure in the commit message." if worse else "Nothing measured is worse."
+    gap = f" {unknown} not measured, and so possibly worse." if unknown else ""
     return judged + gap, 1 if worse else 2 if unknown else 0

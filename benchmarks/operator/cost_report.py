@@ -1,11 +1,11 @@
-"""What refinement costs, from committed results alone: operator, training, decoding, and each call under the roof of its device.
+"""Report what refinement costs, from committed results: the operator, training, decoding, and rooflines.
 
     python -m benchmarks.operator.cost_report      # results/operator/cost.md, cost.json, cost_{operator,roofline,quality}.png
 
-The roof of a device is what it copies and what it multiplies at best: a call that does I operations per byte of device memory gets
-no further than min(I * copy, matmul) operations a second, so below the ridge, matmul / copy, memory is what limits it and above it
-arithmetic. Bytes and operations are those of the problem (`roofline.py`), rates those of the very run. A GPU's calls are timed as a
-CUDA graph replays them, where the host holds nothing up.
+The roof of a device is set by the best rates measured on it, of a copy and of a matrix product. A call with I operations per byte
+of device memory reaches at most min(I * copy, matmul) operations per second. Below the ridge, I = matmul / copy, memory limits it;
+above it, arithmetic does. Bytes and operations are those of the problem (`roofline.py`); the rates were measured in the same run.
+On a GPU, the times are those of calls replayed from a CUDA graph, in which the host causes no delay.
 """
 
 import json
@@ -117,7 +117,7 @@ def load(folder: Path) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
-    where = "folder of results, where the report goes, too; default %(default)s"
+    where = "folder of results, in which the report is written as well (default %(default)s)"
     parser.add_argument("--results", type=Path, default=RESULTS, help=where)
     folder = parser.parse_args(arguments).results
     files, study = load(folder), folder / "study/study.json"

@@ -1,13 +1,13 @@
-"""Time of a decoding step beside the full causal call and two stock attention calls on a cache, each checked before it is timed.
+"""Time of a decoding step, compared with the full causal call and with two stock attention calls on a cache.
 
 examples, from the repository root:
   python benchmarks/decode_bench.py --threads 1 --out out      a minute; writes out/results.json and results.md
   python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
 
-providers: step (ours, on a cache of L - 1 items), full (ours, all L rows, of which the last is wanted), sdpa2 (two stock attention
-calls for one query on a cache of its own, which holds [W_q | W_k | V] joined: the honest rival), sdpa2-split (one call per block of
-values, each with rows of its own). Every one must give the last row of the definition, or it is not timed. Taking the new item back
-out of a cache between two samples is not timed. GB/s counts what a step must move: the cache and the tables once.
+providers: step (ours, on a cache of L - 1 items); full (ours, all L rows, although only the last is needed); sdpa2 (two stock
+attention calls for one query, with [W_q | W_k | V] joined in a cache of its own); sdpa2-split (one stock call per block of values,
+each with its own cache). A provider is timed only if it gives the last row of the definition. Removing the new item from a cache
+between two samples is not timed. GB/s counts the bytes that a step must move: the cache and the tables once.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Problem(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """A call that gives the last row, and what takes its item back out of a cache."""
+    """A call that gives the last row, and a function that removes its item from the cache again."""
 
     name: str
     role: str
@@ -183,16 +183,23 @@ COLUMNS: list[report.Column] = [
 def options_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--batch", type=whole(1), nargs="+", default=[1, 8], metavar="B", help="default 1 and 8")
-    add("--length", type=whole(2), nargs="+", default=[1024], metavar="L", help="items with the new one (default 1024)")
-    add("--heads", type=whole(1), default=4, metavar="H", help="default 4")
-    add("--dim", type=whole(1, 256), default=64, metavar="D", help="D, D_v and R (default 64)")
-    add("--refinement", nargs="+", choices=REFINEMENTS, default=list(REFINEMENTS), help="default all")
-    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="default both")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default float32")
+    add("--batch", type=whole(1), nargs="+", default=[1, 8], metavar="B", help="batch sizes (default 1 and 8)")
+    add(
+        "--length",
+        type=whole(2),
+        nargs="+",
+        default=[1024],
+        metavar="L",
+        help="numbers of items, including the new one (default 1024)",
+    )
+    add("--heads", type=whole(1), default=4, metavar="H", help="number of heads (default 4)")
+    add("--dim", type=whole(1, 256), default=64, metavar="D", help="value of D, D_v and R (default 64)")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=list(REFINEMENTS), help="refinements to measure (default all)")
+    add("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="kinds of tables to measure (default both)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="data type (default float32)")
     for name in ("--device", "--threads", "--reps", "--out"):
         add_flag(add, name)
-    add_flag(add, "--budget", default=4.0, help="seconds per problem (default 4)")
+    add_flag(add, "--budget", default=4.0, help="seconds of timing per problem (default 4)")
     return parser
 
 

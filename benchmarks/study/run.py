@@ -1,15 +1,15 @@
-"""The study: does refining attention help, when, and what does it cost? Every run of a plan, kept in one file.
+"""Run the study: does refining attention help, when, and what does it cost? All runs of its plan are kept in one file.
 
-    python benchmarks/study.py --folder data                       # all of it; hours
+    python benchmarks/study.py --folder data                       # everything; takes hours
     python benchmarks/study.py --only core --datasets wikipedia    # some cells
-    python benchmarks/study.py --budget 60 --jobs 2                # what an hour allows; rerun the command to continue
-    python benchmarks/study.py --list                              # what is done and what is missing
+    python benchmarks/study.py --budget 60 --jobs 2                # as much as fits in an hour; rerun the command to continue
+    python benchmarks/study.py --list                              # list what is done and what is missing
 
-A cell is a command of `awrsr train`; its runs differ in their seed. A finished run becomes an entry of study.json, and its ranks of
-the held-out events a row of study_ranks.parquet. Finished runs are not repeated; a run that was stopped resumes at its last epoch.
-study_defaults.json holds the defaults of the options that commands leave out: if one changes, the study stops with an error. Cells
-with an option that has since been removed keep their results and are not run. Validation NDCG@10 chooses the epoch, test events are
-ranked once. `study_report.py` makes tables and pictures of these files.
+A cell is a command of `awrsr train`; its runs differ in the seed. A finished run becomes an entry of study.json, and its ranks of
+the held-out events become a row of study_ranks.parquet. Finished runs are not repeated; a stopped run resumes from its last epoch.
+study_defaults.json stores the defaults of the options that the commands leave out; if one has changed, the study stops with an
+error. Cells with an option that has since been removed keep their results and are not run. Validation NDCG@10 chooses the epoch,
+and test events are ranked once. `study_report.py` makes tables and pictures from these files.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from benchmarks.study.plan import DATA, GROUPS, KEY, REMOVED, TAG, Cell, plan
 RESULTS = Path(__file__).resolve().parents[1] / "results/study"
 ENTRIES, RANKS, TARGETS = "study.json", "study_ranks.parquet", "study_targets.parquet"
 DEFAULTS = "study_defaults.json"
-DEEPEST = 21  # ranks from there on are kept as this one: no metric up to @20 tells them apart
+DEEPEST = 21  # larger ranks are stored as this one: metrics up to @20 do not distinguish them
 RUN_KEY = (*KEY, "seed")
 
 
@@ -60,7 +60,7 @@ class Results:
         return [entry for seed in range(cell.seeds) if (entry := self.of(cell, seed))]
 
     def add(self, entry: dict[str, Any], test: pl.DataFrame, popularity: np.ndarray) -> None:
-        """An entry, the ranks of its targets, and of each target the length of its history and how often its item is trained on."""
+        """Add an entry, and for each target its rank, the length of its history and how often its item is trained on."""
         key = {name: entry[name] for name in RUN_KEY}
         ranks = pl.DataFrame([key | {"ranks": test["rank"].clip(upper_bound=DEEPEST).to_list()}])
         targets = {"dataset": entry["dataset"], "history": test["position"].to_list(), "popularity": popularity.tolist()}
@@ -174,21 +174,26 @@ def popularity(cell: Cell, file: Path | None, test: pl.DataFrame) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--folder", type=Path, help="Folder with beauty.txt, lastfm.txt and wikipedia.txt; without one they are downloaded.")
-    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="Parts of the plan; default: all, in this order.")
-    add("--datasets", nargs="+", default=[], help="Only cells of these data sets.")
-    add("--cells", nargs="+", default=[], help="Only cells whose name contains one of these words.")
-    add("--seeds", type=whole(0), default=0, help="Most seeds of a cell; default: as planned, five where a claim rests on them.")
-    add("--budget", type=float, default=0.0, help="Start no run after this many minutes; default: no limit.")
-    add("--jobs", type=whole(1), default=1, help="Runs at a time, with a thread each; default %(default)s.")
-    add("--runs", type=Path, default=Path("bench-out/study"), help="Folder of the runs; default %(default)s.")
-    add("--out", type=Path, default=RESULTS, help="Folder of study.json; default %(default)s.")
-    add("--list", action="store_true", help="Show what is done and what is missing, and run nothing.")
+    add("--folder", type=Path, help="Folder with beauty.txt, lastfm.txt and wikipedia.txt (default: they are downloaded).")
+    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="Parts of the plan to run (default: all, in this order).")
+    add("--datasets", nargs="+", default=[], help="Run only cells of these data sets.")
+    add("--cells", nargs="+", default=[], help="Run only cells whose name contains one of these words.")
+    add(
+        "--seeds",
+        type=whole(0),
+        default=0,
+        help="Maximum number of seeds per cell (default: as planned, which is five for cells that claims rest on).",
+    )
+    add("--budget", type=float, default=0.0, help="Start no further run after this many minutes (default: no limit).")
+    add("--jobs", type=whole(1), default=1, help="Number of runs at a time, with one thread each (default: %(default)s).")
+    add("--runs", type=Path, default=Path("bench-out/study"), help="Folder for the run folders (default: %(default)s).")
+    add("--out", type=Path, default=RESULTS, help="Folder of study.json (default: %(default)s).")
+    add("--list", action="store_true", help="List what is done and what is missing, and run nothing.")
     options = parser.parse_args(arguments)
     cells = [cell for cell in plan() if cell.group in options.only and (not options.datasets or cell.dataset in options.datasets)]
     cells = [cell for cell in cells if not options.cells or any(word in cell.name for word in options.cells)]
     if not cells:
-        parser.error("no cell of the plan is left by only, datasets and cells; --list shows them all")
+        parser.error("no cell of the plan matches --only, --datasets and --cells; --list without them shows all cells")
     results = Results(options.out)
     if options.list:
         for cell in cells:
@@ -201,8 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
         with FileLock(options.out / ".study.lock", timeout=0):
             if changed := keep_defaults(options.out):
                 parser.error(
-                    f"out is {options.out}, whose runs had other defaults of `awrsr train`: {'; '.join(changed)}. "
-                    f"Name the old values in plan and entries and delete {DEFAULTS}, or start anew in another folder"
+                    f"out is {options.out}, whose runs were made with other defaults of `awrsr train`: {'; '.join(changed)}. "
+                    f"Add the old values to the commands of plan and entries and delete {DEFAULTS}, or use another folder"
                 )
             return run_all(missing, len(wanted), options, results)
     except Timeout:
@@ -215,8 +220,8 @@ def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Names
     failed: list[str] = []
     runnable = [(cell, seed) for cell, seed in missing if not cell.removed]
     if len(runnable) < len(missing):
-        removed = f"with {' or '.join(REMOVED)}, options that were removed, are missing and not run"
-        print(f"{len(missing) - len(runnable)} runs {removed}: the tag {TAG} can run them")
+        removed = f"with the removed options {' or '.join(REMOVED)} are missing and are not run"
+        print(f"{len(missing) - len(runnable)} runs {removed}; they can be run at the tag {TAG}")
     with tqdm(total=total, initial=total - len(missing), unit="run", disable=None) as bar:
 
         def work(cell: Cell, seed: int) -> None:

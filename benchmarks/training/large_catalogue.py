@@ -1,13 +1,13 @@
-"""A large catalogue from file to recommendations in bounded memory: makes histories, reads, trains, evaluates, recommends.
+"""Train, evaluate and recommend with a large catalogue, in bounded memory.
 
 examples, from the repository root:
-  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          seconds
-  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items, a million users: some minutes
+  python -m benchmarks.training.large_catalogue --items 2000 --users 2000          a few seconds
+  python -m benchmarks.training.large_catalogue --out bench-out/large              a million items and users: some minutes
 
-Histories are drawn and written by `awrsr data make` in a process of its own and read back from the file. Training is the real one
-(Lightning, AdamW, checkpoints) and stops after --steps steps; validation and test are --targets users each, ranked among all
-items; as many users get ten recommendations. Each stage's time and peak resident memory are printed as it ends. Exit status 1 if
-any peak is above --limit.
+`awrsr data make`, in a process of its own, makes histories and writes them to a file, which is then read. Training is the usual one
+(Lightning, AdamW, checkpoints) and stops after --steps steps. Validation and test have --targets users each, and rank all items for
+them; as many users get ten recommendations. The time and the peak resident memory of each stage are printed when it ends. The exit
+status is 1 if any peak is above --limit.
 """
 
 import argparse
@@ -43,17 +43,34 @@ from ..common.arguments import add_flag, make_parser
 def options_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--items", type=whole(10), default=1_000_000, metavar="N", help="items of the catalogue (default 1000000)")
-    add("--users", type=whole(10), default=1_000_000, metavar="U", help="users (default 1000000)")
-    add("--length", type=whole(3), default=20, metavar="L", help="events of each user (default 20)")
-    add("--data", type=Path, metavar="FILE", help="read this file instead of making one")
-    add("--steps", type=whole(1), default=50, metavar="N", help="training steps (default 50)")
-    add("--targets", type=whole(1), default=1000, metavar="M", help="users to evaluate, and to recommend for (default 1000)")
-    add("--loss", choices=("sampled_softmax", "cross_entropy", "bce"), default="sampled_softmax", help="default sampled_softmax")
-    add("--limit", type=number(0, 1e9, "a number of GiB"), default=12.0, metavar="GIB", help="largest peak (default 12)")
+    add("--items", type=whole(10), default=1_000_000, metavar="N", help="number of items in the catalogue (default 1000000)")
+    add("--users", type=whole(10), default=1_000_000, metavar="U", help="number of users (default 1000000)")
+    add("--length", type=whole(3), default=20, metavar="L", help="number of events of each user (default 20)")
+    add("--data", type=Path, metavar="FILE", help="file of histories to read instead of making one")
+    add("--steps", type=whole(1), default=50, metavar="N", help="number of training steps (default 50)")
+    add(
+        "--targets",
+        type=whole(1),
+        default=1000,
+        metavar="M",
+        help="number of users to evaluate, and to recommend to (default 1000)",
+    )
+    add(
+        "--loss",
+        choices=("sampled_softmax", "cross_entropy", "bce"),
+        default="sampled_softmax",
+        help="training loss (default sampled_softmax)",
+    )
+    add(
+        "--limit",
+        type=number(0, 1e9, "a number of GiB"),
+        default=12.0,
+        metavar="GIB",
+        help="largest peak memory allowed, in GiB (default 12)",
+    )
     add_flag(add, "--threads")
-    add_flag(add, "--seed", help="of data, parameters and training (default 0)")
-    add_flag(add, "--out", help="write results.json, and keep the data and the run there")
+    add_flag(add, "--seed", help="random seed of data, parameters and training (default 0)")
+    add_flag(add, "--out", help="folder for results.json, the data and the run")
     return parser
 
 

@@ -1,26 +1,27 @@
-"""Speed and memory of training and full-ranking evaluation: packed beside padded, refined beside plain, backend beside backend.
+"""Speed and memory of training and full-ranking evaluation, compared between layouts, refinements and backends.
 
 examples, from the repository root:
-  python benchmarks/train_bench.py --quick                  synthetic histories, under a minute
+  python benchmarks/train_bench.py --quick                  synthetic histories; under a minute
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --out bench-out/train
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
-                                                            what refinement costs, and nothing else
+                                                            only what refinement costs
   python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
-                                                            Wasserstein attention beside STOSA's formulation in the same model
+                                                            our Wasserstein attention and STOSA's, in the same model
   python benchmarks/attn_bench.py --compare before/results.json after/results.json
 
-A training step makes its batch, goes forward, takes the loss on real events alone, goes backward and moves the parameters
-(AdamW). An evaluation step ranks the whole catalogue for a batch of users' last events, seen items left out unless histories
-repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to its longest; padded
-pads all to --max-len. All have the same parameters, sequences and negatives. A sample is --steps steps; contestants take turns,
-and a row is the median of its samples, with peak memory above parameters and optimizer state.
+A training step makes its batch, runs the forward pass, computes the loss on real events only, runs the backward pass and updates
+the parameters (AdamW). An evaluation step ranks the whole catalogue for the last events of a batch of users, and leaves seen items
+out unless histories repeat items. Layouts: packed is the model's own; bucketed sorts histories by length and pads each batch to
+its longest; padded pads all histories to --max-len. All layouts use the same parameters, sequences and negatives. A sample is
+--steps steps, and contestants take turns. A row shows the median of its samples, and peak memory on top of parameters and optimizer
+state.
 
-Before anything is timed every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
-30 steps without dropout, in float64 where the backend has it and in float32, and give the same ranks but for scores that are
-equal up to rounding. One that does not stops the benchmark: exit status 1, nothing is written.
+Before anything is timed, every contestant must follow the loss curve of the definition (backend reference, padded, float64) over
+30 steps without dropout, in float32 and, if the backend supports it, in float64. It must also give the same ranks, except where
+scores are equal up to rounding. If one does not, the benchmark stops with exit status 1 and writes nothing.
 
-"to plain" is a step's time over that of refinement none in the same layout and backend; beside it the same of the processor's
-time, which is the one to trust where a machine is busy.
+"to plain" is the time of a step divided by that of refinement none in the same layout and backend. The column CPU next to it is the
+same ratio of processor time, which is more reliable on a busy machine.
 """
 
 import argparse
@@ -57,44 +58,55 @@ BACKENDS = ("torch", "reference", "triton", "stosa")
 def options_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     add = parser.add_argument_group("problem").add_argument
-    add("--data", type=Path, metavar="FILE", help="histories in any format that awrsr reads; without it synthetic ones")
-    add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="default sasrec")
-    add("--loss", nargs="+", choices=LOSSES, help="default bce, for stosa bpr, with one negative")
-    add("--batch-size", type=whole(1), default=256, metavar="B", help="sequences per step (default 256)")
-    add("--max-len", type=whole(1), default=50, metavar="L", help="window (default 50)")
+    add("--data", type=Path, metavar="FILE", help="file of histories in any format that awrsr reads (default: synthetic histories)")
+    add("--backbone", choices=("sasrec", "stosa"), default="sasrec", help="kind of model (default sasrec)")
+    add("--loss", nargs="+", choices=LOSSES, help="training losses, with one negative (default bce; for stosa, bpr)")
+    add("--batch-size", type=whole(1), default=256, metavar="B", help="number of sequences per step (default 256)")
+    add("--max-len", type=whole(1), default=50, metavar="L", help="number of events that the model reads (default 50)")
     add("--hidden", type=whole(1), default=64, metavar="E", help="width of the model (default 64)")
-    add("--layers", type=whole(1), default=2, metavar="N", help="blocks of the model (default 2)")
-    add("--heads", type=whole(1), default=2, metavar="H", help="attention heads (default 2)")
-    add("--rank", type=whole(1, 256), default=32, metavar="R", help="columns of the refinement's tables (default 32)")
+    add("--layers", type=whole(1), default=2, metavar="N", help="number of blocks (default 2)")
+    add("--heads", type=whole(1), default=2, metavar="H", help="number of attention heads (default 2)")
+    add("--rank", type=whole(1, 256), default=32, metavar="R", help="number of columns of the refinement's tables (default 32)")
     add = parser.add_argument_group("contestants").add_argument
-    add("--refinements", nargs="+", choices=GAUSSIAN_REFINEMENTS, default=["none", "additive"], help="default none additive")
-    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default all three")
-    add("--backends", nargs="+", choices=BACKENDS, help="default torch reference, on a GPU also triton; stosa: STOSA's own")
+    add(
+        "--refinements",
+        nargs="+",
+        choices=GAUSSIAN_REFINEMENTS,
+        default=["none", "additive"],
+        help="refinements to measure (default none additive)",
+    )
+    add("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="layouts to measure (default all three)")
+    add(
+        "--backends",
+        nargs="+",
+        choices=BACKENDS,
+        help="backends to measure; stosa is STOSA's own formulation (default torch reference, on a GPU also triton)",
+    )
     add = parser.add_argument_group("measurement").add_argument
-    add("--steps", type=whole(1), metavar="N", help="training steps per sample (default 16)")
-    add("--eval-users", type=whole(1), default=4096, metavar="N", help="users ranked per sample (default 4096)")
-    add("--quick", action="store_true", help="batches of 64, 2 steps, 128 users, 3 samples")
+    add("--steps", type=whole(1), metavar="N", help="number of training steps per sample (default 16)")
+    add("--eval-users", type=whole(1), default=4096, metavar="N", help="number of users ranked per sample (default 4096)")
+    add("--quick", action="store_true", help="use batches of at most 64, 2 steps, 128 users and 3 samples")
     for name in ("--reps", "--device", "--out"):
         add_flag(add, name)
-    add_flag(add, "--budget", default=60.0, help="seconds per pass and loss (default 60)")
-    add_flag(add, "--threads", help="CPU threads; 1 makes CPU-seconds comparable")
-    add_flag(add, "--seed", help="of parameters, order, negatives and the sample of users (default 0)")
+    add_flag(add, "--budget", default=60.0, help="seconds of timing per pass and loss (default 60)")
+    add_flag(add, "--threads", help="number of CPU threads; with 1, CPU seconds are comparable")
+    add_flag(add, "--seed", help="random seed of parameters, order, negatives and the sample of users (default 0)")
     return parser
 
 
 def settle(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Defaults that depend on the machine or on other options, and options that contradict them."""
+    """Fill in defaults that depend on the machine or on other options, and refuse options that contradict each other."""
     settle_machine(parser, options)
     options.backends = list(dict.fromkeys(options.backends or BACKENDS[: 3 if options.device == "cuda" else 2]))
     options.loss = options.loss or ["bce" if options.backbone == "sasrec" else "bpr"]
     if options.backbone == "sasrec" and (wrong := {"stochastic", "stosa"} & {*options.refinements, *options.backends}):
         parser.error(f"argument --backbone: was sasrec, must be stosa for {wrong.pop()}")
     if options.backbone == "stosa" and (wrong := {"bce", "gbce"} & {*options.loss}):
-        parser.error(f"argument --loss: was {wrong.pop()}, which distances cannot be trained with; bpr can")
+        parser.error(f"argument --loss: was {wrong.pop()}, which does not work with distances as scores; use bpr")
     if options.layouts == ["packed"] and options.backends == ["stosa"]:
-        parser.error("argument --layouts: was packed, which STOSA's formulation has not (padded would work)")
+        parser.error("argument --layouts: was packed, which STOSA's formulation does not support; use padded")
     if "triton" in options.backends and options.device == "cpu":
-        parser.error("argument --backends: was triton, which needs a GPU; torch and reference run here")
+        parser.error("argument --backends: was triton, which needs a GPU; use torch or reference")
     if options.hidden % options.heads:
         parser.error(f"argument --heads: was {options.heads}, must divide --hidden, {options.hidden}")
     options.refinements, options.layouts = (list(dict.fromkeys(x)) for x in (options.refinements, options.layouts))
@@ -111,7 +123,7 @@ def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 
 def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every contestant against the definition: what it was off by. Raises WrongResult."""
+    """Check every contestant against the definition, and return how far off each was. Raises WrongResult."""
     found = []
     for refinement in options.refinements:
         say(f"gate: {refinement}, {problem.loss}: the definition")
@@ -162,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = AWRSRConfig(num_items=parts.histories.num_items, **c)
         sizes = options.batch_size, torch.device(options.device), options.seed, options.data.name if options.data else "synthetic"
         problems = [Problem(parts, config, loss, *sizes) for loss in dict.fromkeys(options.loss)]
-        Windows(parts, options.max_len)  # which there must be
+        Windows(parts, options.max_len)  # raises ValueError if no history can be trained on
     except ValueError as error:
         parser.error(f"argument --data: {error}")
     about = report.about(options.device, "lightning") | {"command": report.command_line("train_bench.py", argv)}

@@ -260,7 +260,7 @@ def test_malformed_histories(text: str, message: str, tmp_path: Path, capsys: py
         ("--reps 0", "argument --reps: was '0', must be"),
         ("--lengths nowhere.txt", "argument --lengths: nowhere.txt: there is no such file"),
         ("--lengths a --length 5", "argument --lengths: takes lengths from the file"),
-        ("--shapes 1,1,1,1 --batch 4", "argument --shapes: says B, H, L and D itself"),
+        ("--shapes 1,1,1,1 --batch 4", "argument --shapes: sets B, H, L and D"),
         ("--quick --preset long", "argument --quick"),
         ("--threshold 1.2", "argument --threshold: is for --compare"),
         ("--compare a b --threshold 0.5", "argument --threshold: was '0.5', must be a number of at least 1"),

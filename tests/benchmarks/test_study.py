@@ -144,8 +144,8 @@ def test_runs_with_removed_options_stay_and_are_not_repeated(
     trained.clear()
     assert study.main(arguments(tmp_path, "--seeds", "2")) == 0 and len(trained) == 4
     printed = capsys.readouterr().out
-    assert "4 runs with correlation_norm or table_rate, options that were removed, are missing" in printed
-    assert "the tag study-1 can run them" in printed and printed.endswith("8 of 12 runs are done\n")
+    assert "4 runs with the removed options correlation_norm or table_rate are missing" in printed
+    assert "they can be run at the tag study-1" in printed and printed.endswith("8 of 12 runs are done\n")
 
 
 def test_the_targets_are_described(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:

@@ -263,9 +263,9 @@ def test_compiled_layers_have_no_graph_break() -> None:
 def test_what_cannot_be_refined_is_refused() -> None:
     with pytest.raises(ValueError, match="model is BertModel; it must be a decoder"):
         refine(BertModel(BertConfig(**(COMMON | WIDTHS))))
-    with pytest.raises(ValueError, match="model is GPT2LMHeadModel, not causal or with cross-attention"):
+    with pytest.raises(ValueError, match="model is GPT2LMHeadModel, which is not causal or has cross-attention"):
         refine(gpt2(add_cross_attention=True))
-    with pytest.raises(ValueError, match='layer 0 has "sliding_attention"; it must be of full attention: \\[1\\]'):
+    with pytest.raises(ValueError, match='layer 0 has "sliding_attention"; it must name layers with full attention: \\[1\\]'):
         refine(qwen2_with_a_sliding_layer())
     for kind, changes in {"gemma2": {"attn_logit_softcapping": 50.0}, "gpt_oss": {"num_local_experts": 2}}.items():
         config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"head_dim": 8, "max_position_embeddings": 64} | changes))
@@ -277,10 +277,10 @@ def test_what_cannot_be_refined_is_refused() -> None:
         refine(AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma4_text", **(small | shared))), layers=[1])
     sparse = qwen2_with_a_sliding_layer()
     sparse.config.layer_types = ["indexed_attention", "full_attention"]
-    with pytest.raises(ValueError, match='model has layers of "indexed_attention"; those that stay plain, too, must be of'):
+    with pytest.raises(ValueError, match='model has layers of "indexed_attention"; all layers, including plain ones, must be of'):
         refine(sparse, layers=[1])
     model = refine(llama())
-    with pytest.raises(ValueError, match="model is refined already; it must be refined once"):
+    with pytest.raises(ValueError, match="model is already refined; refine a model only once"):
         refine(model)
     with pytest.raises(ValueError, match="it must have a config of its own"):
         refine(LlamaForCausalLM(model.config))
@@ -293,8 +293,8 @@ def test_what_cannot_be_refined_is_refused() -> None:
     ({"refinement": "none"}, r'refinement is \'none\'; it must be one of "simple", "value", "additive"'),
     ({"tables": "both"}, "tables is 'both'; it must be one of"),
     ({"layers": [0, 2]}, r"layers is \[0, 2\]; it must be indices in 0..1"),
-    ({"layers": [1, 1]}, r"layers is \[1, 1\]; it must name one layer at least, each once"),
-    ({"layers": []}, r"layers is \[\]; it must name one layer at least"),
+    ({"layers": [1, 1]}, r"layers is \[1, 1\]; it must name at least one layer, and each only once"),
+    ({"layers": []}, r"layers is \[\]; it must name at least one layer"),
     ({"layers": ["0"]}, r"layers is \['0'\]; it must be None or a list of ints"),
     ({"rank": 257}, r"rank is 257; it must be in 1..256"),
     ({"rank": 8.0}, "rank is float; it must be an int"),
@@ -314,7 +314,7 @@ def test_what_was_not_saved_refined_does_not_load(tmp_path: Path) -> None:
     model = refine(llama(), layers=[0])
     weights = {name: weight for name, weight in model.state_dict().items() if not name.endswith(".w_k")}
     model.save_pretrained(tmp_path / "partial", state_dict=weights)
-    with pytest.raises(ValueError, match=r"without model.layers.0.self_attn.refined.w_k; it must hold every table"):
+    with pytest.raises(ValueError, match=r"which lacks model.layers.0.self_attn.refined.w_k; it must hold every table"):
         load(str(tmp_path / "partial"))
 
 

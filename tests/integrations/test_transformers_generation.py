@@ -92,7 +92,7 @@ def test_masks_that_are_no_padding_are_refused() -> None:
             refine(llama(), layers=[index])(ids, block_indices=torch.zeros(1), use_cache=False)
     cut = model.model.layers[0].forward  # as models do whose layers slice the mask
     model.model.layers[0].forward = lambda x, attention_mask, **rest: cut(x, attention_mask=attention_mask[:, :, :4], **rest)
-    refused("attention_mask is cut to pieces by this model", use_cache=False)
+    refused("attention_mask is indexed by this model", use_cache=False)
 
 
 def test_caches_that_cannot_serve_are_refused() -> None:
@@ -107,7 +107,7 @@ def test_caches_that_cannot_serve_are_refused() -> None:
         refused("cache is DynamicCache of DynamicLayer, filled by a plain model", llama()(ids).cache)
         with pytest.raises(ValueError, match="cache is static; it must be a DynamicCache"):
             model.generate(ids, max_new_tokens=3, cache_implementation="static")
-        with pytest.raises(ValueError, match="a static cache counts all it has room for"):
+        with pytest.raises(ValueError, match="a static cache counts its whole capacity"):
             mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5], device=DEVICE)
             model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
         offloaded = DynamicCache(config=model.config)
@@ -118,11 +118,11 @@ def test_caches_that_cannot_serve_are_refused() -> None:
         refused("cache is empty, as its first pass recorded gradients or had dropout; .* model.eval", learning)
         cache = model(ids).cache
         if DEVICE == "cpu":  # values on a GPU are not read
-            refused("attention_mask is another than that", cache, attention_mask=torch.tensor([[1] * 6, [0] + [1] * 5]))
+            refused("attention_mask hides other positions", cache, attention_mask=torch.tensor([[1] * 6, [0] + [1] * 5]))
         right = model(ids, attention_mask=torch.tensor([[1] * 4 + [0], [1, 0, 0, 0, 0]], device=DEVICE)).cache
         refused("cache began with padding on the right", right)
         chunk = torch.tensor([[1] * 5, [0] * 5], device=DEVICE)
-        refused("cache began with .* a row of padding alone", model(ids, attention_mask=chunk).cache)
+        refused("cache began with .* a row that is all padding", model(ids, attention_mask=chunk).cache)
         with pytest.raises(ValueError, match="cache is of a batch padded on the right"):
             right.crop(-1)
         with pytest.raises(ValueError, match="tokens_to_remove is 1; it must be 0 or negative"):

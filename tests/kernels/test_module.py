@@ -399,7 +399,7 @@ def test_a_wrong_input_is_named(x: Any, where: dict, name: str, error: type[Exce
 def test_a_multihead_attention_that_cannot_be_taken_over_is_refused(options: dict) -> None:
     with pytest.raises(ValueError, match=r"\bmha\b is with .*must be without"):
         RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H, **options), max_len=L, refinement="none")
-    with pytest.raises(ValueError, match=r"\bnum_kv_heads\b is 1; it must be left to mha"):
+    with pytest.raises(ValueError, match=r"\bnum_kv_heads\b is 1; it must be left out"):
         RefinedMultiheadAttention.from_multihead(nn.MultiheadAttention(E, H), max_len=L, refinement="none", num_kv_heads=1)
     with pytest.raises(TypeError, match=r"\bmha\b is Linear"):
         RefinedMultiheadAttention.from_multihead(nn.Linear(E, E), max_len=L, refinement="none")  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, ca
         (["--dropout", "1"], "must be a number in [0, 1)"),
         (["--seconds", "soon"], "was 'soon', must be a number"),
         (["--processes", "0"], "was 0, must be at least 1"),
-        (["--preset", "long", "--shapes", "1,1,1,1"], "leave one of them out"),
+        (["--preset", "long", "--shapes", "1,1,1,1"], "leave out one of them"),
         (["--kernel", "short"], "invalid choice: 'short'"),
     ],
 )
@@ -99,7 +99,7 @@ def test_what_the_file_has_is_tried_again_wherever_it_lies(name: str, pretended:
 def test_a_kernel_that_no_shape_reaches_is_told(pretended: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tune.main(["--preset", "long", "--kernel", "short_fwd"])
-    assert "none of the shapes reaches" in capsys.readouterr().err
+    assert "none of the shapes uses" in capsys.readouterr().err
 
 
 def test_a_broken_row_of_the_table_is_an_error(

@@ -219,5 +219,5 @@ def test_the_command_writes_the_report(
     assert "users is 0, must be 1 or more" in refused("analyse", run, "--users", 0)
     train(home / "data.txt", tmp_path / "seen", epochs=1, split="none")
     message = refused("analyse", run, "--baseline", tmp_path / "seen")
-    assert "or split (none) differ" in message and "may have been trained on what is held out here" in message
-    assert "split, 'none', holds nothing out" in refused("analyse", tmp_path / "seen")
+    assert "or its split (none) differs" in message and "may have been trained on events held out here" in message
+    assert "split, 'none', holds out no events" in refused("analyse", tmp_path / "seen")

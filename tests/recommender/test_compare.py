@@ -206,7 +206,7 @@ def test_few_seeds_support_no_claim_however_clear_the_difference(tmp_path: Path,
 def test_one_seed_has_no_deviation_and_says_that_its_interval_is_over_users(tmp_path: Path) -> None:
     found = compare([write_run(tmp_path / "a", [1, 20, 1]), write_run(tmp_path / "b", [1, 1, 9], refinement="simple")])
     assert all(row.sd is None for row in found.summaries)
-    assert "one seed is over users alone" in str(found)
+    assert "one seed is over users only" in str(found)
 
 
 def test_equal_ranks_are_no_difference(tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_other_or_fewer_targets_are_an_error_that_counts_them(tmp_path: Path) ->
 def test_one_seed_of_a_variant_twice_is_an_error(runs: list[Path], tmp_path: Path) -> None:
     twin = write_run(tmp_path / "twin", np.ones(USERS), refinement="none", seed=1)
     for repeated in (runs[1], twin):
-        with pytest.raises(ValueError, match=r"none1 and .* have one configuration and seed 1"):
+        with pytest.raises(ValueError, match=r"none1 and .* have the same configuration and seed 1"):
             compare([*runs, repeated])
 
 
@@ -279,8 +279,8 @@ def with_ranks(change: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[[Path
         (lambda folder: (folder / "metrics.json").unlink(), "none1 has no metrics.json"),
         (lambda folder: (folder / RANKS).unlink(), "none1 has no ranks_test.parquet"),
         (with_metrics('{"config": {"see'), "none1/metrics.json is not JSON"),
-        (with_metrics('{"test": {}}'), 'none1/metrics.json has no object of options called "config"'),
-        (with_metrics('{"config": []}'), 'none1/metrics.json has no object of options called "config"'),
+        (with_metrics('{"test": {}}'), 'none1/metrics.json has no options under "config"'),
+        (with_metrics('{"config": []}'), 'none1/metrics.json has no options under "config"'),
         (lambda folder: (folder / RANKS).write_bytes(b"PAR1"), "none1/ranks_test.parquet cannot be read as Parquet"),
         (with_ranks(lambda x: x.drop("position")), "lacks column.* position"),
         (with_ranks(lambda x: x.with_columns(pl.col("rank") + 0.5)), "column rank is Float64, must be whole numbers"),

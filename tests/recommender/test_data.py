@@ -84,7 +84,7 @@ def test_columns_of_a_table_are_taken_by_place() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (([1, 1], [1]), "equally long, a value per event: users has 2, items has 1"),
+        (([1, 1], [1]), "equally long, with one value per event: users has 2, items has 1"),
         (([1], [1], [1, 2]), "users has 1, items has 1, times has 2"),
         (([1, 1], [1, 2], [1.0, math.nan]), r"times\[1\] is missing"),
         (([1, 1], [1, 2], np.array(["1970-01-01", "NaT"], dtype="datetime64[s]")), r"times\[1\] is missing"),

@@ -130,7 +130,7 @@ def test_tensors_with_gradients_are_taken() -> None:
         (np.ones((2, 3, 3)), np.ones((2, 3, 3)), 4, r"P has shape \(2, 3, 3\), must be \(heads, n, n\) for 4 labels"),
         (np.ones((3, 3)), np.ones((2, 3, 3)), 3, "P has shape"),
         (np.ones((2, 3, 3)), np.ones((1, 3, 3)), 3, r"P has shape \(2, 3, 3\) and M \(1, 3, 3\), must be the same"),
-        (np.ones((2, 0, 0)), np.ones((2, 0, 0)), 0, "with an event or more"),
+        (np.ones((2, 0, 0)), np.ones((2, 0, 0)), 0, "at least one event"),
         (np.ones((1, 2, 2)), np.full((1, 2, 2), np.nan), 2, "M has weights that are NaN"),
     ],
 )

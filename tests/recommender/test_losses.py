@@ -294,7 +294,7 @@ def test_a_catalogue_of_one_item_leaves_nothing_to_learn(loss: str) -> None:
 
 @pytest.mark.parametrize("loss", ["bce", "bpr", "gbce"])
 def test_a_catalogue_of_one_item_has_no_negatives(loss: str) -> None:
-    with pytest.raises(ValueError, match=f"num_items is 1; loss '{loss}'"):
+    with pytest.raises(ValueError, match=f"num_items is 1, must be 2 or more: loss '{loss}'"):
         draw_negatives(loss, torch.zeros(3, dtype=torch.int64), 1, 2, generator())
 
 

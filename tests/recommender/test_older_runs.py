@@ -86,8 +86,9 @@ def test_a_run_that_used_a_removed_option_says_so(
     edit("sasrec", section, **{option: value})
     for command in (["recommend", "--run", "sasrec"], resuming("sasrec", epochs=4)):
         error = refused(*command)
-        assert f"sasrec/config.json uses {option} (it is {value!r}), an option that was removed: the tag study-1 " in error
-    with pytest.raises(ValueError, match=f"uses {option} .*the tag study-1 of this project still reads this run"):
+        used = f"sasrec/config.json uses {option} (it is {value!r}), an option that was removed"
+        assert f"{used}: load this run at the tag study-1 of this project" in error
+    with pytest.raises(ValueError, match=f"uses {option} .*load this run at the tag study-1 of this project"):
         AWRSR.load(older / "sasrec")
 
 

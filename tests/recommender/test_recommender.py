@@ -141,7 +141,7 @@ def test_a_second_fit_keeps_the_names_of_items() -> None:
     ids = model.ids().copy()
     model.fit(LISTS[::-1], BRIEF, learning_rate=1e-12)  # users and so first appearances in another order
     assert np.array_equal(model.ids(), ids)
-    with pytest.raises(ValueError, match="histories hold 3 events with items this model was not fitted to"):
+    with pytest.raises(ValueError, match="histories hold 3 events with items that this model was not fitted to"):
         model.fit([*LISTS, [97, 98, 99, *LISTS[0]]], BRIEF)
 
 
@@ -213,7 +213,7 @@ def test_a_catalogue_of_one_item() -> None:
     model = AWRSR(SMALL).fit(lists, BRIEF)
     assert model.recommend([["a"]], 1)["item"].to_list() == ["a"]  # its users take items again
     assert model.recommend([["a"]], 1, filter_seen=True).height == 0
-    with pytest.raises(ValueError, match="num_items is 1; loss 'bce'"):
+    with pytest.raises(ValueError, match="num_items is 1, must be 2 or more: loss 'bce'"):
         AWRSR(SMALL).fit(lists, BRIEF, loss="bce")
 
 

@@ -172,18 +172,18 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (edited(lambda c: {"model": c["model"] | {"depth": 3}}), "config.json is no configuration of this model: .*'depth'"),
-        (edited(lambda c: {"model": c["model"] | {"layers": "2"}}), "config.json is no configuration of this model: layers is '2'"),
-        (edited(lambda c: {"model": c["model"] | {"heads": 3}}), "config.json is no configuration of this model: hidden is 8"),
+        (edited(lambda c: {"model": c["model"] | {"depth": 3}}), "is not a configuration of this model: .*'depth'"),
+        (edited(lambda c: {"model": c["model"] | {"layers": "2"}}), "is not a configuration of this model: layers is '2'"),
+        (edited(lambda c: {"model": c["model"] | {"heads": 3}}), "is not a configuration of this model: hidden is 8"),
         (
             edited(lambda c: {"model": c["model"] | {"refinement": "x"}}),
-            "config.json is no configuration of this model: refinement",
+            "is not a configuration of this model: refinement",
         ),
-        (edited(lambda c: {"training": {}}), "config.json is no configuration of this model: 'model'"),
-        (edited(lambda c: {"model": [1]}), "config.json is no configuration of this model"),
-        (edited(lambda c: [c]), "config.json is no configuration of this model"),
-        (edited(lambda c: None), "config.json is no configuration of this model"),
-        (edited(lambda c: "text"), "config.json is no configuration of this model"),
+        (edited(lambda c: {"training": {}}), "is not a configuration of this model: 'model'"),
+        (edited(lambda c: {"model": [1]}), "is not a configuration of this model"),
+        (edited(lambda c: [c]), "is not a configuration of this model"),
+        (edited(lambda c: None), "is not a configuration of this model"),
+        (edited(lambda c: "text"), "is not a configuration of this model"),
     ],
 )
 def test_another_configuration_is_refused(edit: Callable[[Path], None], message: str, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_another_configuration_is_refused(edit: Callable[[Path], None], message:
 def test_weights_of_another_configuration_are_refused(option: str, value: Any, name: str, tmp_path: Path) -> None:
     saved(tmp_path)
     edited(lambda c: {"model": c["model"] | {option: value}})(tmp_path)
-    with pytest.raises(ValueError, match=f"is of another configuration than config.json: .*{name}.* is .*, must be"):
+    with pytest.raises(ValueError, match=f"does not fit config.json: .*{name}.* is .*, must be"):
         AWRSR.load(tmp_path)
 
 

@@ -204,7 +204,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
     assert main(command(finished / "data.txt", run, epochs=4, **options)) == 1
     error = capsys.readouterr().err
-    assert f"{run} holds another run: " in error and message in error and "Give another folder" in error
+    assert f"{run} holds another run: " in error and message in error and "Choose another folder" in error
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
@@ -340,7 +340,7 @@ def test_a_state_that_is_damaged_or_holds_code_is_refused_and_never_run(
     damage(run / "last.ckpt", marker)
     assert main(command(finished / "data.txt", run, epochs=3)) == 1
     error = capsys.readouterr().err
-    assert error.startswith(f"awrsr train: {run / 'last.ckpt'} ") and "remove it to begin anew" in error
+    assert error.startswith(f"awrsr train: {run / 'last.ckpt'} ") and "remove it to start again" in error
     assert error.count("\n") == 1
     assert not marker.exists() and weights(run) == before
 

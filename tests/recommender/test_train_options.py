@@ -115,7 +115,7 @@ def test_the_learning_rate_falls_by_half_a_cosine(parts: Split, monkeypatch: pyt
 def test_more_epochs_are_another_run_where_the_rate_falls(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     assert main(command(data, tmp_path / "run", epochs=1, schedule="cosine")) == 0
     error = refused(*command(data, tmp_path / "run", epochs=2, schedule="cosine"))
-    assert "holds another run: training.epochs was 1 and is 2 (with schedule 'cosine' the rate of each step" in error
+    assert "holds another run: training.epochs was 1 and is 2 (with schedule 'cosine' the learning rate of each" in error
 
 
 def test_the_average_of_the_weights_is_evaluated_and_kept(parts: Split, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_with_nothing_held_out_every_event_is_trained_on_to_the_end(
     assert main([*command(data, whole, epochs=4, patience=1), "--split", "none"]) == 0
     assert weights(run) == weights(whole) and results(run)["epochs"] == 4
     assert main(["recommend", "--run", str(run), "-k", "2"]) == 0
-    assert "holds nothing out" in refused("evaluate", "--run", run)
+    assert "holds out no events" in refused("evaluate", "--run", run)
 
 
 def test_a_split_of_nothing_trains_on_the_last_events(parts: Split) -> None:
@@ -212,7 +212,7 @@ def test_bf16_mixed_trains_in_bfloat16_and_keeps_float32_weights(
 @pytest.mark.parametrize("loss", ["bce", "gbce"])
 def test_losses_that_distances_cannot_have_are_refused(loss: str, parts: Split, tmp_path: Path) -> None:
     model = AWRSR(config(num_items=24, **STOSA))
-    with pytest.raises(ValueError, match=rf"loss is '{loss}', must not be with backbone 'stosa'"):
+    with pytest.raises(ValueError, match=rf"loss is '{loss}', which does not suit backbone 'stosa'"):
         TrainingLoop(model.network, parts, TrainingOptions(loss=loss, **QUICK), tmp_path, {})
 
 
@@ -315,14 +315,14 @@ def test_no_gpu_where_one_is_asked_for_is_an_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(command(data, tmp_path / "run", accelerator="gpu")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("awrsr train: accelerator is 'gpu', but torch finds none here") and "take cpu or auto" in error
+    assert error.startswith("awrsr train: accelerator is 'gpu', but torch finds no such device") and "use cpu or auto" in error
     assert not (tmp_path / "run").exists()
 
 
 def test_a_precision_that_the_device_lacks_is_an_error(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(data, tmp_path / "run", precision="16-mixed")) == 1
     error = capsys.readouterr().err
-    assert error == "awrsr train: precision is '16-mixed', which needs a GPU; take bf16-mixed or 32-true\n"
+    assert error == "awrsr train: precision is '16-mixed', which needs a GPU; use bf16-mixed or 32-true\n"
     assert not (tmp_path / "run").exists()
 
 
