@@ -4,17 +4,18 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from . import checks, jagged
+from . import checks, habits, jagged
 from .backends import run
 from .call import Call, Inputs
 from .reference import reference_weights
 from .torch_state import without_autocast
 
 
+@habits.own_signature
 def refined_attention(
     q: Tensor,
     k: Tensor,
@@ -32,6 +33,7 @@ def refined_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Self-attention with refined weights, as defined in `awrsr_kernels/reference.py` (AWRSR, RecSys 2024).
 
@@ -73,6 +75,8 @@ def refined_attention(
             torch.func (vmap, grad, jvp ...) meets another one than "reference". RuntimeError: a second derivative of "triton" or
             "torch". NotImplementedError: their forward mode.
     """
+    if unknown:
+        habits.refuse(refined_attention, unknown)
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q):
@@ -87,13 +91,14 @@ def refined_attention(
     return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend)[0]
 
 
+@habits.own_signature
 def refined_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     w_q: Tensor | None,
     w_k: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     *,
     align: str = "right",
@@ -105,6 +110,7 @@ def refined_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """`refined_attention` on packed sequences, in flash-attention's convention: no padding anywhere.
 
@@ -112,10 +118,10 @@ def refined_attention_varlen(
         q, k, v: (T, H, D), (T, H_kv, D), (T, H_kv, D_v): the items of all sequences, one sequence after another.
         w_q, w_k: (T, H, R) computed from content, a row per item; or a table of N >= max_seqlen rows, (N, R) shared or (H, N, R)
             per head. A tensor of shape (T, H, R) is always read as content, one of shape (1, H, N, R) never.
-        cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            Empty sequences are legal. On a GPU values are not read, the kernels clamp them, and rows that no sequence covers (those
-            from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients:
-            where T is fixed, as in a CUDA graph, let last sequences hold the rest.
+        cu_seqlens: (B + 1,) int32 or int64, rising from 0 to T, and must be given; sequence b holds items
+            cu_seqlens[b] .. cu_seqlens[b+1] - 1. Empty sequences are legal. On a GPU values are not read, the kernels clamp them,
+            and rows that no sequence covers (those from the last value to T, or beyond max_seqlen items of a sequence) are
+            uninitialised in the output and in gradients: where T is fixed, as in a CUDA graph, let last sequences hold the rest.
         max_seqlen: the longest sequence, or a bound on it. Default: N; T with content tables or without any. Give it on a GPU: the
             kernels launch work for B sequences of that length, and "torch" needs as much memory.
         align: "right": a sequence of n items uses the last n rows of a table, which equals left padding to a window of N;
@@ -126,6 +132,8 @@ def refined_attention_varlen(
     Returns:
         (T, H, D_v) in v's dtype.
     """
+    if unknown:
+        habits.refuse(refined_attention_varlen, unknown)
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
@@ -138,6 +146,7 @@ def refined_attention_varlen(
     return run(inputs, call, dropout_seed, backend)[0].squeeze(0).transpose(0, 1)
 
 
+@habits.own_signature
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -151,6 +160,7 @@ def attention_weights(
     padding_side: str = "left",
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The weights themselves, for analysis: O(L^2) memory on purpose.
 
@@ -158,6 +168,8 @@ def attention_weights(
     that meet the values (for "value" M = R P). Rows of P and R sum to 1, rows of additive M to 1 + gate; rows and columns of
     padding are 0. Differentiable.
     """
+    if unknown:
+        habits.refuse(attention_weights, unknown)
     checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
