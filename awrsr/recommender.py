@@ -13,8 +13,9 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from .config import AWRSRConfig, TrainingOptions
+from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
+from .habits import names_arguments
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork
 from .run_folder import load_model, save_model
@@ -29,6 +30,8 @@ class AWRSR(nn.Module):
 
     Called, it does what its network does, whose attributes (`items`, `blocks`, `forward_padded`, `scores_padded`, ...) and names of
     weights it shares.
+
+    config: `AWRSRConfig`; options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
     network: AWRSRNetwork
@@ -36,9 +39,13 @@ class AWRSR(nn.Module):
     item_ids: np.ndarray | None = None
     filter_seen: bool = True  # whether items of the history are no candidates: training settles it by what its users do
 
-    def __init__(self, config: AWRSRConfig | None = None) -> None:
+    def __init__(self, config: AWRSRConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.network = AWRSRNetwork(config or AWRSRConfig())
+        if config is not None and not isinstance(config, AWRSRConfig):
+            by_name = {str: f"AWRSR(refinement={config!r})", int: f"AWRSR(num_items={config!r})", dict: "AWRSR(**options)"}
+            raise TypeError(_misplaced("config", config, "AWRSRConfig", by_name, "AWRSR(layers=1)"))
+        check_names("AWRSR", AWRSRConfig, options)
+        self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **options))
         self.register_load_state_dict_pre_hook(_to_network)
 
     def __getattr__(self, name: str) -> Any:
@@ -75,6 +82,10 @@ class AWRSR(nn.Module):
         options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
         out: folder for the run (`awrsr.training.run`); without it nothing is left on disk.
         """
+        if options is not None and not isinstance(options, TrainingOptions):
+            by_name = {int: f"fit(histories, epochs={options!r})", dict: "fit(histories, **options)"}
+            raise TypeError(_misplaced("options", options, "TrainingOptions", by_name, "fit(histories, epochs=20)"))
+        check_names("fit", TrainingOptions, changes, "out")
         from .training.run import report, train  # Lightning takes seconds to load, and recommending does without
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
@@ -88,6 +99,7 @@ class AWRSR(nn.Module):
             report(self, parts, settings, record, Path(out))
         return self.eval()
 
+    @names_arguments
     def recommend(
         self, histories: UserHistories, k: int = 10, *, filter_seen: bool | None = None, batch_size: int = 1024
     ) -> pl.DataFrame:
@@ -146,6 +158,7 @@ class AWRSR(nn.Module):
         hidden = self(torch.from_numpy(histories.items[events]).to(device), ends, int(length.max(initial=0)))
         return hidden[ends[1:] - 1] @ (self.item_table() if table is None else table).T
 
+    @names_arguments
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
         """The k items most similar to each given item: item, similar, rank, score. The score is the cosine of their embeddings; for
@@ -219,6 +232,12 @@ class AWRSR(nn.Module):
             model = cls()
         model.network, model.item_ids, model.filter_seen = load_model(folder, **changes)
         return model.eval()
+
+
+def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], otherwise: str) -> str:
+    """What to write instead of a value that is no object of options. by_name: type of the value -> the call with names."""
+    was = repr(value) if isinstance(value, str | int) else f"of type {type(value).__name__}"
+    return f"{name} is {was}, must be {kind}; options go by name: {by_name.get(type(value), otherwise)}"
 
 
 def _to_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -31,7 +31,7 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
-        "files options",
+        "files options habits",
         "data",
         "config",
         "models",
