@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
-from .habits import names_arguments
+from .habits import meant, names_arguments
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork
 from .run_folder import load_model, save_model
 
+METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
 SCORE_BLOCK = 1 << 24  # scores held at a time
 Model = TypeVar("Model", bound="AWRSR")
 UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]
@@ -54,7 +55,12 @@ class AWRSR(nn.Module):
         except AttributeError:
             if name == "network":  # a copy or a pickle that is being put together
                 raise
+        try:
             return getattr(self.network, name)
+        except AttributeError:
+            if method := meant(name, METHODS):
+                raise AttributeError(f"AWRSR has no attribute {name}: did you mean {method[0]}?") from None
+            raise
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t."""

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -31,7 +32,7 @@ def explained(message: str, parser: Any) -> str:
     command, said = parser.prog, message.removesuffix(".")
     if found := UNKNOWN_OPTION.search(message):
         word = found[1].partition("=")[0]
-        said = f"there is no option {word}" + nearest_option(word, parser) if word[0] == "-" else f"{word!r} is one word too many"
+        said = f"there is no option {word}" + nearest_option(word, parser) if word[0] == "-" else one_too_many(found[1], parser)
     elif found := UNKNOWN_KEY.search(message):
         said = f"there is no option {found[1]}" + nearest_option(found[1], parser)
     elif found := WRONG_CHOICE.search(message):
@@ -57,6 +58,12 @@ def nearest_option(word: str, parser: Any) -> str:
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in parser._option_string_actions if "_" not in flag}
     found = meant(word.lstrip("-").replace("-", "_"), flags)
     return did_you_mean(flags[name] if word.startswith("-") else name for name in found)
+
+
+def one_too_many(word: str, parser: Any) -> str:
+    """A word without an option, which may be the path that one of them wants."""
+    flag = next((flag for flag in ("--run", "--data") if flag in parser._option_string_actions and Path(word).exists()), None)
+    return f"{word!r} is one word too many" + did_you_mean([f"{flag} {word}"] if flag else [])
 
 
 def nearest_command(word: str, choices: list[str]) -> str:

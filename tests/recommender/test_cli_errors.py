@@ -142,6 +142,14 @@ def test_a_command_line_that_does_not_fit_is_told_what_does(
     assert status == 2 and message in said and said.endswith("\n") and said.count("\n") == 1, said
 
 
+@pytest.mark.parametrize("name, flag", [("train", "--data"), ("evaluate", "--run"), ("recommend", "--run")])
+def test_a_path_without_its_option_is_told_which(
+    name: str, flag: str, tmp_path: Path, stopped: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = stopped(name, tmp_path)
+    assert (status, said) == (2, f"awrsr {name}: '{tmp_path}' is one word too many: did you mean {flag} {tmp_path}?\n")
+
+
 def test_a_configuration_file_is_told_the_nearest_option(tmp_path: Path, stopped: Callable[..., tuple[int, str]]) -> None:
     (tmp_path / "run.yaml").write_text("hidden_size: 16\n")
     status, said = stopped("train", "--config", tmp_path / "run.yaml")

@@ -10,6 +10,7 @@ import pytest
 
 from awrsr import AWRSR, AWRSRConfig, TrainingOptions, habits
 from awrsr.cli import COMMANDS
+from awrsr.recommender import METHODS
 
 LISTS = [[1, 2, 3, 4]] * 3
 
@@ -109,6 +110,16 @@ def test_the_number_of_recommendations_by_another_name_is_told_its_own(name: str
     assert said(lambda: AWRSR(num_items=5).similar_items([1], **{name: 3})).endswith("did you mean k?")
 
 
+@pytest.mark.parametrize(
+    "name, method", [("predict", "recommend"), ("recomend", "recommend"), ("most_similar", "similar_items"), ("sav", "save")]
+)
+def test_a_method_by_another_name_is_told_its_own(name: str, method: str) -> None:
+    model = AWRSR(num_items=5)
+    with pytest.raises(AttributeError, match=f"^AWRSR has no attribute {name}: did you mean {method}\\?$"):
+        getattr(model, name)
+    assert not hasattr(model, "zzz") and hasattr(model, "blocks")
+
+
 def test_who_asks_for_arguments_sees_the_real_ones() -> None:
     assert list(inspect.signature(AWRSR.recommend).parameters) == ["self", "histories", "k", "filter_seen", "batch_size"]
     for kind in (AWRSRConfig, TrainingOptions):
@@ -119,7 +130,7 @@ def test_habits_lead_to_names_that_exist_and_take_none_away() -> None:
     calls = [[each.name for each in fields(kind)] for kind in (AWRSRConfig, TrainingOptions)]
     calls += [list(inspect.signature(call).parameters) for call in (AWRSR.fit, AWRSR.recommend, AWRSR.similar_items)]
     calls += [[*COMMANDS, *(name.split()[-1] for name in COMMANDS)]]
-    calls += [["data", "run", "user", "output", *(f"{name}_column" for name in ("user", "item", "time"))]]
+    calls += [list(METHODS), ["data", "run", "user", "output", *(f"{name}_column" for name in ("user", "item", "time"))]]
     for name, others in habits.HABITS.items():
         assert any(name in own for own in calls), name
         assert not any(name in own and other in own for own in calls[:5] for other in others.split()), name
