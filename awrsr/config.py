@@ -1,10 +1,13 @@
 """The options of a model and of its training. This module does not import torch, so that `--help` is quick."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from .data.histories import Split
+from .habits import refuse_unknown
 from .options import check, option
 
 WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when training stops
@@ -210,6 +213,30 @@ class TrainingOptions:
     def filters_seen(self, split: Split) -> bool:
         """Whether items of the history are left out of the ranking."""
         return not split.histories.repeats() if self.filter_seen == "auto" else self.filter_seen == "yes"
+
+
+def check_names(call: str, kind: type, given: Iterable[str], *more: str) -> None:
+    """Raise TypeError, saying what to write, for an option that a class of options does not have. more: options of the call."""
+    of_model = {each.name: f"the model: AWRSR({each.name}=...)" for each in fields(AWRSRConfig)}
+    of_training = {each.name: f"training: fit(histories, {each.name}=...)" for each in fields(TrainingOptions)}
+    own, elsewhere = (of_model, of_training) if kind is AWRSRConfig else (of_training, of_model)
+    refuse_unknown(call, given, (*own, *more), elsewhere)
+
+
+def _check_names_of(kind: type) -> None:
+    """Have a class of options name what it does not know, as Python's own message does not say what to write."""
+    init: Any = kind.__init__  # type: ignore[misc]
+
+    @wraps(init)
+    def __init__(self: Any, *args: Any, **given: Any) -> None:
+        check_names(kind.__name__, kind, given)
+        init(self, *args, **given)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+
+
+_check_names_of(AWRSRConfig)
+_check_names_of(TrainingOptions)
 
 
 def before_averaging() -> TrainingOptions:

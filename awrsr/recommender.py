@@ -13,12 +13,14 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from .config import AWRSRConfig, TrainingOptions
+from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
+from .habits import meant, names_arguments
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork
 from .run_folder import load_model, save_model
 
+METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
 SCORE_BLOCK = 1 << 24  # scores held at a time
 Model = TypeVar("Model", bound="AWRSR")
 UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]
@@ -29,6 +31,8 @@ class AWRSR(nn.Module):
 
     A call computes what its network does. The attributes of the network (`items`, `blocks`, `forward_padded`, `scores_padded`, ...)
     are also attributes of the model, and `state_dict` has the network's names of weights.
+
+    config: `AWRSRConfig`; options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
     network: AWRSRNetwork
@@ -36,9 +40,13 @@ class AWRSR(nn.Module):
     item_ids: np.ndarray | None = None
     filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
 
-    def __init__(self, config: AWRSRConfig | None = None) -> None:
+    def __init__(self, config: AWRSRConfig | None = None, **options: Any) -> None:
         super().__init__()
-        self.network = AWRSRNetwork(config or AWRSRConfig())
+        if config is not None and not isinstance(config, AWRSRConfig):
+            by_name = {str: f"AWRSR(refinement={config!r})", int: f"AWRSR(num_items={config!r})", dict: "AWRSR(**options)"}
+            raise TypeError(_misplaced("config", config, "AWRSRConfig", by_name, "AWRSR(layers=1)"))
+        check_names("AWRSR", AWRSRConfig, options)
+        self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **options))
         self.register_load_state_dict_pre_hook(_to_network)
 
     def __getattr__(self, name: str) -> Any:
@@ -47,7 +55,12 @@ class AWRSR(nn.Module):
         except AttributeError:
             if name == "network":  # while a copy or a pickle is being created
                 raise
+        try:
             return getattr(self.network, name)
+        except AttributeError:
+            if method := meant(name, METHODS):
+                raise AttributeError(f"AWRSR has no attribute {name}: did you mean {method[0]}?") from None
+            raise
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t."""
@@ -75,6 +88,10 @@ class AWRSR(nn.Module):
         options: `TrainingOptions`. changes: single options by name, such as epochs=20 or loss="bce".
         out: run folder (see `awrsr.training.run`); without it, nothing is kept on disk.
         """
+        if options is not None and not isinstance(options, TrainingOptions):
+            by_name = {int: f"fit(histories, epochs={options!r})", dict: "fit(histories, **options)"}
+            raise TypeError(_misplaced("options", options, "TrainingOptions", by_name, "fit(histories, epochs=20)"))
+        check_names("fit", TrainingOptions, changes, "out")
         from .training.run import report, train  # Lightning takes seconds to import, and only training needs it
 
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
@@ -88,6 +105,7 @@ class AWRSR(nn.Module):
             report(self, parts, settings, record, Path(out))
         return self.eval()
 
+    @names_arguments
     def recommend(
         self, histories: UserHistories, k: int = 10, *, filter_seen: bool | None = None, batch_size: int = 1024
     ) -> pl.DataFrame:
@@ -146,6 +164,7 @@ class AWRSR(nn.Module):
         hidden = self(torch.from_numpy(histories.items[events]).to(device), ends, int(length.max(initial=0)))
         return hidden[ends[1:] - 1] @ (self.item_table() if table is None else table).T
 
+    @names_arguments
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
         """The k items most similar to each given item, as columns item, similar, rank and score. The score is the cosine of the
@@ -220,6 +239,12 @@ class AWRSR(nn.Module):
             model = cls()
         model.network, model.item_ids, model.filter_seen = load_model(folder, **changes)
         return model.eval()
+
+
+def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], otherwise: str) -> str:
+    """What to write instead of a value that is no object of options. by_name: type of the value -> the call with names."""
+    was = repr(value) if isinstance(value, str | int) else f"of type {type(value).__name__}"
+    return f"{name} is {was}, must be {kind}; options go by name: {by_name.get(type(value), otherwise)}"
 
 
 def _to_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -4,17 +4,18 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from . import checks, jagged
+from . import checks, habits, jagged
 from .backends import run
 from .call import Call, Inputs
 from .reference import reference_weights
 from .torch_state import without_autocast
 
 
+@habits.own_signature
 def refined_attention(
     q: Tensor,
     k: Tensor,
@@ -32,6 +33,7 @@ def refined_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Self-attention with refined weights, as defined in `awrsr_kernels/reference.py` (AWRSR, RecSys 2024).
 
@@ -76,6 +78,8 @@ def refined_attention(
             torch.func (vmap, grad, jvp ...) is used with a backend other than "reference". RuntimeError: a second derivative is
             taken with "triton" or "torch". NotImplementedError: forward-mode AD is used with one of these.
     """
+    if unknown:
+        habits.refuse(refined_attention, unknown)
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q):
@@ -90,13 +94,14 @@ def refined_attention(
     return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend)[0]
 
 
+@habits.own_signature
 def refined_attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     w_q: Tensor | None,
     w_k: Tensor | None,
-    cu_seqlens: Tensor,
+    cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     *,
     align: str = "right",
@@ -108,6 +113,7 @@ def refined_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """`refined_attention` on packed sequences, in flash-attention's convention, without any padding.
 
@@ -116,8 +122,8 @@ def refined_attention_varlen(
         w_q, w_k: content tables (T, H, R), with a row per item; or position tables of N >= max_seqlen rows, (N, R), shared by the
             heads, or (H, N, R). A tensor of shape (T, H, R) is always read as a content table; pass a position table of that shape
             as (1, H, N, R).
-        cu_seqlens: (B + 1,) int32 or int64, increasing from 0 to T; sequence b holds items cu_seqlens[b] .. cu_seqlens[b+1] - 1.
-            Sequences may be empty. On a GPU the values are not checked, and the kernels clamp them. Rows that no sequence covers
+        cu_seqlens: (B + 1,) int32 or int64, increasing from 0 to T, and required; sequence b holds items cu_seqlens[b] ..
+            cu_seqlens[b+1] - 1. Sequences may be empty. On a GPU the values are not checked, and the kernels clamp them. Rows that no sequence covers
             (from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients.
             If T is fixed, as in a CUDA graph, let additional sequences cover the rest.
         max_seqlen: length of the longest sequence, or an upper bound on it. Default: N; T with content tables or without tables.
@@ -130,6 +136,8 @@ def refined_attention_varlen(
     Returns:
         (T, H, D_v) in v's dtype.
     """
+    if unknown:
+        habits.refuse(refined_attention_varlen, unknown)
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
@@ -142,6 +150,7 @@ def refined_attention_varlen(
     return run(inputs, call, dropout_seed, backend)[0].squeeze(0).transpose(0, 1)
 
 
+@habits.own_signature
 def attention_weights(
     q: Tensor,
     k: Tensor,
@@ -155,6 +164,7 @@ def attention_weights(
     padding_side: str = "left",
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The attention weights, for analysis. They take O(L^2) memory.
 
@@ -162,6 +172,8 @@ def attention_weights(
     weights that multiply the values (for "value", M = R P). Rows of P and R sum to 1, rows of M with "additive" to 1 + gate. Rows
     and columns of padding are 0. The result is differentiable.
     """
+    if unknown:
+        habits.refuse(attention_weights, unknown)
     checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)

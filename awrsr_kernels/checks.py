@@ -68,6 +68,11 @@ def padded_tables(
     shapes = {2: (length,), 3: (heads, length), 4: (entries, heads, length)}
     if w_q.dim() not in shapes or tuple(w_q.shape[:-1]) != shapes[w_q.dim()]:
         must = f"(L, R), (H, L, R) or (B, H, L, R) with B = {entries}, H = {heads}, L = {length}"
+        if tuple(w_q.shape[:-2]) in ((), (heads,)) and w_q.shape[-2] > length:
+            must += (
+                f"; of a longer table take the last rows, {names[0]}[..., -{length}:, :], where padding is on the left, the first, "
+                f"{names[0]}[..., :{length}, :], where it is on the right; and the same ones of {names[1]}"
+            )
         refuse(names[0], _shape(w_q), must)
     per_entry = w_q.dim() == 4
     if not per_entry:

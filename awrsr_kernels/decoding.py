@@ -13,12 +13,12 @@ All of these are attention outputs, so plain attention calls also compute the ca
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, habits
 from .backends import choose_backend, run
 from .cache import RefinedCache
 from .call import Call, Inputs
@@ -27,6 +27,7 @@ from .reference import masked_softmax
 from .torch_state import without_autocast
 
 
+@habits.own_signature
 def refined_attention_prefill(
     q: Tensor,
     k: Tensor,
@@ -42,6 +43,7 @@ def refined_attention_prefill(
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Causal refined attention of prompts, which also fills an empty cache for `refined_attention_step`.
 
@@ -64,6 +66,8 @@ def refined_attention_prefill(
     Raises:
         ValueError, TypeError: an argument does not fit, or requires a gradient while gradients are recorded; the message names it.
     """
+    if unknown:
+        habits.refuse(refined_attention_prefill, unknown)
     inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
     length = inputs.q.shape[2]
     if cache.end_bound:
@@ -85,6 +89,7 @@ def refined_attention_prefill(
         return _prefill(inputs._replace(bounds=lengths), scales, backend, cache, left)
 
 
+@habits.own_signature
 def refined_attention_step(
     q: Tensor,
     k: Tensor,
@@ -98,6 +103,7 @@ def refined_attention_step(
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """Append one new position per entry to the cache, and compute the row that the full causal call has for it.
 
@@ -121,6 +127,8 @@ def refined_attention_step(
         ValueError, TypeError: an argument does not fit, or requires a gradient while gradients are recorded; the position tables
             have no row for this item; the named backend cannot run. The message names the argument.
     """
+    if unknown:
+        habits.refuse(refined_attention_step, unknown)
     inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
     table_rows = None
     if inputs.w_q is not None and cache.tables == "position":

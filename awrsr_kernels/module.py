@@ -4,12 +4,12 @@ B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and val
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, jagged
+from . import checks, habits, jagged
 from .api import attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
@@ -67,6 +67,7 @@ class RefinedMultiheadAttention(RefinedLayer):
         ValueError, TypeError: an argument does not fit; the message names it.
     """
 
+    @habits.own_signature
     def __init__(
         self,
         embed_dim: int,
@@ -91,7 +92,10 @@ class RefinedMultiheadAttention(RefinedLayer):
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.__init__, unknown)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             checks.whole(name, number, 1)
@@ -159,14 +163,16 @@ class RefinedMultiheadAttention(RefinedLayer):
             mine.requires_grad_(its.requires_grad).data.copy_(its.detach())
         return found.train(mha.training)
 
+    @habits.own_signature
     def forward(
         self,
         x: Tensor,
-        *,
+        *others: NoReturn,
         lengths: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        **unknown: NoReturn,
     ) -> Tensor:
         """Attend among the positions of each sequence.
 
@@ -185,6 +191,11 @@ class RefinedMultiheadAttention(RefinedLayer):
         Raises:
             ValueError, TypeError: an argument does not fit, or a sequence is longer than max_len.
         """
+        if others:
+            was, must = f"followed by {len(others)} more without a name", "alone: the module makes queries, keys and values of it"
+            checks.refuse("x", was, must, TypeError)
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.forward, unknown)
         if jagged.is_nested(x):
             given = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
             checks.absent("None: x is jagged and knows its lengths", **given)

@@ -4,11 +4,11 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 N table rows.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
-from . import checks, jagged
+from . import checks, habits, jagged
 from .api import as_rows
 from .backends import run
 from .call import Call, Inputs
@@ -20,6 +20,7 @@ _MEANS = ("q_mean", "k_mean", "v_mean")
 _COVARIANCES = ("q_cov", "k_cov", "v_cov")
 
 
+@habits.own_signature
 def stochastic_refined_attention(
     q_mean: Tensor,
     q_cov: Tensor,
@@ -42,6 +43,7 @@ def stochastic_refined_attention(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """Self-attention between Gaussians with diagonal covariances, by Wasserstein distance (STOSA, WWW 2022), with refined weights.
 
@@ -70,6 +72,8 @@ def stochastic_refined_attention(
         (B, H, L, D_v) means and (B, H, L, D_v) covariances, in q_mean's dtype; 0 at padding. Jagged if the inputs are, as in
         `refined_attention`.
     """
+    if unknown:
+        habits.refuse(stochastic_refined_attention, unknown)
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q_mean):
@@ -90,6 +94,7 @@ def stochastic_refined_attention(
     return mean, cov
 
 
+@habits.own_signature
 def stochastic_refined_attention_varlen(
     q_mean: Tensor,
     q_cov: Tensor,
@@ -113,6 +118,7 @@ def stochastic_refined_attention_varlen(
     dropout_p: float = 0.0,
     dropout_seed: int | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """`stochastic_refined_attention` on packed sequences, in the layout of `refined_attention_varlen`.
 
@@ -123,6 +129,8 @@ def stochastic_refined_attention_varlen(
     Returns:
         (T, H, D_v) means and (T, H, D_v) covariances, in q_mean's dtype.
     """
+    if unknown:
+        habits.refuse(stochastic_refined_attention_varlen, unknown)
     checks.refinement(refinement, gaussian=True)
     q, k, v = checks.packed(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
@@ -139,6 +147,7 @@ def stochastic_refined_attention_varlen(
     return mean, cov
 
 
+@habits.own_signature
 def stochastic_attention_weights(
     q_mean: Tensor,
     q_cov: Tensor,
@@ -156,6 +165,7 @@ def stochastic_attention_weights(
     padding_side: str = "left",
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
+    **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
     """The attention weights of `stochastic_refined_attention`, for analysis. They take O(L^2) memory.
 
@@ -163,6 +173,8 @@ def stochastic_attention_weights(
     "value", M = R P). Covariances are multiplied by their squares (for "value", by those of P and then those of R). The result is
     differentiable.
     """
+    if unknown:
+        habits.refuse(stochastic_attention_weights, unknown)
     checks.refinement(refinement, gaussian=True)
     q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)
     q_cov, k_cov = map(checks.covariance, _COVARIANCES[:2], (q_cov, k_cov), (q, k))

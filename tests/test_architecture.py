@@ -17,7 +17,7 @@ PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import 
 # The floors of each package, the lowest first. A room is a module or a folder; it imports rooms of lower floors alone.
 FLOORS = {
     "awrsr_kernels": [
-        "torch_state tolerance",
+        "torch_state tolerance habits",
         "checks dropout gaussian launch_config",
         "call tuned",
         "windows operators",
@@ -31,7 +31,7 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
-        "files options",
+        "files options habits",
         "data",
         "config",
         "models",

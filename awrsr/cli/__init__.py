@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
 from ..data.prepare import DEMO
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
+from .errors import Parser
 from .shared import as_flags, say
 
 
@@ -61,7 +62,7 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def parser(demo: bool = False) -> ArgumentParser:
     """All commands and their flags. demo: give train the defaults that suit the synthetic histories."""
-    top = ArgumentParser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    top = Parser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
     for name, command in COMMANDS.items():
@@ -75,14 +76,15 @@ def parser(demo: bool = False) -> ArgumentParser:
 def add(to: Any, name: str, documented: Any) -> ArgumentParser:
     """Add a parser to a group of commands, with the docstring of `documented` as its help."""
     description = getdoc(documented) or ""
-    sub = ArgumentParser(description=description, print_config="--print-config", formatter_class=Help, allow_abbrev=False)
+    sub = Parser(description=description, print_config="--print-config", formatter_class=Help, allow_abbrev=False)
     to.add_subcommand(name.split()[-1], sub, help=" ".join(description.partition(".")[0].split()) + ".")
     sub.prog = f"awrsr {name}"
     return sub
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Exit status: 0; 1 for bad input; 130 when interrupted; 141 when the reader of its output has gone."""
+    """Run a command. Exit status: 0; 1 for bad input; 2 for a wrong command line; 130 when interrupted; 141 when the reader of its
+    output has gone."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parsed = parser().parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = parsed.command

@@ -27,6 +27,7 @@ MODULES = ("self_attn", "attn", "attention", "self_attention")  # what decoder l
 HEAD_DIMS = ("head_dim", "head_size", "qk_head_dim")  # what these call the width of a query head
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # of some models' attention; None where unused
 KINDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "moe", "hybrid", "hybrid_sliding")
+WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs call the width of attention that is not full
 UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "sinks")  # the same, where they show before a call
 
 
@@ -229,6 +230,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, LazyMask)
 
 
 def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) -> list[int]:
+    every = layers is None
     layers = list(range(count)) if layers is None else list(layers)
     for index in layers:
         if isinstance(index, bool) or not isinstance(index, int):
@@ -241,8 +243,20 @@ def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) 
     if strange := [kind for kind in kinds if kind not in KINDS]:  # sparse ones depend on the name of the attention implementation
         raise ValueError(f'model has layers of "{strange[0]}"; all layers, including plain ones, must be of {", ".join(KINDS)}')
     if other := [index for index in layers if kinds[index] != "full_attention"]:
-        full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-        raise ValueError(
-            f'layers is {layers}, and layer {other[0]} has "{kinds[other[0]]}"; it must name layers with full attention: {full}'
-        )
+        raise ValueError(_without_full_attention("None, all of them" if every else str(layers), other[0], kinds, config))
     return sorted(layers)
+
+
+def _without_full_attention(layers: str, index: int, kinds: list[str], config: PreTrainedConfig) -> str:
+    """What is wrong with a layer that is to be refined, and what to do about it."""
+    was = f'layers is {layers}, and layer {index} has "{kinds[index]}"; refined layers must have full attention'
+    if full := [index for index, kind in enumerate(kinds) if kind == "full_attention"]:
+        return f"{was}: pass layers={full}, which do"
+    name = next((name for name in WINDOWS if getattr(config, name, None)), None)
+    if name is None:
+        return f"{was}, which none of this model has"
+    setting = f'layer_types=["full_attention"] * {len(kinds)}' if getattr(config, "layer_types", None) else f"{name}=None"
+    return (
+        f"{was}, which none of this model has: for inputs of up to {name} = {getattr(config, name)} tokens, load it with "
+        f"from_pretrained(..., {setting}), which computes the same for them"
+    )

@@ -1,6 +1,7 @@
 """Refined attention inside Hugging Face transformers: what refined models compute, how they train, are saved and loaded."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,12 +261,28 @@ def test_compiled_layers_have_no_graph_break() -> None:
         close(model(**token, cache=model(**given).cache).logits, one_more)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+def test_a_model_of_windows_alone_says_how_to_refine_it(kind: str, tmp_path: Path) -> None:
+    """As the message says, it is refined and computes what it did, for inputs within the window."""
+    windows = {"sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 0}
+    config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"head_dim": 8, "max_position_embeddings": 64} | windows))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=f"none of this model has: for inputs of up to sliding_window = {WINDOW} tokens") as error:
+        refine(model)
+    model.save_pretrained(tmp_path)
+    advice = re.search(r"from_pretrained\(\.\.\., (\w+)=(.*)\), which", str(error.value))
+    assert advice
+    full = AutoModelForCausalLM.from_pretrained(tmp_path, **{advice[1]: eval(advice[2])}).eval()
+    given = tokens(2, WINDOW).cpu()
+    close(refine(full)(given).logits, model(given).logits)
+
+
 def test_what_cannot_be_refined_is_refused() -> None:
     with pytest.raises(ValueError, match="model is BertModel; it must be a decoder"):
         refine(BertModel(BertConfig(**(COMMON | WIDTHS))))
     with pytest.raises(ValueError, match="model is GPT2LMHeadModel, which is not causal or has cross-attention"):
         refine(gpt2(add_cross_attention=True))
-    with pytest.raises(ValueError, match='layer 0 has "sliding_attention"; it must name layers with full attention: \\[1\\]'):
+    with pytest.raises(ValueError, match=r'layers is None, .* layer 0 has "sliding_attention"; .*: pass layers=\[1\]'):
         refine(qwen2_with_a_sliding_layer())
     for kind, changes in {"gemma2": {"attn_logit_softcapping": 50.0}, "gpt_oss": {"num_local_experts": 2}}.items():
         config = AutoConfig.for_model(kind, **(COMMON | WIDTHS | {"head_dim": 8, "max_position_embeddings": 64} | changes))

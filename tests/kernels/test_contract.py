@@ -179,6 +179,30 @@ def test_a_table_shorter_than_a_sequence_is_named() -> None:
         refined_attention_varlen(x, x, x, w, w, cumulative([6]))
 
 
+@pytest.mark.parametrize("heads", [(), (4,)], ids=["shared", "per head"])
+@pytest.mark.parametrize("side, rows", [("left", slice(-6, None)), ("right", slice(6))])
+def test_a_table_longer_than_the_batch_says_which_rows_to_take(side: str, rows: slice, heads: tuple[int, ...]) -> None:
+    """Those that packed items use of the whole table."""
+    x, n = torch.randn(1, 4, 6, 8, device=DEVICE), torch.tensor([3], device=DEVICE)
+    tables = torch.randn(2, *heads, 9, 5, device=DEVICE)
+    with pytest.raises(ValueError, match=r"w_q is of shape .* L = 6; of a longer table take the last rows") as error:
+        refined_attention(x, x, x, *tables, lengths=n, padding_side=side)
+    named = {"left": "w_q[..., -6:, :], where padding is on the left", "right": "w_q[..., :6, :], where it is on the right"}
+    assert named[side] in str(error.value) and "the same ones of w_k" in str(error.value)
+    items = slice(3, None) if side == "left" else slice(3)
+    out = refined_attention(x, x, x, *tables[..., rows, :], lengths=n, padding_side=side)[0, :, items].transpose(0, 1)
+    packed, align = x[0, :, items].transpose(0, 1), "right" if side == "left" else "left"
+    whole = [w[None] if heads else w for w in tables]
+    expected = refined_attention_varlen(packed, packed, packed, *whole, cumulative([3]), align=align)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shorter_table_is_not_told_to_be_cut() -> None:
+    x, w = torch.randn(2, 4, 6, 8, device=DEVICE), torch.randn(5, 3, device=DEVICE)
+    with pytest.raises(ValueError, match="L = 6$"):
+        refined_attention(x, x, x, w, w)
+
+
 def test_a_named_backend_that_cannot_run_raises() -> None:
     dtype = torch.bfloat16 if DEVICE == "cpu" else torch.float64  # what the interpreter and a GPU cannot do
     x, w = torch.randn(1, 1, 5, 4, device=DEVICE, dtype=dtype), torch.randn(5, 3, device=DEVICE, dtype=dtype)

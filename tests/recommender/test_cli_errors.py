@@ -113,6 +113,49 @@ def test_no_flag_is_guessed_from_its_beginning(stopped: Callable[..., tuple[int,
     assert code == 2 and "--user" in error
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("tran", "awrsr: there is no command 'tran': did you mean train?"),
+        ("predict", "awrsr: there is no command 'predict': did you mean recommend?"),
+        ("stats", "awrsr: there is no command 'stats': did you mean data stats?"),
+        ("data fetc", "awrsr data: there is no command 'fetc': did you mean fetch?"),
+        ("zzz", "awrsr: there is no command 'zzz'; see awrsr --help"),
+        ("", "awrsr: a command is missing; see awrsr --help"),
+        ("data", "awrsr data: a command is missing; see awrsr data --help"),
+        ("train --epoch 5", "awrsr train: there is no option --epoch: did you mean --epochs?"),
+        ("train --lr=0.1", "awrsr train: there is no option --lr: did you mean --learning-rate?"),
+        ("train --hidden-size 64", "awrsr train: there is no option --hidden-size: did you mean --hidden?"),
+        ("train --dropout 0.1", "did you mean --hidden-dropout or --attention-dropout?"),
+        ("train --zzz 1", "awrsr train: there is no option --zzz; see awrsr train --help"),
+        ("recommend --run RUN --topk 5", "awrsr recommend: there is no option --topk: did you mean -k?"),
+        ("recommend", "awrsr recommend: run is missing; see awrsr recommend --help"),
+        ("train stray", "awrsr train: 'stray' is one word too many"),
+        ("train --epochs many", "awrsr train: epochs is 'many', must be of type int"),
+        ("train --loss bpx", "awrsr train: --loss is 'bpx', must be one of sampled_softmax, "),
+    ],
+)
+def test_a_command_line_that_does_not_fit_is_told_what_does(
+    arguments: str, message: str, stopped: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = stopped(*arguments.split())
+    assert status == 2 and message in said and said.endswith("\n") and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("name, flag", [("train", "--data"), ("evaluate", "--run"), ("recommend", "--run")])
+def test_a_path_without_its_option_is_told_which(
+    name: str, flag: str, tmp_path: Path, stopped: Callable[..., tuple[int, str]]
+) -> None:
+    status, said = stopped(name, tmp_path)
+    assert (status, said) == (2, f"awrsr {name}: '{tmp_path}' is one word too many: did you mean {flag} {tmp_path}?\n")
+
+
+def test_a_configuration_file_is_told_the_nearest_option(tmp_path: Path, stopped: Callable[..., tuple[int, str]]) -> None:
+    (tmp_path / "run.yaml").write_text("hidden_size: 16\n")
+    status, said = stopped("train", "--config", tmp_path / "run.yaml")
+    assert (status, said) == (2, "awrsr train: there is no option hidden_size: did you mean hidden?\n")
+
+
 def test_ctrl_c_ends_any_command_with_130(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -1,0 +1,132 @@
+"""What to write instead of an argument that a call does not have: the names by which torch, flash-attention and others know things.
+
+A call that takes `**unknown` hands it to `refuse` where it is not empty; `own_signature` hides it from whoever asks for arguments.
+"""
+
+import inspect
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Names that mean one thing elsewhere.
+SCALES = "scale scaling sm_scale"
+WEIGHTS = "need_weights average_attn_weights return_attn_probs return_attention output_attentions"
+MASKS = "attn_mask attention_mask mask src_mask block_mask mask_mod"
+PADDING_MASKS = "key_padding_mask src_key_padding_mask padding_mask"
+BIASES = "bias attn_bias position_bias alibi_slopes score_mod"
+DROPOUTS = "dropout dropout_p dropout_rate attn_dropout attention_dropout"
+BOUNDS = "cu_seqlens cu_seqlens_q cu_seqlens_k cu_seqlens_kv cu_seq_lens cu_seq_lens_q cu_seq_lens_k"
+LONGEST = "max_seqlen max_seqlen_q max_seqlen_k max_seqlen_kv max_length_q max_length_k"
+CACHES = "cache past_key_value past_key_values kv_cache use_cache"
+
+# Arguments by which a call is known.
+VECTORS, GAUSSIANS, PADDED, PACKED, CACHED = "q", "q_mean", "padding_side", "cu_seqlens align", "cache"
+MODULE, FORWARD, ANY = "embed_dim", "x", ""  # to make a module, to call it
+
+OF_MODULE = "is an argument of RefinedMultiheadAttention itself"
+NO_MASKS = "masks of scores are not supported, as kernels know order and padding alone"
+
+# Names, arguments that the call must have, what to write. The first line that fits is said.
+HABITS = [
+    ("is_causal causal_mask", "causal", "it is called causal, and is True unless you say otherwise"),
+    ("is_causal causal", CACHED, "decoding is always causal"),
+    ("is_causal causal", FORWARD, f"causal {OF_MODULE}, True unless you say otherwise"),
+    (SCALES, "softmax_scale", "the factor of scores is called softmax_scale"),
+    (
+        f"{SCALES} softmax_scale",
+        ANY,
+        "the module scales scores by 1 / sqrt(embed_dim / num_heads); the call refined_attention takes softmax_scale",
+    ),
+    ("enable_gqa", MODULE, "grouped-query heads need no flag: give num_kv_heads"),
+    ("enable_gqa", FORWARD, f"grouped-query heads need no flag: num_kv_heads {OF_MODULE}"),
+    ("enable_gqa", ANY, "grouped-query heads need no flag: keys and values may have fewer heads, a divisor of the queries' number"),
+    (WEIGHTS, MODULE, "the module gives its output alone; its method weights gives those of each head"),
+    (WEIGHTS, FORWARD, "the module gives its output alone; its method weights gives those of each head"),
+    (WEIGHTS, GAUSSIANS, "outputs come alone; stochastic_attention_weights(...) gives the weights of each head"),
+    (WEIGHTS, ANY, "the output comes alone; attention_weights(...) gives the weights of each head"),
+    (
+        PADDING_MASKS,
+        PADDED,
+        "give the numbers of real items as lengths, which are (~mask).sum(1) of a mask that is True at padding, and padding_side",
+    ),
+    (f"{PADDING_MASKS} lengths", PACKED, "packed sequences have no padding, and cu_seqlens says where they end"),
+    (PADDING_MASKS, "key_padding_mask", "it is called key_padding_mask, True at padding"),
+    (f"{PADDING_MASKS} lengths", MODULE, "padding is an argument of the module when it is called: key_padding_mask or lengths"),
+    (
+        MASKS,
+        "key_padding_mask",
+        f"{NO_MASKS}: give key_padding_mask, True at padding, or lengths; causal {OF_MODULE}",
+    ),
+    (MASKS, f"{PADDED} causal", f"{NO_MASKS}: give causal, lengths and padding_side"),
+    (MASKS, PADDED, f"{NO_MASKS}: give lengths and padding_side"),
+    (MASKS, PACKED, f"{NO_MASKS}: give causal and cu_seqlens"),
+    (MASKS, ANY, NO_MASKS),
+    (
+        "window window_size sliding_window local_window_size",
+        ANY,
+        "sliding windows are not supported, as every position attends to its whole sequence: cut sequences to their last items",
+    ),
+    ("bias", FORWARD, f"bias {OF_MODULE}"),
+    (
+        BIASES,
+        ANY,
+        "nothing can be added to scores, as kernels compute them from queries and keys alone: positions enter by w_q and w_k",
+    ),
+    ("softcap logits_soft_cap", ANY, "scores cannot be capped"),
+    (DROPOUTS, "dropout_p", "it is called dropout_p, and falls whenever it is not 0: give 0.0 in evaluation"),
+    (DROPOUTS, MODULE, "it is called dropout, and falls in training alone"),
+    (DROPOUTS, FORWARD, f"dropout {OF_MODULE}"),
+    (f"{DROPOUTS} dropout_seed", CACHED, "decoding has no dropout"),
+    (f"{DROPOUTS} dropout_seed", "causal w_q", "the weights are those without dropout"),
+    ("seed generator", "dropout_seed", "give dropout_seed, an int or a tensor; without it torch.manual_seed decides"),
+    ("deterministic", ANY, "there is nothing to switch on, as results repeat bit for bit"),
+    (BOUNDS, "cu_seqlens", "queries and keys are of the same sequences: give their bounds once, as cu_seqlens"),
+    (LONGEST, "max_seqlen", "queries and keys are of the same sequences: give the longest once, as max_seqlen"),
+    (f"{BOUNDS} {LONGEST}", f"{GAUSSIANS} {PADDED}", "packed sequences go to stochastic_refined_attention_varlen"),
+    (f"{BOUNDS} {LONGEST}", f"causal {PADDED}", "packed sequences go to refined_attention_varlen"),
+    ("align", PADDED, 'it is called padding_side: align="right" of packed sequences is padding_side="left"'),
+    ("padding_side", "align", 'it is called align: padding_side="left" is align="right"'),
+    ("padding_side", FORWARD, f'align {OF_MODULE}: "right" expects padding on the left'),
+    ("seq_lens seqlens sequence_lengths valid_lens", "lengths", "the numbers of real items are called lengths"),
+    (CACHES, MODULE, "the methods make_cache, prefill and step decode with a cache"),
+    (CACHES, FORWARD, "the methods make_cache, prefill and step decode with a cache"),
+    (CACHES, "causal", "refined_attention_prefill and refined_attention_step decode with a cache"),
+    (CACHES, CACHED, "it is called cache, a RefinedCache"),
+    (f"{PADDING_MASKS} lengths padding_side", CACHED, "the cache knows where the items of each entry lie"),
+    ("batch_first", MODULE, "the module is always batch first: it takes x of shape (B, L, E)"),
+    ("batch_first", FORWARD, "the module is always batch first: x is of shape (B, L, E)"),
+    ("batch_first", PACKED, "there is no batch dimension: queries are of shape (T, H, D)"),
+    ("batch_first", ANY, "the batch always comes first: queries are of shape (B, H, L, D)"),
+    ("kdim vdim add_bias_kv add_zero_attn", MODULE, "self-attention has no keys and values but those of x"),
+    ("num_key_value_heads n_kv_heads kv_heads", MODULE, "it is called num_kv_heads"),
+    (f"{LONGEST} maxlen max_length max_seq_len max_position_embeddings", MODULE, "it is called max_len"),
+    ("qkv_bias use_bias", MODULE, "it is called bias"),
+    ("rank", "w_q", "the rank is the number of columns of w_q and w_k"),
+    ("impl implementation attn_implementation", "backend", "it is called backend"),
+]
+
+
+def own_signature(function: F) -> F:
+    """The function itself, which says to whoever asks that it takes its named arguments and no others."""
+    own = inspect.signature(function)
+    named = [each for each in own.parameters.values() if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    setattr(function, "__signature__", own.replace(parameters=named))  # noqa: B010  # a function has no such attribute for mypy
+    return function
+
+
+def refuse(function: Callable[..., Any], unknown: dict[str, Any]) -> NoReturn:
+    """Raise TypeError for the first of these keywords, which a function with `own_signature` does not have."""
+    own = [name for name in inspect.signature(function).parameters if name != "self"]
+    name, called = next(iter(unknown)), function.__qualname__.removesuffix(".__init__")
+    raise TypeError(f"{called} has no argument {name}: {advice(name, own)}")
+
+
+def advice(name: str, own: list[str]) -> str:
+    """What to write instead of `name` in a call with the arguments `own`."""
+    for names, needs, sentence in HABITS:
+        if name in names.split() and set(needs.split()) <= set(own):
+            return sentence
+    close = get_close_matches(name, own, 1, cutoff=0.75)
+    return f"did you mean {close[0]}?" if close else f"its arguments are {', '.join(own)}"

@@ -1,0 +1,141 @@
+"""Names that people bring from torch and flash-attention: every public call says what to write instead, and shows its own names."""
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import awrsr_kernels
+from awrsr_kernels import RefinedMultiheadAttention, habits, refined_attention_varlen
+
+INIT, FORWARD = RefinedMultiheadAttention.__init__, RefinedMultiheadAttention.forward
+CALLS = {name: getattr(awrsr_kernels, name) for name in awrsr_kernels.__all__ if "attention" in name}
+CALLS |= {"RefinedMultiheadAttention": INIT, "RefinedMultiheadAttention.forward": FORWARD}
+NO_MASK, NO_BIAS = "masks of scores are not supported.* give causal", "nothing can be added to scores"
+WEIGHTS, PACKED = r"\battention_weights\(", "packed sequences go to refined_attention_varlen"
+
+OF_CALLS: dict[str, dict[str, str]] = {
+    "refined_attention": {
+        "is_causal": "it is called causal",
+        "attn_mask": f"{NO_MASK}, lengths and padding_side",
+        "key_padding_mask": r"as lengths, which are \(~mask\).sum\(1\)",
+        "scale": "called softmax_scale",
+        "enable_gqa": "need no flag",
+        "need_weights": WEIGHTS,
+        "average_attn_weights": WEIGHTS,
+        "return_attn_probs": WEIGHTS,
+        "window": "sliding windows are not supported",
+        "window_size": "sliding windows are not supported",
+        "bias": NO_BIAS,
+        "alibi_slopes": NO_BIAS,
+        "dropout": "it is called dropout_p",
+        "deterministic": "bit for bit",
+        "cu_seqlens_q": PACKED,
+        "max_seqlen_q": PACKED,
+        "batch_first": "the batch always comes first",
+        "align": "padding_side",
+    },
+    "refined_attention_varlen": {
+        "cu_seqlens_q": "give their bounds once, as cu_seqlens",
+        "max_seqlen_k": "give the longest once, as max_seqlen",
+        "lengths": "packed sequences have no padding",
+        "padding_side": 'padding_side="left" is align="right"',
+        "attn_mask": f"{NO_MASK} and cu_seqlens",
+    },
+    "attention_weights": {"dropout_p": "without dropout", "scale": "softmax_scale"},
+    "stochastic_refined_attention": {"need_weights": "stochastic_attention_weights", "cu_seqlens": "stochastic_.*_varlen"},
+    "refined_attention_prefill": {"causal": "always causal", "attn_mask": "give lengths and padding_side"},
+    "refined_attention_step": {"is_causal": "always causal", "past_key_value": "called cache", "lengths": "the cache knows"},
+    "RefinedMultiheadAttention": {
+        "batch_first": "always batch first",
+        "is_causal": "called causal",
+        "dropout_p": "called dropout",
+        "scale": r"1 / sqrt\(embed_dim / num_heads\)",
+        "enable_gqa": "give num_kv_heads",
+        "key_padding_mask": "when it is called",
+        "max_seq_len": "called max_len",
+        "alibi_slopes": NO_BIAS,
+    },
+    "RefinedMultiheadAttention.forward": {
+        "need_weights": "its method weights",
+        "average_attn_weights": "its method weights",
+        "attn_mask": "give key_padding_mask, True at padding, or lengths",
+        "is_causal": "causal is an argument of RefinedMultiheadAttention itself",
+        "bias": "bias is an argument of RefinedMultiheadAttention itself",
+        "cu_seqlens_q": "as cu_seqlens",
+    },
+}
+
+
+def refused(call: str, **unknown: Any) -> str:
+    """What a call says that is given everything it needs, and more."""
+    function = CALLS[call]
+    needed = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    with pytest.raises(TypeError) as error:
+        function(*(None for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD), **unknown)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("call, name", [(call, name) for call, names in OF_CALLS.items() for name in names])
+def test_a_name_from_elsewhere_is_told_what_to_write(call: str, name: str) -> None:
+    said = refused(call, **{name: True})
+    assert said.startswith(f"{call} has no argument {name}: ") and re.search(OF_CALLS[call][name], said), said
+
+
+@pytest.mark.parametrize("name, instead", [("lenghts", "lengths"), ("refine_scales", "refine_scale"), ("refinment", "refinement")])
+def test_a_slip_of_the_fingers_is_told_the_nearest_name(name: str, instead: str) -> None:
+    assert refused("refined_attention", **{name: None}) == f"refined_attention has no argument {name}: did you mean {instead}?"
+
+
+def test_a_name_like_no_other_is_told_all_of_them() -> None:
+    assert refused("refined_attention_step", zzz=1).endswith(
+        "zzz: its arguments are q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend"
+    )
+
+
+def test_packed_bounds_by_another_name_are_told_though_their_own_is_missing() -> None:
+    x = torch.randn(5, 2, 4)
+    with pytest.raises(TypeError, match="has no argument cu_seqlens_q: .*as cu_seqlens"):
+        refined_attention_varlen(x, x, x, None, None, cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 5])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cu_seqlens is NoneType; it must be a torch.Tensor"):
+        refined_attention_varlen(x, x, x, None, None, refinement="none")
+
+
+def test_a_module_called_like_torchs_is_told_that_x_comes_alone() -> None:
+    module, x = RefinedMultiheadAttention(8, 2, max_len=4), torch.randn(1, 4, 8)
+    with pytest.raises(TypeError, match="x is followed by 2 more without a name; it must be alone"):
+        module(x, x, x)
+    with pytest.raises(TypeError, match=r"RefinedMultiheadAttention.forward has no argument need_weights"):
+        module(x, need_weights=False)
+
+
+def test_options_of_from_multihead_are_told_too() -> None:
+    with pytest.raises(TypeError, match="RefinedMultiheadAttention has no argument batch_first"):
+        RefinedMultiheadAttention.from_multihead(torch.nn.MultiheadAttention(8, 2), refinement="none", batch_first=True)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_who_asks_for_arguments_sees_the_real_ones(call: str) -> None:
+    kinds = {each.kind for each in inspect.signature(CALLS[call]).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}
+    assert list(inspect.signature(RefinedMultiheadAttention).parameters)[:2] == ["embed_dim", "num_heads"]
+
+
+def test_every_line_of_advice_is_said_by_some_call() -> None:
+    own = [[name for name in inspect.signature(call).parameters if name != "self"] for call in CALLS.values()]
+    for names, needs, sentence in habits.HABITS:
+        for name in names.split():
+            if any(name not in each and habits.advice(name, each) == sentence for each in own):
+                break
+        else:
+            raise AssertionError(f"no call says {sentence!r}, which needs {needs!r}")
+
+
+def test_a_graph_and_an_exported_program_see_no_unknown_arguments() -> None:
+    module, x = RefinedMultiheadAttention(8, 2, max_len=4, backend="torch"), torch.randn(2, 4, 8)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x))
+    program = torch.export.export(module, (x,), {"lengths": torch.tensor([2, 4])}, strict=False)
+    assert [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"] == ["x", "lengths"]
