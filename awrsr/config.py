@@ -24,7 +24,7 @@ class AWRSRConfig:
     backbone: str = option(
         "sasrec",
         "sasrec: dot-product attention. stosa: items and events are Gaussians, which attention and scores compare by their "
-        "Wasserstein distance; the options of STOSA's authors stand above.",
+        "Wasserstein distance; awrsr train --help lists the options of STOSA's authors.",
         choices=("sasrec", "stosa"),
     )
     refinement: str = option(

@@ -27,8 +27,11 @@ UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]
 class AWRSR(nn.Module):
     """Sequential recommender whose attention weights attend to one another.
 
-    Called, it does what its network does, whose attributes (`items`, `blocks`, `forward_padded`, `scores_padded`, ...) and names of
-    weights it shares.
+    It is a `torch.nn.Module` around a network, `model.network`. Called, it does what the network does, whose attributes (`items`,
+    `blocks`, `forward_padded`, `scores_padded`, ...) and names of weights it shares.
+
+    Args:
+        config: what the network is made of; by default `AWRSRConfig()`.
     """
 
     network: AWRSRNetwork
@@ -69,11 +72,18 @@ class AWRSR(nn.Module):
     ) -> Model:
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self, in evaluation mode.
 
-        histories: `Histories`, a mapping user -> items or a list of lists of item ids of any one type, in time order; the last
-            event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise, or not at all:
-            `split(histories, "none")` trains on everything for all epochs.
-        options: `TrainingOptions`; changes: single options by name, such as epochs=20 or loss="bce".
-        out: folder for the run (`awrsr.training.run`); without it nothing is left on disk.
+        Args:
+            histories: `Histories`, a mapping user -> items or a list of lists of item ids of any one type, in time order; the last
+                event of each is kept for testing, the one before it for validation. A `Split` divides them otherwise, or not at
+                all: `split(histories, "none")` trains on everything for all epochs.
+            options: how to train; by default `TrainingOptions()`.
+            out: folder for the run, whose training resumes if the folder holds an unfinished one; without it nothing is left on
+                disk.
+            changes: single training options by name, such as epochs=20 or loss="bce".
+
+        Raises:
+            ValueError: an option out of its range; `out` holds another run; items that a model fitted before does not know.
+            FloatingPointError: the loss is no number any more.
         """
         from .training.run import report, train  # Lightning takes seconds to load, and recommending does without
 
@@ -93,9 +103,12 @@ class AWRSR(nn.Module):
     ) -> pl.DataFrame:
         """The k best next items for each history, which need not be of users seen in training.
 
-        histories: as for `fit`. Items that the model does not know are passed over; a user it knows no item of gets no row.
-        k: 1 to the number of items N. filter_seen: leave out what the history holds (a user who has seen almost all may get fewer);
-            None does as in training, where "auto" keeps it for users who take items again.
+        Args:
+            histories: as for `fit`. Items that the model does not know are passed over; a user it knows no item of gets no row.
+            k: 1 to the number of items N.
+            filter_seen: leave out what the history holds (a user who has seen almost all may get fewer than k); None does as in
+                training, where "auto" keeps it for users who take items again.
+            batch_size: users scored at a time; a large catalogue takes fewer.
 
         Returns:
             A row per recommendation, users in the order given: user, item, rank (1 = best), score (backbone stosa: the negative
@@ -148,8 +161,15 @@ class AWRSR(nn.Module):
 
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
-        """The k items most similar to each given item: item, similar, rank, score. The score is the cosine of their embeddings; for
-        backbone stosa, the negative squared distance.
+        """The k items most similar to each given item.
+
+        Args:
+            items: item ids.
+            k: 1 to N - 1.
+
+        Returns:
+            A row per pair: item, similar, rank (1 = most similar), score: the cosine of their embeddings; for backbone stosa, the
+            negative squared distance.
 
         Raises:
             ValueError: an id that the model does not know; k out of 1..N-1.
@@ -174,7 +194,11 @@ class AWRSR(nn.Module):
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """For each block (P, M): first-order weights and the refined weights that meet the values, (H, n, n) each.
 
-        history: n item ids in time order; of more than max_len the last are looked at.
+        Args:
+            history: n item ids in time order; of more than max_len the last are looked at.
+
+        Raises:
+            ValueError: an id that the model does not know; an empty history.
         """
         training = self.training
         self.eval()
@@ -204,16 +228,23 @@ class AWRSR(nn.Module):
     def save(self, folder: str | Path, **sections: Any) -> None:
         """Write config.json, items.parquet and model.safetensors, which take their places when all are written.
 
-        sections: further ones of config.json.
+        Args:
+            folder: made if it does not exist.
+            sections: further sections for config.json.
         """
         save_model(folder, self.network, self.ids(), self.filter_seen, **sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
-        """The model that `save` wrote, in evaluation mode. Nothing is unpickled. changes: of the configuration, such as backend.
+        """The model that `save` or `fit` wrote, in evaluation mode. Nothing is unpickled.
+
+        Args:
+            folder: a run folder.
+            changes: options of the configuration to change, such as backend="torch".
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights are of another configuration.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or the weights are of another configuration.
         """
         with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
             model = cls()

@@ -18,7 +18,7 @@ class RefinedCache:
     Entry b holds its items in rows first[b] .. end[b] - 1: prompts padded on the left (first > 0) and on the right (first = 0) lie
     as they came. Row of a position table = row of the cache - first. Rows that hold no item are zero.
 
-    All tensors are public, to be saved and held by others:
+    All tensors are public, to be saved and held by others::
 
         k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
         k_a (B, H, N, R)     all except "none"
@@ -31,13 +31,18 @@ class RefinedCache:
     into first or end by hand, or replays a step from a CUDA graph, sets them, too; end_bound below the truth makes results wrong.
 
     Args:
-        batch: entries B. capacity: rows N >= 1; a full cache grows by doubling.
-        heads: H. kv_heads: H_kv, which divides it (default H).
-        head_dim: D in 1..256. value_dim: D_v in 1..256 (default D). rank: R in 1..256, needed unless refinement is "none".
+        batch: entries B.
+        capacity: rows N >= 1; a full cache grows by doubling.
+        heads: query heads H.
+        kv_heads: H_kv, which divides H (default H).
+        head_dim: D in 1..256.
+        value_dim: D_v in 1..256 (default D).
+        rank: R in 1..256, needed unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
         tables: "position" (the caller gives the whole table at every step; it ends where the table does) or "content" (every item
             brings its row, and the cache keeps it; nothing limits the length).
-        dtype: of q, k, v: float32, bfloat16, float16 or float64. device: default torch's.
+        dtype: of q, k, v: float32, bfloat16, float16 or float64.
+        device: default torch's.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

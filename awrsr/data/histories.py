@@ -20,8 +20,12 @@ SPLITS = ("leave-one-out", "last-n", "time", "none")
 class Histories:
     """Events of all users, one user after another; never a padded matrix.
 
-    items: (T,) int64 in 0..N-1, each user's in time order. offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
-    item_ids: (N,) what the file called each item; user_ids: (U,) likewise. times: (T,) or None.
+    Args:
+        items: (T,) int64 in 0..N-1, each user's in time order.
+        offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
+        item_ids: (N,) what the file called each item.
+        user_ids: (U,) likewise.
+        times: (T,) numbers, or None.
     """
 
     items: np.ndarray
@@ -32,10 +36,12 @@ class Histories:
 
     @property
     def num_users(self) -> int:
+        """The number of users U."""
         return len(self.offsets) - 1
 
     @property
     def num_items(self) -> int:
+        """The number of items N."""
         return len(self.item_ids)
 
     @property
@@ -56,12 +62,14 @@ class Histories:
     def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
         """From parallel columns of T values: arrays, lists, or those of a table, whatever its index.
 
-        users, items: ids, as in `from_lists`; they are numbered in order of first appearance. times: numbers or datetime64 (which
-            becomes seconds since 1970); each user's events are sorted by them, and keep their order if times are equal or absent.
+        Args:
+            users, items: ids, as in `from_lists`; they are numbered in order of first appearance.
+            times: numbers or datetime64 (which becomes seconds since 1970); each user's events are sorted by them, and keep their
+                order if times are equal or absent.
 
         Raises:
-            TypeError: ids that are neither numbers nor text, times that are neither numbers nor datetime64. ValueError: columns of
-                different lengths; a missing value.
+            TypeError: ids that are neither numbers nor text, times that are neither numbers nor datetime64.
+            ValueError: columns of different lengths; a missing value.
         """
         users, items = _column("user", users), _column("item", items)
         times = None if times is None else _moments(times)
@@ -83,7 +91,8 @@ class Histories:
         together, become text.
 
         Raises:
-            TypeError: an entry that is not a sequence of ids. ValueError: a missing id (None or NaN).
+            TypeError: an entry that is not a sequence of ids.
+            ValueError: a missing id (None or NaN).
         """
         if isinstance(histories, Histories):
             return histories
@@ -274,10 +283,14 @@ def split(
 ) -> Split:
     """Divide histories into training, validation and test.
 
-    "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
-    "last-n": the same with n events each. Users too short to leave one event for training train only.
-    "time": events from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to.
-    "none": every event is for training, for a model that is to be used rather than evaluated.
+    Args:
+        histories: of all users.
+        how: "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec,
+            2018). "last-n": the same with n events each. Users too short to leave one event for training train only. "time": events
+            from `validation_from` on are for validation, those from `test_from` on for test, whoever they belong to. "none": every
+            event is for training, for a model that is to be used rather than evaluated.
+        n: events of each user for validation, and as many for test, with "last-n".
+        validation_from, test_from: two moments in the unit of the histories' times, with "time".
 
     Raises:
         ValueError: an unknown `how`; "time" without times or without two increasing moments; n below 1; no target left.
