@@ -1,4 +1,4 @@
-"""The README's examples run as printed and give what it says; its tables, and those on its pages, are those that benchmarks wrote."""
+"""The README's examples run as printed and give what it says; its tables and those of its pages are those that benchmarks wrote."""
 
 import json
 import re
