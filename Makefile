@@ -11,7 +11,7 @@ SUITE = .guard/suite/$(or $(shell git describe --always --dirty --abbrev=40 '--e
 
 .DEFAULT_GOAL := help
 .PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study cost
-.PHONY: bench bench-stochastic bench-train track compile-report gpu docs
+.PHONY: bench bench-stochastic bench-train track compile-report gpu docs screenshots
 
 help: ## this list
 	@awk -F ':.*## ' '/^## / { print "\n" substr($$0, 4) } /^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ guard: .venv/ready ## quality, times, registers, tests and size against those of
 
 docs: .venv/ready ## the pages under docs/, with a reference from the docstrings: docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
+
+screenshots: docs ## every page at two widths as docs/_build/screenshots/*.png; needs chromium (Debian: apt install chromium)
+	$(BIN)/python docs/screenshots.py docs/_build
 
 ## Results
 

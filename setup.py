@@ -47,6 +47,7 @@ setup(
             "sphinx",  # what PyTorch's own pages are made with
             "myst-parser",  # pages in Markdown
             "furo",  # the theme
+            "sphinx-mathjax-offline",  # MathJax in the site, so that formulas need no network
         ],
         "dev": [
             "pytest",  # the tests

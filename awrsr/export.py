@@ -44,9 +44,13 @@ def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool
         check: read the file back and compare its scores with the model's, on random histories of all kinds of lengths and in
             batches and windows of several sizes. ONNX needs onnxruntime for that; without it a warning says so.
 
+    Returns:
+        The path.
+
     Raises:
         ValueError: an unknown format, a suffix that does not fit, a model without items, an ONNX file of 2 GiB or more.
-        ImportError: packages for ONNX are missing. RuntimeError: the file's scores are not the model's; nothing is written.
+        ImportError: packages for ONNX are missing.
+        RuntimeError: the file's scores are not the model's; nothing is written.
     """
     path = Path(path)
     if format not in SUFFIXES:

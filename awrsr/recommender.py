@@ -29,10 +29,13 @@ UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]
 class AWRSR(nn.Module):
     """Sequential recommender whose attention weights attend to one another.
 
-    A call computes what its network does. The attributes of the network (`items`, `blocks`, `forward_padded`, `scores_padded`, ...)
-    are also attributes of the model, and `state_dict` has the network's names of weights.
+    It is a `torch.nn.Module` around a network, `model.network`, and a call computes what the network does. The attributes of the
+    network (`items`, `blocks`, `forward_padded`, `scores_padded`, ...) are also attributes of the model, and `state_dict` has the
+    network's names of weights.
 
-    config: `AWRSRConfig`; options: single options of it by name, such as refinement="additive" or layers=1.
+    Args:
+        config: what the network is made of; by default `AWRSRConfig()`.
+        options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
     network: AWRSRNetwork
@@ -82,11 +85,17 @@ class AWRSR(nn.Module):
     ) -> Model:
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self in evaluation mode.
 
-        histories: `Histories`, a mapping from users to items, or a list of lists of item ids, in time order. The last event of each
-            history is held out for test, and the one before it for validation. Pass a `Split` to divide them differently;
-            `split(histories, "none")` holds nothing out, and trains on everything for all epochs.
-        options: `TrainingOptions`. changes: single options by name, such as epochs=20 or loss="bce".
-        out: run folder (see `awrsr.training.run`); without it, nothing is kept on disk.
+        Args:
+            histories: `Histories`, a mapping from users to items, or a list of lists of item ids, in time order. The last event of
+                each history is held out for test, and the one before it for validation. Pass a `Split` to divide them differently;
+                `split(histories, "none")` holds nothing out, and trains on everything for all epochs.
+            options: how to train; by default `TrainingOptions()`.
+            out: run folder, whose training resumes if it holds an unfinished run; without it, nothing is kept on disk.
+            changes: single training options by name, such as epochs=20 or loss="bce".
+
+        Raises:
+            ValueError: an option is out of its range; `out` holds another run; a model fitted before does not know an item.
+            FloatingPointError: the loss became infinite or NaN.
         """
         if options is not None and not isinstance(options, TrainingOptions):
             by_name = {int: f"fit(histories, epochs={options!r})", dict: "fit(histories, **options)"}
@@ -111,9 +120,12 @@ class AWRSR(nn.Module):
     ) -> pl.DataFrame:
         """The k best next items for each history. Users may be new to the model.
 
-        histories: as for `fit`. Items that the model does not know are ignored; a user without any known item gets no row.
-        k: 1 to the number of items N. filter_seen: leave out the items of the history, so that a user who has seen almost all items
-            may get fewer than k. None does what training did, where "auto" keeps these items if users take items again.
+        Args:
+            histories: as for `fit`. Items that the model does not know are ignored; a user without any known item gets no row.
+            k: 1 to the number of items N.
+            filter_seen: leave out the items of the history, so that a user who has seen almost all items may get fewer than k. None
+                does what training did, where "auto" keeps these items if users take items again.
+            batch_size: users scored at a time; fewer with a large catalogue.
 
         Returns:
             A row per recommendation, with users in the order given: user, item, rank (1 is the best) and score (with backbone
@@ -167,8 +179,15 @@ class AWRSR(nn.Module):
     @names_arguments
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
-        """The k items most similar to each given item, as columns item, similar, rank and score. The score is the cosine of the
-        embeddings or, with backbone stosa, the negative squared distance.
+        """The k items most similar to each given item.
+
+        Args:
+            items: item ids.
+            k: 1 to N - 1.
+
+        Returns:
+            A row per pair: item, similar, rank (1 = most similar), score: the cosine of their embeddings; for backbone stosa, the
+            negative squared distance.
 
         Raises:
             ValueError: the model does not know an id, or k is not in 1..N-1.
@@ -193,7 +212,11 @@ class AWRSR(nn.Module):
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
         """(P, M) for each block: first-order weights, and the refined weights that multiply the values, (H, n, n) each.
 
-        history: n item ids in time order. Only the last max_len are used.
+        Args:
+            history: n item ids in time order; only the last max_len are used.
+
+        Raises:
+            ValueError: the model does not know an id; the history is empty.
         """
         training = self.training
         self.eval()
@@ -223,17 +246,23 @@ class AWRSR(nn.Module):
     def save(self, folder: str | Path, **sections: Any) -> None:
         """Write config.json, items.parquet and model.safetensors. They appear in the folder only when all are complete.
 
-        sections: further sections of config.json.
+        Args:
+            folder: created if it does not exist.
+            sections: further sections of config.json.
         """
         save_model(folder, self.network, self.ids(), self.filter_seen, **sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
-        """Load a model that `save` wrote, in evaluation mode, without unpickling. changes: changed options of the configuration,
-        such as backend.
+        """Load a model that `save` or `fit` wrote, in evaluation mode, without unpickling.
+
+        Args:
+            folder: a run folder.
+            changes: options of the configuration to change, such as backend="torch".
 
         Raises:
-            FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights do not fit the configuration.
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or the weights do not fit the configuration.
         """
         with torch.random.fork_rng(devices=[]):  # the random weights are replaced
             model = cls()

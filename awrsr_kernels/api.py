@@ -123,9 +123,9 @@ def refined_attention_varlen(
             heads, or (H, N, R). A tensor of shape (T, H, R) is always read as a content table; pass a position table of that shape
             as (1, H, N, R).
         cu_seqlens: (B + 1,) int32 or int64, increasing from 0 to T, and required; sequence b holds items cu_seqlens[b] ..
-            cu_seqlens[b+1] - 1. Sequences may be empty. On a GPU the values are not checked, and the kernels clamp them. Rows that no sequence covers
-            (from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output and in gradients.
-            If T is fixed, as in a CUDA graph, let additional sequences cover the rest.
+            cu_seqlens[b+1] - 1. Sequences may be empty. On a GPU the values are not checked, and the kernels clamp them. Rows that
+            no sequence covers (from the last value to T, or beyond max_seqlen items of a sequence) are uninitialised in the output
+            and in gradients. If T is fixed, as in a CUDA graph, let additional sequences cover the rest.
         max_seqlen: length of the longest sequence, or an upper bound on it. Default: N; T with content tables or without tables.
             Pass it on a GPU: the kernels launch work for B sequences of this length, and "torch" needs memory for as many.
         align: "right": a sequence of n items uses the last n rows of a table, as with left padding to a window of N. "left": it

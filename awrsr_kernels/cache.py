@@ -18,7 +18,7 @@ class RefinedCache:
     Entry b holds its items in rows first[b] .. end[b] - 1. Prompts are stored as they come, padded on the left (first > 0) or on
     the right (first = 0). An item in row j of the cache uses row j - first of a position table. Rows without an item are zero.
 
-    All tensors are public, so that other code can save and hold them:
+    All tensors are public, so that other code can save and hold them::
 
         k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
         k_a (B, H, N, R)     except with "none"
@@ -32,13 +32,18 @@ class RefinedCache:
     that is too small gives wrong results.
 
     Args:
-        batch: number of entries B. capacity: number of rows N >= 1; a full cache doubles its capacity.
-        heads: H. kv_heads: H_kv, a divisor of H (default H).
-        head_dim: D in 1..256. value_dim: D_v in 1..256 (default D). rank: R in 1..256, required unless refinement is "none".
+        batch: number of entries B.
+        capacity: number of rows N >= 1; a full cache doubles its capacity.
+        heads: query heads H.
+        kv_heads: H_kv, a divisor of H (default H).
+        head_dim: D in 1..256.
+        value_dim: D_v in 1..256 (default D).
+        rank: R in 1..256, required unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
         tables: "position" (the caller passes the whole table at every step; its number of rows limits the length) or "content" (the
             cache stores a row for every item; the length is not limited).
-        dtype: dtype of q, k, v: float32, bfloat16, float16 or float64. device: default that of torch.
+        dtype: dtype of q, k, v: float32, bfloat16, float16 or float64.
+        device: default that of torch.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.

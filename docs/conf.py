@@ -1,5 +1,6 @@
 """Sphinx: the pages of this folder, and a reference from the docstrings. `make docs` builds it into docs/_build."""
 
+import dataclasses
 import inspect
 import re
 import sys
@@ -17,10 +18,16 @@ project = "awrsr-kernels"
 copyright = "the authors of awrsr-kernels"
 version = release = awrsr_kernels.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions += ["sphinx.ext.mathjax", "sphinx-mathjax-offline"]  # formulas, drawn by a copy of MathJax in the site: no network
+myst_enable_extensions = ["dollarmath"]
+smartquotes = False  # quotes in docstrings are those of Python, and two dashes begin an option
 html_theme = "furo"
 html_title = "awrsr-kernels"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+highlight_language = "none"  # of blocks that name none: output, commands
 default_role = "code"  # `name` in a docstring is code, as in Markdown
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # shapes and dtypes stand in the text, which says more
@@ -29,12 +36,26 @@ napoleon_use_rtype = False
 
 
 def plain_text(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text with formulas: bars and stars mean themselves."""
-    lines[:] = [re.sub(r"(?<!\\)([|*])", r"\\\1", line) for line in lines]
+    """Docstrings are plain text with formulas: bars, stars and the @ of NDCG@10 mean themselves."""
+    lines[:] = [re.sub(r"(?<!\\)([|*@])", r"\\\1", line) for line in lines]
+
+
+def with_options(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """A dataclass of options has a paragraph for each: its default and its help, with the choices that the help does not name."""
+    for each in dataclasses.fields(obj) if holds_options(obj) else []:
+        unnamed = [choice for choice in each.metadata["choices"] if choice not in each.metadata["help"]]
+        choices = f" One of {', '.join(each.metadata['choices'])}." if unnamed else ""
+        lines += ["", f"``{each.name}``, default ``{each.default!r}``", f"    {each.metadata['help']}{choices}"]
+
+
+def holds_options(obj: Any) -> bool:
+    return dataclasses.is_dataclass(obj) and all("help" in each.metadata for each in dataclasses.fields(obj))
 
 
 def own_signature(app: Any, what: str, name: str, obj: Any, options: Any, signature: str, returns: str) -> tuple[str, str] | None:
-    """A class on a mocked one takes what its own __init__ takes; autodoc sees the arguments of the mock."""
+    """A class on a mocked one takes what its own __init__ takes; autodoc sees the arguments of the mock. Options stand below."""
+    if what == "class" and holds_options(obj):
+        return "(**options)", returns
     if what != "class" or signature != "(*args, **kwargs)":
         return None
     own = inspect.signature(obj.__init__)
@@ -53,4 +74,5 @@ def with_tables(app: Any, name: str, source: list[str]) -> None:
 def setup(app: Any) -> None:
     app.connect("source-read", with_tables)
     app.connect("autodoc-process-signature", own_signature)
+    app.connect("autodoc-process-docstring", with_options, priority=50)
     app.connect("autodoc-process-docstring", plain_text, priority=100)  # before napoleon, which writes stars that mean something

@@ -1,5 +1,6 @@
 """Writes an analysis as one HTML page that needs no other file: words, tables and drawings computed from the numbers."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,20 @@ from .analyse import ROLES, Analysis
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 MOST_BACK = 30  # distances that are drawn
+EVEN = (1.05 * 0.05) ** 0.5 - 0.05  # the luminance at which black and white text have the same contrast, 4.58 : 1
+
+
+def shade(color: str, share: float) -> str:
+    """The style of a cell: `color` (#rrggbb) mixed into white by its share, with black or white text, whichever reads better."""
+    background = [round(255 + share * (int(color[i : i + 2], 16) - 255)) for i in (1, 3, 5)]
+    text = "#000" if luminance(background) > EVEN else "#fff"
+    return f"background:#{bytes(background).hex()};color:{text}"
+
+
+def luminance(rgb: Sequence[int]) -> float:
+    """Relative luminance of an sRGB colour, 0 (black) to 1 (white), as WCAG 2 defines it."""
+    red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in (each / 255 for each in rgb))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def page(analysis: Analysis, title: str) -> str:
@@ -21,6 +36,7 @@ def page(analysis: Analysis, title: str) -> str:
     text = template.render(
         analysis=analysis,
         title=title,
+        shade=shade,
         metric=WATCHED,
         roles=ROLES,
         most=most,

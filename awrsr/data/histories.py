@@ -20,8 +20,12 @@ SPLITS = ("leave-one-out", "last-n", "time", "none")
 class Histories:
     """Events of all users, one user after another, without padding.
 
-    items: (T,) int64 in 0..N-1, each user's in time order. offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
-    item_ids: (N,) ids of the items in the data. user_ids: (U,) ids of the users. times: (T,) or None.
+    Args:
+        items: (T,) int64 in 0..N-1, each user's in time order.
+        offsets: (U + 1,) int64, user u owns items[offsets[u] : offsets[u + 1]].
+        item_ids: (N,) ids of the items in the data.
+        user_ids: (U,) ids of the users.
+        times: (T,) numbers, or None.
     """
 
     items: np.ndarray
@@ -32,10 +36,12 @@ class Histories:
 
     @property
     def num_users(self) -> int:
+        """The number of users U."""
         return len(self.offsets) - 1
 
     @property
     def num_items(self) -> int:
+        """The number of items N."""
         return len(self.item_ids)
 
     @property
@@ -56,13 +62,14 @@ class Histories:
     def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
         """From parallel columns of T values: arrays, lists, or columns of a table with any index.
 
-        users, items: ids, as in `from_lists`; they are numbered in the order of their first appearance. times: numbers or
-            datetime64, which become seconds since 1970. Each user's events are sorted by time, and keep their order if times are
-            equal or not given.
+        Args:
+            users, items: ids, as in `from_lists`; they are numbered in the order of their first appearance.
+            times: numbers or datetime64, which become seconds since 1970. Each user's events are sorted by time, and keep their
+                order if times are equal or not given.
 
         Raises:
-            TypeError: ids are neither numbers nor text, or times are neither numbers nor datetime64. ValueError: columns have
-                different lengths, or a value is missing.
+            TypeError: ids are neither numbers nor text, or times are neither numbers nor datetime64.
+            ValueError: columns have different lengths, or a value is missing.
         """
         users, items = _column("user", users), _column("item", items)
         times = None if times is None else _moments(times)
@@ -84,7 +91,8 @@ class Histories:
         of several types, become text.
 
         Raises:
-            TypeError: an entry is not a sequence of ids. ValueError: an id is missing (None or NaN).
+            TypeError: an entry is not a sequence of ids.
+            ValueError: an id is missing (None or NaN).
         """
         if isinstance(histories, Histories):
             return histories
@@ -275,10 +283,14 @@ def split(
 ) -> Split:
     """Divide histories into training, validation and test.
 
-    "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec, 2018).
-    "last-n": the same with n events each. If this would leave no event of a user for training, all are used for training.
-    "time": events of all users from `validation_from` on are for validation, those from `test_from` on for test.
-    "none": all events are for training, for a model that is to be used rather than evaluated.
+    Args:
+        histories: of all users.
+        how: "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec,
+            2018). "last-n": the same with n events each. If this would leave no event of a user for training, all are used for
+            training. "time": events of all users from `validation_from` on are for validation, those from `test_from` on for test.
+            "none": all events are for training, for a model that is to be used rather than evaluated.
+        n: events of each user for validation, and as many for test, with "last-n".
+        validation_from, test_from: two moments in the unit of the histories' times, with "time".
 
     Raises:
         ValueError: `how` is unknown; "time" without times, or without two increasing times; n is below 1; no target is left.

@@ -46,7 +46,8 @@ def read(
 
     Args:
         path: a file, "-" for standard input, or an open text or binary stream.
-        format: one of FORMATS; this module's docstring says what they are and how "auto" decides.
+        format: "lines", "pairs", "inter", "csv" or "parquet", as the head of `awrsr/data/readers.py` describes them; "auto" decides
+            by the file's first bytes, its suffix and its first line.
         user: name of the column of users; by default one of the usual names.
         item: name of the column of items, likewise.
         time: name of the column of times, likewise; a file need not have one. "none" if a column looks like times and is not.

@@ -1,10 +1,11 @@
 """Pictures of attn_bench.py and cost_report.py: time and memory against L, calls under the roof, quality against training time."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.plots import panels
+from ..common.plots import SMALL, panels
 from ..common.report import Row, device_ms
 from .providers import PROVIDERS
 from .roofline import Point
@@ -13,13 +14,13 @@ from .workloads import STOCHASTIC
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = (("row_us", "time, us per row and head"), ("row_kib", "peak memory, KiB per row and head"))
+COLUMNS = (("row_us", "time, us per row and head"), ("row_kib", "peak KiB per row and head"))
 MARKERS = {"fwd": "o", "bwd": "s", "fwd+bwd": "X", "step": "*"}
 REFINEMENT_COLOURS = {"none": "#777777", "simple": "#6c8ebf", "value": "#e8a33d", "additive": "#0b7a75", "stochastic": "#d1495b"}
 
 
 def against_length(files: list[Row], refinements: Sequence[str] = ()) -> "Figure | None":
-    """Forward and backward where every row is an item, a column of panels per device and kind of problem: time, then memory.
+    """Forward and backward where every row is an item, a row of panels per device and kind of problem: time, then memory.
 
     Both are divided by B * H * L: what costs O(L^2) rises with L, what costs O(L) is flat. Of several batches of one length the
     largest is drawn. refinements: these alone, without dropout. None where no kind of problem was measured at several lengths.
@@ -40,31 +41,39 @@ def against_length(files: list[Row], refinements: Sequence[str] = ()) -> "Figure
     problems = {key: panel for key, panel in problems.items() if len({length for _, length in panel}) > 1}
     if not problems:
         return None
-    figure, axes = panels(len(COLUMNS), len(problems), width=5.0, height=3.4)
-    for i, ((title, device), panel) in enumerate(problems.items()):
+    figure, axes = panels(len(problems), len(COLUMNS), height=2.7)
+    present = {row["provider"] for panel in problems.values() for row in panel.values()}
+    colours = {name: f"C{i % 10}" for i, name in enumerate(name for name in PROVIDERS if name in present)}
+    lines: dict[str, Any] = {}
+    for row_of_panels, ((title, device), panel) in zip(axes, problems.items(), strict=True):
         members = sorted(panel.values(), key=lambda row: row["L"])
-        for line, (column, label) in zip(axes, COLUMNS, strict=True):
-            _lines(line[i], members, column)
-            line[i].set_ylabel(label, fontsize=8)
-        axes[0][i].set_title(f"{title}\n{_sizes(members)}\n{device}", fontsize=8, loc="left")
-        axes[0][i].legend(fontsize=7, frameon=False)
+        for axis, (column, label) in zip(row_of_panels, COLUMNS, strict=True):
+            lines |= _lines(axis, members, column, colours)
+            axis.set_ylabel(label, fontsize=SMALL)
+        row_of_panels[0].set_title(f"{title}; {device}\n{_sizes(members)}", fontsize=SMALL, loc="left")
+    handles = [lines[name] for name in colours]
+    figure.legend(handles, list(colours), loc="outside upper left", fontsize=SMALL, frameon=False, ncols=4)
     return figure
 
 
-def _lines(ax: Any, rows: list[Row], column: str) -> None:
+def _lines(ax: Any, rows: list[Row], column: str, colours: dict[str, str]) -> dict[str, Any]:
+    """Draws the line of each provider and returns them by name."""
     from matplotlib.ticker import LogLocator
 
+    drawn = {}
     for name in dict.fromkeys(r["provider"] for r in rows):
         points = sorted((r["L"], r[column]) for r in rows if r["provider"] == name)
-        style, colour = "-" if PROVIDERS[name].role == "ours" else "--", list(PROVIDERS).index(name) % 10
-        ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, color=f"C{colour}")
-    ax.set(xscale="log", yscale="log", xlabel="L")
+        style = "-" if PROVIDERS[name].role == "ours" else "--"
+        drawn[name] = ax.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colours[name])[0]
+    ax.set(xscale="log", yscale="log")
+    ax.set_xlabel("L", fontsize=SMALL)
     ticks = sorted({r["L"] for r in rows})
     ax.set_xticks(ticks, [str(x) for x in ticks])
     ax.set_xticks([], minor=True)
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
     ax.yaxis.set_minor_formatter("{x:g}")
+    return drawn
 
 
 def _sizes(rows: list[Row]) -> str:
@@ -84,27 +93,27 @@ def roofline(points: list[Point]) -> "Figure | None":
         return None
     from matplotlib.lines import Line2D
 
-    figure, axes = panels(1, len(devices), width=5.4, height=5.2)
-    for axis, (device, some) in zip(axes[0], devices.items(), strict=True):
+    figure, axes = panels(len(devices), 1, height=3.1)
+    for (axis,), (device, some) in zip(axes, devices.items(), strict=True):
         ridge = statistics.median(p.ridge for p in some)
         low, high = min(p.intensity for p in some) / 2, max(ridge, *(p.intensity for p in some)) * 2
         axis.plot([low, ridge, high], [low / ridge, 1, 1], color="#333333", linewidth=1)
         axis.axvline(ridge, color="#bbbbbb", linewidth=0.8, linestyle=":")
-        axis.annotate(f"ridge {ridge:.3g}", (ridge, 1), (0, 4), textcoords="offset points", fontsize=7, ha="center")
+        axis.annotate(f"ridge {ridge:.3g}", (ridge, 1), (0, 4), textcoords="offset points", fontsize=SMALL, ha="center")
         colours = {group: f"C{i % 10}" for i, group in enumerate(dict.fromkeys(p.group for p in some))}
         for p in some:
             y = p.operations / p.ms * 1e3 / p.rates.matmul
             axis.scatter(p.intensity, y, s=34, marker=MARKERS[p.part], color=colours[p.group], alpha=0.8)
         axis.set(xscale="log", yscale="log")
-        axis.set_xlabel("operations per byte of device memory", fontsize=8)
-        axis.set_ylabel("share of the matrix rate", fontsize=8)
+        axis.set_xlabel("operations per byte of device memory", fontsize=SMALL)
+        axis.set_ylabel("share of the matrix rate", fontsize=SMALL)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.set_title(f"{device}\nmeasured, a point per pass of a call", fontsize=9, loc="left")
+        axis.set_title(f"{device}: measured, a point per pass of a call", fontsize=9, loc="left")
         marks = [Line2D([], [], color=colour, marker="o", linestyle="", label=group) for group, colour in colours.items()]
         hollow: dict[str, Any] = {"color": "#333333", "linestyle": "", "fillstyle": "none"}
         marks += [Line2D([], [], marker=MARKERS[part], label=part, **hollow) for part in dict.fromkeys(p.part for p in some)]
-        axis.legend(handles=marks, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+        axis.legend(handles=marks, fontsize=SMALL, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -117,23 +126,30 @@ def quality(entries: list[Row]) -> "Figure | None":
             cells.setdefault(entry["dataset"], {}).setdefault((entry["refinement"], entry["layers"]), []).append(entry)
     if not cells:
         return None
+    from matplotlib.lines import Line2D
+
     order = list(REFINEMENT_COLOURS)
     kinds = sorted({kind for found in cells.values() for kind in found}, key=lambda kind: (kind[1], order.index(kind[0])))
     seconds = "train_cpu_seconds" if all("train_cpu_seconds" in entry for entry in entries) else "train_seconds"
-    figure, axes = panels(1, len(cells), width=4.0, height=3.9)
-    for axis, (dataset, found) in zip(axes[0], cells.items(), strict=True):
+    figure, axes = panels(math.ceil(len(cells) / 2), 2, height=3.1)
+    places = [axis for line in axes for axis in line]
+    for axis in places[len(cells) :]:
+        axis.remove()
+    for axis, (dataset, found) in zip(places, cells.items(), strict=False):
         for (refinement, layers), runs in found.items():
             reached, took = ([float(x) for x in of] for of in ((r["test"]["NDCG@10"] for r in runs), (r[seconds] for r in runs)))
             style = _style(refinement, layers) | ({} if len(runs) > 1 else {"markerfacecolor": "white"})
             axis.errorbar(statistics.fmean(took), statistics.fmean(reached), _spread(reached), _spread(took), capsize=2, **style)
         axis.set_title(f"{dataset}, {_seeds(found.values())}", fontsize=9, loc="left")
-        axis.set_xlabel("CPU seconds of training" if seconds == "train_cpu_seconds" else "seconds of training", fontsize=8)
+        axis.set_xlabel("CPU seconds of training" if seconds == "train_cpu_seconds" else "seconds of training", fontsize=SMALL)
         axis.margins(0.15)
-    axes[0][0].set_ylabel("test NDCG@10", fontsize=8)
+    for line in axes:
+        line[0].set_ylabel("test NDCG@10", fontsize=SMALL)
+    marks = []
     for refinement, layers in kinds:
         name = "plain" if refinement == "none" else refinement
-        axes[0][-1].plot([], [], label=f"{name}, {layers} layer{'s' * (layers > 1)}", **_style(refinement, layers))
-    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+        marks.append(Line2D([], [], label=f"{name}, {layers} layer{'s' * (layers > 1)}", **_style(refinement, layers)))
+    figure.legend(handles=marks, loc="outside lower center", fontsize=SMALL, frameon=False, ncols=4)
     figure.suptitle("Mean and deviation over seeds; hollow: one seed", fontsize=9)
     return figure
 

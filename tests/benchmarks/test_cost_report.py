@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from benchmarks.common import pages
 from benchmarks.operator import cost_report, plots
@@ -89,6 +90,17 @@ def test_quality_has_a_panel_for_each_data_set_and_marks_single_seeds() -> None:
     assert [axis.containers[0][0].get_markerfacecolor() == "white" for axis in (beauty, lastfm)] == [False, True]
     assert beauty.containers[0][0].get_ydata() == pytest.approx([0.2])
     assert plots.quality([]) is None
+
+
+def test_letters_of_pictures_can_be_read_at_the_width_of_a_page() -> None:
+    files = cost_report.load(RESULTS)
+    entries = json.loads((RESULTS / "study/study.json").read_text(encoding="utf-8"))
+    operator = plots.against_length([x for x in files if x.get("kind") is None], cost_report.SHOWN)
+    for figure in (operator, plots.roofline(cost_report.measured(files)), plots.quality(entries)):
+        assert figure is not None
+        texts = [text for text in figure.findobj(Text) if text.get_text() and text.get_visible()]
+        pixels = {round(text.get_fontsize() / 72 * 700 / figure.get_figwidth(), 1) for text in texts}
+        assert len(texts) > 20 and min(pixels) >= 9, pixels
 
 
 def test_the_committed_page_is_what_the_script_writes() -> None:

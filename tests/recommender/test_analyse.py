@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from awrsr import AWRSR, AWRSRConfig
 from awrsr.analysis.analyse import ROLES, Analysis, analyse, batches, buckets, roles, training_counts, without_refinement
-from awrsr.analysis.page import page
+from awrsr.analysis.page import luminance, page, shade
 from awrsr.data.histories import Histories, Split, split
 from awrsr.evaluation.ranking import evaluate
 
@@ -192,6 +192,34 @@ def test_the_page_needs_nothing_else_is_the_same_each_time_and_has_words_from_th
     most = max(found.heads, key=lambda head: head.moved)
     assert f"{most.moved:.0%} of a head" in text and f"{most.two_hops:.0%} went where two hops lead" in text
     assert f"{found.better:,} of {found.targets:,} targets rank higher" in text and "switched off" in text
+
+
+def contrast(one: Sequence[int], other: Sequence[int]) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_in_cells_reads_on_every_shade(parts: Split) -> None:
+    assert contrast((0, 0, 0), (255, 255, 255)) == pytest.approx(21)
+    cells = re.findall(r"<td style='background:#(\w{6});color:#(000|fff)'>", page(analysis(parts, gate=2.0), "run"))
+    assert len(cells) > 20 and {text for _, text in cells} == {"000", "fff"}
+    for background, text in cells:
+        assert contrast(bytes.fromhex(background), bytes.fromhex(2 * text)) >= 4.5, background
+    for grey in range(256):
+        text = shade(f"#{3 * bytes([grey]).hex()}", 1.0)[-3:]
+        assert contrast([grey] * 3, bytes.fromhex(2 * text)) >= 4.5, grey
+
+
+def test_words_of_the_page_read_on_its_background(parts: Split) -> None:
+    light, dark = page(analysis(parts), "run").split("<style>")[1].split("</style>")[0].split("@media(prefers-color-scheme:dark){")
+    for css, background in ((light, "ffffff"), (dark, "181a1b")):
+        for words in ("figcaption,.small", ".good,.interval.good", ".bad,.interval.bad"):
+            color = re.search(rf"{re.escape(words)}{{color:#(\w+)", css)
+            assert color, words
+            rgb = color[1] if len(color[1]) == 6 else "".join(2 * each for each in color[1])
+            assert contrast(bytes.fromhex(rgb), bytes.fromhex(background)) >= 4.5, words
+    for color, text in re.findall(r"background:#(\w{6});color:#(222|fff)", light):
+        assert contrast(bytes.fromhex(color), bytes.fromhex("".join(2 * each for each in text))) >= 4.5, color
 
 
 def test_ids_of_the_data_are_text_and_no_markup() -> None:
