@@ -26,9 +26,9 @@ VECTORS, GAUSSIANS, PADDED, PACKED, CACHED = "q", "q_mean", "padding_side", "cu_
 MODULE, FORWARD, ANY = "embed_dim", "x", ""  # to make a module, to call it
 
 OF_MODULE = "is an argument of RefinedMultiheadAttention itself"
-NO_MASKS = "masks of scores are not supported, as kernels know order and padding alone"
+NO_MASKS = "masks of scores are not supported, as the kernels know only order and padding"
 
-# Names, arguments that the call must have, what to write. The first line that fits is said.
+# Names, arguments that the call must have, what to write. The first line that fits is used.
 HABITS = [
     ("is_causal causal_mask", "causal", "it is called causal, and is True unless you say otherwise"),
     ("is_causal causal", CACHED, "decoding is always causal"),
@@ -42,10 +42,10 @@ HABITS = [
     ("enable_gqa", MODULE, "grouped-query heads need no flag: give num_kv_heads"),
     ("enable_gqa", FORWARD, f"grouped-query heads need no flag: num_kv_heads {OF_MODULE}"),
     ("enable_gqa", ANY, "grouped-query heads need no flag: keys and values may have fewer heads, a divisor of the queries' number"),
-    (WEIGHTS, MODULE, "the module gives its output alone; its method weights gives those of each head"),
-    (WEIGHTS, FORWARD, "the module gives its output alone; its method weights gives those of each head"),
-    (WEIGHTS, GAUSSIANS, "outputs come alone; stochastic_attention_weights(...) gives the weights of each head"),
-    (WEIGHTS, ANY, "the output comes alone; attention_weights(...) gives the weights of each head"),
+    (WEIGHTS, MODULE, "the module returns only its output; its method weights returns the weights of each head"),
+    (WEIGHTS, FORWARD, "the module returns only its output; its method weights returns the weights of each head"),
+    (WEIGHTS, GAUSSIANS, "only outputs are returned; stochastic_attention_weights(...) returns the weights of each head"),
+    (WEIGHTS, ANY, "only the output is returned; attention_weights(...) returns the weights of each head"),
     (
         PADDING_MASKS,
         PADDED,
@@ -72,16 +72,16 @@ HABITS = [
     (
         BIASES,
         ANY,
-        "nothing can be added to scores, as kernels compute them from queries and keys alone: positions enter by w_q and w_k",
+        "nothing can be added to scores, as the kernels compute them from queries and keys: positions enter through w_q and w_k",
     ),
     ("softcap logits_soft_cap", ANY, "scores cannot be capped"),
-    (DROPOUTS, "dropout_p", "it is called dropout_p, and falls whenever it is not 0: give 0.0 in evaluation"),
-    (DROPOUTS, MODULE, "it is called dropout, and falls in training alone"),
+    (DROPOUTS, "dropout_p", "it is called dropout_p, and applies whenever it is not 0: give 0.0 in evaluation"),
+    (DROPOUTS, MODULE, "it is called dropout, and applies in training only"),
     (DROPOUTS, FORWARD, f"dropout {OF_MODULE}"),
     (f"{DROPOUTS} dropout_seed", CACHED, "decoding has no dropout"),
     (f"{DROPOUTS} dropout_seed", "causal w_q", "the weights are those without dropout"),
     ("seed generator", "dropout_seed", "give dropout_seed, an int or a tensor; without it torch.manual_seed decides"),
-    ("deterministic", ANY, "there is nothing to switch on, as results repeat bit for bit"),
+    ("deterministic", ANY, "results always repeat bit for bit, so there is nothing to switch on"),
     (BOUNDS, "cu_seqlens", "queries and keys are of the same sequences: give their bounds once, as cu_seqlens"),
     (LONGEST, "max_seqlen", "queries and keys are of the same sequences: give the longest once, as max_seqlen"),
     (f"{BOUNDS} {LONGEST}", f"{GAUSSIANS} {PADDED}", "packed sequences go to stochastic_refined_attention_varlen"),
@@ -99,7 +99,7 @@ HABITS = [
     ("batch_first", FORWARD, "the module is always batch first: x is of shape (B, L, E)"),
     ("batch_first", PACKED, "there is no batch dimension: queries are of shape (T, H, D)"),
     ("batch_first", ANY, "the batch always comes first: queries are of shape (B, H, L, D)"),
-    ("kdim vdim add_bias_kv add_zero_attn", MODULE, "self-attention has no keys and values but those of x"),
+    ("kdim vdim add_bias_kv add_zero_attn", MODULE, "self-attention takes keys and values from x"),
     ("num_key_value_heads n_kv_heads kv_heads", MODULE, "it is called num_kv_heads"),
     (f"{LONGEST} maxlen max_length max_seq_len max_position_embeddings", MODULE, "it is called max_len"),
     ("qkv_bias use_bias", MODULE, "it is called bias"),
