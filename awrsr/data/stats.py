@@ -23,11 +23,11 @@ def stats(histories: Histories) -> dict[str, Any]:
     time_last: only with times.
     """
     lengths, events = histories.lengths, len(histories.items)
-    place = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
-    answer = recall_answer(histories, histories.owners, place)
+    position = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
+    answer = recall_answer(histories, histories.owners, position)
     counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
     distinct = histories.pairs()
-    runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
+    runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (position[1:] > 0))
     quantiles = {"length_median": 0.5, "length_p90": 0.9, "length_p99": 0.99}
     result: dict[str, Any] = {
         "users": histories.num_users,

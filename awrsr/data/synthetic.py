@@ -65,16 +65,16 @@ def make(**options: Any) -> Histories:
 def _block(rng: np.random.Generator, users: int, chances: np.ndarray, task: RecallTask) -> np.ndarray:
     """(users, L) items, drawn position by position for all users at once."""
     drawn = np.empty((users, task.length), dtype=np.int64)
-    for place in range(task.length):
-        answer = _followers(drawn, place)
+    for position in range(task.length):
+        answer = _followers(drawn, position)
         recalled = (answer >= 0) & (rng.random(users) >= task.noise)
-        drawn[:, place] = np.where(recalled, answer, _fresh(rng, users, chances))
+        drawn[:, position] = np.where(recalled, answer, _fresh(rng, users, chances))
         while True:
-            recent = (drawn[:, max(place - task.gap, 0) : place] == drawn[:, place, None]).any(axis=1)
-            again = np.flatnonzero(~recalled & (recent | (drawn[:, place] == answer)))
+            recent = (drawn[:, max(position - task.gap, 0) : position] == drawn[:, position, None]).any(axis=1)
+            again = np.flatnonzero(~recalled & (recent | (drawn[:, position] == answer)))
             if not len(again):
                 break
-            drawn[again, place] = _fresh(rng, len(again), chances)
+            drawn[again, position] = _fresh(rng, len(again), chances)
     return drawn
 
 
@@ -82,12 +82,12 @@ def _fresh(rng: np.random.Generator, count: int, chances: np.ndarray) -> np.ndar
     return np.searchsorted(chances, rng.random(count), side="right").clip(max=len(chances) - 1)
 
 
-def _followers(rows: np.ndarray, place: int) -> np.ndarray:
-    """(U,) what followed the last earlier occurrence of rows[:, place - 1], -1 where there is none. rows: (U, L)."""
-    if place < 2:
+def _followers(rows: np.ndarray, position: int) -> np.ndarray:
+    """(U,) what followed the last earlier occurrence of rows[:, position - 1], -1 where there is none. rows: (U, L)."""
+    if position < 2:
         return np.full(len(rows), -1, dtype=np.int64)
-    earlier = rows[:, : place - 1] == rows[:, place - 1, None]
-    last = place - 2 - earlier[:, ::-1].argmax(axis=1)
+    earlier = rows[:, : position - 1] == rows[:, position - 1, None]
+    last = position - 2 - earlier[:, ::-1].argmax(axis=1)
     return np.where(earlier.any(axis=1), rows[np.arange(len(rows)), last + 1], -1)
 
 

@@ -1,4 +1,4 @@
-"""Figures as every picture of the benchmarks has them: panels in rows and columns, drawn without a window."""
+"""Figures of the benchmarks: panels in rows and columns, drawn without a window."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> "tuple[Figure, list[list[Any]]]":
-    """A figure and the axes of its panels, row by row, each of so many inches."""
+    """A figure and the axes of its panels, row by row, with the size of a panel in inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")

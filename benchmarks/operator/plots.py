@@ -118,15 +118,15 @@ def quality(entries: list[Row]) -> "Figure | None":
     if not cells:
         return None
     order = list(REFINEMENT_COLOURS)
-    kinds = sorted({kind for found in cells.values() for kind in found}, key=lambda kind: (kind[1], order.index(kind[0])))
+    kinds = sorted({kind for by_kind in cells.values() for kind in by_kind}, key=lambda kind: (kind[1], order.index(kind[0])))
     seconds = "train_cpu_seconds" if all("train_cpu_seconds" in entry for entry in entries) else "train_seconds"
     figure, axes = panels(1, len(cells), width=4.0, height=3.9)
-    for axis, (dataset, found) in zip(axes[0], cells.items(), strict=True):
-        for (refinement, layers), runs in found.items():
+    for axis, (dataset, by_kind) in zip(axes[0], cells.items(), strict=True):
+        for (refinement, layers), runs in by_kind.items():
             reached, took = ([float(x) for x in of] for of in ((r["test"]["NDCG@10"] for r in runs), (r[seconds] for r in runs)))
             style = _style(refinement, layers) | ({} if len(runs) > 1 else {"markerfacecolor": "white"})
             axis.errorbar(statistics.fmean(took), statistics.fmean(reached), _spread(reached), _spread(took), capsize=2, **style)
-        axis.set_title(f"{dataset}, {_seeds(found.values())}", fontsize=9, loc="left")
+        axis.set_title(f"{dataset}, {_seeds(by_kind.values())}", fontsize=9, loc="left")
         axis.set_xlabel("CPU seconds of training" if seconds == "train_cpu_seconds" else "seconds of training", fontsize=8)
         axis.margins(0.15)
     axes[0][0].set_ylabel("test NDCG@10", fontsize=8)
