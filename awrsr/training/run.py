@@ -38,7 +38,7 @@ def train(
         and NDCG@10 of each epoch. Empty in every process but the first.
 
     Raises:
-        ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is no number.
+        ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is not a number.
     """
     split = numbered_for(model, split)
     if out is None:

@@ -70,7 +70,7 @@ class _Refined(TransformerLayersBase):
     ) -> Tensor:
         """seqs (B, L, E), timeline_mask (B, L, 1), bool or numbers, True at items -> (B, L, E), 0 at padding.
 
-        The other masks are not read, but for whether attn_mask is None: attention is causal or both ways, and padding is never
+        Of the other masks, only whether attn_mask is None is read: attention is causal or bidirectional, and padding is never
         attended, whatever the model's use_key_padding_mask.
 
         Raises:

@@ -20,7 +20,7 @@ class Clock:
     """The CPU's clock, or CUDA events.
 
     On a GPU each span starts with a cold L2 cache and a queue that the host has filled ahead of it, so that it holds the device's
-    time alone; the host's own time is kept beside it, and a call in eager mode takes about the larger of the two.
+    time alone; the host's own time is kept separately, and a call in eager mode takes about the larger of the two.
     """
 
     FLUSH_MS = 0.05  # what a flush of the cache takes at the least, on an H200

@@ -12,7 +12,7 @@ sdpa               plain attention: the least that any of these could cost; anot
 torch, triton      ours
 torch-jagged, triton-jagged  the same packed rows as jagged tensors of torch.nested, made and taken apart in each call
 
-Between Gaussians (`wasserstein.py`), beside ours and the floor, which there is plain attention of the means:
+Between Gaussians (`wasserstein.py`), in addition to ours and to plain attention, which there is that of the means:
 
 stosa              STOSA's own formulation (`common/stosa.py`) and the refinements on top of it: L x L matrices
 stosa+compile      the same through torch.compile

@@ -1,7 +1,7 @@
 """The problems: shapes and presets, batches of random tensors in three layouts, and real history files.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed rows, D head dim, D_v value dim, R refinement rank.
-Items are vectors (backbone "dot-product") or Gaussians ("stochastic"), whose covariances stand beside their means.
+Items are vectors (backbone "dot-product") or Gaussians ("stochastic"), whose covariances are separate tensors.
 """
 
 import itertools
