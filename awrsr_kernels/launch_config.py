@@ -1,8 +1,8 @@
-"""Which kernels and which tiles for which call, as data; and why a call cannot run on the kernels. Imports no Triton.
+"""The kernels and tiles for each class of calls, as data, and why a call cannot run on the kernels. Does not import Triton.
 
 A *row* of the table is a configuration of one kernel for a length class (short regime: the longest sequence, which is the height
 of the tile), a width class (the widest of D, D_v and R) and a size of element. `choose` is a pure function of the call, the GPU's
-shared memory and what the tuner found for this GPU (`tuned.py`).
+shared memory and the tuner's results for this GPU (`tuned.py`).
 """
 
 import os

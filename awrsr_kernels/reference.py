@@ -18,7 +18,7 @@ Between Gaussians (STOSA), with the points x = [mean | sqrt(covariance)] of `gau
 Every softmax runs over the positions that i may see: real items j, and j <= i if causal; a row that sees nothing has weights
 zero. Dropout multiplies P (none), R (simple, value, stochastic) or M (additive) by Z, the mask times 1/(1-p), before squares are
 taken; the P inside Q_A and K_A, and the P V of "value", are never dropped. This is the project's reading of *Pay Attention to
-Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024); it stands here alone, so that it can be compared with the
+Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024). It is stated only here, so that it can be compared with the
 paper's equations.
 
 Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; between Gaussians in float64 O(L^2 D).
