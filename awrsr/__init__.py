@@ -12,7 +12,7 @@ __all__ = ["AWRSR", "AWRSRConfig", "DataError", "Histories", "Split", "TrainingO
 
 
 def __getattr__(name: str) -> object:
-    """The model loads torch, which reading data does without."""
+    """Import the model only when it is used: it imports torch, which reading data does not need."""
     if name == "AWRSR":
         from .recommender import AWRSR
 

@@ -1,4 +1,4 @@
-"""The scoring path as a file that runs without this package: torch.export or ONNX, compared with the model before it is there.
+"""Exports the scoring path to a file that runs without this package, by torch.export or ONNX, and compares it with the model.
 
 B histories of a batch, L window (1..max_len), N items.
 
@@ -34,7 +34,7 @@ Run = Callable[[Tensor, Tensor], Tensor]
 
 
 def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool = True) -> Path:
-    """Write the scoring path of a trained model to a file, for use on a CPU. Whole or not at all.
+    """Write the scoring path of a trained model to a file, for use on a CPU. The file appears only when it is complete.
 
     Args:
         model: on any device; it is not changed.
@@ -75,8 +75,8 @@ def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool
 
 
 class _Scorer(nn.Module):
-    """A copy of the network whose forward scores. Only the reference can be traced for any batch size and window: "torch" cuts a
-    batch into chunks whose number is part of the trace."""
+    """A copy of the network whose forward returns scores. Only the reference can be traced for any batch size and window: "torch"
+    cuts a batch into chunks, and their number would be part of the trace."""
 
     def __init__(self, network: AWRSRNetwork) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _traced(network: AWRSRNetwork) -> torch.export.ExportedProgram:
 
 
 def _shapes(window: int) -> dict[str, Any]:
-    """The dimensions that may differ from call to call, by input."""
+    """The dimensions that may differ between calls, by input."""
     batch = torch.export.Dim("batch", min=1)
     length = torch.export.Dim("length", min=1, max=window) if window > 1 else None
     return {"items": {0: batch, 1: length}, "lengths": {0: batch}}
@@ -129,7 +129,7 @@ def _load_onnx(path: Path) -> Run | None:
     try:
         import onnxruntime
     except ImportError:
-        warnings.warn("the ONNX file was not checked against the model: that needs onnxruntime", stacklevel=3)
+        warnings.warn("the ONNX file was not checked against the model, since onnxruntime is not installed", stacklevel=3)
         return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda items, lengths: torch.from_numpy(session.run(["scores"], {"items": items.numpy(), "lengths": lengths.numpy()})[0])
@@ -137,7 +137,7 @@ def _load_onnx(path: Path) -> Run | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remarks on its own code and on packages that have nothing to do with it."""
+    """Hide torch's warnings about its own code and about unrelated packages."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -150,7 +150,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _batches(num_items: int, max_len: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches to compare on: one history or several, empty ones to full ones, in whole windows and shorter ones."""
+    """Batches to compare on: one or several histories, from empty to full, in full windows and shorter ones."""
     generator = torch.Generator().manual_seed(0)
     for window in sorted({1, min(2, max_len), (max_len + 1) // 2, max_len}):
         some = sorted({0, 1, window // 3, window // 2, window - 1, window})
@@ -160,12 +160,12 @@ def _batches(num_items: int, max_len: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def _compare(run: Run, network: AWRSRNetwork, path: Path) -> None:
-    """Raise RuntimeError unless the file's scores are the model's."""
+    """Raise RuntimeError unless the scores of the file agree with those of the model."""
     for items, lengths in _batches(network.config.num_items, network.config.max_len):
         expected, actual = network.scores_padded(items, lengths), run(items, lengths)
         error, most = float((actual - expected).abs().max()), float((expected.amax(1) - expected.amin(1)).max())
         if not error <= TOLERANCE * most:  # false for NaN, too
             raise RuntimeError(
                 f"{path} was not written: its scores differ from the model's by {error:.2e} where they span {most:.2e} "
-                f"(batch of {len(lengths)}, window {items.shape[1]}), allowed is {TOLERANCE:g} times that"
+                f"(batch of {len(lengths)}, window {items.shape[1]}); at most {TOLERANCE:g} times that is allowed"
             )

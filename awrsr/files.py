@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, then renamed."""
+"""Writes files under a temporary name and then renames them, so that a file is either complete or absent."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from typing import Any
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the same folder and with the same suffix. What was written there is renamed to `path` at the end of the
-    block, or removed if an error ends it."""
+    """A temporary path in the same folder and with the same suffix. At the end of the block the file is renamed to `path`, or
+    removed after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
@@ -26,14 +26,14 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, names: Iterable[str]) -> None:
-    """Remove the temporary files that a killed process left when it wrote files of these names (patterns)."""
+    """Remove temporary files left by a killed process that was writing files with these names (patterns)."""
     for name in names:
         for temporary in folder.glob(f".{name}.*"):
             temporary.unlink(missing_ok=True)
 
 
 def first_process() -> bool:
-    """Whether this is the first of several processes, or the only one, by the variables that launchers set."""
+    """Whether this is the first of several processes, or the only one, according to the variables that launchers set."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
@@ -43,7 +43,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """Raises FileNotFoundError, or ValueError naming the file if it is not JSON."""
+    """The content of a JSON file. Raises FileNotFoundError, or ValueError naming the file if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Options as dataclass fields: the meaning and the range of each are said once, for `--help`, for checks and for readers."""
+"""Options as dataclass fields, with their help text and range in one place, for `--help`, checks and readers."""
 
 from collections.abc import Sequence
 from dataclasses import field, fields
@@ -9,15 +9,15 @@ from typing import Any
 def option(
     default: Any, help: str, *, choices: Sequence[str] = (), least: float = -inf, below: float = inf, most: float = inf
 ) -> Any:
-    """A dataclass field with its help text and its range: one of `choices`; at least `least`, below `below`, at most `most`."""
+    """A dataclass field with a help text and a range: one of `choices`, or at least `least`, below `below` and at most `most`."""
     return field(default=default, metadata={"help": help, "choices": choices, "range": (least, below, most)})
 
 
 def check(options: Any) -> None:
-    """Raise ValueError, naming the option, for a value out of its range, and TypeError for one of another type."""
+    """Raise ValueError for a value out of its range, and TypeError for a value of another type. The message names the option."""
     for each in fields(options):
         value, default, may = getattr(options, each.name), each.default, each.metadata
-        if hasattr(value, "item"):  # a number of numpy's
+        if hasattr(value, "item"):  # a NumPy scalar
             value = value.item()
             object.__setattr__(options, each.name, value)
         kinds = (int, float) if isinstance(default, float) else type(default)

@@ -1,4 +1,4 @@
-"""The files of a run folder: those of a model, which are saved and loaded here, and whether it holds a run that can be resumed."""
+"""The files of a run folder: saves and loads a model, and checks whether the folder holds a run that can be resumed."""
 
 import json
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "data"}  # 
 
 
 class SavedModel(NamedTuple):
-    """What the files of a model hold."""
+    """The content of the files of a model."""
 
     network: AWRSRNetwork
     item_ids: np.ndarray  # (N,)
@@ -29,7 +29,7 @@ class SavedModel(NamedTuple):
 
 
 def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, filter_seen: bool, **sections: Any) -> None:
-    """Write config.json, items.parquet and model.safetensors, which take their places when all are written.
+    """Write config.json, items.parquet and model.safetensors. They appear in the folder only when all are complete.
 
     sections: further ones of config.json.
     """
@@ -43,7 +43,7 @@ def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, 
 
 
 def load_model(folder: str | Path, **changes: Any) -> SavedModel:
-    """What `save_model` wrote, the network in evaluation mode. Nothing is unpickled. changes: of the configuration: backend, say.
+    """Load what `save_model` wrote, in evaluation mode, without unpickling. changes: changed options, such as backend.
 
     Raises:
         FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights are of another configuration.
@@ -81,7 +81,7 @@ def load_model(folder: str | Path, **changes: Any) -> SavedModel:
 
 
 def can_resume(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder holds a state of the run that has this config.json. ValueError if it holds another run or its model."""
+    """Whether the folder holds a state of the run with this config.json. Raises ValueError if it holds another run or its model."""
     has_state = (folder / STATE).exists()
     if not (folder / CONFIG).exists() or not (has_state or (folder / WEIGHTS).exists()):
         return False

@@ -1,4 +1,4 @@
-"""Which backend computes a call, and the way there.
+"""Chooses the backend of a call, and runs the call on it.
 
 H query heads, D head dim, D_v value dim.
 """
@@ -16,7 +16,7 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    """Hand a checked call to its backend: the output, between Gaussians also that of the covariances."""
+    """Run a checked call on its backend. Returns the output and, between Gaussians, also that of the covariances."""
     q, rank = inputs.q, 1 if inputs.w_q is None else inputs.w_q.shape[-1]
     features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.gaussian, call.refinement)
     backend = choose_backend(backend, q, features)
@@ -40,7 +40,7 @@ def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: 
 
 
 def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
-    """The backend that "auto", or the name of one, comes to; features: those of q, v and the tables."""
+    """The backend for "auto" or for a name. features: numbers of features of q, v and the tables."""
     checks.choice("backend", backend, BACKENDS)
     if backend == "auto" and not q.is_cuda:
         return "torch"

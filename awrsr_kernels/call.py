@@ -1,4 +1,4 @@
-"""One call, checked, whether it came padded or packed: its tensors, and everything about it that is not a tensor.
+"""A checked call, in one form for padded and packed calls: its tensors, and everything about it that is not a tensor.
 
 B sequences, H query heads, L positions, N table rows, T packed rows, R refinement rank.
 
@@ -31,7 +31,7 @@ class Call(NamedTuple):
 
     @classmethod
     def padded(cls, q: Tensor, w_q: Tensor | None, lengths: Tensor | None, padding_side: str, **options: Any) -> "Call":
-        """Of a padded batch, from checked queries (B, H, L, D) and tables; options: those of `_settled`, checked here."""
+        """The call of a padded batch, from checked queries (B, H, L, D) and tables. options: those of `_settled`, checked here."""
         checks.choice("padding_side", padding_side, ("left", "right"))
         checks.lengths(lengths, q)
         return cls._settled(q, w_q, varlen=False, align_right=padding_side == "left", max_len=q.shape[2], **options)
@@ -41,7 +41,7 @@ class Call(NamedTuple):
         cls, q: Tensor, w_q: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, align: str, *, per_entry: bool,
         **options: Any,
     ) -> "Call":  # fmt: skip
-        """Of a packed batch, from checked queries (T, H, D) and tables; options: those of `_settled`, checked here."""
+        """The call of a packed batch, from checked queries (T, H, D) and tables. options: those of `_settled`, checked here."""
         checks.choice("align", align, ("left", "right"))
         cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
         table_rows = None if w_q is None or per_entry else w_q.shape[2]
@@ -53,7 +53,7 @@ class Call(NamedTuple):
         cls, q: Tensor, w_q: Tensor | None, *, refinement: str, causal: bool, softmax_scale: float | None,
         refine_scale: float | None, dropout_p: float = 0.0, **rest: Any,
     ) -> "Call":  # fmt: skip
-        """With its numbers checked and their defaults filled in; rest: the fields that are known already."""
+        """The call with its numbers checked and their defaults filled in. rest: the other fields."""
         rank = 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))  # tables of "stochastic" lie side by side
         return cls(
             refinement=refinement,
@@ -66,7 +66,7 @@ class Call(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The tensors of one call, (entries, heads, rows, features) each where nothing else is said."""
+    """The tensors of one call, (entries, heads, rows, features) each unless a comment says otherwise."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,4 @@
-"""Gaussians as points: what turns the Wasserstein distance between them into a distance of vectors.
+"""Gaussians as points, so that the Wasserstein distance between them is a distance of vectors.
 
 N(m, diag c) becomes x = [m | sqrt(c)], D means and D deviations side by side. The squared 2-Wasserstein distance of two Gaussians
 with diagonal covariances is then |x_i - x_j|^2 (Dowson and Landau 1982), so that scores -scale |x_i - x_j|^2 are, up to a number
@@ -16,7 +16,7 @@ SMALLEST = 2.0**-20
 
 
 class _Points(torch.autograd.Function):
-    """The backward is made of differentiable operations, so that there are any number of derivatives."""
+    """The backward uses differentiable operations, so that any number of derivatives can be taken."""
 
     generate_vmap_rule = True  # for torch.func
 
@@ -37,7 +37,7 @@ class _Points(torch.autograd.Function):
 
 
 def points(mean: Tensor, cov: Tensor) -> Tensor:
-    """(..., D) means and covariances -> (..., 2 D) [mean | deviation] in their dtype; covariances below `SMALLEST` count as it."""
+    """(..., D) means and covariances -> (..., 2 D) [mean | deviation]; covariances are read as at least `SMALLEST`."""
     return _Points.apply(mean, cov)
 
 

@@ -1,4 +1,4 @@
-"""Jagged tensors of torch.nested as packed rows, and back: nothing is padded, nothing copied.
+"""Jagged tensors of torch.nested as packed rows, and back, without padding or copies.
 
 B sequences, j their ragged length, T items of all, H heads, F features, N rows of a position table.
 """
@@ -13,12 +13,12 @@ from .torch_state import readable
 
 
 def is_nested(x: Any) -> TypeGuard[Tensor]:
-    """Whether x is a nested tensor, of whatever layout: all but the jagged one will be refused."""
+    """Whether x is a nested tensor, of any layout; all except the jagged layout are refused later."""
     return isinstance(x, Tensor) and x.is_nested
 
 
 def packed(items: dict[str, Tensor], tables: dict[str, Tensor | None], lengths: Tensor | None, padding_side: str) -> dict[str, Any]:
-    """Arguments of the packed call for those of the padded one: jagged (B, H, j, F) items, and tables of any form."""
+    """Arguments of the packed call, from those of the padded call: jagged (B, H, j, F) items, and tables of any form."""
     (first, like), *_ = items.items()
     absent(f"None: {first} is jagged and knows its lengths", lengths=lengths)
     choice("padding_side", padding_side, ("left", "right"))
@@ -30,12 +30,12 @@ def packed(items: dict[str, Tensor], tables: dict[str, Tensor | None], lengths: 
 
 
 def bounds(x: Tensor) -> dict[str, Any]:
-    """Where the sequences of a jagged tensor lie in its rows; `max_seqlen` is None if it does not know it."""
+    """The bounds of the sequences of a jagged tensor in its rows. `max_seqlen` is None if the tensor does not know it."""
     return {"cu_seqlens": x.offsets(), "max_seqlen": x._maybe_max_seqlen}  # type: ignore[attr-defined]
 
 
 def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor:
-    """(B, H, j, F) as (T, H, F), or with ragged=1 (B, j, F) as (T, F): views. Of the structure of `like`, which `first` names."""
+    """(B, H, j, F) as (T, H, F), or with ragged=1 (B, j, F) as (T, F): views. x must have the structure of `like`."""
     form = {1: "(B, j, E), jagged in dimension 1", 2: "(B, H, j, F), jagged in dimension 2"}[ragged]
     if not is_nested(x) or x.layout != torch.jagged:
         was = type(x).__name__ if not isinstance(x, Tensor) else f"nested, of layout {x.layout}" if x.is_nested else "not nested"
@@ -52,6 +52,6 @@ def rows(name: str, x: Any, first: str, like: Tensor, ragged: int = 2) -> Tensor
 
 
 def unpacked(out: Tensor, like: Tensor) -> Tensor:
-    """Packed (T, ...) as jagged (B, j, ...) of the ragged structure of `like`: what has it can be added to what has it."""
+    """Packed (T, ...) as jagged (B, j, ...) with the ragged structure of `like`, so that the two can be added."""
     known = {"min_seqlen": like._maybe_min_seqlen, "max_seqlen": like._maybe_max_seqlen}  # type: ignore[attr-defined]
     return torch.nested.nested_tensor_from_jagged(out, bounds(like)["cu_seqlens"], **known)

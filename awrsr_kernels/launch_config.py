@@ -1,8 +1,8 @@
-"""Which kernels and which tiles for which call, as data; and why a call cannot run on the kernels. Imports no Triton.
+"""The kernels and tiles for each class of calls, as data, and why a call cannot run on the kernels. Does not import Triton.
 
 A *row* of the table is a configuration of one kernel for a length class (short regime: the longest sequence, which is the height
 of the tile), a width class (the widest of D, D_v and R) and a size of element. `choose` is a pure function of the call, the GPU's
-shared memory and what the tuner found for this GPU (`tuned.py`).
+shared memory and the tuner's results for this GPU (`tuned.py`).
 """
 
 import os
@@ -21,7 +21,7 @@ TILED = 0  # the length class of the tiled kernels
 
 
 class Config(NamedTuple):
-    """How a kernel is launched."""
+    """The launch parameters of a kernel."""
 
     block_m: int  # rows of a tile
     block_n: int  # columns of a tile; in the short regime as many as rows
@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a configuration is chosen by."""
+    """The class of calls that a configuration is chosen for."""
 
     kernel: str
     length: int  # class in LENGTHS, or TILED
@@ -111,7 +111,7 @@ def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) ->
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
-    """Why the Triton kernels cannot run, and what to do about it; None where they can. features: D, D_v and R."""
+    """Why the Triton kernels cannot run, and what to do about it; None if they can. features: D, D_v and R."""
     if sys.modules.get("triton") is None and find_spec("triton") is None:  # the search takes longer than a launch
         return "Triton is not installed (pip install triton, Linux only)"
     if max(features) > WIDTHS[-1]:
@@ -133,7 +133,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple
 
 
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may have; for the interpreter, those of an H100."""
+    """Bytes of shared memory that one program may use; in the interpreter, those of an H100."""
     if device.type != "cuda":
         return 232448
     properties = torch.cuda.get_device_properties(device)
@@ -141,7 +141,7 @@ def shared_memory(device: torch.device) -> int:
 
 
 def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: int) -> Key | None:
-    """The class of a call, None if the kernel has none for it. features: D, D_v and R."""
+    """The class of a call; None if the kernel has no class for it. features: D, D_v and R."""
     length = next((size for size in LENGTHS if max_len <= size), None) if kernel in SHORT_KERNELS else TILED
     width = next((size for size in WIDTHS if max(features) <= size), None)
     if length is None or width is None:
@@ -173,6 +173,6 @@ def choose(key: Key, shared: int, tuned: Tuned | None = None) -> Config:
 
 
 def smallest(features: tuple[int, int, int], itemsize: int) -> int:
-    """Bytes of shared memory without which a call of these features cannot run in either regime."""
+    """Least bytes of shared memory with which a call of these features can run."""
     keys = [key_of(kernel, 1 << 30, features, itemsize) for kernel in TILED_KERNELS]
     return max(TABLE[key][-1].shared for key in keys if key is not None)

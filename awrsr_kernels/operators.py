@@ -1,4 +1,4 @@
-"""What both backends share as torch operators: schemas, definition with fakes, and the question of who must see the operator.
+"""Torch operators of both backends: their schemas, their definition with fakes, and when a call must go through the operator.
 
 An operator is a node of its own in the graphs of torch.compile. Its fake says what the results look like, computes nothing, and is
 therefore the same for any length.
@@ -22,8 +22,8 @@ _CALL += ", float softmax_scale, float refine_scale, float dropout_p, bool gauss
 
 
 def must_dispatch(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether torch.compile, a dispatch mode or a subclass of Tensor must see the operator. In eager mode nobody must, and calling
-    its implementation directly takes a fraction of the dispatcher's time."""
+    """Whether torch.compile, a dispatch mode or a subclass of Tensor must see the operator. In eager mode this is not so, and a
+    direct call of the implementation takes a fraction of the dispatcher's time."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     return not all(x is None or type(x) in PLAIN for x in tensors)

@@ -1,4 +1,4 @@
-"""The definition of refined attention, with every L x L matrix written out: specification and yardstick.
+"""The definition of refined attention, with every L x L matrix written out: the specification that backends are tested against.
 
 B batch, H query heads, L positions, D head dim, D_v value dim, R refinement rank; * is elementwise between matrices of weights.
 
@@ -18,7 +18,7 @@ Between Gaussians (STOSA), with the points x = [mean | sqrt(covariance)] of `gau
 Every softmax runs over the positions that i may see: real items j, and j <= i if causal; a row that sees nothing has weights
 zero. Dropout multiplies P (none), R (simple, value, stochastic) or M (additive) by Z, the mask times 1/(1-p), before squares are
 taken; the P inside Q_A and K_A, and the P V of "value", are never dropped. This is the project's reading of *Pay Attention to
-Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024); it stands here alone, so that it can be compared with the
+Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024). It is stated only here, so that it can be compared with the
 paper's equations.
 
 Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; between Gaussians in float64 O(L^2 D).
@@ -34,7 +34,7 @@ from .windows import Windows, gather_windows, make_windows, scatter_windows, tab
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
-    """Softmax over the visible columns of each row; a row that sees nothing is zero, and so is its gradient."""
+    """Softmax over the visible columns of each row. A row that sees nothing is zero, and so is its gradient."""
     if visible is None:
         return scores.softmax(-1)
     lowest = torch.finfo(scores.dtype).min
@@ -56,8 +56,8 @@ def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor
 
 
 def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list[Tensor], Windows | None]:
-    """P and, without dropout, the weights that meet the values (R; "additive" M), each (B, H, L, L); what they meet, (B, H, L, D_v)
-    each, zero where there is no item: V and, between Gaussians, V_cov; and the windows. In q's dtype."""
+    """P and, without dropout, the weights that multiply the values (R; "additive" M), each (B, H, L, L); what they multiply, V and,
+    between Gaussians, V_cov, (B, H, L, D_v) each, zero where there is no item; and the windows. In q's dtype."""
     q, group = inputs.q, inputs.q.shape[1] // inputs.k.shape[1]
     windows = None if inputs.bounds is None else make_windows(call, inputs.bounds, q.shape[2])
 
@@ -104,6 +104,6 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
 
 
 def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    """(P, M), each (B, H, L, L); the values are not looked at."""
+    """(P, M), each (B, H, L, L). The values are not used."""
     first, weights, *_ = weights_and_values(inputs, call)
     return first, weights @ first if call.refinement == "value" else weights

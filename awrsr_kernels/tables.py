@@ -1,4 +1,4 @@
-"""The learned parts of a refined attention layer, tables, gate and scale: how they are made, drawn and handed to the operator.
+"""The learned parts of a refined attention layer: tables, gate and scale. Creates, initialises and passes them to the operator.
 
 B batch, L positions, T packed positions, E features of a row, H heads, R refinement rank, N max_len.
 """
@@ -16,7 +16,7 @@ STARTS = ("normal", "orthogonal", "identity", "shifted")
 
 
 class RefinedLayer(nn.Module):
-    """Base of the layers that call the operator: it holds everything but their linear maps.
+    """Base of the layers that call the operator. It holds everything except their linear maps.
 
     A subclass makes its linear maps after this class has made its parameters, and then draws all of them. The arguments are those
     of `RefinedMultiheadAttention`, with E = features for content tables.
@@ -116,7 +116,7 @@ class RefinedLayer(nn.Module):
         to_tables.normal_(std=self.table_std / self.features**0.5)
 
     def _tables(self, x: Tensor) -> dict[str, Any]:
-        """Position tables whole, (N, R) or (H, N, R) each; or tables computed from x (..., E), (..., H, R) each."""
+        """The whole position tables, (N, R) or (H, N, R) each, or content tables computed from x (..., E), (..., H, R) each."""
         if not self.table_names:
             return {"w_q": None, "w_k": None}
         scale = self.scale
@@ -133,12 +133,12 @@ class RefinedLayer(nn.Module):
         return tables
 
     def _cached_tables(self, x: Tensor) -> dict[str, Any]:
-        """Position tables whole; or those computed from x (B, L, E), (B, H, L, R) each: as a `RefinedCache` takes them."""
+        """The tables for a `RefinedCache`: whole position tables, or content tables of x (B, L, E), (B, H, L, R) each."""
         tables = self._tables(x)
         return tables if self.to_tables is None else {name: w if w is None else w.transpose(1, 2) for name, w in tables.items()}
 
     def _padded_options(self, x: Tensor) -> dict[str, Any]:
-        """What the operator takes beside rows x (B, L, E) and their lengths: tables, and all that weights depend on."""
+        """The operator's other arguments for rows x (B, L, E): tables, and everything else that weights depend on."""
         tables = self._cached_tables(x)
         if self.table_names and self.to_tables is None:
             assert self.max_len is not None
@@ -152,7 +152,7 @@ class RefinedLayer(nn.Module):
         return tables | self._weight_options() | {"padding_side": self._padding_side()}
 
     def _packed_options(self, x: Tensor) -> dict[str, Any]:
-        """What the operator takes beside packed rows x (T, E) and their bounds."""
+        """The operator's other arguments for packed rows x (T, E)."""
         tables = self._tables(x)
         if self.table_names and self.to_tables is None:  # (H, N, R) might pass for content
             tables = {name: w if w.dim() == 2 else w[None] for name, w in tables.items()}

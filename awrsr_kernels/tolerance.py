@@ -1,4 +1,4 @@
-"""How far a result may be from the definition: one rule for tests, benchmarks and tuning."""
+"""How far a result may deviate from the definition: one rule for tests, benchmarks and tuning."""
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def allowed_errors(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: tor
 
 
 def wrong_results(found: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
-    """A line for every result that errs by more than `allowed_errors`, NaN included, or has another shape or dtype."""
+    """A line for every result whose error is above `allowed_errors` or NaN, or whose shape or dtype is wrong."""
     lines = []
     for name, limit in allowed_errors(exact, same, dtype).items():
         if found[name].shape != exact[name].shape or found[name].dtype != same[name].dtype:

@@ -1,4 +1,4 @@
-"""What torch is doing at the moment: tracing, exporting, transforming functions, casting by autocast."""
+"""The current state of torch: tracing, exporting, transforming functions, casting by autocast."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -12,12 +12,12 @@ _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the values of a tensor may be looked at for free."""
+    """Whether reading the values of a tensor costs nothing."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is at work, outside torch.compile, which says so itself."""
+    """Whether a transform of torch.func is active, outside torch.compile, which reports that itself."""
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
@@ -29,7 +29,7 @@ def batched(x: Tensor | None) -> bool:
 
 
 def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
-    """Whether torch.export traces sizes that are open, which in strict mode look like any others."""
+    """Whether torch.export traces dynamic sizes. In strict mode these look like any others."""
     if not torch.compiler.is_exporting():
         return False
     sizes = [*q.shape, *(() if bounds is None else bounds.shape)]
@@ -37,13 +37,13 @@ def exports_any_size(q: Tensor, bounds: Tensor | None) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Arithmetic as the dtypes say; the arguments were cast already."""
+    """Switch autocast off, so that arithmetic follows the dtypes; the arguments were cast already."""
     casts = device.type in AUTOCASTS and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if casts else nullcontext()
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, where autocast is on; float64 is left alone, as autocast leaves it."""
+    """x in autocast's dtype if autocast is on. float64 does not change, as in autocast itself."""
     kind = x.device.type
     if kind not in AUTOCASTS or not torch.is_autocast_enabled(kind) or not x.is_floating_point() or x.dtype == torch.float64:
         return x

@@ -1,4 +1,4 @@
-"""What the tuner found: a versioned JSON file per machine, read once, consulted by `launch_config.choose`.
+"""The tuner's results: a versioned JSON file per machine, which is read once and used by `launch_config.choose`.
 
     {"version": 1, "entries": [{"gpu": "NVIDIA H200", "triton": "3.6.0", "key": ["short_fwd", 64, 64, 2],
                                 "config": [64, 64, 4, 1, 4], "source": "..."}, ...]}
@@ -33,19 +33,19 @@ def tuned_path() -> Path:
 
 
 def machine(device: torch.device) -> tuple[str, str]:
-    """What an entry holds for: a GPU by name, and the Triton that is installed, under whatever name it was (pytorch-triton ...)."""
+    """What an entry is valid for: the name of a GPU, and the installed version of Triton, under any package name."""
     import triton
 
     return torch.cuda.get_device_name(device), triton.__version__
 
 
 def misfit(key: Key, config: Config) -> str | None:
-    """Why a kernel cannot be launched with a configuration, whatever the GPU; None if it can."""
+    """Why a kernel cannot be launched with a configuration on any GPU; None if it can."""
     block_m, block_n, warps, stages, programs = config
     if any(size < 16 or size & (size - 1) for size in (block_m, block_n)):
-        return "block_m and block_n must be powers of two, 16 at least"
+        return "block_m and block_n must be powers of two and at least 16"
     if warps < 1 or warps & (warps - 1) or stages < 1:
-        return "num_warps must be a power of two, num_stages at least 1"
+        return "num_warps must be a power of two, and num_stages at least 1"
     if key.length and not key.length <= block_m == block_n <= LENGTHS[-1]:
         return f"block_m and block_n must be equal, from the length class, {key.length}, to {LENGTHS[-1]}"
     if key.length and programs < 1:
@@ -54,7 +54,7 @@ def misfit(key: Key, config: Config) -> str | None:
 
 
 def read_entries(path: Path) -> list[Entry]:
-    """Entries of a file, empty if there is none.
+    """The entries of a file, or an empty list if there is no file.
 
     Raises:
         ValueError: the file is not what the tuner writes; the message names it and what is wrong.
@@ -95,7 +95,7 @@ def write_entries(path: Path, entries: list[Entry]) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """In one step: whoever reads the file meanwhile, or after a crash, finds the old one or the new one, whole."""
+    """Replace a file in one step: readers, and a crash, see either the old file or the new one, complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -130,7 +130,7 @@ _forced: dict[Key, Config] = {}  # of the process, not of a thread: autograd run
 
 @contextlib.contextmanager
 def forced(configs: Mapping[Key, Config]) -> Iterator[None]:
-    """Launch with these configurations, whatever the file and the table say, on any device and in every thread.
+    """Launch with these configurations, instead of those of file and table, on any device and in every thread.
 
     For measuring and testing, such as `with forced({key: config}): out = refined_attention(...)`. The backward is launched where
     it is called: keep it inside, too. Contexts nest, the innermost decides.
@@ -157,6 +157,6 @@ def _of(device: torch.device) -> Tuned:
 
 
 def tuned_for(device: torch.device) -> Tuned:
-    """What is forced, then what was tuned for this GPU and the Triton that is installed; the file is read once per process."""
+    """Forced configurations, then those tuned for this GPU and the installed Triton. The file is read once per process."""
     tuned = _of(device)
     return {**tuned, **_forced} if _forced else tuned

@@ -1,4 +1,4 @@
-"""Where sequences lie: windows of rows, gathered from packed batches and written back.
+"""Positions of sequences: windows of rows, gathered from packed batches and written back.
 
 B sequences, H query heads, L window length, N table rows, T packed rows, F features.
 """
@@ -20,7 +20,7 @@ class Windows(NamedTuple):
 
 
 def sequence_lengths(call: Call, bounds: Tensor) -> Tensor:
-    """(B,) int64: real items per sequence, clamped to what the call allows."""
+    """(B,) int64: number of real items per sequence, clamped to what the call allows."""
     bounds = bounds.long()
     return (bounds.diff() if call.varlen else bounds).clamp(0, call.max_len)
 
@@ -44,7 +44,7 @@ def gather_windows(x: Tensor, windows: Windows) -> Tensor:
 
 
 def scatter_windows(value: Tensor, windows: Windows, like: Tensor) -> Tensor:
-    """(B, H, L, F), zero where there is no item -> (1, H, T, F), packed as `like` is and with its T rows.
+    """(B, H, L, F), zero where there is no item -> (1, H, T, F), packed like `like` and with its T rows.
 
     Laid out in memory as the caller will see it, (T, H, F).
     """
@@ -62,7 +62,7 @@ def table_window(table: Tensor, call: Call) -> Tensor:
 
 
 def visibility(valid: Tensor | None, length: int, causal: bool, device: torch.device) -> Tensor | None:
-    """(B or 1, 1, length, length) bool: whether row i may attend to column j; None if every position sees every other."""
+    """(B or 1, 1, length, length) bool: whether row i may attend to column j; None if all positions see each other."""
     visible = None
     if valid is not None:
         visible = (valid[:, :, None] & valid[:, None, :])[:, None]

@@ -1,6 +1,6 @@
-"""Shows the attention on one history: pictures of first-order and refined weights, and the strongest of them as text.
+"""Shows the attention on one history: pictures of first-order and refined weights, and the largest weights as text.
 
-H heads, n events of the history. Rows are events that attend, columns events attended to; the last row is what predicts next.
+H heads, n events of the history. Rows attend to columns. The last row makes the prediction.
 """
 
 import math
@@ -31,12 +31,12 @@ _WEIGHTS, _DIFFERENCE = "YlGnBu", "RdBu_r"
 def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: str = "") -> "Figure":
     """Heat maps of one layer on one history: a row per head, with first-order weights P, refined weights M and M - P.
 
-    P, M: (H, n, n) tensors or arrays. labels: (n,) names of the events' items. With refinement "none", where M is P, only P.
-    P and M of a head share a colour scale. Colours follow the square root of a weight, because most weights of a long history are
-    small. The future, which an event cannot see, is left blank.
+    P, M: (H, n, n) tensors or arrays. labels: (n,) names of the events' items. With refinement "none", M equals P and only P is
+    drawn. P and M of a head share a colour scale. Colours follow the square root of a weight, because most weights of a long
+    history are small. The future, which an event cannot see, is left blank.
 
     Raises:
-        ValueError: shapes that do not fit or weights that are not finite. ImportError: matplotlib is not installed.
+        ValueError: shapes do not fit, or weights are not finite. ImportError: matplotlib is not installed.
     """
     P, M, names = _checked(P, M, labels)
     try:
@@ -55,7 +55,7 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
     headings = ("P: first-order weights", f"M: refined weights ({refinement})", "M − P: what refinement changes")
     for axis, heading in zip(grid[0], headings, strict=False):
         axis.set_title(heading, color=_INK, fontsize=11)
-    remark = "rows attend to columns; outlined: the last event, which predicts what comes next"
+    remark = "rows attend to columns; outlined: the last event, which predicts the next item"
     if refinement == "none":
         remark = f"no refinement: M is P\n{remark}"
     figure.suptitle(title, color=_INK, fontsize=13, parse_math=False)
@@ -64,7 +64,7 @@ def picture(P: Any, M: Any, labels: Sequence[Any], *, refinement: str, title: st
 
 
 def save(figure: "Figure", path: Path | str) -> Path:
-    """Write the picture in the format of the suffix: .png, .svg or .pdf. The file appears whole or not at all."""
+    """Write the picture in the format of the suffix: .png, .svg or .pdf. The file appears only when it is complete."""
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -75,7 +75,7 @@ def save(figure: "Figure", path: Path | str) -> Path:
 
 
 def summary(P: Any, M: Any, labels: Sequence[Any], *, top: int = 5) -> str:
-    """What the last event, which predicts next, attends to most in each head, by P and by M."""
+    """The events that the last event attends to most in each head, by P and by M, as text."""
     P, M, names = _checked(P, M, labels)
     n, width = len(names), max(map(len, names))
     refined = not np.array_equal(P, M)

@@ -1,4 +1,4 @@
-"""Writes an analysis as one HTML page that needs no other file: words, tables and drawings computed from the numbers."""
+"""Writes an analysis as one self-contained HTML page of text, tables and drawings."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Columns of a file turned into histories: which column is what, ids and times; every complaint says where in the file.
+"""Turns columns of a file into histories: finds the columns, and reads ids and times. Every error says where in the file.
 
 T events. A `Place` says where an event is in the file: "ratings.csv:17", or "ratings.parquet: row 17".
 """
@@ -38,7 +38,7 @@ class DataError(ValueError):
 
 
 def first(marks: "np.ndarray | pl.Series") -> int | None:
-    """The index of the first mark, if there is one."""
+    """The index of the first True, if there is one."""
     marks = np.asarray(marks, dtype=bool)
     return int(marks.argmax()) if marks.any() else None
 
@@ -46,7 +46,7 @@ def first(marks: "np.ndarray | pl.Series") -> int | None:
 def find_columns(
     source: str, header: Sequence[str], wanted: dict[str, str | None], moments: Collection[int] = ()
 ) -> dict[str, int]:
-    """Which column is the user, which the item and, if there is one, the time: those named in `wanted`, otherwise a guess.
+    """The columns of users, items and, if there is one, times: those named in `wanted`, otherwise a guess.
 
     Case is ignored, and guesses consider only letters and digits. If a column may be the time but has an unusual name, the caller
     must decide, because a file without times is taken to be in order of time; UNTIMED as the name says that it is. moments: columns
@@ -102,7 +102,7 @@ def to_histories(columns: dict[str, pl.Series], place: Place) -> Histories:
 
 
 def to_ids(values: pl.Series, role: str, place: Place) -> pl.Series:
-    """(T,) int64 if all ids are whole numbers that int64 holds, written as int64 writes them; text otherwise."""
+    """(T,) int64 if all ids are whole numbers that fit int64, in the form that int64 prints; otherwise text."""
     if values.dtype.is_nested() or values.dtype in (pl.Binary, pl.Object):
         raise DataError(f"{place(0)}: {role} is of type {values.dtype}; must be one number or text per row")
     if values.dtype.is_float():
@@ -149,7 +149,7 @@ def to_times(values: pl.Series, place: Place) -> np.ndarray:
 
 
 def _iso_seconds(text: pl.Series, place: Place) -> np.ndarray:
-    """Seconds since 1970 of ISO 8601 dates: the common formats all at once, the others one by one."""
+    """Seconds since 1970 of ISO 8601 dates: common formats together, others one by one."""
     tidy = text.str.replace(r"^([0-9-]{10}) ", "${1}T").str.replace(r"Z$", "+00:00")
     zoned = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%:z", time_unit="us", strict=False).dt.replace_time_zone(None)
     plain = tidy.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="us", strict=False)
@@ -174,5 +174,5 @@ def _refuse_missing(values: pl.Series, role: str, place: Place) -> None:
 
 
 def shown(value: object) -> str:
-    """A value in quotes, cut if it is long."""
+    """A value in quotes, shortened if it is long."""
     return repr(value if not isinstance(value, str) or len(value) <= 40 else value[:40] + "...")

@@ -43,7 +43,7 @@ class Text:
 
 
 def text_of(source: str, data: bytes) -> Text:
-    """The text of a file. Raises DataError for what is not text, and where there is none."""
+    """The text of a file. Raises DataError if it is not text or has none."""
     kind = next((kind for magic, kind in MAGIC.items() if data.startswith(magic)), None)
     if kind is not None:
         raise DataError(f"{source}: is {kind}; must be text or Parquet")
@@ -117,7 +117,7 @@ def refuse_header(words: Words) -> None:
 
 
 def read_lines(words: Words, hint: str = "") -> Histories:
-    """User id, then item ids in time order, one user per line. `hint` ends a complaint about what looks like one event per line."""
+    """User id, then item ids in time order, one user per line. hint: end of the error if the file looks like one event per line."""
     if (line := first(words.counts < 2)) is not None:
         word = words.of_line(line)[0]
         rule = "a line must be a user id followed by item ids" + (hint if re.search(r"[,;|]|::", word) else "")
@@ -146,7 +146,7 @@ def read_pairs(words: Words) -> Histories:
 
 @dataclass(frozen=True)
 class Header:
-    """The first line of delimited columns that is not blank. names: as they stand there. rows: where the rows start in the text."""
+    """The first line of delimited columns that is not blank. names: as they are written. rows: start of the rows in the text."""
 
     names: list[str]
     separator: str
@@ -209,7 +209,7 @@ def read_delimited(text: Text, header: Header, wanted: dict[str, str | None]) ->
 
 
 def _rows(text: Text, header: Header) -> tuple[np.ndarray, np.ndarray, bytes]:
-    """Where each row starts below the header, how many fields it has, and all rows without blank lines."""
+    """The start of each row below the header, its number of fields, and all rows without blank lines."""
     body = text.data[header.rows :]
     codes = np.frombuffer(body, np.uint8)
     ends, separators = codes == NEWLINE, codes == ord(header.separator)
@@ -217,7 +217,7 @@ def _rows(text: Text, header: Header) -> tuple[np.ndarray, np.ndarray, bytes]:
         quoted = np.logical_xor.accumulate(codes == QUOTE)
         if quoted[-1]:
             place = text.place(header.rows + body.rfind(b'"'))
-            raise DataError(f'{place}: has the last of an odd number of quotes ("): one is opened and never closed')
+            raise DataError(f'{place}: has the last of an odd number of quotes ("), so one of them is never closed')
         ends &= ~quoted
         separators &= ~quoted
     stops = np.append(np.flatnonzero(ends), len(body))

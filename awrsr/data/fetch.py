@@ -1,5 +1,5 @@
-"""Public data sets, downloaded once: Amazon's Beauty, Toys and Sports, Yelp and LastFM as S3-Rec and STOSA use them; edits of
-Wikipedia (JODIE) as a port of SASRec has them, the only ones whose users take items again."""
+"""Downloads public data sets once: Amazon Beauty, Toys and Sports, Yelp and LastFM as used by S3-Rec and STOSA, and edits of
+Wikipedia (JODIE) as used by a port of SASRec, the only data set in which users take items again."""
 
 import os
 import sys
@@ -18,12 +18,12 @@ CACHE_VARIABLE = "AWRSR_CACHE"
 
 
 class FetchError(OSError):
-    """A data set could not be downloaded; the message says what to do."""
+    """A data set could not be downloaded. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A file below a base address, and the SHA-256 it must have."""
+    """A file below a base address, and its expected SHA-256."""
 
     file: str
     sha256: str
@@ -41,7 +41,7 @@ REGISTRY: Mapping[str, Remote] = {
 
 
 def cached_file(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
-    """Where the file of a data set is kept, whether it is there or not; cache as in `fetch`."""
+    """The path at which the file of a data set is kept, whether it exists or not. cache: as in `fetch`."""
     return Path(cache or os.environ.get(CACHE_VARIABLE) or pooch.os_cache("awrsr")) / f"{name}.txt"
 
 
@@ -54,20 +54,21 @@ def fetch(
     registry: Mapping[str, Remote] = REGISTRY,
     timeout: float = 30.0,
 ) -> Path:
-    """The file of a public data set, downloaded unless the cache has it with the right checksum; read it with `readers.read`.
+    """The path of the file of a public data set. It is downloaded unless the cache has it with the right checksum.
 
     Args:
         name: one of REGISTRY.
-        cache: the folder that keeps the files; by default the one named by the environment variable AWRSR_CACHE, or else the
-            system's usual folder for caches.
-        base_url: the address of the folder to download from, such as a mirror; by default each file's own source.
-        progress: show a bar on standard error, if that is a terminal.
+        cache: folder that keeps the files; by default that of the environment variable AWRSR_CACHE, or else the system's usual
+            cache folder.
+        base_url: address of the folder to download from, such as a mirror; by default the source of each file.
+        progress: show a progress bar on standard error if it is a terminal.
         registry: the data sets to choose from.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a response.
 
     Raises:
         ValueError: an unknown name.
-        FetchError: no connection, no such file there, a wrong checksum (nothing is kept then), or a cache that cannot be written.
+        FetchError: there is no connection, the file does not exist there, the checksum is wrong (the download is then not kept), or
+            the cache cannot be written.
     """
     if name not in registry:
         raise ValueError(f"data set is {name!r}, must be one of {', '.join(registry)}")
@@ -82,7 +83,7 @@ def fetch(
             bar = progress and sys.stderr.isatty()
             pooch.HTTPDownloader(progressbar=bar, timeout=timeout)(url, str(partial), None)
             if (sha256 := pooch.file_hash(str(partial))) != remote.sha256:
-                problem = f"{url} has SHA-256 {sha256}, must have {remote.sha256}; it was not kept"
+                problem = f"{url} has SHA-256 {sha256}, must have {remote.sha256}; the download was not kept"
                 raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
     except requests.HTTPError as error:
         raise FetchError(f"download failed: {error}. Give another base_url, {by_hand}") from None

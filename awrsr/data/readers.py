@@ -1,19 +1,19 @@
 """Files of histories, in the formats that sequential recommenders share.
 
 "lines"    one user per line: user id, then item ids in time order (S3-Rec, STOSA).
-"pairs"    one event per line: user id and item id, each user's in time order (SASRec).
+"pairs"    one event per line: user id and item id, with the events of each user in time order (SASRec).
 "inter"    RecBole: columns divided by tabs under a header such as user_id:token, item_id:token, timestamp:float.
-"csv"      columns under a header, divided by commas, tabs, semicolons, bars or spaces, whichever the header has most of.
+"csv"      columns under a header, divided by commas, tabs, semicolons, bars or spaces, whichever is most frequent in the header.
 "parquet"  columns.
 
 "auto" recognises Parquet by its first bytes, then looks at the suffix (.inter, .csv, .tsv, .parquet), then at the first line, which
-may be a header of the third or fourth kind. Otherwise the format is "pairs" if every line has exactly two fields, else "lines". A
-file whose lines all have two fields and no user twice means the same either way.
+may be a header of "inter" or "csv". Otherwise the format is "pairs" if every line has exactly two fields, else "lines". If all
+lines have two fields and no user occurs twice, both formats mean the same.
 
-Ids are labels of any kind. The ids of all users (of all items) are int64 if every one is a whole number in the form that int64
+Ids are labels of any kind. The ids of users (and those of items) are int64 if each of them is a whole number in the form that int64
 prints; a single 007, +7 or 10**30 makes all of them text. Blank lines and blanks around a field are ignored. Without a time column,
-a user's events must be in time order; with one they are sorted by it, and keep their order where times are equal. Numbers in a time
-column are kept; dates become seconds since 1970, UTC unless they name a zone. A text file may be gzipped.
+a user's events must be in time order. With one they are sorted by it, and keep their order if times are equal. Numbers in a time
+column are kept; dates become seconds since 1970, in UTC unless they name a zone. A text file may be gzipped.
 """
 
 import gzip
@@ -49,12 +49,13 @@ def read(
         format: "lines", "pairs", "inter", "csv" or "parquet", as the head of `awrsr/data/readers.py` describes them; "auto" decides
             by the file's first bytes, its suffix and its first line.
         user: name of the column of users; by default one of the usual names.
-        item: name of the column of items, likewise.
-        time: name of the column of times, likewise; a file need not have one. "none" if a column looks like times and is not.
+        item: name of the column of items; by default one of the usual names.
+        time: name of the column of times; by default one of the usual names, if there is one. "none": ignore a column that looks
+            like times.
 
     Raises:
-        DataError: the file is missing, empty, not of that format, or has a wrong line, which the message names.
-        ValueError: an unknown format.
+        DataError: the file is missing, empty or not of this format, or has a wrong line, which the message names.
+        ValueError: the format is unknown.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}, must be one of {', '.join(FORMATS)}")
@@ -82,7 +83,7 @@ def read(
 
 
 def _load(path: Source) -> tuple[str, bytes]:
-    """A name for messages, and the content, unzipped."""
+    """The name of the source for messages, and its unzipped content."""
     if path == "-":
         source, data = STANDARD_INPUT, sys.stdin.buffer.read()
     elif isinstance(path, str | os.PathLike):

@@ -1,4 +1,4 @@
-"""Statistics of histories, to look at before anything is trained on them."""
+"""Statistics of histories, to read before a model is trained on them."""
 
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,20 +13,21 @@ WINDOW = 50  # the usual longest input of a model
 
 
 def stats(histories: Histories) -> dict[str, Any]:
-    """Counts and shares of histories, as plain numbers; None where there is nothing to divide by.
+    """Counts and shares of histories, as plain numbers; None if a share would divide by 0.
 
-    users, items, events, density (events over users times items); length_mean, _median, _p90, _p99, _longest.
-    repeat_share: events whose item the user had before. run_share: events whose item is that of the event before.
-    recall_share: events whose predecessor occurred earlier still; recall_holds: how often such an event is what followed then.
-    top_item_share, gini: how uneven items are, 0 for all equally often. padding_share: empty slots in rows of 50, one per user.
-    time_first, time_last: only with times.
+    users, items, events, density (events divided by users times items); length_mean, _median, _p90, _p99, _longest.
+    repeat_share: share of events whose item occurs earlier in the history. run_share: share of events with the item of the event
+    before. recall_share: share of events for which the item of the event before also occurs earlier. recall_holds: share of these
+    events whose item is the one that followed at that time. top_item_share: share of the most popular item. gini: 0 if all items
+    are equally popular, almost 1 if one has all events. padding_share: empty slots in rows of 50, one per user. time_first,
+    time_last: only with times.
     """
     lengths, events = histories.lengths, len(histories.items)
-    place = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
-    answer = recall_answer(histories, histories.owners, place)
+    position = np.arange(events) - np.repeat(histories.offsets[:-1], lengths)
+    answer = recall_answer(histories, histories.owners, position)
     counts = np.sort(np.bincount(histories.items, minlength=histories.num_items))
     distinct = histories.pairs()
-    runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (place[1:] > 0))
+    runs = np.count_nonzero((histories.items[1:] == histories.items[:-1]) & (position[1:] > 0))
     quantiles = {"length_median": 0.5, "length_p90": 0.9, "length_p99": 0.99}
     result: dict[str, Any] = {
         "users": histories.num_users,
@@ -58,9 +59,9 @@ def table(values: dict[str, Any]) -> str:
         ("  median, 90 %, 99 %", ", ".join(_number(values[f"length_{name}"]) for name in ("median", "p90", "p99"))),
         ("  longest", f"{values['length_longest']:,}"),
         ("events that repeat an item", _percent(values["repeat_share"])),
-        ("  at once (a run)", _percent(values["run_share"])),
-        ("events after an item seen before", _percent(values["recall_share"])),
-        ("  where what followed then follows again", _percent(values["recall_holds"])),
+        ("  of the event right before", _percent(values["run_share"])),
+        ("events after an item that occurred before", _percent(values["recall_share"])),
+        ("  that are what followed then", _percent(values["recall_holds"])),
         ("events of the most popular item", _percent(values["top_item_share"])),
         ("Gini coefficient of items", "-" if values["gini"] is None else f"{values['gini']:.3f}"),
         (f"padding in rows of {WINDOW}", _percent(values["padding_share"])),
@@ -76,7 +77,7 @@ def _share(part: Any, whole: Any) -> float | None:
 
 
 def _gini(counts: np.ndarray) -> float | None:
-    """From 0, all items equally frequent, to almost 1, a single item; counts must be sorted."""
+    """From 0 (all items equally popular) to almost 1 (a single item has all events). counts must be sorted."""
     size, total = len(counts), counts.sum()
     return float(((2 * np.arange(1, size + 1) - size - 1) * counts).sum() / (size * total)) if total else None
 
@@ -90,5 +91,5 @@ def _percent(value: float | None) -> str:
 
 
 def _moment(value: float) -> str:
-    """As a date if it can be seconds since 1970 of a date between 1980 and 2100."""
+    """A date, if the value can be seconds since 1970 of a date between 1980 and 2100; otherwise the number."""
     return f"{EPOCH + timedelta(seconds=value):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"

@@ -23,11 +23,11 @@ BLOCK = 1 << 15  # users drawn at a time; another size would draw other historie
 
 @dataclass(frozen=True)
 class RecallTask:
-    """What is drawn. By default few items, all equally likely, come back often and little noise breaks the rule, so that a model of
-    one refined layer learns it in a minute on a CPU, while only the rule tells what comes next.
+    """Options of the recall task. By default there are few items, all equally likely, that come back often, and little noise. A
+    model with one refined layer then learns the rule in a minute on a CPU, and nothing else predicts the next item.
 
-    1 - noise is the best possible HR@1 on planted answers. Small gaps let histories fall into short cycles, which "the item k steps
-    back" predicts without any recall.
+    1 - noise is the best possible HR@1 on planted answers. With a small gap, histories can fall into short cycles, in which "the
+    item k steps back" predicts the next item without any recall.
     """
 
     users: int = option(4000, "Number of users.", least=1)
@@ -46,10 +46,10 @@ class RecallTask:
 
 
 def make(**options: Any) -> Histories:
-    """Draw histories of the recall task; the same options, which are fields of `RecallTask`, give the same histories, bit for bit.
+    """Make histories of the recall task. Options are the fields of `RecallTask`; equal options give equal histories, bit for bit.
 
-    Users are called 1..U and items 1..N; items that occur in no history are not in the catalogue of the result. Fresh items, where
-    nothing is recalled, are drawn by Zipf's law; they are not among the last `gap` events.
+    Ids of users are 1..U and those of items 1..N; the catalogue of the result has only items that occur. If nothing is recalled, an
+    item is drawn by Zipf's law, but not one of the last `gap` events.
 
     Raises:
         ValueError: a number out of range, with the range.
@@ -65,16 +65,16 @@ def make(**options: Any) -> Histories:
 def _block(rng: np.random.Generator, users: int, chances: np.ndarray, task: RecallTask) -> np.ndarray:
     """(users, L) items, drawn position by position for all users at once."""
     drawn = np.empty((users, task.length), dtype=np.int64)
-    for place in range(task.length):
-        answer = _followers(drawn, place)
+    for position in range(task.length):
+        answer = _followers(drawn, position)
         recalled = (answer >= 0) & (rng.random(users) >= task.noise)
-        drawn[:, place] = np.where(recalled, answer, _fresh(rng, users, chances))
+        drawn[:, position] = np.where(recalled, answer, _fresh(rng, users, chances))
         while True:
-            recent = (drawn[:, max(place - task.gap, 0) : place] == drawn[:, place, None]).any(axis=1)
-            again = np.flatnonzero(~recalled & (recent | (drawn[:, place] == answer)))
+            recent = (drawn[:, max(position - task.gap, 0) : position] == drawn[:, position, None]).any(axis=1)
+            again = np.flatnonzero(~recalled & (recent | (drawn[:, position] == answer)))
             if not len(again):
                 break
-            drawn[again, place] = _fresh(rng, len(again), chances)
+            drawn[again, position] = _fresh(rng, len(again), chances)
     return drawn
 
 
@@ -82,22 +82,22 @@ def _fresh(rng: np.random.Generator, count: int, chances: np.ndarray) -> np.ndar
     return np.searchsorted(chances, rng.random(count), side="right").clip(max=len(chances) - 1)
 
 
-def _followers(rows: np.ndarray, place: int) -> np.ndarray:
-    """(U,) what followed the last earlier occurrence of rows[:, place - 1], -1 where there is none. rows: (U, L)."""
-    if place < 2:
+def _followers(rows: np.ndarray, position: int) -> np.ndarray:
+    """(U,) what followed the last earlier occurrence of rows[:, position - 1], -1 where there is none. rows: (U, L)."""
+    if position < 2:
         return np.full(len(rows), -1, dtype=np.int64)
-    earlier = rows[:, : place - 1] == rows[:, place - 1, None]
-    last = place - 2 - earlier[:, ::-1].argmax(axis=1)
+    earlier = rows[:, : position - 1] == rows[:, position - 1, None]
+    last = position - 2 - earlier[:, ::-1].argmax(axis=1)
     return np.where(earlier.any(axis=1), rows[np.arange(len(rows)), last + 1], -1)
 
 
 def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """(M,) the item that the rule puts at positions `places` in the histories of `users`: what followed the last earlier occurrence
-    of the item before; -1 where there is none. These are the planted answers of `make`, and predictions for any histories with
-    repeats.
+    """(M,) items that the rule predicts at positions `places` in the histories of `users`: what followed the last earlier
+    occurrence of the item before; -1 if there is none. These are the planted answers of `make`, and predictions for any histories
+    with repeats.
 
     Raises:
-        ValueError: a position beyond the history; the one after its last event is allowed, and means the next event.
+        ValueError: a position is beyond the history. The position after the last event is allowed, and stands for the next event.
     """
     users, places = np.asarray(users, dtype=np.int64), np.asarray(places, dtype=np.int64)
     beyond = (places < 0) | (places > histories.lengths[users])
@@ -117,7 +117,7 @@ def recall_answer(histories: Histories, users: np.ndarray, places: np.ndarray) -
 
 
 def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
-    """Write a file in the format "lines"; it appears only once it is complete.
+    """Write a file in the format "lines". It appears only when it is complete.
 
     Raises:
         ValueError: an id that is empty or contains blanks; a user without events.

@@ -26,7 +26,7 @@ METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("M
 
 
 class Recommender(Protocol):
-    """What is trained and ranked with, such as `AWRSR`: a network whose items have ids. filter_seen: leave out seen items."""
+    """A model that can be ranked with, such as `AWRSR`: a network whose items have ids. filter_seen: leave out seen items."""
 
     network: AWRSRNetwork
     item_ids: np.ndarray | None
@@ -34,7 +34,7 @@ class Recommender(Protocol):
 
 
 def metric(name: str, ranks: np.ndarray) -> np.ndarray:
-    """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR is over the whole list, not cut off."""
+    """(M,) values of "HR@k", "NDCG@k" or "MRR" from ranks (M,), 1 = best. MRR has no cutoff."""
     kind, _, cutoff = name.partition("@")
     if name == "MRR":
         return 1 / ranks
@@ -63,8 +63,8 @@ class Evaluation:
 
 
 def recall(ranked: Evaluation, split: Split) -> dict[str, float]:
-    """Of the targets where the current item had occurred before: how many, how often what followed it then follows again ("rule
-    HR@1": what a model that knows this rule alone would reach) and HR@1 of the ranks."""
+    """For the targets whose current item had occurred before: their number, how often what followed it then follows again ("rule
+    HR@1", which a model that knows only this rule would reach), and HR@1 of the ranks."""
     answer = recall_answer(split.histories, ranked.users, ranked.places)
     may = answer >= 0
     count = int(may.sum())
@@ -91,12 +91,12 @@ class Targets:
         return len(self.users)
 
     def batches(self, batch_size: int, rank: int = 0, world: int = 1) -> "TargetBatches":
-        """This process's share of the targets."""
+        """The part of the targets for this process."""
         share = np.arange(len(self))[rank::world]
         return TargetBatches(self, [share[first : first + batch_size] for first in range(0, len(share), batch_size)])
 
     def pack(self, chosen: np.ndarray) -> Any:
-        """Some targets, as `rank_batch` takes them."""
+        """Some targets, as an argument of `rank_batch`."""
         items = self.split.histories.items
         end, length, before = self.end[chosen], self.length[chosen], self.places[chosen]
         events, cu_seqlens = spans(end - length, length)
@@ -109,7 +109,7 @@ class Targets:
 
 
 class TargetBatches:
-    """Pairs (which targets, what `rank_batch` takes), for a validation loop to iterate over."""
+    """Pairs (numbers of targets, argument of `rank_batch`), for a validation loop to iterate over."""
 
     def __init__(self, targets: Targets, batches: list[np.ndarray]) -> None:
         self.targets, self.batches = targets, batches
@@ -122,7 +122,7 @@ class TargetBatches:
 
 
 def rank_batch(network: AWRSRNetwork, batch: Any, table: Tensor | None = None) -> Tensor:
-    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the network's `item_table`, where it is at hand."""
+    """(B,) ranks of the targets of a batch of `Targets.batches`. table: the network's `item_table`, if it was computed already."""
     device = next(network.parameters()).device
     (items, cu_seqlens, max_seqlen), targets, row, seen = batch
     hidden = network(items.to(device), cu_seqlens.to(device), max_seqlen)
@@ -155,8 +155,8 @@ def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = N
 
 
 def below(scores: Tensor, own: Tensor) -> Tensor:
-    """(M,) how many scores of each row of (M, N) are below its `own`, (M, 1). Overwrites the scores with ones and zeros: their
-    sum is several times as fast as that of booleans, and exact where a float32 counts that far."""
+    """(M,) number of scores of each row of (M, N) that are below its `own`, (M, 1). Overwrites the scores with ones and zeros:
+    their sum is several times faster than that of booleans, and exact as far as float32 can count."""
     return scores.lt_(own).sum(1, dtype=torch.float32 if scores.shape[1] < 1 << 24 else torch.float64).long()
 
 

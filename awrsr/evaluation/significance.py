@@ -14,7 +14,7 @@ _AT_A_TIME = 1 << 22  # most numbers held at a time, resamples times users
 
 
 def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means over users of (U, C) values, in K samples of U users drawn with replacement: (K, C). All columns share their users."""
+    """Means over users of (U, C) values, in K samples of U users drawn with replacement: (K, C). All columns use the same users."""
     users = len(values)
     means = np.empty((resamples, values.shape[1]))
     for part in _parts(resamples, users):
@@ -24,7 +24,7 @@ def resampled_means(values: np.ndarray, resamples: int, rng: np.random.Generator
 
 
 def seed_deviations(means: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How far the mean over seeds may be off, from (S, C) means of S seeds: (K, C), drawn by resampling the seeds.
+    """(K, C) deviations of the mean over seeds, drawn by resampling the seeds, from (S, C) means of S seeds.
 
     Resampling few seeds gives too little variation: the variance is too small by (S - 1) / S, and treated as known although it is
     estimated. Both are corrected, the latter by the ratio of Student's quantile to the normal one (Hesterberg 2015). A single seed
@@ -65,8 +65,8 @@ def sign_flip_test(differences: np.ndarray, resamples: int, rng: np.random.Gener
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p-values corrected for multiple testing (Holm 1979), in their original order: rejecting those below alpha makes any error at
-    all with probability alpha at most."""
+    """p-values corrected for multiple testing (Holm 1979), in their original order: if those below alpha are
+    rejected, the probability of any error is at most alpha."""
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
     corrected = np.empty(len(p))

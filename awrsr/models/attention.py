@@ -1,4 +1,4 @@
-"""The attention layers of both backbones, and the package's only door to `awrsr_kernels`.
+"""The attention layers of both backbones. Only this module of the package imports the operator from `awrsr_kernels`.
 
 T packed events of B histories, L window, E hidden size, H heads, D head dim, R refinement rank.
 """
@@ -30,31 +30,31 @@ __all__ = [
 
 
 class Packed(NamedTuple):
-    """Histories one after another, x is (T, E); history b holds rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1."""
+    """Packed histories. x is (T, E), and history b holds rows cu_seqlens[b] .. cu_seqlens[b + 1] - 1."""
 
     cu_seqlens: Tensor  # (B + 1,)
     max_seqlen: int
 
     def places(self, x: Tensor, size: int) -> Tensor:
-        """(T,) places of the rows of x in windows of `size` that end with their history."""
+        """(T,) positions of the rows of x in windows of `size` that end with their history."""
         ends = self.cu_seqlens[1:].repeat_interleave(self.cu_seqlens.diff(), output_size=len(x))
         return torch.arange(size, size + len(x), device=x.device) - ends
 
 
 class Padded(NamedTuple):
-    """Histories in a window each, x is (B, L, E), padding on the left."""
+    """Padded histories. x is (B, L, E), with padding on the left."""
 
     lengths: Tensor  # (B,)
 
     def places(self, x: Tensor, size: int) -> Tensor:
-        """(L,) places of the columns of x in a window of `size`."""
+        """(L,) positions of the columns of x in a window of `size`."""
         if x.shape[1] > size:
             raise ValueError(f"histories have {x.shape[1]} events, must have at most max_len={size}: keep the last events of each")
         return torch.arange(size - x.shape[1], size, device=x.device)
 
 
 class RefinedAttention(RefinedLayer):
-    """What the layers of both backbones share: a new layer draws its tables alone, as the network draws all linear maps."""
+    """Base of the layers of both backbones. A new layer draws only its tables; the network draws all linear maps."""
 
     def reset_parameters(self) -> None:
         self.reset_refinement()
@@ -71,22 +71,22 @@ class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
         return super().forward(x, **where._asdict())
 
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """First-order weights P and the refined weights M that meet the values, each (B, H, L, L)."""
+        """First-order weights P and the refined weights M that multiply the values, (B, H, L, L) each."""
         return super().weights(x, lengths=where.lengths)
 
     @torch.no_grad()
     def match_keys(self) -> None:
-        """Draw queries of unit scale and make the keys equal to them: events attend to events like them."""
+        """Draw queries of unit scale and make the keys equal to them, so that events attend to similar events."""
         match(self.qkv)
 
     @torch.no_grad()
     def pass_values(self) -> None:
-        """Make values the events themselves, and what is attended to the output."""
+        """Make the values equal to the events, and the output equal to what attention returns."""
         copy(self.qkv, self.out)
 
 
 class StochasticAttention(RefinedAttention):
-    """The same between Gaussians (STOSA, Fan et al. 2022): events attend to events at a small Wasserstein distance.
+    """Causal self-attention between Gaussians (STOSA, Fan et al. 2022): events attend to events at a small Wasserstein distance.
 
     Reads and gives 2 E features, those of means and those of covariances, with linear maps of their own; projected covariances are
     positive by ELU + 1. mean_branch "published" has neither values nor output for means, as whoever uses the layer discards them,
@@ -105,7 +105,7 @@ class StochasticAttention(RefinedAttention):
         self.reset_parameters()
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
-        """x (..., 2 E) [mean | cov] -> (..., 2 E) [mean | cov], the covariances not made positive."""
+        """x (..., 2 E) [mean | cov] -> (..., 2 E) [mean | cov], with covariances that are not made positive."""
         rows = self.project(x)
         if isinstance(where, Packed):
             mean, cov = stochastic_refined_attention_varlen(**rows, **where._asdict(), **self._packed_options(x))
@@ -127,12 +127,12 @@ class StochasticAttention(RefinedAttention):
 
     @torch.no_grad()
     def pass_values(self) -> None:
-        """Of means; covariances learn what to pass on."""
+        """For means only; covariances learn what to pass on."""
         if self.mean_out is not None:
             copy(self.mean_qkv, self.mean_out)
 
     def project(self, x: Tensor) -> dict[str, Any]:
-        """Means and covariances of queries, keys and values, each (..., H, D), by the operator's names."""
+        """Means and covariances of queries, keys and values, (..., H, D) each, under the operator's names of arguments."""
         mean, cov = x.chunk(2, -1)
         q_cov, k_cov, v_cov = self.split(positive(self.cov_qkv(cov)), 3)
         q_mean, k_mean, *values = self.split(self.mean_qkv(mean), 3 if self.attends else 2)
@@ -140,12 +140,12 @@ class StochasticAttention(RefinedAttention):
         return {"q_mean": q_mean, "q_cov": q_cov, "k_mean": k_mean, "k_cov": k_cov, "v_mean": v_mean, "v_cov": v_cov}
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(..., parts E) -> as many of (..., H, D)."""
+        """(..., parts E) -> `parts` tensors (..., H, D)."""
         return x.unflatten(-1, (parts, self.num_heads, -1)).unbind(-3)
 
 
 def positive(x: Tensor) -> Tensor:
-    """ELU(x) + 1, what STOSA makes covariances of; below 0 it is exp(x), which keeps the digits that (exp(x) - 1) + 1 loses."""
+    """ELU(x) + 1, which makes covariances positive (STOSA). Below 0 it is exp(x), since (exp(x) - 1) + 1 loses digits."""
     return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 

@@ -41,7 +41,7 @@ class AWRSRNetwork(nn.Module):
             self.blocks[-1].attention.pass_values()
 
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Packed histories -> (T, S): row t, times the rows of `item_table`, scores what follows event t.
+        """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t.
 
         items: (T,) in 0..N-1. cu_seqlens: (B + 1,), rising from 0 to T. max_seqlen: the longest history, at most max_len.
         """
@@ -52,7 +52,7 @@ class AWRSRNetwork(nn.Module):
         return self.encode(items, Packed(cu_seqlens, max_seqlen))
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """The same for histories in windows, (B, L) padded on the left with any id below N -> (B, L, S). lengths: (B,) in 0..L."""
+        """The same for padded histories, (B, L), padded on the left with any id below N -> (B, L, S). lengths: (B,) in 0..L."""
         return self.encode(items, Padded(lengths))
 
     def encode(self, items: Tensor, where: Packed | Padded) -> Tensor:
@@ -70,14 +70,14 @@ class AWRSRNetwork(nn.Module):
         return self.dropout(x if self.config.norm == "pre" else self.norm(x))
 
     def item_table(self, items: Tensor | None = None) -> Tensor:
-        """What a hidden state is multiplied with for scores: (N, S), or only the rows of some items."""
+        """The table that a hidden state is multiplied by for scores: (N, S), or only the rows of some items."""
         table = self.items.weight if items is None else self.items(items)
         if self.by_distance:
             return distance_columns(gaussian_points(table))
         return F.normalize(table, dim=-1) if self.config.temperature else table
 
     def scores_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
-        """Scores of all items as the next one, (B, L), (B,) -> (B, N): the path that is exported."""
+        """Scores of all items as the next one, (B, L), (B,) -> (B, N). This is the path that is exported."""
         return self.forward_padded(items, lengths)[:, -1] @ self.item_table().T
 
     def weights_padded(self, items: Tensor, lengths: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -91,7 +91,7 @@ class AWRSRNetwork(nn.Module):
 
 
 class Branch(nn.Module):
-    """What a block does besides attending: norms, residuals and a feed-forward layer."""
+    """The parts of a block other than attention: norms, residuals and a feed-forward layer."""
 
     def __init__(self, c: AWRSRConfig, attention: nn.Module | None = None) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Branch(nn.Module):
 
 
 class Block(Branch):
-    """Refined attention, then a feed-forward layer; both add to what they read."""
+    """Refined attention, then a feed-forward layer, both with a residual connection."""
 
     attention: DotProductAttention
 
@@ -132,7 +132,7 @@ class Block(Branch):
 
 
 class StochasticBlock(nn.Module):
-    """The same for means and for covariances, which meet in the attention (STOSA).
+    """The same for means and for covariances, which attention combines (STOSA).
 
     mean_branch "published" gives the means back as they came: the code published with STOSA does so, by a misspelt name.
     """
@@ -154,7 +154,7 @@ class StochasticBlock(nn.Module):
         return torch.cat([mean, self.cov.after_attention(cov, attended[1])], -1)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and covariances, which "post" has positive wherever a layer reads them."""
+        """Means and covariances. With norm "post", the covariances that a layer reads are positive."""
         mean, cov = x.chunk(2, -1)
         return mean, cov if self.pre else positive(cov)
 
@@ -175,7 +175,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 
 def attention_options(c: AWRSRConfig) -> dict[str, Any]:
-    """The configuration in the words of `RefinedMultiheadAttention`."""
+    """The configuration as arguments of `RefinedMultiheadAttention`."""
     names = ("refinement", "max_len", "rank", "tables", "table_std", "table_init", "learned_scale", "backend")
     gated = c.refinement == "additive"
     return {name: getattr(c, name) for name in names} | {
@@ -188,7 +188,7 @@ def attention_options(c: AWRSRConfig) -> dict[str, Any]:
 
 
 def initialise(module: nn.Module) -> None:
-    """Weights of standard deviation 0.02, biases 0; position tables are drawn where they are made."""
+    """Draw weights with standard deviation 0.02 and set biases to 0. Position tables are drawn by their layer."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -196,6 +196,6 @@ def initialise(module: nn.Module) -> None:
 
 
 def xavier(module: nn.Module) -> None:
-    """Weights of linear maps by Glorot and Bengio (2010)."""
+    """Draw the weights of linear maps as Glorot and Bengio (2010) do."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)

@@ -1,4 +1,4 @@
-"""Training batches: packed windows of histories, in an order that seed and epoch alone decide.
+"""Training batches: packed windows of histories, in an order that depends only on seed and epoch.
 
 B histories of a batch, T events of it with a target.
 """
@@ -14,7 +14,7 @@ from ..data.histories import Split, spans
 
 
 class Batch(NamedTuple):
-    """What one process takes of one training step."""
+    """One process's part of one training step."""
 
     items: Tensor  # (T,) events
     targets: Tensor  # (T,) what followed each
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class Windows:
-    """Where the training sequences lie: for each, `length` events from `start` on, followed by their targets one event later."""
+    """The training sequences: each has `length` events from `start` on, and its targets are one event later."""
 
     def __init__(self, split: Split, max_len: int, windows: str = "last") -> None:
         """windows: "last": the end of each training history (SASRec); "all": all of it, cut into windows from the end."""
@@ -52,7 +52,7 @@ class Windows:
         return len(self.start)
 
     def batches(self, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> "Batches":
-        """The batches of an epoch, this process's part of each."""
+        """The batches of an epoch: of each, the part of this process."""
         order = np.random.default_rng((seed, epoch)).permutation(len(self))
         count = max(1, round(len(self) / batch_size))
         if len(self) // count < world:
@@ -63,7 +63,7 @@ class Windows:
 
 
 class Batches:
-    """An epoch, for a training loop to iterate over."""
+    """The batches of an epoch, to iterate over."""
 
     def __init__(self, windows: Windows, parts: list[np.ndarray], rank: int, world: int) -> None:
         self.windows, self.parts, self.rank, self.world = windows, parts, rank, world

@@ -1,4 +1,4 @@
-"""Item embeddings to begin with: a factorisation of which items share training histories.
+"""Initial item embeddings from a factorisation of which items share training histories.
 
 Positive pointwise mutual information of items in the same history, of which the leading singular vectors are taken, each scaled by
 the square root of its singular value (Levy and Goldberg, Neural Word Embedding as Implicit Matrix Factorization, 2014).
@@ -38,7 +38,7 @@ def association(split: Split) -> sparse.csr_matrix:
 
 def leading(matrix: sparse.csr_matrix, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Left singular vectors (N, count) and values (count,) of a symmetric matrix, the largest ones first, by subspace iteration
-    (Halko, Martinsson and Tropp 2011): the same for the same draws, which ARPACK's are not."""
+    (Halko, Martinsson and Tropp 2011): they are the same for the same draws, unlike those of ARPACK."""
     basis = rng.standard_normal((matrix.shape[0], min(count + EXTRA, matrix.shape[0])))
     for _ in range(ROUNDS):
         basis, _ = np.linalg.qr(matrix @ basis)
@@ -47,7 +47,7 @@ def leading(matrix: sparse.csr_matrix, count: int, rng: np.random.Generator) -> 
 
 
 def begin_with_cooccurrence(embeddings: Tensor, split: Split, seed: int) -> None:
-    """Overwrite the rows (N, F) of items that have training events, in place; their root mean square stays what it was.
+    """Overwrite the rows (N, F) of items that have training events, in place; their root mean square does not change.
 
     The factors are turned at random, by `seed`, so that no attention head has all the important ones.
     """

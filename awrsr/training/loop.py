@@ -1,4 +1,4 @@
-"""What happens in an epoch: batches, losses, the optimizer, validation by full ranking, and which weights are kept."""
+"""The steps of an epoch: batches, losses, the optimizer, validation by full ranking, and the choice of weights to keep."""
 
 import math
 import time
@@ -27,7 +27,7 @@ NEGATIVES_SEED = 1 << 48  # apart from the seeds of dropout on a GPU; a CPU's ge
 
 
 class TrainingLoop(L.LightningModule):
-    """The training of a network, as Lightning calls it. Methods stand in the order in which an epoch runs:
+    """The training of a network, called by Lightning. Methods are in the order in which an epoch calls them:
 
     1. `train_dataloader` orders the sequences by (seed, epoch), and `on_train_epoch_start` starts the clock.
     2. Each batch: `training_step` encodes the sequences, draws `negatives`, takes the item table (`table_of`) and returns the loss;
@@ -41,7 +41,7 @@ class TrainingLoop(L.LightningModule):
     def __init__(
         self, network: AWRSRNetwork, split: Split, options: TrainingOptions, folder: Path, sections: dict[str, Any]
     ) -> None:
-        """folder: where the best weights are saved. sections: those of its config.json."""
+        """folder: folder for the best weights. sections: sections of its config.json."""
         super().__init__()
         self.model, self.split, self.options, self.folder, self.sections = network, split, options, folder, sections
         self.average = running_average(network, options.average) if options.average else None
@@ -84,7 +84,7 @@ class TrainingLoop(L.LightningModule):
     # 2. A batch
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
-        """The mean over all events of the step; a process's share is scaled so that the average over processes comes to it."""
+        """The mean over all events of the step. A process's share is scaled so that the average over processes equals it."""
         o, world = self.options, self.trainer.world_size
         step = o.seed * 1_000_003 + self.trainer.global_step
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
@@ -100,7 +100,7 @@ class TrainingLoop(L.LightningModule):
         return loss
 
     def negatives(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """This process's share of what all processes draw for the whole step."""
+        """This process's share of the negatives that are drawn for the whole step."""
         k, count = self.options.num_negatives(), self.model.config.num_items
         if self.trainer.world_size == 1 or self.options.loss in ("sampled_softmax", "cross_entropy"):
             return draw_negatives(self.options.loss, batch.targets, count, k, generator)
@@ -110,8 +110,8 @@ class TrainingLoop(L.LightningModule):
         return draw_negatives(self.options.loss, targets, count, k, generator)[share]
 
     def table_of(self, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets, item table and negatives as losses take them. Rows that are computed are those of these items alone, where the
-        loss asks for no others; targets and negatives then are places among them."""
+        """Targets, item table and negatives as arguments of a loss. If the loss needs no other items, only the rows of these items
+        are computed, and targets and negatives are then positions among them."""
         if not self.model.computes_table or self.options.loss == "cross_entropy":
             return targets, self.model.item_table(), negatives
         needed, row = torch.cat([targets, negatives.flatten()]).unique(return_inverse=True)
@@ -158,7 +158,7 @@ class TrainingLoop(L.LightningModule):
     # 4. The end
 
     def close_epoch(self, values: dict[str, float]) -> None:
-        """Note what the epoch reached, and keep its weights if that is the best so far, or if nothing says what it reached."""
+        """Record the results of the epoch, and keep its weights if it is the best so far or if there is no validation."""
         loss = self.trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
         epoch = self.current_epoch + 1
         if not torch.isfinite(loss):
@@ -174,7 +174,7 @@ class TrainingLoop(L.LightningModule):
         self.trainer.should_stop = self.finished()
 
     def finished(self) -> bool:
-        """Whether nothing is left to train."""
+        """Whether training is complete."""
         o, epochs, waited = self.options, self.record["epochs"], self.record["epochs"] - self.record["best_epoch"]
         return bool(epochs >= o.epochs or o.patience and epochs and waited >= o.patience)
 
@@ -193,8 +193,8 @@ class TrainingLoop(L.LightningModule):
 
 
 def running_average(network: AWRSRNetwork, decay: float) -> AveragedModel:
-    """A copy of the network that begins as its weights after the first step and then follows them (Polyak's averaging), closely at
-    first: after n steps it keeps (1 + n) / (10 + n) of itself, `decay` at most."""
+    """A running average of the network's weights (Polyak averaging), which starts as the weights after the first step. After n
+    steps its decay is (1 + n) / (10 + n), at most `decay`, so that it follows the weights closely at first."""
 
     def follow(average: Tensor, weight: Tensor, steps: Tensor | int) -> Tensor:
         n = int(steps)

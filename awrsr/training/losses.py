@@ -1,4 +1,4 @@
-"""Training losses: how much the item that followed should have been preferred to others.
+"""Training losses, which compare the item that followed with other items.
 
 T events with a target, N items, S features of what is multiplied for scores, K negatives. Scores are dot products of hidden states
 (T, S) and the item table (N, S), or those of its rows that are needed. Each loss returns (T,), one value per event, for the caller
@@ -28,7 +28,7 @@ def bce(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: 
 
 
 def bpr(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, pvn_weight: float = 0.0, **_: float) -> Tensor:
-    """Bayesian personalised ranking (Rendle et al. 2009): the target above each of its K negatives.
+    """Bayesian personalised ranking (Rendle et al. 2009): the target should score above each of its K negatives.
 
     pvn_weight: weight of STOSA's positive-versus-negative penalty max(d(h, target) - d(target, negative), 0), averaged over the
         negatives: the state should be closer to its target than the negative is. For scores that are negative distances d alone.
@@ -50,7 +50,7 @@ def gbce(
     num_items: int = 0,
     **_: float,
 ) -> Tensor:
-    """Generalised binary cross-entropy (Petrov and Macdonald, gSASRec, 2023): undoes the overconfidence of sampling negatives.
+    """Generalised binary cross-entropy (Petrov and Macdonald, gSASRec, 2023): reduces the overconfidence of sampling.
 
     calibration: their t, 0 (binary cross-entropy, negatives summed) to 1 (probabilities fully calibrated). num_items: N, where the
         table does not hold all.
@@ -62,7 +62,7 @@ def gbce(
 
 
 def sampled_softmax(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Cross-entropy of the target against a pool of K items, (K,), shared by the batch, an event's own target left out of it.
+    """Cross-entropy of the target against a pool of K items, (K,), shared by the batch, without the event's own target.
 
     Nothing corrects for how the pool was drawn (uniformly), and other items of the history may be in it. A pool of the whole
     catalogue makes it the cross-entropy over all items."""
@@ -73,7 +73,7 @@ def sampled_softmax(hidden: Tensor, targets: Tensor, table: Tensor, negatives: T
 
 
 def cross_entropy(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor, **_: float) -> Tensor:
-    """Cross-entropy over the whole catalogue, block by block: memory does not grow with T x N."""
+    """Cross-entropy over the whole catalogue, block by block, so that memory does not grow with T x N."""
     positive = (hidden * F.embedding(targets, table)).sum(1)
     normaliser: Tensor = _LogNormaliser.apply(hidden, table)
     return normaliser - positive
@@ -89,7 +89,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 
 def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator: torch.Generator) -> Tensor:
-    """What a loss compares the targets with: for "sampled_softmax" a pool (K,), uniform with replacement, or the whole catalogue
+    """Items that a loss compares the targets with: for "sampled_softmax" a pool (K,), uniform with replacement, or the catalogue
     where that is no larger; nothing, (T, 0), for "cross_entropy"; otherwise (T, K), uniform over all items but the target.
 
     Raises:
@@ -108,7 +108,7 @@ def draw_negatives(loss: str, targets: Tensor, num_items: int, k: int, generator
 
 
 def pair_scores(hidden: Tensor, targets: Tensor, table: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of the targets (T,) and of their negatives (T, K). Many negatives: some events at a time, again in the backward."""
+    """Scores of the targets (T,) and of their negatives (T, K); with many negatives, in parts that the backward recomputes."""
     items = torch.cat([targets[:, None], negatives], 1)
     size = max(1, PAIR_BLOCK // (items.shape[1] * hidden.shape[1]))
     if len(items) <= size:
@@ -125,7 +125,7 @@ def score_items(hidden: Tensor, items: Tensor, table: Tensor) -> Tensor:
 
 
 class _LogNormaliser(torch.autograd.Function):
-    """(T, S), (N, S) -> (T,) log of the sum over items of exp(score); scores are computed again in the backward."""
+    """(T, S), (N, S) -> (T,) log of the sum over items of exp(score); the backward recomputes the scores."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .trainer import AtomicCheckpoints, make_trainer, quiet
 def train(
     model: Recommender, split: Split, options: TrainingOptions, out: str | Path | None = None, **sections: Any
 ) -> dict[str, Any]:
-    """Train a model in place; afterwards it has the weights of its best epoch, or the last where the split has no validation.
+    """Train a model in place. It then has the weights of its best epoch, or of the last one if the split has no validation.
 
     out: the run folder, for weights, configuration and the state to resume from. A folder that holds a state of the same run
         resumes it. sections: further sections for its config.json.
@@ -38,7 +38,7 @@ def train(
         and NDCG@10 of each epoch. Empty in every process but the first.
 
     Raises:
-        ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is no number.
+        ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is not a number.
     """
     split = numbered_for(model, split)
     if out is None:
@@ -73,7 +73,7 @@ def train(
 
 
 def prepare_folder(folder: Path, config: dict[str, Any], keep_results: bool) -> None:
-    """Write config.json, and remove what a killed process left and, unless they are kept, results of fewer epochs."""
+    """Write config.json. Remove temporary files of a killed process and, unless they are kept, results of fewer epochs."""
     results = (METRICS, RANKS.format(part="*"))
     sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, *results))
     write_json(folder / CONFIG, config)
@@ -82,7 +82,7 @@ def prepare_folder(folder: Path, config: dict[str, Any], keep_results: bool) -> 
 
 
 def run_trainer(trainer: L.Trainer, loop: TrainingLoop, state: Path | None) -> None:
-    """Train to the end, from a state if there is one. Raises KeyboardInterrupt after Ctrl-C, which is heard again afterwards."""
+    """Train to the end, from a state if there is one. Raises KeyboardInterrupt after Ctrl-C, and restores its handler."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with quiet():
@@ -93,7 +93,7 @@ def run_trainer(trainer: L.Trainer, loop: TrainingLoop, state: Path | None) -> N
 
 
 def numbered_for(model: Recommender, split: Split) -> Split:
-    """The split with items numbered as the model has them: those it was fitted to before, or any of the right number."""
+    """The split with items numbered as in the model: its own items if it was fitted before, otherwise any of the right number."""
     own, items = model.item_ids, split.histories.item_ids
     if own is not None:
         split, unknown = split.numbered_as(own)
@@ -114,7 +114,7 @@ def report(
     out: Path,
     more: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a trained model on the targets that are held out; write their ranks and metrics.json, which is returned.
+    """Evaluate a trained model on the held-out targets. Write their ranks and metrics.json, and return the latter.
 
     more: further options for "config" in it.
     """
@@ -146,7 +146,7 @@ def report(
 
 
 def peak_mib() -> float | None:
-    """Most memory this process had, where the system tells."""
+    """Peak memory of this process, if the system reports it."""
     try:
         import resource
     except ImportError:  # Windows

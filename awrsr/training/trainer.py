@@ -1,4 +1,4 @@
-"""Lightning's Trainer for a run: devices, precision, progress, loggers, and states that are saved whole or not at all."""
+"""Lightning's Trainer for a run: devices, precision, progress, loggers, and states that are saved completely or not at all."""
 
 import logging
 import shutil
@@ -21,7 +21,7 @@ from ..run_folder import STATE
 
 
 def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
-    """Lightning, set up for a run. validates: whether there is anything to validate on."""
+    """A Trainer for a run. validates: whether there are validation targets."""
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     return L.Trainer(
         accelerator=o.accelerator,
@@ -47,7 +47,7 @@ def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Lightning without its remarks of level INFO (devices, processes, states), which no option of the Trainer turns off."""
+    """Hide Lightning's messages of level INFO (devices, processes, states), which no option of the Trainer turns off."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("lightning.pytorch", "lightning.fabric"))}
     for logger in levels:
         logger.setLevel(logging.WARNING)
@@ -62,7 +62,7 @@ def quiet() -> Iterator[None]:
 
 
 class SaveState(Checkpoint):
-    """The state to resume from, after every epoch. As a `Checkpoint` it runs after all else, and Lightning adds none of its own."""
+    """Saves the state after every epoch. As a `Checkpoint` it runs after other callbacks, and Lightning adds none of its own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -72,7 +72,7 @@ class SaveState(Checkpoint):
 
 
 class Progress(L.Callback):
-    """One bar over all epochs, with loss, NDCG@10 and the best so far; where there is no terminal, a line per epoch."""
+    """One bar over all epochs, with loss, NDCG@10 and the best so far; without a terminal, a line per epoch."""
 
     def on_train_start(self, trainer: L.Trainer, training: L.LightningModule) -> None:
         first, steps = trainer.is_global_zero, int(trainer.num_training_batches)
@@ -108,7 +108,7 @@ class Progress(L.Callback):
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole or absent, and that never unpickle code."""
+    """Checkpoints that are complete or absent, and loaded without unpickling code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic(path) as temporary:

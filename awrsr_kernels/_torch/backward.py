@@ -34,7 +34,7 @@ from .plan import Plan
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of a chunk's operands go; a table that is shared gathers those of all chunks."""
+    """The gradients of a chunk's operands. A shared table sums those of all chunks."""
 
     q: Tensor  # (n * H, L, D)
     k: Tensor
@@ -55,7 +55,7 @@ def _slopes(points: Tensor) -> Tensor:
 
 
 class _ChunkBackward:
-    """Gradients build up in `grads` while blocks are visited."""
+    """Adds gradients to `grads` block by block."""
 
     def __init__(self, chunk: Chunk, operands: Operands, products: Products, douts: list[Tensor], grads: Gradients) -> None:
         self.chunk, self.operands, self.products, self.douts, self.grads = chunk, operands, products, douts, grads
@@ -97,7 +97,7 @@ class _ChunkBackward:
         return higher_weights(self.chunk, block, self.products, self.higher_term)
 
     def _is_last(self, block: Block) -> bool:
-        """Whether it is visited first: there is nothing to add to yet."""
+        """Whether this is the first block, which has nothing to add to."""
         return block.end == self.chunk.length
 
     def _gather(self, block: Block, total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -112,7 +112,7 @@ class _ChunkBackward:
             total[..., : block.columns] += dscores.sum(1, keepdim=True)
 
     def _dropped(self, block: Block, first: Tensor, higher: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What meets the values, Z*M, and Z."""
+        """The weights that multiply the values, Z*M, and Z."""
         seed = self.operands.seed
         mask = None if seed is None else self.chunk.mask(seed, block)
         mix = first if higher is None else higher

@@ -1,4 +1,4 @@
-"""One chunk of a batch: its windows, its tensors in the dtype of the arithmetic, who sees whom in a block of rows, and Z.
+"""One chunk of a batch: its windows, its tensors in the dtype of the arithmetic, the visibility in a block of rows, and Z.
 
 n windows of the chunk, H query heads, L window length, m rows of a block, c columns, N rows of all chunks and heads, F features.
 
@@ -72,7 +72,7 @@ class Chunk:
         return (w[0, 0] if w.shape[1] == 1 else w[0].repeat(self.count, 1, 1)).to(self.dtype)
 
     def hidden(self, block: Block) -> Tensor | None:
-        """(1 or n, 1, m, last columns of the block): added to scores, hides the future, other sequences and padding."""
+        """(1 or n, 1, m, last columns of the block): added to scores, it hides the future, other sequences and padding."""
         if self._hidden is None or self._hidden[0] != block:
             mask = self._hidden_mask(block)
             lowest = torch.finfo(self.dtype).min / 2  # the sum of two is finite
@@ -95,7 +95,7 @@ class Chunk:
         return others
 
     def mask(self, seed: Tensor, block: Block) -> Tensor:
-        """Z, (n * H, m, c); whatever, but finite, where there is no item or nothing visible."""
+        """Z, (n * H, m, c); arbitrary but finite where there is no item or nothing visible."""
         mask = self._masks.get(block)
         if mask is None:
             mask = self._draw_mask(seed, block)
@@ -141,7 +141,7 @@ class Products(NamedTuple):
 
 
 def make_products(inputs: Inputs, call: Call, new: Callable[[int], Tensor]) -> Products:
-    """Those that the call needs, each from new(features)."""
+    """The products that the call needs, each created by new(features)."""
     if inputs.w_q is None or inputs.w_k is None:
         return Products()
     q_a, k_a = new(inputs.w_q.shape[-1]), new(inputs.w_k.shape[-1])

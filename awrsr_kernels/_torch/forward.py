@@ -35,7 +35,7 @@ class Projection:
 
 
 def projections(tables: list[Tensor], values: list[Tensor], products: Products) -> list[Projection]:
-    """What P is multiplied with."""
+    """The factors that P is multiplied by."""
     if products.q_a is None or products.k_a is None:
         return []
     found = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
@@ -47,7 +47,7 @@ def projections(tables: list[Tensor], values: list[Tensor], products: Products) 
 
 
 def met_values(values: list[Tensor], products: Products) -> list[Tensor]:
-    """What M meets and, between Gaussians, what its square meets."""
+    """What M multiplies and, between Gaussians, what its square multiplies."""
     return values if products.y is None else [x for x in (products.y, products.y_cov) if x is not None]
 
 
@@ -150,7 +150,7 @@ class _ChunkForward:
             self.higher_term[..., rows] = key_term(self.products.k_a[:, rows])
 
     def _attend(self, block: Block, first: Tensor | None) -> None:
-        """first: P, where that meets the values."""
+        """first: P, if it multiplies the values."""
         chunk, products, seed = self.chunk, self.products, self.operands.seed
         mix = first
         if chunk.call.refinement != "none":

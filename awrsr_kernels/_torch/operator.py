@@ -19,7 +19,7 @@ def _values(inputs: Inputs) -> list[Tensor]:
 
 
 def with_gradient(gradients: Inputs) -> list[Tensor]:
-    """Those of the tensors that have a gradient, in the order of `Inputs`."""
+    """The tensors that have a gradient, in the order of `Inputs`."""
     return [x for x in gradients._replace(bounds=None, seed=None) if x is not None]
 
 

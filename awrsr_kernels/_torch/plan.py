@@ -1,4 +1,4 @@
-"""The chunks of a batch, and how rows travel between the caller's tensors and theirs.
+"""The chunks of a batch, and the copies of rows between the caller's tensors and those of the chunks.
 
 B sequences, H query heads, L window length, N rows of all chunks and heads, F features.
 
@@ -39,7 +39,7 @@ def _as_matrix(x: Tensor) -> tuple[Tensor, Strides]:
 
 
 class Plan:
-    """It holds no tensor of the caller's."""
+    """The division of a batch into chunks. It holds no tensor of the caller."""
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
         q, bounds = inputs.q, inputs.bounds
@@ -62,7 +62,7 @@ class Plan:
         self._num_rows = sum(chunk.count * chunk.length for chunk in self.chunks) * self.heads
 
     def _make_chunks(self, inputs: Inputs) -> Iterator[Chunk]:
-        """Each with as many windows as `_block_weights` allows, all of one length alike."""
+        """Chunks with as many windows as `_block_weights` allows; windows of a chunk have equal length."""
         budget, first_row = _block_weights(self.device), 0
         kept_columns = sum(x.shape[-1] for x in (inputs.q, inputs.k, inputs.v))
         for windows in [None] if self.windows is None else self.windows:
@@ -160,7 +160,7 @@ class Plan:
         return self._inverse
 
     def is_shared(self, table: Tensor) -> bool:
-        """Whether windows read a table of the caller's as it is, all of them the same rows."""
+        """Whether all windows read the same rows of the caller's table, without a copy."""
         return self.windows is None and not self.call.per_entry and table.shape[1] == 1
 
     def table_gradient(self, like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plain attention (refinement "none") by torch's own fused kernel, where that is right and the fastest on a CPU.
+"""Plain attention (refinement "none") by torch's own fused kernel, where it is correct and the fastest on a CPU.
 
 It takes no padding, no packed rows and not our dropout; its double backward does not exist, hence a Function that says so.
 """

@@ -1,1 +1,1 @@
-"""Refined attention inside other libraries: a module each, imported by its name alone, for it needs that library (an extra)."""
+"""Refined attention inside other libraries: one module per library. Import it by its name; it needs that library (an extra)."""

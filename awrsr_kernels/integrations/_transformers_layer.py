@@ -1,4 +1,4 @@
-"""What one refined layer of a transformers model has: learned tables, knowledge of padding, and a cache of its own.
+"""The parts of one refined layer of a transformers model: learned tables, knowledge of padding, and its own cache.
 
 B batch, H query heads, H_kv key and value heads, L positions, E hidden size, D head dim, R refinement rank, N table rows.
 """
@@ -22,7 +22,7 @@ IMPLEMENTATION = "refined_attention"  # what transformers calls it, and the key 
 
 
 class RefinedTables(nn.Module):
-    """The learned part of one refined layer: tables W_q and W_k and, where it has one, a gate per head.
+    """The learned part of one refined layer: tables W_q and W_k and, with a gate, one number per head.
 
     Parameters w_q and w_k: (H, R, E), or (1, R, E) shared by the heads, for "content"; (H, N, R) or (1, N, R) for "position". They
     are drawn so that rows have variance 1 (content: for inputs that have). Parameter gate: (H,), zero at first, or None.
@@ -61,7 +61,7 @@ class RefinedTables(nn.Module):
         return tuple(w[:, item].transpose(0, 1).expand(shape) for w in (self.w_q, self.w_k))  # type: ignore[return-value]
 
     def cached(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """W_q and W_k as a `RefinedCache` takes them: for "content" (B, H, L, R), the rows of new positions; for "position" all of
+        """W_q and W_k for a `RefinedCache`: for "content" (B, H, L, R), the rows of new positions; for "position" all of
         (H, N, R), or (N, R) shared by the heads."""
         if not self.content:
             return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
@@ -231,7 +231,7 @@ class RefinedCacheLayer(CacheLayerMixin):
     batch_select_indices = reorder_cache
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` positions."""
+        """Remove the last `-tokens_to_remove` positions."""
         if tokens_to_remove > 0:
             checks.refuse("tokens_to_remove", str(tokens_to_remove), "0 or negative")
         if self.rows is not None:
@@ -242,7 +242,7 @@ class RefinedCacheLayer(CacheLayerMixin):
 
 
 def cache_layer(cache: Cache, index: int) -> RefinedCacheLayer:
-    """The cache's layer for a refined attention module, which takes the place of an empty dynamic one."""
+    """The cache's layer for a refined attention module, which replaces an empty dynamic one."""
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index]

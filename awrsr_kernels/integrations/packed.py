@@ -1,4 +1,4 @@
-"""What the adapters for recommender libraries share: padding is dropped before the library's blocks and put back after them.
+"""Shared code of the adapters for recommender libraries: padding is dropped before the library's blocks and restored after them.
 
 B batch, L window, T items of all histories, E width. Blocks of recommenders are made of attention and of maps of single rows, so
 that they run on (1, T, E) as on (B, L, E), and padding costs them nothing.
@@ -15,7 +15,7 @@ from ..module import RefinedMultiheadAttention
 
 
 class Packed(NamedTuple):
-    """Where histories lie in packed rows; handed through a library's blocks in place of its attention mask."""
+    """The positions of histories in packed rows; passed through a library's blocks in place of its attention mask."""
 
     cu_seqlens: Tensor  # (B + 1,)
     max_seqlen: int
@@ -23,7 +23,7 @@ class Packed(NamedTuple):
 
 @torch.compiler.disable  # how many items there are is data: a compiled graph breaks here rather than inside
 def pack(x: Tensor, real: Tensor) -> tuple[Tensor, Packed]:
-    """Items of x (B, L, E) alone, (1, T, E), and where they lie; B and T may be 0.
+    """The items of x (B, L, E) without padding, (1, T, E), and their positions; B and T may be 0.
 
     real (B, L), bool or numbers, is True or not 0 at items; padding on either side.
     """
@@ -41,7 +41,7 @@ def unpack(rows: Tensor, real: Tensor) -> Tensor:
 
 
 class PackedAttention(RefinedMultiheadAttention):
-    """RefinedMultiheadAttention where a library's block calls torch.nn.MultiheadAttention; parameters are the same.
+    """RefinedMultiheadAttention with the call of torch.nn.MultiheadAttention, for a library's block; same parameters.
 
     `from_multihead` makes one of the attention that a block has. Queries may come from rows of their own: SASRec normalises these
     alone. Content tables are computed from the rows of the queries.

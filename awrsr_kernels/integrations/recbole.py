@@ -19,7 +19,7 @@ ENCODER_OPTIONS = (
     "n_layers", "n_heads", "hidden_size", "inner_size", "hidden_dropout_prob", "attn_dropout_prob", "hidden_act", "layer_norm_eps",
 )  # fmt: skip
 DEFAULTS = str(Path(recbole.__file__).parent / "properties/model/SASRec.yaml")
-"""File of RecBole's own settings of SASRec, which it reads by itself for its own classes alone."""
+"""RecBole's own file of settings for SASRec, which RecBole reads only for its own classes."""
 
 
 class RefinedSASRec(SASRec):
@@ -42,7 +42,7 @@ class RefinedSASRec(SASRec):
         self.trm_encoder.apply(self._init_weights)
 
     def get_attention_mask(self, item_seq: Tensor, bidirectional: bool = False) -> Tensor:
-        """(B, L) bool, True at items: the encoder needs no more, so nothing of size L x L is built."""
+        """(B, L) bool, True at items. This is all that the encoder needs, so nothing of size L x L is built."""
         return item_seq != 0
 
 
@@ -58,7 +58,7 @@ class _RefinedEncoder(TransformerEncoder):
 
 
 class _RefinedAttention(nn.Module):
-    """Stands for RecBole's MultiHeadAttention, which adds the residual and normalises."""
+    """Replaces RecBole's MultiHeadAttention, which also adds the residual and normalises."""
 
     def __init__(self, own: MultiHeadAttention, options: dict[str, Any]) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ TABLES = ("w_q", "w_k", "to_tables")
 
 
 class _FlatAttention(PackedAttention):
-    """PackedAttention whose tables are vectors among its parameters; as attributes and in `state_dict` they are tables.
+    """PackedAttention whose tables are vectors in `parameters()`; as attributes and in `state_dict` they are tables.
 
     RecTools draws every parameter of two dimensions or more anew as training starts.
     """
@@ -52,7 +52,7 @@ class _FlatAttention(PackedAttention):
 
 
 class _Refined(TransformerLayersBase):
-    """Refines the blocks of the layers that it is mixed into, which take the options named in `own_options`."""
+    """Mixin that refines the blocks of layers; these take the options named in `own_options`."""
 
     own_options: tuple[str, ...] = ()
     transformer_blocks: nn.ModuleList
@@ -70,7 +70,7 @@ class _Refined(TransformerLayersBase):
     ) -> Tensor:
         """seqs (B, L, E), timeline_mask (B, L, 1), bool or numbers, True at items -> (B, L, E), 0 at padding.
 
-        The other masks are not read, but for whether attn_mask is None: attention is causal or both ways, and padding is never
+        Of the other masks, only whether attn_mask is None is read: attention is causal or bidirectional, and padding is never
         attended, whatever the model's use_key_padding_mask.
 
         Raises:
@@ -98,12 +98,12 @@ class RefinedTransformerLayers(_Refined, SASRecTransformerLayers):
 
 
 class RefinedPreLNTransformerLayers(_Refined, PreLNTransformerLayers):
-    """The same for blocks that normalise first, BERT4RecModel's own. That model needs the option causal=False."""
+    """The same for blocks that normalise first, as in BERT4RecModel. That model needs the option causal=False."""
 
     own_options = ("ff_factors_multiplier",)
 
 
 class RefinedLiGRLayers(_Refined, LiGRLayers):
-    """The same for gated blocks, RecTools' LiGRLayers."""
+    """The same for gated blocks, as in RecTools' LiGRLayers."""
 
     own_options = ("ff_factors_multiplier", "ff_activation", "bias_in_ff")

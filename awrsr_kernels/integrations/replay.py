@@ -21,7 +21,7 @@ __all__ = ["NoAttentionMask", "RefinedEncoder"]
 
 
 class NoAttentionMask(nn.Module):
-    """For SasRecBody's `attn_mask_builder`: RefinedEncoder needs the padding mask alone, so nothing of size L x L is built."""
+    """For SasRecBody's `attn_mask_builder`: RefinedEncoder needs only the padding mask, so nothing of size L x L is built."""
 
     def forward(self, feature_tensors: Any, padding_mask: Tensor) -> None:
         return None
@@ -49,7 +49,7 @@ class RefinedEncoder(SasRecTransformerLayer):
         self.attention_layers: Any = nn.ModuleList(PackedAttention.from_multihead(own, **options) for own in plain)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters: RePlay's way, and tables and gates as `RefinedMultiheadAttention` does."""
+        """Draw all parameters as RePlay does, and tables and gates as `RefinedMultiheadAttention` does."""
         super().reset_parameters()
         for attention in self.attention_layers:
             attention.reset_refinement()

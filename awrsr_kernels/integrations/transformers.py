@@ -205,7 +205,7 @@ def _head_dim(attention: Any) -> int:
 
 
 def _install(model: PreTrainedModel, found: list[Any], settings: dict[str, Any]) -> None:
-    """Tables where the settings say, and the attention implementation that reads them."""
+    """Add tables to the layers in the settings, and set the attention implementation that reads them."""
     for index in settings["layers"]:
         found[index].refined = RefinedTables(found[index], settings, model.dtype)
         found[index].register_forward_pre_hook(_hand_over, with_kwargs=True)

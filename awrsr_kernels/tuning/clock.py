@@ -1,4 +1,4 @@
-"""The clock of the tuner and of benchmarks: the CPU's, or CUDA events behind a queue that the host has filled."""
+"""The clock of the tuner and of benchmarks: the CPU's clock, or CUDA events behind a queue that the host has filled."""
 
 import math
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 class Span(NamedTuple):
-    """Two marks, and how long the host was busy between them."""
+    """Two marks, and the time that the host was busy between them."""
 
     start: Any
     end: Any
@@ -20,13 +20,13 @@ class Clock:
     """The CPU's clock, or CUDA events.
 
     On a GPU each span starts with a cold L2 cache and a queue that the host has filled ahead of it, so that it holds the device's
-    time alone; the host's own time is kept beside it, and a call in eager mode takes about the larger of the two.
+    time alone; the host's own time is kept separately, and a call in eager mode takes about the larger of the two.
     """
 
     FLUSH_MS = 0.05  # what a flush of the cache takes at the least, on an H200
 
     def __init__(self, device: torch.device, lead: int = 8) -> None:
-        """lead: flushes ahead of a span, at the least."""
+        """lead: least number of cache flushes before a span."""
         self.cuda, self.lead = device.type == "cuda", lead
         self.cache = torch.empty(256 << 20, dtype=torch.int8, device=device) if self.cuda else None
 

@@ -1,4 +1,4 @@
-"""What the tuner tries, in which order, and what it takes for better. Nothing here needs a GPU: the bench is handed in."""
+"""The tuner's search: which configurations it tries, in which order, and when one is better. It needs no GPU itself."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def estimated_shared(key: Key, config: Config) -> float:
 
 
 def candidates(key: Key) -> list[Config]:
-    """Configurations worth trying, from the table's first row outwards.
+    """Configurations worth trying, beginning near the table's first row.
 
     Without those whose sums alone outgrow the registers or whose operands outgrow any GPU's shared memory by far: what is that
     large may compile for a minute and more. What is a little too large remains, and fails when it is checked.
@@ -71,7 +71,7 @@ def describe(config: Config) -> str:
 
 @dataclass
 class Verdict:
-    """What became of a key."""
+    """The result of the search for a key."""
 
     key: Key
     cases: list[Case]
@@ -105,7 +105,7 @@ def search(
     say: Callable[[str], None] = print, step: Callable[[str], None] = lambda text: None,
     now: Callable[[], float] = time.monotonic,
 ) -> Verdict:  # fmt: skip
-    """The fastest right configuration for a key, all its cases together; the table's row unless another wins by MARGIN.
+    """The fastest correct configuration for all cases of a key; the table's row unless another is faster by MARGIN.
 
     table: the row that decides without the tuner. bench: refuses and times configurations, in tests by an invented clock. current:
     what an earlier run chose; always tried again. A candidate is right if it is so in every case; one that wins must be so in the

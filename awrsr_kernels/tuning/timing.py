@@ -1,4 +1,4 @@
-"""The tuner's instrument: calls of given shapes, checked against the definition and timed under a forced configuration.
+"""Calls of given shapes for the tuner, checked against the definition and timed with a forced configuration.
 
 B batch, H query heads, H_kv key and value heads, L positions, D head dim (of values, too), R refinement rank.
 """
@@ -49,7 +49,7 @@ class Case(NamedTuple):
         return self.dim, self.dim, 1 if self.refinement == "none" else self.rank
 
     def keys(self, shared: int) -> list[Key]:
-        """What the launches of a forward and a backward are configured by, on a GPU with so many bytes of shared memory."""
+        """The keys that configure a forward and a backward, on a GPU with `shared` bytes of shared memory."""
         size = self.length, self.features(), self.dtype.itemsize
         kernels = SHORT_KERNELS if is_short(*size, shared) else TILED_KERNELS
         launched = [name for name in kernels if self.refinement != "none" or name != "tiled_bwd_tables"]
@@ -57,13 +57,13 @@ class Case(NamedTuple):
 
 
 def guards(key: Key, dtype: torch.dtype) -> list[Case]:
-    """Small calls that a configuration must serve as well, because it will: the greediest of the key, in every refinement."""
+    """Small calls that a configuration must also serve: the most demanding of the key, with every refinement."""
     length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
     return [Case(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
 
 
 class Workload:
-    """A case's tensors, and what its results must be.
+    """The tensors of a case, and its correct results.
 
     The reference needs L x L matrices, so a large batch is compared by an excerpt of its sequences, first to last (under dropout
     the first ones, as the mask counts them). The whole batch is computed, with an output gradient that is zero elsewhere: gradients
@@ -137,7 +137,7 @@ class Workload:
 
 
 def compile_one(case: Case, key: Key, config: Config) -> None:
-    """Leave what a configuration compiles to in Triton's cache on disk; what fails will fail where it is checked."""
+    """Compile a configuration into Triton's cache on disk. Errors are ignored here; the later check reports them."""
     with contextlib.suppress(Exception), forced({key: config}):
         device = torch.device("cuda", torch.cuda.current_device())
         Workload(case, device).prepare(backward=True)()
@@ -145,7 +145,7 @@ def compile_one(case: Case, key: Key, config: Config) -> None:
 
 
 class DeviceLost(Exception):
-    """A launch left the GPU in a state in which nothing runs any more."""
+    """A launch left the GPU in a state in which nothing runs."""
 
 
 class Bench:
@@ -188,7 +188,7 @@ def _gradients(out: Tensor, leaves: dict[str, Tensor], dout: Tensor) -> dict[str
 
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
-    """Memory that torch.empty hands out holds NaN: otherwise what a candidate leaves unwritten may hold another's right result."""
+    """Fill memory that torch.empty returns with NaN. Otherwise unwritten memory may hold a correct result of another candidate."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

@@ -1,1 +1,1 @@
-"""What every benchmark shares: clock, arguments, machine, tables, files."""
+"""Shared code of the benchmarks: clock, arguments, machine, tables, files."""

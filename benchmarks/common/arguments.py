@@ -37,7 +37,7 @@ def add_flag(add: Callable[..., Any], name: str, **changes: Any) -> None:
 
 
 def settle_machine(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Choose the device where none was named, and set the number of CPU threads."""
+    """Choose the device if none is given, and set the number of CPU threads."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: was cuda, but torch finds no GPU here (use cpu)")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""How anything is measured: turns, quantiles, peak memory, and the error of a wrong result. The clock is the tuner's."""
+"""Measurement: turns, quantiles, peak memory, and the error of a wrong result. The clock is that of the tuner."""
 
 import gc
 import os
@@ -12,11 +12,11 @@ MIN_ROUNDS = 5
 
 
 class WrongResult(Exception):
-    """A provider's result is not what the definition says."""
+    """A provider's result differs from the definition."""
 
 
 def reason_of(error: Exception) -> str:
-    """One line of an error, to stand in a table."""
+    """One line of an error, for a table."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
@@ -48,7 +48,7 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def traced(steps: Sequence[Callable[[Any], Any]], device: torch.device) -> list[int]:
-    """Run steps, each given the result of the one before; the most bytes allocated during each, relative to before the first."""
+    """Run steps, each on the result of the one before. Returns the peak bytes of each, relative to the state before the first."""
     result, peaks = None, []
     if device.type == "cuda":
         torch.cuda.synchronize()

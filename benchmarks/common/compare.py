@@ -1,4 +1,4 @@
-"""Two result files of attn_bench.py or train_bench.py, row by row: what became slower or faster, what only one of them has."""
+"""Compares two result files of attn_bench.py or train_bench.py, row by row: what is slower or faster, or only in one of them."""
 
 import json
 import math
@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 
 
 def load(path: Path) -> Row:
-    """A results.json, checked. ValueError with the file's name and the reason if it is none."""
+    """The checked content of a results.json. Raises ValueError with the file's name and the reason if it is not one."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,7 +63,7 @@ def load(path: Path) -> Row:
 
 
 def row_key(row: Row) -> Key:
-    """What a row measured; values that are lists or objects compare by their text."""
+    """What a row measured. Values that are lists or objects are compared as text."""
     values = (row.get(k) for k in (*REQUIRED, *OPTIONAL))
     return tuple(x if x is None or isinstance(x, str | int | float) else str(x) for x in values)
 

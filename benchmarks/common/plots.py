@@ -1,4 +1,4 @@
-"""Figures as every picture of the benchmarks has them: panels in rows and columns, drawn without a window."""
+"""Figures of the benchmarks: panels in rows and columns, drawn without a window."""
 
 from typing import TYPE_CHECKING, Any
 

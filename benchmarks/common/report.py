@@ -1,4 +1,4 @@
-"""What a benchmark leaves: the line that says on what machine, tables for a terminal and for a page, results.json and .md."""
+"""The output of a benchmark: the description of the machine, tables for a terminal and for a page, results.json and .md."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def about(device: str, *packages: str) -> Row:
-    """What a result file says of where it was measured, printed as a line, too; packages: whose versions matter beside torch's."""
+    """The description of the machine in a result file, which is also printed. packages: further packages whose versions matter."""
     name, packaged, measured = device_name(device), versions(*packages), commit()
     print(f"{name}; {' '.join(f'{k} {v}' for k, v in packaged.items())}; commit {measured[:18]}", flush=True)
     return {"device": name, "versions": packaged, "commit": measured}
@@ -66,7 +66,7 @@ def commit() -> str:
 
 
 def command_line(script: str, argv: Sequence[str] | None) -> str:
-    """The command as results.json keeps it."""
+    """The command as stored in results.json."""
     return shlex.join(["python", f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)])
 
 
@@ -89,23 +89,23 @@ def spread(row: Row, digits: int = 3) -> str:
 
 
 def times(row: Row, name: str, digits: int = 2) -> str:
-    """A ratio of a row, where it has one."""
+    """A ratio of a row, if it has one."""
     return f"{row[name]:.{digits}f}x" if name in row else "-"
 
 
 def unsteady(row: Row) -> bool:
-    """Whether a median means little, because the samples scatter."""
+    """Whether a median is unreliable because the samples scatter."""
     return bool(row.get("p80_ms", 0) > 2 * row.get("p20_ms", 0))
 
 
 def device_ms(row: Row) -> float:
-    """What the device takes: replayed from a CUDA graph, where the host holds nothing up, if there is one."""
+    """Time on the device: replayed from a CUDA graph if there is one, since the host then causes no delay."""
     return float(row["graph_ms"] if "graph_ms" in row else row["median_ms"])
 
 
 def finish(results: Row, begin: float, out: Path | None, page: Callable[[Row], str]) -> None:
-    """Writes results.json, and a table for a page as results.md, where there is a folder for them, and prints the last lines of a
-    run that began then: whether its medians scatter, what it wrote, how long it took."""
+    """Write results.json and results.md if there is a folder for them, and print the last lines of a run that began at `begin`:
+    whether its medians scatter, what it wrote, and how long it took."""
     written = {} if out is None else {out / "results.json": json.dumps(results, indent=1), out / "results.md": page(results)}
     for path, text in written.items():
         replace_file(path, text)

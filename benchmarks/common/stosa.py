@@ -1,4 +1,4 @@
-"""STOSA's attention between Gaussians as its authors' code has it: a rival of the operator and, in a model, of the recommender."""
+"""STOSA's attention between Gaussians as in its authors' code: a rival of the operator and, in a model, of the recommender."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def stosa(
     dropout_p: float,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """STOSA's attention line by line, and the refinements as a paper's code would put them on top.
+    """STOSA's attention line by line, with the refinements on top as a paper's code would write them.
 
     tensors: means and covariances of q, of k and of v. tables: W_q and W_k, for "stochastic" those of the covariances after them.
     lengths: (B,) items of each entry, padded on the left, as STOSA does; rows of padding come out as something finite.

@@ -1,1 +1,1 @@
-"""What needs a GPU, in one go, and a prediction where there is none."""
+"""Everything that needs a GPU, in one command, and predictions for use without one."""

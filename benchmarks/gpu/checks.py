@@ -1,4 +1,4 @@
-"""What watches the kernels on a GPU while `every_kernel.py` runs them: compute-sanitizer, ncu, and what their output says."""
+"""Tools that watch the kernels on a GPU while `every_kernel.py` runs them: compute-sanitizer and ncu. Reads their output."""
 
 import contextlib
 import csv
@@ -70,7 +70,7 @@ def start_sanitizer(tool: str, folder: Path) -> "subprocess.Popen[bytes] | None"
 
 
 def sanitizer_status(tool: str, status: int | None, folder: Path) -> str:
-    """What the tool concluded; "not run" and why, where it is missing or was stopped."""
+    """The conclusion of the tool; "not run" and the reason if it is missing or was stopped."""
     if status is None:
         return "not run: compute-sanitizer is not installed"
     log = (folder / f"{tool}.log").read_text(encoding="utf-8", errors="replace")
@@ -81,7 +81,7 @@ def sanitizer_status(tool: str, status: int | None, folder: Path) -> str:
 
 
 def profile_kernels(folder: Path, seconds: float, processes: int) -> tuple[str, list[dict[str, Any]]]:
-    """How it went, and a row per kernel: by ncu's counters where they can be read, otherwise by torch.profiler.
+    """The status, and a row per kernel: from ncu's counters if they can be read, otherwise from torch.profiler.
 
     The kernels are compiled beforehand, in several processes: what watches them should find them on disk.
     """

@@ -76,7 +76,7 @@ def decode(batch: int, heads: int, dim: int, dtype: str, device: str) -> None:
 
 
 def pretend(processors: int | None) -> None:
-    """As if the GPU had so few processors: programs of the short regime then own several sequences even in a small batch."""
+    """Pretend that the GPU has this many processors: with few, a program of the short regime takes several sequences."""
     if processors:
         from awrsr_kernels._triton.problem import Problem
 
@@ -117,31 +117,31 @@ def main() -> int:
         metavar="FILE",
         help="also run under torch.profiler, and write the times of each kernel to this JSON file",
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = given.dtype if device == "cuda" or given.dtype != "bfloat16" else "float32"  # not in the interpreter
+    dtype = options.dtype if device == "cuda" or options.dtype != "bfloat16" else "float32"  # not in the interpreter
 
-    if given.profile and device == "cpu":
+    if options.profile and device == "cpu":
         parser.error("argument --profile: needs a GPU, and torch finds none here")
-    sizes = given.batch, given.windows, given.heads, given.dim, dtype, device
-    todo = [problem for name in given.backbone for problem in problems(*sizes, BACKBONES[name])]
-    pretend(given.processors)
-    if given.processes > 1:
-        workers = min(given.processes, len(todo))
-        with multiprocessing.get_context("spawn").Pool(workers, pretend, (given.processors,)) as pool:
+    sizes = options.batch, options.windows, options.heads, options.dim, dtype, device
+    todo = [problem for name in options.backbone for problem in problems(*sizes, BACKBONES[name])]
+    pretend(options.processors)
+    if options.processes > 1:
+        workers = min(options.processes, len(todo))
+        with multiprocessing.get_context("spawn").Pool(workers, pretend, (options.processors,)) as pool:
             pool.map(run, todo, chunksize=1)
     else:
         for problem in todo:
             run(problem)
-    decode(given.batch, given.heads, given.dim, dtype, device)
+    decode(options.batch, options.heads, options.dim, dtype, device)
     print(f"{len(todo)} calls, forward and backward, and steps of decoding")
-    if given.profile:
+    if options.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for problem in todo:
                 run(problem)
-            decode(given.batch, given.heads, given.dim, dtype, device)
+            decode(options.batch, options.heads, options.dim, dtype, device)
             torch.cuda.synchronize()
-        replace_file(given.profile, json.dumps(kernel_times(profile), indent=1))
+        replace_file(options.profile, json.dumps(kernel_times(profile), indent=1))
     return 0
 
 

@@ -78,7 +78,7 @@ def occupancy(report: Sequence[Row], launch: Launch, task: Task) -> tuple[int, b
 
 
 def times_us(launch: Launch, programs: int) -> dict[str, float]:
-    """The five times of a launch, where a multiprocessor runs so many programs at once."""
+    """The five times of a launch, if a multiprocessor runs this many programs at once."""
     concurrent = PROCESSORS * programs
     waves = -(-launch.programs // concurrent)
     instructions = launch.weights * INSTRUCTIONS_PER_WEIGHT + launch.gradients * INSTRUCTIONS_PER_GRADIENT
@@ -93,7 +93,7 @@ def times_us(launch: Launch, programs: int) -> dict[str, float]:
 
 
 def predict(task: Task, report: Sequence[Row] = ()) -> list[Row]:
-    """A row per launch: what it takes and waits for, and its times in microseconds."""
+    """A row per launch: its size, what limits it, and its times in microseconds."""
     rows = []
     for launch in task_launches(task, "padded", processors=PROCESSORS):
         programs, known = UNKNOWN if launch.tile is None else occupancy(report, launch, task)
@@ -117,7 +117,7 @@ COLUMNS: list[Column] = [
 
 
 def text(task: Task, rows: list[Row]) -> str:
-    """The launches of a problem, then both passes beside their floor."""
+    """The launches of a problem, then both passes and their floors."""
     head = f"PREDICTION, not a measurement: NVIDIA H200, {task.label}; microseconds, and {LAUNCH_US:g} more for each launch"
     lines = [head, *grid(COLUMNS, rows)]
     for p in ("fwd", "bwd"):

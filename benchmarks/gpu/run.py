@@ -89,7 +89,7 @@ def outcomes(folder: Path) -> dict[str, Any]:
 
 
 class Run:
-    """The stages of one run, what they found, and where it goes."""
+    """The stages of one run, their results, and the output folder."""
 
     def __init__(self, out: Path, folder: Path, processes: int, about: dict[str, Any]) -> None:
         self.out, self.folder, self.processes = out, folder, processes
@@ -100,7 +100,7 @@ class Run:
         replace_file(self.out / name, json.dumps(content, indent=1) + "\n")
 
     def stage(self, name: str, limit: float, work: Callable[[float], dict[str, str] | str]) -> None:
-        """Run a stage in its limit, or in what is left of the whole; whatever it raises is its status."""
+        """Run a stage within its own time limit and that of the run. An exception becomes its status."""
         start = time.monotonic()
         seconds = min(limit, TOTAL - (start - self.begin))
         try:
@@ -165,7 +165,7 @@ class Run:
         return status
 
     def run_all(self, only: Sequence[str] = ()) -> None:
-        """The stages of these names, all but the sanitizers if there are none, each in its turn."""
+        """Run the named stages in order; without names, all except the sanitizers."""
         work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests, "tuner": self.tuner}
         work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS}
         work |= {"profile": self.profile, "sanitizers": self.sanitizers}
@@ -176,7 +176,7 @@ class Run:
             archive.add(self.folder, arcname="logs")
 
     def all_went_well(self) -> bool:
-        """What is not installed is no failure; anything that ran must have ended well."""
+        """Whether everything that ran succeeded. A missing tool is not a failure."""
         fine = ("not run", "exit status 0", "by ")
         return all(s.startswith(fine) for name, s in self.summary["status"].items() if name != "tests") and not (
             self.summary["status"].get("tests", "").startswith("failed")
@@ -200,16 +200,16 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", choices=STAGES, default=[], help="stages to run, in this order (default: all except sanitizers)"
     )
-    given = parser.parse_args()
+    options = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU, and torch finds none here; `make bench` measures on the CPU")
-    given.out.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as name:
-        stages = Run(given.out, Path(name), given.processes, about)
-        stages.run_all(given.only)
+        stages = Run(options.out, Path(name), options.processes, about)
+        stages.run_all(options.only)
     return int(not stages.all_went_well())
 
 

@@ -56,7 +56,7 @@ def commit_of(name: str | None) -> str:
 
 
 def find_beauty(folder: str | None) -> Path | None:
-    """Beauty's file: in the folder named, or beside the project, or where `awrsr data fetch beauty` keeps it; None if nowhere."""
+    """Beauty's file: in the given folder, or next to the project, or in the cache of `awrsr data fetch`; None if not found."""
     beside = [ROOT.parent / "shared/data/beauty.txt", cached_file("beauty")]
     candidates = [Path(folder).resolve() / "beauty.txt"] if folder else beside
     return next((path for path in candidates if path.exists()), None)

@@ -1,4 +1,4 @@
-"""Times calls of the operator in turn with two stock attention calls and prints the ratios, as JSON.
+"""Times calls of the operator in turns with two stock attention calls, and prints the ratios as JSON.
 
     python benchmarks/guard/call_time.py torch         # the torch backend, at a recommender's shapes
     python benchmarks/guard/call_time.py host FOLDER   # what an eager call on the kernels keeps the host busy with
@@ -69,7 +69,7 @@ def ours(backend: str, lengths: list[int], heads: int, d: int, dtype: torch.dtyp
 
 
 def ratios(name: str, mine: Work, theirs: Work, repeats: int) -> dict[str, list[float]]:
-    """Processor time of `mine` over that of `theirs`, one ratio per turn, forward alone and with the backward."""
+    """Processor time of `mine` divided by that of `theirs`, one ratio per turn, for forward alone and with backward."""
 
     def timed(work: Callable[[], Any]) -> float:
         began = time.process_time()
@@ -105,7 +105,7 @@ def host(folder: Path) -> dict[str, list[float]]:
     launches = ctypes.c_long.in_dll(install_stub(folder), "launches")
     pretend_gpu()
     measured: dict[str, list[float]] = {}
-    tiny = stock(1, 2, 16, 32)  # so small that the host is all that they cost
+    tiny = stock(1, 2, 16, 32)  # so small that only the host's time counts
     for length in HOST_LENGTHS:
         for layout, call in ours("triton", [30, length], 2, 32, torch.bfloat16).items():
             before = launches.value
@@ -126,13 +126,13 @@ def install_stub(folder: Path) -> ctypes.CDLL:
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
     os.environ |= {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
     os.environ.pop("TRITON_INTERPRET", None)
-    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # whoever asks for libcuda.so.1 later gets this one, by its name
+    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # later requests for libcuda.so.1 get this one
 
     import triton.backends.nvidia.driver as nvidia
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    active = SimpleNamespace(  # what Triton asks of its active driver
+    active = SimpleNamespace(  # what Triton reads from its active driver
         launcher_cls=nvidia.CudaLauncher,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,
@@ -145,14 +145,14 @@ def install_stub(folder: Path) -> ctypes.CDLL:
 
 
 def pretend_gpu() -> None:
-    """Let the library hand tensors in the CPU's memory to the kernels, as if a GPU of 132 processors held them.
+    """Let the library pass tensors in CPU memory to the kernels, as if they were on a GPU with 132 processors.
 
-    The names are replaced in whichever modules have them, so that this works on any commit.
+    The names are replaced in all modules that have them, so that this works on any commit.
     """
     answers: dict[str, Callable[..., Any]] = {
         "unsupported_reason": lambda *_, **__: None,  # nothing keeps the kernels from running
         "processors": lambda *_: 132,
-        "readable": lambda *_: False,  # on a GPU nobody looks at the values of lengths
+        "readable": lambda *_: False,  # on a GPU the values of lengths are not read
     }
     kernels = importlib.import_module("awrsr_kernels._triton")
     for info in pkgutil.iter_modules(kernels.__path__):
@@ -162,7 +162,7 @@ def pretend_gpu() -> None:
     for name, answer in answers.items():
         having = [owner for owner in owners if not isinstance(vars(owner).get(name, sys), ModuleType)]
         if not having:
-            raise SystemExit(f"awrsr_kernels has no {name} any more: bring pretend_gpu in {__file__} up to date")
+            raise SystemExit(f"awrsr_kernels no longer has {name}: update pretend_gpu in {__file__}")
         for owner in having:
             setattr(owner, name, answer)
 

@@ -8,7 +8,7 @@ Measured = Figures | str  # or why there are none
 
 
 class Kind(NamedTuple):
-    """How figures are judged and printed: the share they may lose, and whether more of them is better."""
+    """How figures are judged and printed: the share that they may lose, and whether larger is better."""
 
     tolerance: float
     more_is_better: bool

@@ -1,4 +1,4 @@
-"""What is measured: for each part the command that measures a checkout, and how its output is read."""
+"""The parts of the guard: for each, the command that measures a checkout, and how its output is read."""
 
 import ast
 import functools
@@ -17,11 +17,11 @@ TURNS = 2  # of the base and of now
 
 TRAIN = (
     "--refinement additive --layers 1 --epochs 4 --patience 0 --learning-rate 0.003 --seed 0 --threads 1 --no-baseline"
-).split()  # about a minute on one core; the metrics are then two thirds of what they end at
+).split()  # about a minute on one core; the metrics reach two thirds of their final values
 
 
 class CannotMeasure(Exception):
-    """Why a part has no figures."""
+    """A part has no figures; the message says why."""
 
 
 class Checkout(NamedTuple):
@@ -38,7 +38,7 @@ class Checkout(NamedTuple):
     environment: dict[str, str]
 
     def output(self, *arguments: str | Path, seconds: float, statuses: tuple[int, ...] = (0,)) -> str:
-        """What Python prints, run on this checkout with the same interpreter and libraries."""
+        """The output of Python on this checkout, with the same interpreter and libraries."""
         command, environment = [sys.executable, *map(str, arguments)], self.environment | {"PYTHONPATH": str(self.root)}
         try:
             done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -115,19 +115,19 @@ def lines(checkout: Checkout, seconds: float) -> dict[str, float]:
 
 
 def count_lines(source: str) -> int:
-    """Of a Python file, without those of docstrings."""
+    """Number of lines of a Python file, without docstrings."""
     alone = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
     docstrings = [node for node in alone if isinstance(node.value.value, str)]  # type: ignore[attr-defined]
     return len(source.splitlines()) - sum((node.end_lineno or 0) - node.lineno + 1 for node in docstrings)
 
 
 def suite(checkout: Checkout, seconds: float) -> dict[str, float]:
-    """What `make test` took, by the reports that its two runs leave behind."""
+    """The seconds of `make test`, from the reports of its two runs."""
     runs = [next(ElementTree.parse(path).iter("testsuite")) for path in checkout.suite.glob("*.xml")]
     if len(runs) < 2:
-        raise CannotMeasure(f"no `make test` has come to its end at {checkout.suite.name[:7]}")
+        raise CannotMeasure(f"no `make test` has finished at {checkout.suite.name[:7]}")
     if failed := sum(int(run.get(kind, 0)) for run in runs for kind in ("failures", "errors")):
-        raise CannotMeasure(f"in the last `make test` {failed} tests failed")
+        raise CannotMeasure(f"{failed} tests failed in the last `make test`")
     return {"seconds": sum(float(run.get("time", "nan")) for run in runs)}
 
 

@@ -1,1 +1,1 @@
-"""The operator against its rivals: time, memory, and how far from the possible."""
+"""The operator compared with its rivals: time, memory, and the distance to the limits of the device."""

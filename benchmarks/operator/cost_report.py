@@ -27,7 +27,7 @@ from .workloads import STOCHASTIC, Shape, Task
 RESULTS = ROOT / "benchmarks/results"
 SHOWN = ("simple", "stochastic")  # refinements that have a panel against L
 NOT_YET = "not measured yet"
-OURS, LAYOUTS = ("torch", "triton"), ("padded", "packed")  # what stands under the roof
+OURS, LAYOUTS = ("torch", "triton"), ("padded", "packed")  # the calls in the rooflines
 
 
 def rates_of(results: Row) -> Rates:
@@ -85,7 +85,7 @@ def measured_table(points: list[Point]) -> list[str]:
 
 
 def roof(points: list[Point]) -> list[str]:
-    """Every device's table."""
+    """A table for each device."""
     lines: list[str] = []
     for device in dict.fromkeys(p.device for p in points):
         of = [p for p in points if p.device == device]
@@ -96,7 +96,7 @@ def roof(points: list[Point]) -> list[str]:
 
 
 def markdown(files: list[Row], points: list[Point]) -> str:
-    """The page's tables: those of every benchmark, as it writes them, then the roofs."""
+    """The tables of the page: those of every benchmark, then the rooflines."""
     lines: list[str] = []
     for title, kind in (("Operator", None), ("Training", pages.TRAINING), ("Decoding", pages.DECODING)):
         of = [results for results in files if results.get("kind") == kind]

@@ -63,11 +63,11 @@ class Problem(NamedTuple):
 
     def definition(self, dtype: torch.dtype) -> Tensor:
         """The last row, (B, H, 1, D), entry by entry to save memory."""
-        found = []
+        rows = []
         for b in range(self.q.shape[0]):
             tensors = [(x[b : b + 1] if x.dim() == 4 else x).to(dtype) for x in self[:5]]
-            found.append(refined_attention(*tensors, refinement=self.refinement, backend="reference")[:, :, -1:])
-        return torch.cat(found)
+            rows.append(refined_attention(*tensors, refinement=self.refinement, backend="reference")[:, :, -1:])
+        return torch.cat(rows)
 
 
 class Provider(NamedTuple):
@@ -96,7 +96,7 @@ def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCach
 
 
 def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
-    """Two stages of stock attention for one query; `cache` says what earlier positions left."""
+    """Two stages of stock attention for one query. cache: the state of earlier positions."""
     q, k, v, w_q, w_k = (x.expand(*problem.k.shape[:3], -1) for x in problem[:5])
     at, refinement, rank = k.shape[2] - 1, problem.refinement, w_q.shape[-1]
     new_q, keys = q[:, :, at:], cache.k.clone()
@@ -158,10 +158,10 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
     batch, heads, length, d = problem.q.shape
     shape = {"B": batch, "H": heads, "L": length, "D": d, "D_v": d, "R": d, "dtype": str(problem.q.dtype)[6:]}
     rows: list[report.Row] = []
-    for provider, found in zip(providers, samples, strict=True):
-        median, p20, p80 = quantiles(found)
+    for provider, milliseconds in zip(providers, samples, strict=True):
+        median, p20, p80 = quantiles(milliseconds)
         named = {"provider": provider.name, "role": provider.role, "refinement": problem.refinement, "task": problem.label}
-        times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(found)}
+        times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(milliseconds)}
         rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
     sizes = Shape(batch, heads, heads, length, d, d, d)
     task = Task(sizes, problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)

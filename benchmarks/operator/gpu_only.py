@@ -1,8 +1,8 @@
-"""What only a GPU has: CUDA-graph times beside the eager ones, and kernels compiled in parallel before anything is timed.
+"""For GPUs only: CUDA-graph times in addition to eager ones, and parallel compilation of kernels before anything is timed.
 
-A graph holds a forward, or a forward with its backward; it is replayed as a training loop that captures its step would. What
-cannot be captured (a call that synchronises, or allocates in ways a graph forbids) has no time but a reason. Compiling is the slow
-part of a first run on a GPU, and one process compiles in turn.
+A graph holds a forward, or a forward with its backward. It is replayed as in a training loop that captures its step. A call that
+cannot be captured (it synchronises, or allocates in ways that a graph forbids) has a reason instead of a time. Compiling is the
+slow part of a first run on a GPU, and a single process compiles one kernel after another.
 """
 
 import functools
@@ -47,7 +47,7 @@ def capture(function: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _recover(eager: torch.cuda.Stream) -> None:
-    """After a failed capture: back to the stream before it, and a generator that does not believe it goes on."""
+    """After a failed capture, restore the stream, and a generator that is not in capture mode."""
     torch.cuda.set_stream(eager)
     torch.cuda.synchronize()
     fresh = torch.Generator("cuda").graphsafe_get_state()

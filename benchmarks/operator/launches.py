@@ -1,13 +1,14 @@
-"""What each of our kernels moves and multiplies by design, launch by launch: pure functions of sizes, nothing is run.
+"""Counts what each of our kernels moves and multiplies by design, launch by launch, from sizes alone; nothing is run.
 
 B sequences, H query heads, H_kv key heads, L window, D, D_v, R features of q, v and the tables; n items of one sequence.
 
-The counts follow `awrsr_kernels/_triton` operand by operand, and a test holds them to what the interpreted kernels load, store and
-multiply. Sequences are causal and aligned to the left, tables shared by all heads, as the benchmark has them. Bounds, gates, the
-seed and dgate, a few numbers per program, are left out; a float32 product counts once, though a GPU may take three TF32 passes.
+The counts follow `awrsr_kernels/_triton` operand by operand, and a test compares them with what the interpreted kernels load, store
+and multiply. Sequences are causal and aligned to the left, tables shared by all heads, as the benchmark has them. Bounds, gates,
+the seed and dgate, a few numbers per program, are left out; a float32 product counts once, though a GPU may take three TF32 passes.
 
-Three counts of bytes tell three speeds apart: `loaded` is what all programs together ask for, mostly from cache (every program
-wants W; row tiles want all earlier keys), `read` what must come from device memory, each tensor once, `written` what goes there.
+Three counts of bytes distinguish three speeds: `loaded` is what all programs together load, mostly from cache (every program needs
+W, and row tiles need all earlier keys); `read` is what must come from device memory, each tensor once; `written` is what goes
+there.
 """
 
 import functools
@@ -82,7 +83,7 @@ class Call:
         return tuple(max(16, 1 << (x - 1).bit_length()) for x in self.task.features)  # type: ignore[return-value]
 
     def splits(self, programs: int, processors: int) -> int:
-        """Over how many programs a kernel that sums over the batch spreads it."""
+        """The number of programs over which a kernel that sums over the batch spreads it."""
         return max(1, min(len(self.lengths), -(-2 * processors // programs)))
 
 
@@ -111,11 +112,11 @@ def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS
         return short_launches(call, tiles(call.window), processors)
     shares = call.task.users and call.task.shape.H == call.task.shape.H_kv  # between the regimes, by length
     reach = max((n for n in LENGTHS if is_short(n, features, itemsize, shared)), default=0) if shares else 0
-    found = tiled_launches(replace(call, lengths=tuple(n * (n > reach) for n in call.lengths)), tiles(call.window), processors)
+    launches = tiled_launches(replace(call, lengths=tuple(n * (n > reach) for n in call.lengths)), tiles(call.window), processors)
     if reach:
         few = replace(call, lengths=tuple(n * (n <= reach) for n in call.lengths), window=reach, packed=True)  # no padding written
-        found += [*short_launches(few, tiles(reach), processors), *_additions(call)]
-    return sorted(found, key=lambda launch: launch.pass_ != "fwd")
+        launches += [*short_launches(few, tiles(reach), processors), *_additions(call)]
+    return sorted(launches, key=lambda launch: launch.pass_ != "fwd")
 
 
 def step_launch(task: Task, content: bool) -> Launch:
@@ -146,15 +147,15 @@ def step_operations(task: Task) -> int:
 
 def seat(lengths: Sequence[int], run: int, rows: int) -> list[int]:
     """How many tiles each run of `run` consecutive sequences fills: a tile takes as many as fit, at most a quarter of its rows."""
-    found = []
+    counts = []
     for begin in range(0, len(lengths), run):
         tiles, seated, free = 0, 0, 0
         for n in lengths[begin : begin + run]:
             if tiles == 0 or n > free or seated == rows // 4:
                 tiles, seated, free = tiles + 1, 0, rows
             seated, free = seated + 1, free - n
-        found.append(tiles)
-    return found
+        counts.append(tiles)
+    return counts
 
 
 def short_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
@@ -222,20 +223,20 @@ def _additions(call: Call) -> list[Launch]:
     """What both regimes found of the tables' gradients and of dgate, added; the short regime's reaches into some rows, of zeros."""
     s, refinement = call.task.shape, call.task.refinement
     tables = [call.window * s.R] * (2 * (refinement != "none"))
-    found = [_torch("fill", 0, ACCUMULATOR * x) for x in tables]
+    launches = [_torch("fill", 0, ACCUMULATOR * x) for x in tables]
     for numbers in tables + [s.H] * (refinement == "additive"):
-        found += [_torch("add", 2 * ACCUMULATOR * numbers, ACCUMULATOR * numbers), *_cast(call, numbers)]
-    return found
+        launches += [_torch("add", 2 * ACCUMULATOR * numbers, ACCUMULATOR * numbers), *_cast(call, numbers)]
+    return launches
 
 
 def _group_sums(call: Call) -> list[Launch]:
     """dK and dV of all query heads of a key head summed, copied to where they belong."""
-    s, found = call.task.shape, []
+    s, launches = call.task.shape, []
     for features in (s.D, s.D_v):
         numbers = call.rows * s.H_kv * features
-        found.append(_torch("sum", call.rows * s.H * features * ACCUMULATOR, numbers * ACCUMULATOR))
-        found.append(_torch("copy", numbers * ACCUMULATOR, numbers * call.task.itemsize))
-    return found
+        launches.append(_torch("sum", call.rows * s.H * features * ACCUMULATOR, numbers * ACCUMULATOR))
+        launches.append(_torch("copy", numbers * ACCUMULATOR, numbers * call.task.itemsize))
+    return launches
 
 
 def _gate_sums(call: Call, partials: int) -> list[Launch]:
@@ -301,15 +302,15 @@ def tiled_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
     """A forward kernel per stage; backward a kernel over rows and one over columns per stage, stage 2 first, then the tables'."""
     stages, heads = _stages(call), call.task.shape.H
     rows, columns, tables = (tiles(f"tiled_bwd_{name}") for name in ("rows", "columns", "tables"))
-    found = [_tiled_forward(call, tiles("tiled_fwd"), stage) for stage in stages]
+    launches = [_tiled_forward(call, tiles("tiled_fwd"), stage) for stage in stages]
     for stage in reversed(stages):
-        found += [_tiled_rows(call, rows, stage), _tiled_columns(call, columns, stage)]
+        launches += [_tiled_rows(call, rows, stage), _tiled_columns(call, columns, stage)]
     if call.task.refinement == "none":
-        return found
+        return launches
     splits = call.splits(-(-call.window // tables.block_n) * heads, processors)
-    found.append(_tiled_tables(call, tables, stages[0], splits))
+    launches.append(_tiled_tables(call, tables, stages[0], splits))
     gates = len(call.lengths) * -(-call.window // rows.block_m)
-    return [*found, *_table_sums(call, splits * heads, call.window), *_gate_sums(call, gates)]
+    return [*launches, *_table_sums(call, splits * heads, call.window), *_gate_sums(call, gates)]
 
 
 def _walked(

@@ -1,4 +1,4 @@
-"""How it is measured: the correctness gate, times side by side, peak memory."""
+"""The measurements: the correctness gate, times in turns, peak memory."""
 
 import functools
 import time
@@ -23,7 +23,7 @@ SEED = 20241  # of the mask that the gate compares under
 
 @dataclass
 class Entrant:
-    """A provider with the batches of one layout, and what was found out about it."""
+    """A provider with the batches of one layout, and its measurements."""
 
     provider: Provider
     layout: str
@@ -92,9 +92,9 @@ def measure_memory(entrant: Entrant) -> None:
         view = entrant.provider.view(batch)
         forward, backward = functools.partial(entrant.provider.call, view), functools.partial(gradients, batch=view)
         fwd, bwd = traced([lambda _, forward=forward: forward(), backward], view.q.device)  # type: ignore[misc]
-        found = {"fwd": fwd, "bwd": bwd, "fwd+bwd": max(fwd, bwd)}
+        peaks = {"fwd": fwd, "bwd": bwd, "fwd+bwd": max(fwd, bwd)}
         for p in PASSES:
-            entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), found[p] / 2**20)
+            entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), peaks[p] / 2**20)
 
 
 def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -108,8 +108,8 @@ def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, 
     end = time.perf_counter()
     ms = {"fwd": (middle - start) * 1e3, "bwd": (end - middle) * 1e3, "fwd+bwd": (end - start) * 1e3}
     outs = (out,) if isinstance(out, Tensor) else out
-    found = {name: x.detach() for name, x in zip(batch.douts, outs, strict=True)}
-    return found | {f"d{name}": g for name, g in zip(batch.leaves, grads, strict=True)}, ms
+    results = {name: x.detach() for name, x in zip(batch.douts, outs, strict=True)}
+    return results | {f"d{name}": g for name, g in zip(batch.leaves, grads, strict=True)}, ms
 
 
 class Gate:
@@ -132,14 +132,14 @@ class Gate:
                 view = replace(view, dropout_p=0.0)
             exact, same = self._yardstick(id(batch), view)
             index, heads, kv_heads, bounds = view.excerpt()
-            found, ms = _compute(entrant.provider.call, _only(view, index, heads))
+            results, ms = _compute(entrant.provider.call, _only(view, index, heads))
             for p in PASSES:
                 entrant.first_ms[p] += ms[p]
             if bounds is not None and not view.packed:  # what stands in padding is nobody's business
                 assert view.bounds is not None
                 items = torch.arange(view.max_len, device=bounds.device) < view.bounds[:, None]
-                found |= {name: found[name] * items[:, None, :, None] for name in view.douts}
-            parts = {name: _excerpt_of(name, found[name], index, heads, kv_heads) for name in exact}
+                results |= {name: results[name] * items[:, None, :, None] for name in view.douts}
+            parts = {name: _excerpt_of(name, results[name], index, heads, kv_heads) for name in exact}
             if lines := wrong_results(parts, exact, same, view.q.dtype):
                 raise WrongResult(lines[0])
 

@@ -129,18 +129,18 @@ def quality(entries: list[Row]) -> "Figure | None":
     from matplotlib.lines import Line2D
 
     order = list(REFINEMENT_COLOURS)
-    kinds = sorted({kind for found in cells.values() for kind in found}, key=lambda kind: (kind[1], order.index(kind[0])))
+    kinds = sorted({kind for by_kind in cells.values() for kind in by_kind}, key=lambda kind: (kind[1], order.index(kind[0])))
     seconds = "train_cpu_seconds" if all("train_cpu_seconds" in entry for entry in entries) else "train_seconds"
     figure, axes = panels(math.ceil(len(cells) / 2), 2, height=3.1)
-    places = [axis for line in axes for axis in line]
-    for axis in places[len(cells) :]:
+    all_axes = [axis for line in axes for axis in line]
+    for axis in all_axes[len(cells) :]:
         axis.remove()
-    for axis, (dataset, found) in zip(places, cells.items(), strict=False):
-        for (refinement, layers), runs in found.items():
+    for axis, (dataset, by_kind) in zip(all_axes, cells.items(), strict=False):
+        for (refinement, layers), runs in by_kind.items():
             reached, took = ([float(x) for x in of] for of in ((r["test"]["NDCG@10"] for r in runs), (r[seconds] for r in runs)))
             style = _style(refinement, layers) | ({} if len(runs) > 1 else {"markerfacecolor": "white"})
             axis.errorbar(statistics.fmean(took), statistics.fmean(reached), _spread(reached), _spread(took), capsize=2, **style)
-        axis.set_title(f"{dataset}, {_seeds(found.values())}", fontsize=9, loc="left")
+        axis.set_title(f"{dataset}, {_seeds(by_kind.values())}", fontsize=9, loc="left")
         axis.set_xlabel("CPU seconds of training" if seconds == "train_cpu_seconds" else "seconds of training", fontsize=SMALL)
         axis.margins(0.15)
     for line in axes:

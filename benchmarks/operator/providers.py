@@ -1,18 +1,18 @@
-"""Who computes it: the same problem through each provider's own best call.
+"""The providers: each computes the same problem with its own best call.
 
-textbook           what a paper's code says: L x L matrices, masked_fill, softmax (no padding: it computes the padded rows)
+textbook           as in a paper's code: L x L matrices, masked_fill, softmax (it also computes the padded rows)
 textbook+compile   the same through torch.compile
 reference          ours, backend="reference": the definition
-sdpa2              two stock attention calls with concatenated values: the honest rival
+sdpa2              two stock attention calls with concatenated values
 sdpa2-split        the same with one call per value block, each as wide as the queries: flash kernels, which want equal
                    widths, then take it, where the concatenated form falls back to a slower kernel (on a CPU to L x L matrices)
 flex2              sdpa2 in FlexAttention, compiled; needs a GPU
 varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a GPU, half precision, torch as new as that call
-sdpa               plain attention: the price floor, another result, never counted as a rival
+sdpa               plain attention: the least that any of these could cost; another result, so not counted as a rival
 torch, triton      ours
 torch-jagged, triton-jagged  the same packed rows as jagged tensors of torch.nested, made and taken apart in each call
 
-Between Gaussians (`wasserstein.py`), beside ours and the floor, which there is plain attention of the means:
+Between Gaussians (`wasserstein.py`), in addition to ours and to plain attention, which there is that of the means:
 
 stosa              STOSA's own formulation (`common/stosa.py`) and the refinements on top of it: L x L matrices
 stosa+compile      the same through torch.compile
@@ -20,7 +20,7 @@ sdpa2-squares      stock attention calls, with features that make distances of d
                    weights: O(L) memory; the CPU's flash call
 flex2-squares      the same in FlexAttention, compiled; needs a GPU
 
-Rivals meet padding in its best case for them: on the right, where is_causal alone gives the items' rows right.
+Padding is on the side that is best for rivals: on the right, where is_causal alone gives correct rows of items.
 """
 
 import functools
@@ -98,8 +98,8 @@ def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
         offsets = batch.bounds
         rows = (x if x is None or x.dim() < 3 else nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tensors)
         outs = padded(*rows, padding_side="right", backend=backend, **options)
-        found = tuple(x.values().transpose(0, 1) for x in (outs if isinstance(outs, tuple) else (outs,)))
-        return found if batch.gaussian else found[0]
+        outputs = tuple(x.values().transpose(0, 1) for x in (outs if isinstance(outs, tuple) else (outs,)))
+        return outputs if batch.gaussian else outputs[0]
     if batch.packed:
         return packed(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
     return padded(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)
@@ -172,8 +172,8 @@ def varlen(batch: Batch) -> Attend:
 
     def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
         where: Any = batch.bounds, batch.bounds, batch.max_len, batch.max_len
-        found: Any = varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
-        return found
+        out: Any = varlen_attn(q, k, v, *where, scale=scale, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1])
+        return out
 
     return attend
 

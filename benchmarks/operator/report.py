@@ -1,4 +1,4 @@
-"""What attn_bench.py makes of its measurements: rows, ratios computed from them, a table per problem."""
+"""The results of attn_bench.py: rows, ratios computed from them, and a table per problem."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""How far from the possible: what the device copies and multiplies in this very run, and what a problem must move at least.
+"""Distance to the limits of the device: its rates of copying and multiplying in the same run, and the least a problem must move.
 
 A problem's *floor* is the longer of two times: its bytes at the speed of a large copy, and its operations at the speed of a large
 matrix product. Bytes are ideal: every input is read once, every output written once, both tables W once per call, and nothing is
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
     @property
     def side(self) -> str:
-        """Which of the two limits is the nearer: the side of the ridge."""
+        """Which of the two limits is nearer: the side of the ridge."""
         return "memory" if self.intensity < self.ridge else "arithmetic"
 
     @property
@@ -96,7 +96,7 @@ def measure_rates(device: str, dtype: str) -> Rates:
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that is free; None where the system does not say."""
+    """Free memory; None if the system does not report it."""
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
     with contextlib.suppress(OSError, StopIteration):

@@ -1,4 +1,4 @@
-"""Rivals between Gaussians out of stock attention calls, for all that these can be made to compute.
+"""Rivals between Gaussians, made of stock attention calls.
 
 With the points x = [mean | sqrt(covariance)] a score is a dot product of longer features, 2 scale [x_i | 1] . [x_j | -|x_j|^2 / 2],
 up to a number per row that softmax ignores. Squared weights are weights of twice the scores, rescaled per row, and products of two
@@ -67,7 +67,7 @@ def features(mean_q: Tensor, cov_q: Tensor, mean_k: Tensor, cov_k: Tensor) -> tu
 def squares(batch: Batch, attend: AttendLse) -> tuple[Tensor, Tensor]:
     """Every refinement from attention calls alone; half precision in float32, as its gradients miss the definition otherwise."""
     dtype = torch.promote_types(batch.q.dtype, torch.float32)
-    tensors, tables = (tuple(x.to(dtype) for x in given) for given in tensors_of(batch))
+    tensors, tables = (tuple(x.to(dtype) for x in group) for group in tensors_of(batch))
     group = batch.q.shape[1] // batch.k.shape[1]
     if group > 1:
         tensors = *tensors[:2], *(x.repeat_interleave(group, 1) for x in tensors[2:])
@@ -76,8 +76,8 @@ def squares(batch: Batch, attend: AttendLse) -> tuple[Tensor, Tensor]:
     scale, second_scale, rank = 2 * batch.q.shape[-1] ** -0.5, batch.w_q.shape[-1] ** -0.5, batch.w_q.shape[-1]
 
     def squared(q: Tensor, k: Tensor, values: Tensor, scale: float, lse: Tensor) -> Tensor:
-        found, twice = attend(q, k, values, 2 * scale)
-        return (twice - 2 * lse).exp()[..., None] * found
+        weighted, twice = attend(q, k, values, 2 * scale)
+        return (twice - 2 * lse).exp()[..., None] * weighted
 
     def results(mean: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
         return mean.to(batch.q.dtype), cov.to(batch.q.dtype)

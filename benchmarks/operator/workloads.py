@@ -1,7 +1,7 @@
-"""What is computed: shapes and presets, batches of random tensors in three layouts, real history files.
+"""The problems: shapes and presets, batches of random tensors in three layouts, and real history files.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed rows, D head dim, D_v value dim, R refinement rank.
-Items are vectors (backbone "dot-product") or Gaussians ("stochastic"), whose covariances stand beside their means.
+Items are vectors (backbone "dot-product") or Gaussians ("stochastic"), whose covariances are separate tensors.
 """
 
 import itertools
@@ -87,7 +87,7 @@ class Task:
 
     @property
     def plain(self) -> "Task":
-        """Plain dot-product attention of the same sizes: the price floor."""
+        """Plain dot-product attention of the same sizes."""
         return replace(self, refinement="none", backbone=DOT)
 
     @property
@@ -181,13 +181,13 @@ class Batch:
 
     @property
     def plain(self) -> "Batch":
-        """The batch as plain dot-product attention has it."""
+        """The batch for plain dot-product attention."""
         without: dict[str, Any] = dict.fromkeys(COVARIANCES)
         return replace(self, refinement="none", **without)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """What gets a gradient."""
+        """The tensors that get a gradient."""
         names = ["q", "k", "v"]
         if self.refinement != "none":
             names += ["w_q", "w_k"]
@@ -259,13 +259,13 @@ def build(task: Task, layout: str) -> list[Batch]:
     def items(lengths: list[int], window: int, covariance: bool = False) -> list[Tensor]:
         """q, k, v and dout, of the means or of the covariances; those are drawn by ELU + 1, as STOSA makes them."""
         widths = ((s.H, s.D), (s.H_kv, s.D), (s.H_kv, s.D_v), (s.H, s.D_v))
-        found = [new(sum(lengths), h, f) if layout == "packed" else new(len(lengths), h, window, f) for h, f in widths]
+        tensors = [new(sum(lengths), h, f) if layout == "packed" else new(len(lengths), h, window, f) for h, f in widths]
         if covariance:
-            found[:3] = [(F.elu(x.float()) + 1).to(dtype) for x in found[:3]]
+            tensors[:3] = [(F.elu(x.float()) + 1).to(dtype) for x in tensors[:3]]
         if layout != "packed":
             bounds = torch.tensor(lengths, device=device)
-            found[3] *= (torch.arange(window, device=device) < bounds[:, None])[:, None, :, None]
-        return [*(x.requires_grad_() for x in found[:3]), found[3]]
+            tensors[3] *= (torch.arange(window, device=device) < bounds[:, None])[:, None, :, None]
+        return [*(x.requires_grad_() for x in tensors[:3]), tensors[3]]
 
     def batch(lengths: list[int], window: int) -> Batch:
         q, k, v, dout = items(lengths, window)

@@ -1,4 +1,4 @@
-"""Comparisons of the study's cells: which are made, the gains on the same users, and whether they are significant.
+"""Comparisons of the study's cells: which comparisons are made, the gains on the same users, and their significance.
 
 A gain is a difference on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is compared
 with. p is the larger of the paired t-test's and the sign-flip test's, over users with the seeds held fixed, corrected by Holm for

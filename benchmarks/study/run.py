@@ -76,12 +76,12 @@ class Results:
 
 
 def run_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells runs apart, of an entry or of a row of ranks."""
+    """The key of a run, from an entry or a row of ranks."""
     return tuple(row[name] for name in RUN_KEY)
 
 
 def _replaced(table: pl.DataFrame | None, row: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
-    """The table with a row in place of the one with its key, if there is one."""
+    """The table with a row added; it replaces a row with the same key."""
     return row if table is None else pl.concat([table.join(row, on=key, how="anti"), row]).sort(key)
 
 
@@ -127,7 +127,7 @@ def train_apart(arguments: list[str], log: Path) -> int:
 
 
 def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any]:
-    """What metrics.json says after a training in the folder `out`. Raises RuntimeError where training fails."""
+    """The content of metrics.json after a training in the folder `out`. Raises RuntimeError if training fails."""
     arguments = [*arguments, *(["--data", str(data)] if data else []), "--threads", "1", "--no-progress", "--out", str(out)]
     out.mkdir(parents=True, exist_ok=True)
     status = train_apart(arguments, out / "output.txt")
@@ -137,7 +137,7 @@ def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any
 
 
 def run(cell: Cell, seed: int, folder: Path | None, runs: Path, results: Results) -> None:
-    """Train a cell with a seed and add the results. Raises RuntimeError where training fails."""
+    """Train a cell with a seed and add the results. Raises RuntimeError if training fails."""
     out, data = runs / f"{cell.name}_{seed}", source(cell.dataset, folder)
     out.mkdir(parents=True, exist_ok=True)
     began = out / "commit"

@@ -1,4 +1,4 @@
-"""What train_bench.py measures: one model trained and evaluated in three layouts, and the gate that all of them pass first.
+"""The contestants of train_bench.py: one model, trained and evaluated in three layouts, and the gate that all of them must pass.
 
 packed      histories one after another, AWRSRNetwork.forward: the model's own
 bucketed    histories sorted by length, each batch padded to its longest, AWRSRNetwork.forward_padded
@@ -42,7 +42,7 @@ RANK_TOLERANCE = 1e-4  # of a score, relative to the largest: ranks may differ w
 
 @dataclass(frozen=True)
 class Problem:
-    """What all contestants compute. `threads` and the device stand in the result's head."""
+    """What all contestants compute. The head of the results holds `threads` and the device."""
 
     split: Split
     config: AWRSRConfig
@@ -63,7 +63,7 @@ class Problem:
 
 @dataclass
 class Contestant:
-    """One way of computing a problem, its model, and what was found out about it."""
+    """One way of computing a problem, its model, and its measurements."""
 
     problem: Problem
     refinement: str
@@ -162,7 +162,7 @@ class Work:
 
 
 def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
-    """A batch is made, padded where the layout pads, and used; all of it counts."""
+    """Make a batch, pad it if the layout pads, and use it. All of this is timed."""
     if pass_ == "train":
         train_step(it, next(iter(Batches(it.problem.windows, [chosen], rank=0, world=1))), step)
     else:
@@ -246,12 +246,12 @@ def check(it: Contestant, wanted: Yardstick, dtype: torch.dtype) -> float:
             f"must be {wanted.losses[step]:.10g} within {allowed:g} of it"
         )
     it.model.load_state_dict(wanted.model)
-    found = rank_step(it, wanted.chosen).cpu()
-    wrong = ((found < wanted.least) | (found > wanted.most)).nonzero().flatten()
+    ranks = rank_step(it, wanted.chosen).cpu()
+    wrong = ((ranks < wanted.least) | (ranks > wanted.most)).nonzero().flatten()
     if len(wrong):
         place = int(wrong[0])
         raise WrongResult(
-            f"{it.name}, {dtype}: {len(wrong)} of {len(found)} ranks differ; the first is {found[place]}, "
+            f"{it.name}, {dtype}: {len(wrong)} of {len(ranks)} ranks differ; the first is {ranks[place]}, "
             f"must be in {wanted.least[place]}..{wanted.most[place]}"
         )
     return float(off.max())

@@ -76,7 +76,7 @@ def options_parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def timed_stage(rows: list[report.Row], name: str) -> Iterator[report.Row]:
-    """Adds a row of time and peak memory to the rows; yields it, for what else is to be said of the stage."""
+    """Add a row of time and peak memory; yields the row, for further figures of the stage."""
     print(f"{name} ...", file=sys.stderr, flush=True)
     row: report.Row = {"stage": name}
     with contextlib.suppress(OSError):  # let the peak start anew, where Linux allows it
@@ -131,7 +131,7 @@ def recommend(model: AWRSR, histories: Histories, count: int) -> int:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
-    """All stages, in the order of a user's day."""
+    """All stages, in the order in which a user runs them."""
     rows: list[report.Row] = []
     stage = functools.partial(timed_stage, rows)
     path = options.data or folder / "histories.txt"
@@ -153,8 +153,8 @@ def run(options: argparse.Namespace, folder: Path) -> list[report.Row]:
     with stage("load"):
         model = AWRSR.load(folder / "run")
     with stage("evaluate") as row:
-        found = evaluate(model, parts, filter_seen=not histories.repeats())
-        row |= {"targets": len(found.ranks), "users_per_cpu_second": found.users_per_cpu_second}
+        ranked = evaluate(model, parts, filter_seen=not histories.repeats())
+        row |= {"targets": len(ranked.ranks), "users_per_cpu_second": ranked.users_per_cpu_second}
     with stage("recommend") as row:
         row["recommendations"] = recommend(model, histories, options.targets)
     return rows

@@ -1,4 +1,4 @@
-"""What train_bench.py makes of its measurements: rows, ratios computed from them, a table for a terminal."""
+"""The results of train_bench.py: rows, ratios computed from them, and a table for a terminal."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,8 @@ def task_of(it: Contestant, pass_: str) -> str:
 
 
 def add_ratios(rows: list[Row]) -> None:
-    """Adds `ratio_to_plain`, a row's time over that of refinement "none" beside it, and `cpu_ratio_to_plain`, the same of the
-    processor's time, which others on the machine disturb less. Absent where that was not measured."""
+    """Add `ratio_to_plain`, a row's time divided by that of refinement "none" in the same layout and backend, and
+    `cpu_ratio_to_plain`, the same for processor time, which a busy machine disturbs less. Absent if that was not measured."""
     plain = {(row["task"], row["provider"], row["layout"]): row for row in rows if row["refinement"] == "none"}
     for row in rows:
         base = plain.get((row["task"], row["provider"], row["layout"]))

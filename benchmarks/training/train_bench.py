@@ -124,7 +124,7 @@ def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
 
 def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check every contestant against the definition, and return how far off each was. Raises WrongResult."""
-    found = []
+    deviations = []
     for refinement in options.refinements:
         say(f"gate: {refinement}, {problem.loss}: the definition")
         wanted = yardstick(problem, refinement)
@@ -136,8 +136,8 @@ def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
                 off = check(it, wanted, dtype)
                 say(f"gate: {it.name}, {problem.loss}, {str(dtype)[6:]}: off by {off:.1e}")
                 named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": problem.loss}
-                found.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
-    return found
+                deviations.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
+    return deviations
 
 
 def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]) -> list[report.Row]:

@@ -76,7 +76,7 @@ def test_pytests_reports_are_read(tmp_path: Path) -> None:
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which take seconds to import
     checkout = Checkout(tmp_path, tmp_path / "suite", tmp_path, tmp_path, None, environment)
     assert parts.tests(checkout, 60) == {"collected": 2}
-    with pytest.raises(CannotMeasure, match="no `make test` has come to its end at suite"):
+    with pytest.raises(CannotMeasure, match="no `make test` has finished at suite"):
         parts.suite(checkout, 60)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_few.py"]
     for options in (["-k", "1", "--junitxml=suite/1.xml"], ["-k", "1", "--junitxml=suite/2.xml"], ["--junitxml=bad.xml"]):

@@ -87,7 +87,7 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(server: Server, tmp_path: 
 
 def test_another_checksum_is_not_kept(server: Server, tmp_path: Path) -> None:
     server.content = CONTENT + b"3 4\n"
-    with pytest.raises(FetchError, match=f"must have {SMALL['small'].sha256}; it was not kept"):
+    with pytest.raises(FetchError, match=f"must have {SMALL['small'].sha256}; the download was not kept"):
         small(server, tmp_path)
     assert not list(tmp_path.iterdir())
 
