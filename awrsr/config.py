@@ -27,7 +27,7 @@ class AWRSRConfig:
     backbone: str = option(
         "sasrec",
         "Kind of model. sasrec: dot-product attention between vectors. stosa: items and events are Gaussians, and attention and "
-        "scores compare them by Wasserstein distance; awrsr train --help lists the options of STOSA's authors.",
+        "scores compare them by Wasserstein distance; the help of the train command lists the options of STOSA's authors.",
         choices=("sasrec", "stosa"),
     )
     refinement: str = option(

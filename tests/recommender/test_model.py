@@ -218,7 +218,7 @@ def test_histories_beyond_the_window_are_refused() -> None:
     with pytest.raises(ValueError, match=f"max_seqlen is {WINDOW + 1}, must be at most max_len={WINDOW}"):
         model(*packed(lists))
     for call in (model.forward_padded, model.scores_padded, model.weights_padded):
-        with pytest.raises(ValueError, match=f"items are {WINDOW + 1} events wide, must be at most max_len={WINDOW}"):
+        with pytest.raises(ValueError, match=f"histories have {WINDOW + 1} events, must have at most max_len={WINDOW}"):
             call(*padded(lists, WINDOW + 1))
 
 
