@@ -28,7 +28,7 @@ test: .venv/ready ## all tests, then those that time something, with nothing bes
 	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist worksteal -m "not timing" --junitxml=$(SUITE)/tests.xml
 	$(PYTEST) -m timing tests/kernels/test_cost.py --junitxml=$(SUITE)/timing.xml
 
-test-fast: .venv/ready ## a selection from every test file, in a few minutes
+test-fast: .venv/ready ## a selection from every test file, in two minutes
 	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --fast
 
 # The adapters, each against the real library. All three libraries agree on one environment.
