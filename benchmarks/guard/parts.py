@@ -40,6 +40,7 @@ class Checkout(NamedTuple):
     def output(self, *arguments: str | Path, seconds: float, statuses: tuple[int, ...] = (0,)) -> str:
         """The output of Python on this checkout, with the same interpreter and libraries."""
         command, environment = [sys.executable, *map(str, arguments)], self.environment | {"PYTHONPATH": str(self.root)}
+        environment.pop("PYTEST_ADDOPTS", None)  # it may change what pytest prints
         try:
             done = subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:

@@ -73,7 +73,7 @@ def test_the_report_of_compiled_kernels_is_read() -> None:
 def test_pytests_reports_are_read(tmp_path: Path) -> None:
     (tmp_path / "test_few.py").write_text("import pytest\n@pytest.mark.parametrize('x', [1, 2])\ndef test_it(x): assert x == 1\n")
 
-    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # which take seconds to import
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-v"}  # which take seconds to import
     checkout = Checkout(tmp_path, tmp_path / "suite", tmp_path, tmp_path, None, environment)
     assert parts.tests(checkout, 60) == {"collected": 2}
     with pytest.raises(CannotMeasure, match="no `make test` has finished at suite"):
