@@ -28,8 +28,7 @@ the inputs. A provider whose output or gradients differ from the float64 referen
 "copy" and "matmul" are shares of the best rates that this run measured on this device, with a copy of large tensors and a large
 matrix product. Bytes are ideal (each input, output and W once), and operations come from the formula in workloads.py, so that
 providers can be compared. "/floor" is the time divided by the longer of two times: that of the bytes and that of the operations at
-these rates. 1 is as fast as the device allows; on a CPU, small problems stay in the cache and can be faster than that. results.json
-lists under "launches" what each of our kernels moves and multiplies by design.
+these rates. 1 is as fast as the device allows; on a CPU, small problems stay in the cache and can be faster than that.
 """
 
 import os
@@ -61,7 +60,7 @@ from benchmarks.operator import workloads
 from benchmarks.operator.gpu_only import precompile, time_graphs
 from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, race
 from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
-from benchmarks.operator.report import graph_reasons, launch_rows, make_rows, table
+from benchmarks.operator.report import graph_reasons, make_rows, table
 from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
 from benchmarks.operator.workloads import BACKBONES, OPERATOR, Shape, Task, build
 
@@ -232,7 +231,6 @@ class Outcome(NamedTuple):
     """The results of a task, or of all tasks."""
 
     rows: list[Row]
-    launches: list[Row]
     skipped: list[dict[str, str]]
     wrong: list[dict[str, str]]
 
@@ -268,7 +266,7 @@ def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace,
     torch.manual_seed(0)
     random.seed(0)
     torch._dynamo.reset()  # or the compilations of one shape would count towards the limit of the next
-    outcome = Outcome([], [], [], [])
+    outcome = Outcome([], [], [])
     entrants = enter(task, chosen, outcome)
     if entrants:
         clock = Clock(torch.device(task.device))
@@ -276,14 +274,13 @@ def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace,
         for entrant in entrants if clock.cuda else ():
             time_graphs(entrant, clock, options.passes)
     outcome.rows.extend(make_rows(task, entrants, options.passes, rates))
-    outcome.launches.extend(launch_rows(task, entrants, rates))
     print(table(outcome.rows, outcome.wrong), flush=True)
     return outcome
 
 
 def run(options: argparse.Namespace, tasks: list[Task]) -> dict[str, Any]:
     """Measure all tasks and print each as it is done. A task that fails is reported as wrong and does not stop the others."""
-    total = Outcome([], [], [], [])
+    total = Outcome([], [], [])
     chosen = chosen_providers(options, total.skipped)
     rates = measure_rates(options.device, options.dtype)
     known = {"copy_gb_per_s": rates.copy / 1e9, "matmul_tflops": rates.matmul / 1e12, "matmul_dtype": options.dtype}

@@ -20,9 +20,8 @@ from ..common import pages
 from ..common.arguments import make_parser
 from ..common.report import ROOT, Row, device_ms, is_gpu, page_table
 from . import plots
-from .launches import step_operations
-from .roofline import Point, Rates
-from .workloads import STOCHASTIC, Shape, Task
+from .roofline import Point, Rates, step_counts
+from .workloads import STOCHASTIC, Shape
 
 RESULTS = ROOT / "benchmarks/results"
 SHOWN = ("simple", "stochastic")  # refinements that have a panel against L
@@ -64,7 +63,7 @@ def passes(results: Row) -> Iterator[Point]:
 def steps(results: Row, rates: Rates) -> Iterator[Point]:
     for row in (x for x in results["rows"] if x["provider"] == "step"):
         s = Shape(row["B"], row["H"], row["H"], row["L"], row["D"], row["D_v"], row["R"])
-        operations = step_operations(Task(s, row["refinement"], row["dtype"], 0.0, ""))
+        _, operations = step_counts(s, row["refinement"], 1, False)
         tables = "" if row["refinement"] == "none" else f", {row['tables']} tables"
         problem, call = f"B {s.B} H {s.H} L {s.L} D {s.D} R {s.R}", f"`step`, {row['refinement']}{tables}"
         counts = float(row["bytes"]), float(operations)

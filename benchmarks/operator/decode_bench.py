@@ -31,8 +31,8 @@ from ..common import report
 from ..common.arguments import add_flag, make_parser, settle_machine
 from ..common.clock import WrongResult, quantiles, turns
 from ..common.pages import DECODING, markdown
-from .launches import step_launch
-from .workloads import Shape, Task
+from .roofline import step_counts
+from .workloads import Shape
 
 TABLES = ("position", "content")
 
@@ -164,8 +164,7 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
         times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(milliseconds)}
         rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
     sizes = Shape(batch, heads, heads, length, d, d, d)
-    task = Task(sizes, problem.refinement, str(problem.q.dtype)[6:], 0.0, problem.q.device.type)
-    rows[0]["bytes"] = step_launch(task, problem.content).bytes
+    rows[0]["bytes"], _ = step_counts(sizes, problem.refinement, problem.q.itemsize, problem.content)
     for row in rows:
         row["ratio_to_full"] = rows[1]["median_ms"] / row["median_ms"]
     return rows

@@ -1,17 +1,10 @@
 """The results of attn_bench.py: rows, ratios computed from them, and a table per problem."""
 
-import torch
-
-from awrsr_kernels.launch_config import shared_memory
-
 from ..common.clock import quantiles
 from ..common.report import Column, Row, grid, spread, times
-from .launches import PROCESSORS, task_launches
 from .measure import PASSES, Entrant
 from .roofline import Rates, shares
 from .workloads import Task
-
-COUNTS = ("programs", "loaded", "read", "written", "operations", "weights", "gradients", "drops")
 
 
 def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:
@@ -39,29 +32,6 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rat
                 | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
             )
     add_ratios(rows)
-    return rows
-
-
-def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
-    """What each kernel of ours moves and multiplies by design, a row per kernel, where our kernels were measured.
-
-    None between Gaussians: what the kernels do there is not counted yet.
-    """
-    rows: list[Row] = []
-    device = torch.device(task.device)
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
-    for entrant in entrants:
-        if task.gaussian or entrant.provider.name != "triton":
-            continue
-        sums: dict[tuple[str, int, str], Row] = {}
-        for launch in task_launches(task, entrant.layout, shared_memory(device), processors):
-            row = sums.setdefault((launch.kernel, launch.stage, launch.pass_), dict.fromkeys(("launches", *COUNTS), 0))
-            row["launches"] += 1
-            for name in COUNTS:
-                row[name] += getattr(launch, name)
-        for (kernel, stage, p), row in sums.items():
-            named = {"task": task.label, "layout": entrant.layout, "pass": p, "kernel": kernel, "stage": stage}
-            rows.append(named | row | {"floor_ms": rates.floor_ms(row["read"] + row["written"], row["operations"])})
     return rows
 
 

@@ -18,7 +18,7 @@ import torch
 
 from awrsr_kernels.tuning.clock import Clock
 
-from .workloads import Task, calls
+from .workloads import Shape, Task, calls
 
 ROUNDS = 5
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
@@ -147,3 +147,19 @@ def shares(task: Task, layout: str, pass_: str, time_ms: float, rates: Rates) ->
         "floor_ms": floor,
         "to_floor": time_ms / floor,
     }
+
+
+def step_counts(shape: Shape, refinement: str, itemsize: int, content: bool) -> tuple[int, int]:
+    """Bytes that a decoding step must move, and its operations. In each of B entries item L - 1 meets those before it.
+
+    Every number that meets the new item is multiplied and added once; no product is one of matrices. content: tables per entry.
+    """
+    s, before, r = shape, shape.L - 1, shape.R * (refinement != "none")
+    value = s.D_v * (refinement == "value")  # P V is cached
+    kept = r + value + 2 * r * content  # numbers that the cache gains per head, besides key and value
+    own, met = 2 * s.D + s.D_v + 2 * r, s.D + 3 * r  # by the new item, by each one before: key, both tables and K_A
+    met += s.D_v * (1 if refinement == "none" else 2 if value or refinement == "additive" else 1)
+    operations = 2 * s.B * s.H * (own + before * met)
+    tables = (s.B * s.H if content else 1) * s.L * 2 * r
+    read = s.B * (s.H * s.D + s.H_kv * (s.D + s.D_v) * s.L) + tables + s.B * s.H * before * (r + value)
+    return (read + s.B * (s.H_kv * (s.D + s.D_v) + s.H * (kept + s.D_v))) * itemsize, operations

@@ -10,9 +10,8 @@ from matplotlib.text import Text
 from benchmarks.common import pages
 from benchmarks.operator import cost_report, plots
 from benchmarks.operator.cost_report import NOT_YET, RESULTS
-from benchmarks.operator.launches import step_operations
-from benchmarks.operator.roofline import Point, Rates
-from benchmarks.operator.workloads import Shape, Task
+from benchmarks.operator.roofline import Point, Rates, step_counts
+from benchmarks.operator.workloads import Shape
 
 GPU = "NVIDIA H200"
 
@@ -28,8 +27,9 @@ def test_a_point_under_the_roof_by_hand() -> None:
 
 def test_what_a_decoding_step_multiplies_by_hand() -> None:
     """Two earlier items per head: a key, rows of both tables, of K_A and values, of 4 each; the new one: q, k, v, both tables."""
-    task = Task(Shape(2, 1, 1, 3, 4, 4, 4), "simple", "bfloat16", 0.0, "cpu")
-    assert step_operations(task) == 2 * 2 * (2 * (4 + 8 + 4 + 4) + (4 + 4 + 4 + 8))
+    moved, operations = step_counts(Shape(2, 1, 1, 3, 4, 4, 4), "simple", 2, content=False)
+    assert operations == 2 * 2 * (2 * (4 + 8 + 4 + 4) + (4 + 4 + 4 + 8))
+    assert moved == 2 * (3 * 8 + 2 * (4 + 8 * 3 + 4 * 2 + 8 + 4 + 4))  # tables once; q, keys, values, K_A; then k, v, K_A, out
 
 
 def fake(kind: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:

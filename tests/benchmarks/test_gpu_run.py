@@ -1,5 +1,6 @@
 """The run on a GPU, as far as it goes without one: stages that fail alone, limits that hold, tools whose output is understood."""
 
+import itertools
 import json
 import os
 import sys
@@ -16,7 +17,6 @@ from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import every_kernel
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.checks import STOPPED, ncu_rows, profile_kernels, run, sanitizer_status, start_sanitizer
-from benchmarks.operator.launches import Call, call_launches
 
 NCU = """==PROF== Connected to process 7
 "ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
@@ -222,7 +222,9 @@ def test_kernels_are_reached_between_gaussians_too() -> None:
 
 
 def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program takes several tiles of each kernel, and some tiles hold several sequences."""
     pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton import short
     from awrsr_kernels._triton.problem import Problem
 
     monkeypatch.setattr(Problem, "processors", lambda self: 132)
@@ -230,9 +232,19 @@ def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyP
     every_kernel.pretend(None)
     assert Problem.processors(None) == 132
     every_kernel.pretend(int(options["--processors"]))
-    task, _ = every_kernel.problems(int(options["--batch"]), every_kernel.WINDOWS, 2, 32, "bfloat16", "cuda")[0]
-    for launch in call_launches(Call(task, task.users, task.shape.L, True), processors=Problem.processors(None)):
-        assert 1 < launch.starts < len(task.users) / (launch.programs / 2)  # several tiles a program, and fewer than sequences
+    launched: list[dict[str, Any]] = []
+
+    def watch(*rest: Any, launch: Any = short.launch, **arguments: Any) -> None:
+        launched.append(arguments)
+        launch(*rest, **arguments)
+
+    monkeypatch.setattr(short, "launch", watch)
+    task, arguments = every_kernel.problems(int(options["--batch"]), every_kernel.WINDOWS, 2, 32, "float32", "cpu")[0]
+    every_kernel.run((task, arguments))
+    assert len(launched) == 2
+    for launch in launched:
+        lengths, height = task.users[: launch["run"]], launch["BLOCK_L"]
+        assert sum(lengths) > height and any(a + b <= height for a, b in itertools.pairwise(lengths))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -145,19 +145,6 @@ def test_a_failed_capture_leaves_nothing_behind() -> None:
     assert torch.rand(2, device="cuda").isfinite().all() and (x + 1).sum().item() == 4
 
 
-def test_kernels_of_ours_are_listed_launch_by_launch() -> None:
-    task = Task(SHAPE, "additive", "bfloat16", 0.1, "cpu", users=(3, 10, 7), batch_size=2)
-    rows = report.launch_rows(task, [Entrant(PROVIDERS["triton"], "padded", [])], Rates(1e9, 1e12))
-    kernels = {r["kernel"]: r for r in rows}
-    assert {"short_fwd", "short_bwd", "torch_sum"} <= set(kernels)
-    assert kernels["short_fwd"]["launches"] == 2 and kernels["short_fwd"]["programs"] == 3 * 4  # two calls, three users in all
-    forward = kernels["short_fwd"]
-    assert forward["floor_ms"] == Rates(1e9, 1e12).floor_ms(forward["read"] + forward["written"], forward["operations"])
-    assert report.launch_rows(task, [entrant()], Rates(1, 1)) == []
-    gaussian = replace(task, backbone=STOCHASTIC)
-    assert report.launch_rows(gaussian, [Entrant(PROVIDERS["triton"], "padded", [])], Rates(1, 1)) == []
-
-
 def test_several_lengths_make_a_picture() -> None:
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     tasks = [Task(replace(SHAPE, L=length), "simple", "float32", 0.1, "cpu") for length in (10, 20)]
