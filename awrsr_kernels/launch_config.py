@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 
 SHORT_KERNELS = ("short_fwd", "short_bwd")
+RESIDENT_KERNELS = ("resident_fwd", "resident_bwd")
 TILED_KERNELS = ("tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns", "tiled_bwd_tables")
-LENGTHS = (16, 32, 64)  # classes of the short regime; longer sequences go to the tiled one
+LENGTHS = (16, 32, 64)  # classes of the short regime
+RESIDENT = 256  # the one length class of the resident regime; longer sequences go to the tiled one
 WIDTHS = (64, 128, 256)
 TILED = 0  # the length class of the tiled kernels
 
@@ -66,6 +68,10 @@ TABLE: dict[Key, list[Row]] = {
     Key("short_bwd", 32, 64, 4): [Row(32768, Config(32, 32, 4, 1, 2))],
     Key("short_bwd", 64, 64, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
     Key("short_bwd", 64, 128, 2): [Row(163840, Config(64, 64, 8, 1, 1))],
+    Key("resident_fwd", RESIDENT, 64, 2): [Row(16384, Config(64, 64, 4, 1))],
+    Key("resident_bwd", RESIDENT, 64, 2): [Row(67584, Config(64, 64, 4, 1, 2))],
+    Key("resident_fwd", RESIDENT, 64, 4): [Row(32768, Config(32, 32, 4, 1))],
+    Key("resident_bwd", RESIDENT, 64, 4): [Row(67584, Config(32, 32, 4, 1, 2))],
     # float32 from 33 rows on is tiled: a backward of 64 rows would keep 2.5 KB a thread in local memory, a forward 448 bytes
     **{
         Key(kernel, TILED, width, itemsize): rows
@@ -142,7 +148,9 @@ def shared_memory(device: torch.device) -> int:
 
 def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: int) -> Key | None:
     """The class of a call; None if the kernel has no class for it. features: D, D_v and R."""
-    length = next((size for size in LENGTHS if max_len <= size), None) if kernel in SHORT_KERNELS else TILED
+    lengths = LENGTHS if kernel in SHORT_KERNELS else (RESIDENT,) if kernel in RESIDENT_KERNELS else (max_len,)
+    length = next((size for size in lengths if max_len <= size), None)
+    length = TILED if kernel in TILED_KERNELS else length
     width = next((size for size in WIDTHS if max(features) <= size), None)
     if length is None or width is None:
         return None
@@ -159,6 +167,13 @@ def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared
         return False
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]
     return all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
+
+
+def is_resident(max_len: int, causal: bool, features: tuple[int, int, int], itemsize: int, shared: int, gaussian: bool) -> bool:
+    """Whether the sequences of a call that are not short run in the resident regime."""
+    keys = [key_of(kernel, max_len, features, itemsize) for kernel in RESIDENT_KERNELS]
+    fits = all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
+    return causal and not gaussian and fits
 
 
 def choose(key: Key, shared: int, tuned: Tuned | None = None) -> Config:

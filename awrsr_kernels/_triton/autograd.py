@@ -15,8 +15,9 @@ from ..operators import define_operators, must_dispatch
 from ..torch_state import without_autocast
 from .launch import with_rows
 from .problem import Problem
+from .resident import launch_resident_backward, launch_resident_forward, resident_widths
 from .short import launch_short_backward, launch_short_forward, short_buffers
-from .tiled import launch_tiled_forward, tiled_buffers
+from .tiled import launch_tiled_forward, tiled_widths
 from .tiled_bwd import launch_tiled_backward
 
 
@@ -26,7 +27,7 @@ def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
     problem = Problem(inputs, call)
     if problem.is_short():
         return launch_short_forward(problem)
-    results = launch_tiled_forward(problem, keep)
+    results = (launch_resident_forward if problem.is_resident() else launch_tiled_forward)(problem, keep)
     if problem.short_reach():
         launch_short_forward(problem, results[: 1 + call.gaussian])
     return results
@@ -38,14 +39,15 @@ def launch_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, ca
     douts = [with_rows(dout) for dout in douts]
     if problem.is_short():
         return launch_short_backward(problem, douts)
-    gradients = launch_tiled_backward(problem, douts, saved)
+    gradients = (launch_resident_backward if problem.is_resident() else launch_tiled_backward)(problem, douts, saved)
     return launch_short_backward(problem, douts, gradients) if problem.short_reach() else gradients
 
 
 def _fake_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
     problem = Problem(inputs, call)
-    buffers = short_buffers(problem) if problem.is_short() or not keep else tiled_buffers(problem)
-    return list(buffers.values())
+    if problem.is_short() or not keep:
+        return list(short_buffers(problem).values())
+    return list(problem.buffers((resident_widths if problem.is_resident() else tiled_widths)(problem)).values())
 
 
 def _fake_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:

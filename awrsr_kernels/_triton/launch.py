@@ -10,6 +10,8 @@ from ..launch_config import Config
 
 View = tuple[Tensor, int, int, int]  # and strides of entries, heads and rows
 
+PARTS = ("ptr", "entry", "head", "row")
+
 # Numbers that kernels are not specialised for: a launch with other lengths or another batch compiles nothing anew.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
 RUNTIME += ["drop_threshold", "capacity"]
@@ -20,6 +22,11 @@ def view_of(x: Tensor, packed: bool = False) -> View:
     entries, heads, *_ = x.shape
     entry, head, row, _ = x.stride()
     return x, 0 if packed or entries == 1 else entry, 0 if heads == 1 else head, row
+
+
+def flat(**views: View) -> dict[str, Any]:
+    """Views as kernels take them: NAME_ptr, and the strides NAME_entry, NAME_head and NAME_row."""
+    return {f"{name}_{part}": x for name, view in views.items() for part, x in zip(PARTS, view, strict=True)}
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -59,6 +59,21 @@ def seats(entry, start, rows, length):
 
 
 @triton.jit
+def block_seats(entry, start, rows, length, OFFSET: tl.constexpr):
+    """The same of a sequence whose rows lie no further apart than OFFSET, int32 or int64, can count."""
+    return entry, start, 0, rows.to(OFFSET), rows < length
+
+
+@triton.jit
+def own_strides(q_entry, q_head, q_row, entry, head, row, WIDTH: tl.constexpr, ALIKE: tl.constexpr):
+    """Strides of a tensor that a launcher allocated, from those of one feature; with ALIKE they are q's."""
+    if ALIKE:
+        return q_entry, q_head, q_row
+    else:
+        return entry * WIDTH, head * WIDTH, row * WIDTH
+
+
+@triton.jit
 def key_seats(entry, start, w_start, columns, length):
     """Seats of the keys of one sequence: in the inputs and in the tables."""
     return seats(entry, start, columns, length), seats(entry, w_start, columns, length)
@@ -128,9 +143,12 @@ def tile_pointers(view, head, seat, columns):
 
 @triton.jit
 def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows of the seat, BLOCK] bool: rows with an item, and WIDTH columns of BLOCK."""
+    """[rows of the seat, BLOCK or 1] bool: rows with an item, and WIDTH columns of BLOCK."""
     _, _, _, _, filled = seat
-    return filled[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+    if WIDTH == BLOCK:
+        return filled[:, None]
+    else:
+        return filled[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
 
 
 @triton.jit
@@ -166,6 +184,16 @@ def padding_seats(
 @triton.jit
 def store_zeros(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(tile_pointers(view, head, seat, tl.arange(0, BLOCK)), 0.0, mask=tile_mask(seat, WIDTH, BLOCK))
+
+
+@triton.jit
+def store_padding(
+    view, head, entry, start, length, total, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Zeros in the rows of an entry that hold no item: `total` less the `length` ones from `start` on."""
+    for low in tl.range(length, total, BLOCK_L):
+        rows = low + tl.arange(0, BLOCK_L)
+        store_zeros(view, head, padded_seats(entry, start, rows, length, total, True), WIDTH, BLOCK)
 
 
 @triton.jit
@@ -246,6 +274,34 @@ def softmax_tile(q_tile, k_tile, visible, scale, DISTANCE: tl.constexpr, PRECISI
     weights = tl.exp2(scores - peak[:, None])
     total = tl.sum(weights, 1)
     return weights * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+
+
+@triton.jit
+def diagonal(tile, fill, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr = False):
+    """A tile [rows, columns], or with TRANSPOSED [columns, rows], of a block of rows and the same columns: `fill` where the column
+    comes after the row."""
+    index = tl.arange(0, BLOCK)
+    if TRANSPOSED:
+        return tl.where(index[:, None] <= index[None, :], tile, fill)
+    else:
+        return tl.where(index[None, :] <= index[:, None], tile, fill)
+
+
+@triton.jit
+def begin_softmax(scores, factor):
+    """The peak and the sum of each row, in units of log 2, and the weights before their division. factor > 0; a row sees something."""
+    peak = tl.max(scores, 1) * factor
+    weights = tl.exp2(scores * factor - peak[:, None])
+    return peak, tl.sum(weights, 1), weights
+
+
+@triton.jit
+def continue_softmax(scores, factor, peak, total):
+    """The same with more columns; the last result is what former sums are to be multiplied by."""
+    higher = tl.maximum(peak, tl.max(scores, 1) * factor)
+    decay = tl.exp2(peak - higher)
+    weights = tl.exp2(scores * factor - higher[:, None])
+    return higher, total * decay + tl.sum(weights, 1), weights, decay
 
 
 @triton.jit

@@ -15,11 +15,12 @@ from triton.runtime import driver
 from ..call import Call, Inputs
 from ..dropout import quantise
 from ..launch_config import LENGTHS, SHORT_KERNELS, Config, choose, table_features
+from ..launch_config import is_resident as is_resident_call
 from ..launch_config import is_short as is_short_call
 from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
 from ..tuned import tuned_for
-from .launch import View, ceil_div, view_of, with_rows
+from .launch import View, allocate, ceil_div, view_of, with_rows
 
 Result = TypeVar("Result")
 
@@ -36,7 +37,8 @@ def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-is_short, key_of, shared_memory = remembered(is_short_call), remembered(key_of_call), remembered(shared_memory_of)
+is_short, is_resident = remembered(is_short_call), remembered(is_resident_call)
+key_of, shared_memory = remembered(key_of_call), remembered(shared_memory_of)
 
 
 @remembered
@@ -67,6 +69,11 @@ class Problem:
 
     def is_short(self) -> bool:
         return self.short_reach() == self.call.max_len
+
+    def is_resident(self) -> bool:
+        """Whether sequences that are not short run in the resident regime."""
+        call, sizes = self.call, (self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian)
+        return is_resident(call.max_len, call.causal, *sizes)
 
     def short_reach(self) -> int:
         """Up to how many items the short kernels take sequences: max_len if that is short, otherwise what fits where lengths vary.
@@ -182,6 +189,12 @@ class Problem:
         if self.q.device.type != "cuda":
             return 1  # interpreted: few enough that every program has several sequences to walk over
         return processors(self.q.device)
+
+    def buffers(self, widths: dict[str, int | None]) -> dict[str, Tensor]:
+        """Uninitialised memory of so many features for each item and query head; None: a number per row."""
+        each = {name: width for name, width in widths.items() if width is not None}
+        made = {name: allocate(self.q, self.heads, width, self.call.varlen) for name, width in each.items()}
+        return {name: made[name] if name in made else self.row_numbers() for name in widths}
 
     def row_numbers(self) -> Tensor:
         """Uninitialised, a number per head and row: (entries, H, rows)."""

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, allocate, ceil_div, launch
+from .launch import RUNTIME, ceil_div, launch
 from .primitives import (
     LOG2E,
     correlation_points,
@@ -194,15 +194,6 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
     return widths
 
 
-def tiled_buffers(problem: Problem, keep: bool = True) -> dict[str, Tensor]:
-    """Uninitialised memory of these widths."""
-    p = problem
-    widths = tiled_widths(p, keep)
-    return {
-        name: p.row_numbers() if width is None else allocate(p.q, p.heads, width, p.call.varlen) for name, width in widths.items()
-    }
-
-
 def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
     """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
     p, refinement = problem, problem.call.refinement
@@ -253,7 +244,7 @@ def other_stage_arguments(
 def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
-    buffers = tiled_buffers(p, keep)
+    buffers = p.buffers(tiled_widths(p, keep))
     unused, gaussian = p.view(buffers["out"]), p.gaussian_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
