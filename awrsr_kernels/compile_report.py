@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from .checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from .checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
 from .tuned import cache_folder, replace_file
 
@@ -57,7 +57,8 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
-KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]  # refinement, between Gaussians
+# (refinement, whether attention is stochastic)
+KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in STOCHASTIC_ATTENTION_REFINEMENTS]
 
 
 class Case(NamedTuple):
@@ -70,7 +71,11 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, TILED, or STEP
     width: int
     group: int = 1  # query heads per key head
-    gaussian: bool = False  # sizes as `table_features` counts them
+    stochastic: bool = False  # attention, not refinement; sizes as `table_features` counts them
+
+    def columns(self) -> dict[str, Any]:
+        """The fields as a row has them; "gaussian" is `stochastic` as in the rows of earlier commits, which `make guard` reads."""
+        return {"gaussian" if name == "stochastic" else name: value for name, value in self._asdict().items()}
 
 
 def cases(target: str) -> list[Case]:
@@ -82,10 +87,10 @@ def cases(target: str) -> list[Case]:
             for width in WIDTHS:
                 needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
                 tiled = TARGETS[target].backend == "hip" or needed <= shared
-                for name, gaussian in KINDS:
-                    short = is_short(length, (width, width, width), itemsize, shared, gaussian)
+                for name, stochastic in KINDS:
+                    short = is_short(length, (width, width, width), itemsize, shared, stochastic)
                     if tiled if length == TILED else short:
-                        found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
+                        found += [Case(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
         found += [Case(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return found
 
@@ -104,11 +109,11 @@ def spill_budget(case: Case, kernel: str) -> int:
     Forward kernels with up to 128 features, and the short backward in half precision with up to 64, keep everything in registers.
     The exception is "additive" with dropout and 64 rows, which is 14 registers short: the gradient of M and both weights are live
     at the same time as the sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients are written in
-    float32, which takes a few registers as well. Between Gaussians, the squares and their gradient take another 48 registers. 64
-    rows then spill 88 bytes (simple) to 632 bytes (stochastic, which also holds its points); twice the warps would halve that, but
-    also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and spills 32 to 88 bytes. Wider or
-    float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more launches. A step of decoding spills
-    nothing on any target, except for a word or two in float32 with 256 features, with any tile.
+    float32, which takes a few registers as well. In stochastic attention, the squares and their gradient take another 48
+    registers. 64 rows then spill 88 bytes (refinement "simple") to 632 bytes ("stochastic", which also holds its points); twice the
+    warps would halve that, but also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and
+    spills 32 to 88 bytes. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more
+    launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256 features, with any tile.
 
     The table was chosen for sm_90. On other targets, forward kernels keep at most 408 bytes in local memory. Backward kernels keep
     up to 1.1 KB on gfx942, 1.3 KB on sm_100 (256 features) and 1.8 KB on sm_80, whose tensor cores need in registers the operands
@@ -121,11 +126,11 @@ def spill_budget(case: Case, kernel: str) -> int:
     if case.target != "sm_90":
         return 512 if "fwd" in kernel else 2048
     if "fwd" in kernel and case.width <= 128:
-        return 128 if case.gaussian and case.refinement == "additive" and "tiled" in kernel else 0
+        return 128 if case.stochastic and case.refinement == "additive" and "tiled" in kernel else 0
     if "fwd" in kernel:
         return 512
     if "short" in kernel and half and case.width <= 64:
-        if case.gaussian:
+        if case.stochastic:
             return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
     return 1024 if half or "short" in kernel else 2048
@@ -172,7 +177,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    d_v, both = case.width // (1 + case.gaussian), case.gaussian and case.refinement == "additive"
+    d_v, both = case.width // (1 + case.stochastic), case.stochastic and case.refinement == "additive"
     d = rank = case.width // (1 + both)
     q, k = (new(batch, h, length, d) for h in (heads, 2))
     v, dout = (new(batch, h, length, d_v) for h in (2, heads))
@@ -186,8 +191,8 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
         decode.launch_step(q, k_new, v_new, table, table, gate, *kept, case.refinement, 0.1, 0.1)
         return rows
     seed = new(dtype=torch.int64) if case.dropout else None
-    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
-    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
+    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.stochastic)
+    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.stochastic else None, [dout] * (1 + case.stochastic)
     problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = TARGETS[case.target].shared
     if problem.is_short():
@@ -208,7 +213,7 @@ def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict
     fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found["unset_registers"]
     regime = kernel.split("_")[0]
     tensor_cores = case.length != STEP
-    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case._asdict(), "config": config}
+    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case.columns(), "config": config}
     row |= found | {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": tensor_cores}
     expected = tensor_cores == (found["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
@@ -310,7 +315,7 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
         rows = compile_case(case)
     except Exception as error:
         message = (str(error) or repr(error)).splitlines()[0][:200]
-        return [case._asdict() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
+        return [case.columns() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
     replace_file(path, json.dumps(rows))
     return rows
 
@@ -348,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
 
     add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"], help="chips to compile for (default sm_90)")
     add("--sample", action="store_true", help="compile only what the tests do: each kernel, regime and refinement once")
-    add_filter("--refinement", GAUSSIAN_REFINEMENTS, help="refinements to compile (default all)")
+    add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
     add_filter("--backbone", backbones, help="between vectors (dot) or between Gaussians (stochastic; default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
     add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="most items; 0: tiled regime, 1: decoding step (default all)")
@@ -365,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     targets = list(TARGETS) if "all" in given.target else given.target
     wanted = sample() if given.sample else [case for target in targets for case in cases(target)]
     wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
-    wanted = [c for c in wanted if backbones[c.gaussian] in given.backbone]
+    wanted = [c for c in wanted if backbones[c.stochastic] in given.backbone]
     wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
     columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
     print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")

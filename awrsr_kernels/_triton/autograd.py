@@ -28,7 +28,7 @@ def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
         return launch_short_forward(problem)
     results = launch_tiled_forward(problem, keep)
     if problem.short_reach():
-        launch_short_forward(problem, results[: 1 + call.gaussian])
+        launch_short_forward(problem, results[: 1 + call.stochastic])
     return results
 
 
@@ -65,7 +65,7 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, ctx.call = arguments
-        inputs, outputs = Inputs(*tensors), 1 + ctx.call.gaussian
+        inputs, outputs = Inputs(*tensors), 1 + ctx.call.stochastic
         dispatched = must_dispatch(inputs)
         results = forward_op(*inputs, *ctx.call, True) if dispatched else launch_forward(inputs, ctx.call, True)
         ctx.save_for_backward(*tensors, *(results if len(results) > outputs else ()))
@@ -87,7 +87,7 @@ class TritonAttention(torch.autograd.Function):
 
 
 def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
-    """The outputs, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
+    """The outputs, (entries, H, rows, D_v): of the values and, in stochastic attention, of their covariances."""
     if inputs.need_gradient():
         outputs: tuple[Tensor, ...] = TritonAttention.apply(*inputs, call)
         return outputs

@@ -59,7 +59,7 @@ class Problem:
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian, call.refinement)
+        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.stochastic, call.refinement)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -74,7 +74,7 @@ class Problem:
         0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
         """
         if self.reach is None:
-            sizes = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+            sizes = self.features, self.q.dtype.itemsize, self.shared, self.call.stochastic
             reach = next((n for n in reversed(LENGTHS) if is_short(n, *sizes)), 0)
             if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
                 self.reach = self.call.max_len
@@ -94,7 +94,7 @@ class Problem:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
         key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
         assert key is not None
-        tuned = None if self.call.gaussian else tuned_for(self.q.device)  # the tuner measures dot products
+        tuned = None if self.call.stochastic else tuned_for(self.q.device)  # the tuner measures dot products
         return choose(key, self.shared, tuned)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
@@ -105,16 +105,16 @@ class Problem:
     def tensors(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
-        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.gaussian_view(self.v_cov)}
+        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.covariance_view(self.v_cov)}
 
-    def gaussian_view(self, x: Tensor | None) -> View | None:
-        """A tensor that the kernels take between Gaussians alone."""
-        return None if x is None or not self.call.gaussian else self.view(x)
+    def covariance_view(self, x: Tensor | None) -> View | None:
+        """A tensor of covariances; None where attention is not stochastic."""
+        return None if x is None or not self.call.stochastic else self.view(x)
 
     def scales(self) -> tuple[float, float]:
         """Factors of the scores of both stages as kernels compute them: half a squared distance is a dot product less a number."""
         call = self.call
-        return call.softmax_scale * (1 + call.gaussian), call.refine_scale * (1 + (call.refinement == "stochastic"))
+        return call.softmax_scale * (1 + call.stochastic), call.refine_scale * (1 + (call.refinement == "stochastic"))
 
     @functools.cached_property
     def sequences(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Problem:
     def refinement(self) -> dict[str, Any]:
         return {
             "REFINEMENT": self.call.refinement,
-            "GAUSSIAN": self.call.gaussian,
+            "STOCHASTIC": self.call.stochastic,
             "gate_ptr": self.gate,
             "gate_stride": self.gate_stride(),
             "softmax_scale": self.scales()[0],
@@ -160,8 +160,9 @@ class Problem:
         """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
         if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
             return "ieee"
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not self.call.gaussian  # distances are small differences
-        return "tf32" if allowed else "tf32x3"
+        if self.call.stochastic:  # distances are small differences of large products
+            return "tf32x3"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
     def run(self, programs: int) -> int:
         """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""

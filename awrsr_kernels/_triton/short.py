@@ -56,7 +56,7 @@ def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK
 @triton.jit
 def higher_weights(
     first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
-    POINTS: tl.constexpr, VALUES: tl.constexpr, GAUSSIAN: tl.constexpr, DTYPE: tl.constexpr,
+    POINTS: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
@@ -68,7 +68,7 @@ def higher_weights(
     k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
     if VALUES:
         v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
-        if GAUSSIAN:
+        if STOCHASTIC:
             v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
     higher = softmax_tile(q_a, k_a, visible, scale, POINTS, PRECISION)
     return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
@@ -114,7 +114,7 @@ def _short_fwd_kernel(
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -138,20 +138,20 @@ def _short_fwd_kernel(
             visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
-            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
             weights = first
             values = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             values_cov = values
-            if GAUSSIAN:
+            if STOCHASTIC:
                 values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
                 weights, _q_a, _k_a, _w_q_tile, _w_k_tile, values, values_cov = higher_weights(
                     first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
-                    REFINEMENT == "stochastic", False, GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
+                    REFINEMENT == "stochastic", False, STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 if REFINEMENT == "value":  # made after R, which takes three registers less than before it
                     values = dot(first.to(DTYPE), values, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
+                    if STOCHASTIC:
                         values_cov = dot((first * first).to(DTYPE), values_cov, PRECISION).to(DTYPE)
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
@@ -160,7 +160,7 @@ def _short_fwd_kernel(
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
             store_tile(out, head, seat, dot(weights.to(DTYPE), values, PRECISION), DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
@@ -169,7 +169,7 @@ def _short_fwd_kernel(
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
             store_zeros(out, head, padding, DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 store_zeros(out_cov, head, padding, DV, BLOCK_DV)
 
 
@@ -179,7 +179,7 @@ def _short_bwd_kernel(
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -211,19 +211,19 @@ def _short_bwd_kernel(
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
-            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
 
             first_half = first.to(DTYPE)
             weights = first
             v_cov_tile = v_tile
-            if GAUSSIAN:
+            if STOCHASTIC:
                 v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
                 dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
             values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
                 higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
                     first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
-                    POINTS, REFINEMENT == "value", GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
+                    POINTS, REFINEMENT == "value", STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":
@@ -233,12 +233,12 @@ def _short_bwd_kernel(
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
 
             # Through the outputs to the weights
-            if GAUSSIAN:
+            if STOCHASTIC:
                 squares = tl.trans((weights * weights).to(DTYPE))
                 through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
             weights = tl.trans(weights.to(DTYPE))
             dweights = dot(dout_tile, tl.trans(values), PRECISION)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
@@ -257,7 +257,7 @@ def _short_bwd_kernel(
                 dvalues_half = dvalues.to(DTYPE)
                 dvalues = dot(tl.trans(first_half), dvalues_half, PRECISION)
             store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dvalues_cov = dot(squares, dcov_tile, PRECISION)
                 if REFINEMENT == "value":
                     dvalues_cov_half = dvalues_cov.to(DTYPE)
@@ -271,10 +271,10 @@ def _short_bwd_kernel(
                 dfirst = dot(dk_a, tl.trans(w_k_tile), PRECISION, dot(dq_a, tl.trans(w_q_tile), PRECISION))
             if REFINEMENT == "value":
                 dfirst = dot(dvalues_half, tl.trans(v_tile), PRECISION, dfirst)
-                if GAUSSIAN:
+                if STOCHASTIC:
                     dfirst += 2 * first * dot(dvalues_cov_half, tl.trans(v_cov_tile), PRECISION)
             if REFINEMENT == "additive":
-                if seed_ptr is None and not GAUSSIAN:  # dM computed again, which takes fewer registers than keeping it
+                if seed_ptr is None and not STOCHASTIC:  # dM computed again, which takes fewer registers than keeping it
                     dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
                     dfirst += dweights
@@ -282,7 +282,7 @@ def _short_bwd_kernel(
             # To queries, keys and tables
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
             dkeys = dot(tl.trans(dscores), q_tile, PRECISION)  # [BLOCK_L, BLOCK_D]
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dkeys -= k_tile.to(ACC) * tl.sum(dscores.to(ACC), 0)[:, None]
             store_tile(dk, head, seat, dkeys, D, BLOCK_D)
             store_tile(dq, head, seat, dot(dscores, k_tile, PRECISION), D, BLOCK_D)
@@ -317,7 +317,7 @@ def _short_bwd_kernel(
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
     """Uninitialised memory for the outputs; the backward needs nothing but the inputs."""
     p = problem
-    names = ("out", "out_cov") if p.call.gaussian else ("out",)
+    names = ("out", "out_cov") if p.call.stochastic else ("out",)
     return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
@@ -329,7 +329,7 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
+        out=p.view(outs[0]), out_cov=p.covariance_view(outs[-1]),
         reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
         **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
@@ -344,7 +344,7 @@ def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Ten
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
     dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
-    dv_cov = p.covariance_gradient() if tiled is None or not p.call.gaussian else tiled[-1]
+    dv_cov = p.covariance_gradient() if tiled is None or not p.call.stochastic else tiled[-1]
     dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
     if p.w_q is None:
         dw_q = dw_k = dq
@@ -357,8 +357,8 @@ def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Ten
     packed_tables = p.call.per_entry and p.call.varlen
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        dout=p.view(douts[0]), dout_cov=p.gaussian_view(douts[-1]),
-        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.gaussian_view(dv_cov_heads),
+        dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
+        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.covariance_view(dv_cov_heads),
         dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),

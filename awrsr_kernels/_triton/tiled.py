@@ -9,10 +9,11 @@ One kernel, launched once per stage:
     stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
     stage 2   O_R = (R*Z) V (value: Y for V)      and, at once, out = O_P + gate * O_R (additive)
 
-Between Gaussians scores are distances (DISTANCE), and squared weights meet covariances in the same passes (v_cov is not None):
-C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so stage 2 computes
-P's tile beside R's (other_q is not None) for X = (P*Z*R*Z) V_cov. Then C_P = C_1 + gate X takes the place of C_1, C_R = X +
-gate C_2 is kept, too, and out_cov = C_P + gate C_R. "stochastic" turns Q_A and K_A into points before they leave (POINTS).
+In stochastic attention scores are distances (DISTANCE), and the same passes multiply squared weights by covariances (v_cov is not
+None): C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so its stage 2
+recomputes P's tile next to R's (other_q is not None) for X = (P*Z*R*Z) V_cov. C_P = C_1 + gate X then replaces C_1, C_R = X +
+gate C_2 is kept as well, and out_cov = C_P + gate C_R. Refinement "stochastic" turns Q_A and K_A into points before it stores them
+(POINTS).
 
 What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R, their like of covariances, and a log-sum-exp per row and stage, in units
 of log 2. In half precision each of them comes with what rounding lost, [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
@@ -177,16 +178,16 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
     """
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
-    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
+    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.stochastic else {})
     widths["first_lse"] = None
     if refinement != "none":
         widths |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
-    kinds = ("values", "cov") if p.call.gaussian else ("values",)
+    kinds = ("values", "cov") if p.call.stochastic else ("values",)
     if refinement in ("value", "additive"):
         widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
         widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
-    if p.q.dtype.itemsize == 2 and (keep or (p.call.gaussian and refinement == "additive")):
+    if p.q.dtype.itemsize == 2 and (keep or (p.call.stochastic and refinement == "additive")):
         if refinement != "none":
             widths["higher_rest"] = d_v * len(kinds)
         meets_values = refinement in ("none", "value", "additive")
@@ -215,7 +216,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     arguments |= {
         "TABLES": refinement != "none" and not higher,
         "VALUES": values,
-        "DISTANCE": refinement == "stochastic" if higher else p.call.gaussian,
+        "DISTANCE": refinement == "stochastic" if higher else p.call.stochastic,
         "POINTS": refinement == "stochastic",
         "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
@@ -232,7 +233,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
         arguments |= {"D": arguments["R"], "BLOCK_D": arguments["BLOCK_R"]}
         groups["K_GROUP"] = 1
         if refinement == "value":
-            views |= {"v": p.view(buffers["first_values"]), "v_cov": p.gaussian_view(buffers.get("first_cov"))}
+            views |= {"v": p.view(buffers["first_values"]), "v_cov": p.covariance_view(buffers.get("first_cov"))}
             groups["V_GROUP"] = 1
     return arguments | views | groups
 
@@ -254,7 +255,7 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
     buffers = tiled_buffers(p, keep)
-    unused, gaussian = p.view(buffers["out"]), p.gaussian_view(buffers.get("out_cov"))
+    unused, out_cov = p.view(buffers["out"]), p.covariance_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
@@ -264,14 +265,14 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
         arguments = stage_arguments(p, buffers, higher)
-        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
+        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.stochastic)
         del arguments["other_gate_ptr"]  # 1 in stage 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,
             added=p.view(buffers["first_values"]) if ADDED else unused,
-            added_cov=p.gaussian_view(buffers.get("first_cov")) if ADDED else None,
-            added_rest=p.gaussian_view(buffers.get("first_rest")) if ADDED else None,
-            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), out=unused, out_cov=gaussian, ADDED=ADDED,
+            added_cov=p.covariance_view(buffers.get("first_cov")) if ADDED else None,
+            added_rest=p.covariance_view(buffers.get("first_rest")) if ADDED else None,
+            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), out=unused, out_cov=out_cov, ADDED=ADDED,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
     return list(buffers.values()) if keep else [buffers[name] for name in ("out", "out_cov") if name in buffers]

@@ -9,7 +9,7 @@ g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
     delta = rowsum(p*g), taken from what the forward saved: rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + rowsum(dO*O)
     ds    = scale p*(g - delta)         dq = ds k         dk = ds^T q         dv = (p*Z)^T dO        dW = p^T [dQ_A | dK_A]
 
-and between Gaussians, where squared weights meet covariances and M is the sum that is squared (M = p but in "additive"),
+and in stochastic attention, where squared weights multiply covariances and M is the sum that is squared (M = p but in "additive"),
 
     g += 2 Z*M*Z*(dC V_cov^T)    delta += 2 rowsum(dC*C), C the share of p in it    dv_cov = ((M*Z)^2)^T dC    dk -= k colsum(ds)
 
@@ -323,11 +323,11 @@ class TiledBackward:
     def launch_stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
         """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
         p, saved = self.problem, self.saved
-        needed = p.call.gaussian and p.call.refinement == "additive"
+        needed = p.call.stochastic and p.call.refinement == "additive"
         arguments = stage_arguments(p, saved, higher)
         arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
-        arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
+        arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.covariance_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
@@ -340,7 +340,7 @@ class TiledBackward:
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
+            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
             dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
@@ -351,7 +351,7 @@ class TiledBackward:
         assert dv is not None
         launch(
             _tiled_bwd_columns_kernel, (tiles * p.batch * p.heads // group,), tile, p.q.device,
-            dk=p.view(dk), dv=p.view(dv), dv_cov=p.gaussian_view(dv_cov) if arguments["VALUES"] else None,
+            dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else None,
             dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip

@@ -95,7 +95,7 @@ def task_launches(task: Task, layout: str, shared: int = SHARED, processors: int
 
 def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
     """Launches of one call, forward then backward, in the regime and with the tiles that the package would choose."""
-    if call.task.gaussian:
+    if call.task.stochastic:
         raise ValueError("backbone was stochastic, must be dot-product: what the kernels do between Gaussians is not counted yet")
     features, itemsize = call.task.features, call.task.itemsize
 

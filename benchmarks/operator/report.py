@@ -51,7 +51,7 @@ def launch_rows(task: Task, entrants: list[Entrant], rates: Rates) -> list[Row]:
     device = torch.device(task.device)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
     for entrant in entrants:
-        if task.gaussian or entrant.provider.name != "triton":
+        if task.stochastic or entrant.provider.name != "triton":
             continue
         sums: dict[tuple[str, int, str], Row] = {}
         for launch in task_launches(task, entrant.layout, shared_memory(device), processors):

@@ -42,7 +42,7 @@ from awrsr.data.readers import read
 from awrsr.data.synthetic import make
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.checks import STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tuning.arguments import whole
 
 from ..common import report
@@ -71,7 +71,7 @@ def options_parser() -> argparse.ArgumentParser:
     add(
         "--refinements",
         nargs="+",
-        choices=GAUSSIAN_REFINEMENTS,
+        choices=STOCHASTIC_ATTENTION_REFINEMENTS,
         default=["none", "additive"],
         help="refinements to measure (default none additive)",
     )

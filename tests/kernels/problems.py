@@ -15,7 +15,7 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tolerance import allowed_errors, wrong_results
 
 from ..conftest import DEVICE, cumulative
@@ -25,10 +25,10 @@ class Kind(NamedTuple):
     """Which of the operators, between vectors or between Gaussians, and its refinement."""
 
     refinement: str
-    gaussian: bool = False
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        return "gaussian-" * self.gaussian + self.refinement
+        return "stochastic-attention-" * self.stochastic + self.refinement
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -39,22 +39,22 @@ class Kind(NamedTuple):
     @property
     def items(self) -> tuple[str, ...]:
         """Names of the tensors that have a row per item, but tables."""
-        return ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov") if self.gaussian else ("q", "k", "v")
+        return ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov") if self.stochastic else ("q", "k", "v")
 
     def call(self, **arguments: Any) -> dict[str, Tensor]:
         """Outputs by name, of a padded or, given cu_seqlens, a packed call; tables that are not given are None."""
         padded, packed = (
             (stochastic_refined_attention, stochastic_refined_attention_varlen)
-            if self.gaussian
+            if self.stochastic
             else (refined_attention, refined_attention_varlen)
         )
         function: Any = packed if "cu_seqlens" in arguments else padded
         out = function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | arguments)
-        return {"out_mean": out[0], "out_cov": out[1]} if self.gaussian else {"out": out}
+        return {"out_mean": out[0], "out_cov": out[1]} if self.stochastic else {"out": out}
 
     def weights(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """P and M; values are left out."""
-        function: Any = stochastic_attention_weights if self.gaussian else attention_weights
+        function: Any = stochastic_attention_weights if self.stochastic else attention_weights
         given = {name: x for name, x in arguments.items() if not name.startswith("v")}
         return function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | given)
 
@@ -66,7 +66,7 @@ class Kind(NamedTuple):
 
 
 VECTORS = [Kind(refinement) for refinement in REFINEMENTS]
-GAUSSIANS = [Kind(refinement, True) for refinement in GAUSSIAN_REFINEMENTS]
+GAUSSIANS = [Kind(refinement, True) for refinement in STOCHASTIC_ATTENTION_REFINEMENTS]
 KINDS = [*VECTORS, *GAUSSIANS]
 
 
@@ -172,7 +172,7 @@ def disagreements(problem: Problem, kind: Kind, dtype: torch.dtype, backend: str
     Gaussians miss in one draw of sixty.
     """
     wrong, near = compared(problem, kind, dtype, backend)
-    if wrong and near and (dtype in (torch.float16, torch.bfloat16) or kind.gaussian and dtype == torch.float64):
+    if wrong and near and (dtype in (torch.float16, torch.bfloat16) or kind.stochastic and dtype == torch.float64):
         again = (compared(problem._replace(seed=problem.seed + more), kind, dtype, backend)[0] for more in (1, 2))
         return wrong if any(again) else []
     return wrong

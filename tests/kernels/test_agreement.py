@@ -38,7 +38,7 @@ def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, 
     backend = choose(engine)
     reach = 32 if engine == "short" and dtype == torch.float32 and DEVICE != "cpu" else 1000  # longer ones are tiled there
 
-    @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.gaussian)))
+    @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.stochastic)))
     @given(problems(tuple(n for n in LENGTHS[engine] if n <= reach)))
     def holds(problem: Problem) -> None:
         assert disagreements(problem, kind, dtype, backend) == []

@@ -110,7 +110,7 @@ def test_the_report_leaves_out_no_row_of_the_table() -> None:
                 returned.add((key, choose(key, chip.shared)))
     assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows} and steps == set(STEP_TABLE)
     for target in TARGETS:
-        kinds = {(c.refinement, c.gaussian, c.dtype, c.dropout) for c in cases(target) if c.length != STEP}
+        kinds = {(c.refinement, c.stochastic, c.dtype, c.dropout) for c in cases(target) if c.length != STEP}
         assert len(kinds) == len(KINDS) * 3 * 2
 
 
@@ -153,9 +153,9 @@ def test_narrow_products_are_assembled_right() -> None:
     code = """
 import os
 from awrsr_kernels.compile_report import Case, compile_case
-for refinement, width, gaussian in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
+for refinement, width, stochastic in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
     for length in (64, 0):
-        case = Case("sm_90", refinement, "bfloat16", False, length, width, gaussian=gaussian)
+        case = Case("sm_90", refinement, "bfloat16", False, length, width, stochastic=stochastic)
         print(*(row["unset_registers"] for row in compile_case(case)))
 """
     done = run(["-c", code])
