@@ -61,7 +61,7 @@ BATCH = 64
 KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in STOCHASTIC_ATTENTION_REFINEMENTS]
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """A call, compiled forward and backward with the largest sizes of its classes, or a step of decoding."""
 
     target: str
@@ -78,7 +78,7 @@ class Case(NamedTuple):
         return {"gaussian" if name == "stochastic" else name: value for name, value in self._asdict().items()}
 
 
-def cases(target: str) -> list[Case]:
+def cases(target: str) -> list[CompileCase]:
     """Every call whose configurations the table can return on a target."""
     shared, found = TARGETS[target].shared, []
     for dtype in DTYPES:
@@ -90,20 +90,20 @@ def cases(target: str) -> list[Case]:
                 for name, stochastic in KINDS:
                     short = is_short(length, (width, width, width), itemsize, shared, stochastic)
                     if tiled if length == TILED else short:
-                        found += [Case(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
-        found += [Case(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
+                        found += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
+        found += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return found
 
 
-def sample() -> list[Case]:
+def sample() -> list[CompileCase]:
     """The cases that the tests compile: each kernel, regime and refinement once on sm_90, and one call on every other target."""
-    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
-    found += [Case("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
+    found = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
+    found += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
-    return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
+    return found + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
 
-def spill_budget(case: Case, kernel: str) -> int:
+def spill_budget(case: CompileCase, kernel: str) -> int:
     """Bytes per thread that a kernel may keep in local memory: what was found on sm_90, and why.
 
     Forward kernels with up to 128 features, and the short backward in half precision with up to 64, keep everything in registers.
@@ -148,7 +148,7 @@ def _claim_gpu(name: str) -> None:
     )
 
 
-def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
+def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
     """A row per kernel that the call launches ("variant" distinguishes binaries). window: replaces the largest length of the class.
 
     Call this in a process of its own, in which Triton does not interpret.
@@ -203,7 +203,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     return rows
 
 
-def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
+def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
     target = TARGETS[case.target]
     found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
     found["shared_bytes"] = compiled.metadata.shared
@@ -305,7 +305,7 @@ def _source_hash() -> str:
     return digest.hexdigest()[:20]
 
 
-def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
+def _cached(case: CompileCase, folder: Path) -> list[dict[str, Any]]:
     """Rows of a case, read or compiled: in a process of its own, as it must not interpret."""
     os.environ.pop("TRITON_INTERPRET", None)
     path = folder / ("-".join(str(x) for x in case) + ".json")
@@ -320,7 +320,7 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
+def compile_cases(chosen: list[CompileCase], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows of each case, in order, compiled in `jobs` processes; a case that fails yields one row with an "error"."""
     folder = cache / _source_hash()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:

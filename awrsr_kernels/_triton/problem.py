@@ -45,7 +45,7 @@ def processors(device: torch.device) -> int:
 
 
 class Problem:
-    """One call: tensors with a contiguous last dimension, sizes, and arguments that kernels share."""
+    """What kernels are launched for: tensors with a contiguous last dimension, sizes, and the arguments that kernels share."""
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
         self.q, self.k, self.v = with_rows(inputs.q), with_rows(inputs.k), with_rows(inputs.v)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..launch_config import LENGTHS, TABLE, TILED, Config, Key
 from ..tuned import misfit
-from .timing import Bench, Case, guards
+from .timing import Bench, TuningCase, guards
 
 MARGIN = 0.03  # by which a configuration must win, lest noise choose
 CHECKING = 0.7  # share of a kernel's time after which no further candidate is compiled and checked
@@ -74,7 +74,7 @@ class Verdict:
     """The result of the search for a key."""
 
     key: Key
-    cases: list[Case]
+    cases: list[TuningCase]
     table: Config
     chosen: Config
     medians: dict[Config, list[float]] = field(default_factory=dict)  # milliseconds, a number per case; of the finalists
@@ -88,7 +88,7 @@ class Verdict:
 
 
 def medians_of(
-    bench: Bench, key: Key, cases: list[Case], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
+    bench: Bench, key: Key, cases: list[TuningCase], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
 ) -> dict[Config, list[float]]:
     """Median of a case's samples. Rounds are interleaved, each begins with another configuration: what else the GPU does, a clock
     that it lowers or a neighbour, hits all of them alike."""
@@ -101,7 +101,7 @@ def medians_of(
 
 
 def search(
-    key: Key, cases: list[Case], table: Config, bench: Bench, seconds: float = math.inf, *, current: Config | None = None,
+    key: Key, cases: list[TuningCase], table: Config, bench: Bench, seconds: float = math.inf, *, current: Config | None = None,
     say: Callable[[str], None] = print, step: Callable[[str], None] = lambda text: None,
     now: Callable[[], float] = time.monotonic,
 ) -> Verdict:  # fmt: skip
@@ -115,7 +115,7 @@ def search(
     always = [table] if current is None else [table, current]
     queue = list(dict.fromkeys([*always, *candidates(key)]))
 
-    def refuse(config: Config, asked: list[Case]) -> bool:
+    def refuse(config: Config, asked: list[TuningCase]) -> bool:
         reason = next((found for case in asked if (found := bench.refusal(case, key, config))), None)
         if reason:
             verdict.refused[config] = reason

@@ -25,7 +25,7 @@ FLUSHES = 16  # of the cache, ahead of a call: the host queues the call meanwhil
 SPANS = 5  # to a sample, on a GPU
 
 
-class Case(NamedTuple):
+class TuningCase(NamedTuple):
     """A shape to tune for."""
 
     batch: int
@@ -56,10 +56,10 @@ class Case(NamedTuple):
         return [key for name in launched if (key := key_of(name, *size)) is not None]
 
 
-def guards(key: Key, dtype: torch.dtype) -> list[Case]:
+def guards(key: Key, dtype: torch.dtype) -> list[TuningCase]:
     """Small calls that a configuration must also serve: the most demanding of the key, with every refinement."""
     length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
-    return [Case(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
+    return [TuningCase(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
 
 
 class Workload:
@@ -70,7 +70,7 @@ class Workload:
     of the tables then stem from the excerpt alone, and those of the other sequences must be zero.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: TuningCase, device: torch.device) -> None:
         self.case = case
         b, h, length, dim = case.batch, case.heads, case.length, case.dim
         kv_heads = case.kv_heads or h
@@ -136,7 +136,7 @@ class Workload:
         return lambda: _gradients(out, self.leaves, self.dout)
 
 
-def compile_one(case: Case, key: Key, config: Config) -> None:
+def compile_one(case: TuningCase, key: Key, config: Config) -> None:
     """Compile a configuration into Triton's cache on disk. Errors are ignored here; the later check reports them."""
     with contextlib.suppress(Exception), forced({key: config}):
         device = torch.device("cuda", torch.cuda.current_device())
@@ -155,7 +155,7 @@ class Bench:
         self.device, self.clock = device, Clock(device, FLUSHES)
         self.workload = functools.cache(lambda case: Workload(case, device))  # the reference takes longer than the kernels
 
-    def refusal(self, case: Case, key: Key, config: Config) -> str | None:
+    def refusal(self, case: TuningCase, key: Key, config: Config) -> str | None:
         """Why `config` must not be chosen for `key`: it does not compile, does not fit, or a result is wrong."""
         workload = self.workload(case)
         try:
@@ -174,7 +174,7 @@ class Bench:
         except Exception as error:
             raise DeviceLost(f"{config} broke the GPU's state: {error}") from error
 
-    def time(self, case: Case, key: Key, config: Config) -> float:
+    def time(self, case: TuningCase, key: Key, config: Config) -> float:
         """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
         prepare = functools.partial(self.workload(case).prepare, backward=key.kernel not in LAUNCHED_FORWARD)
         with forced({key: config}):

@@ -56,8 +56,8 @@ class Launch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the operator, as far as counting goes."""
+class CountedCall:
+    """What counting needs to know about one call of the operator."""
 
     task: Task  # its B and L are not looked at: `lengths` and `window` stand for them
     lengths: tuple[int, ...]
@@ -89,11 +89,11 @@ class Call:
 
 def task_launches(task: Task, layout: str, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
     """Launches of forward and backward of all calls that a layout makes of a task."""
-    made = (Call(task, lengths, window, layout == "packed") for lengths, window in calls(task, layout))
+    made = (CountedCall(task, lengths, window, layout == "packed") for lengths, window in calls(task, layout))
     return [launch for call in made for launch in call_launches(call, shared, processors)]
 
 
-def call_launches(call: Call, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
+def call_launches(call: CountedCall, shared: int = SHARED, processors: int = PROCESSORS) -> list[Launch]:
     """Launches of one call, forward then backward, in the regime and with the tiles that the package would choose."""
     if call.task.stochastic:
         raise ValueError("backbone was stochastic, must be dot-product: what the kernels do between Gaussians is not counted yet")
@@ -158,7 +158,7 @@ def seat(lengths: Sequence[int], run: int, rows: int) -> list[int]:
     return counts
 
 
-def short_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
+def short_launches(call: CountedCall, tiles: Tiles, processors: int) -> list[Launch]:
     """One kernel each way: a program takes a run of sequences for one head, tile after tile; backward it leaves a partial dW."""
     s, size, refinement = call.task.shape, call.task.itemsize, call.task.refinement
     refined, value = refinement != "none", refinement == "value"
@@ -204,12 +204,12 @@ def _torch(name: str, read: int, written: int) -> Launch:
     return Launch(f"torch_{name}", stage=0, pass_="bwd", tile=None, programs=1, loaded=read, read=read, written=written)
 
 
-def _cast(call: Call, numbers: int) -> list[Launch]:
+def _cast(call: CountedCall, numbers: int) -> list[Launch]:
     """From float32 to what the inputs are."""
     return [_torch("cast", numbers * ACCUMULATOR, numbers * call.task.itemsize)] if call.task.itemsize < ACCUMULATOR else []
 
 
-def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
+def _table_sums(call: CountedCall, partials: int, rows: int) -> list[Launch]:
     """Partial dW of both tables summed at once, the rows of each table cast to what it is."""
     if call.task.refinement == "none":
         return []
@@ -219,7 +219,7 @@ def _table_sums(call: Call, partials: int, rows: int) -> list[Launch]:
     return [_torch("sum", partials * total, total), cast, cast]
 
 
-def _additions(call: Call) -> list[Launch]:
+def _additions(call: CountedCall) -> list[Launch]:
     """What both regimes found of the tables' gradients and of dgate, added; the short regime's reaches into some rows, of zeros."""
     s, refinement = call.task.shape, call.task.refinement
     tables = [call.window * s.R] * (2 * (refinement != "none"))
@@ -229,7 +229,7 @@ def _additions(call: Call) -> list[Launch]:
     return launches
 
 
-def _group_sums(call: Call) -> list[Launch]:
+def _group_sums(call: CountedCall) -> list[Launch]:
     """dK and dV of all query heads of a key head summed, copied to where they belong."""
     s, launches = call.task.shape, []
     for features in (s.D, s.D_v):
@@ -239,7 +239,7 @@ def _group_sums(call: Call) -> list[Launch]:
     return launches
 
 
-def _gate_sums(call: Call, partials: int) -> list[Launch]:
+def _gate_sums(call: CountedCall, partials: int) -> list[Launch]:
     """dgate summed over `partials` per head, cast."""
     if call.task.refinement != "additive":
         return []
@@ -286,7 +286,7 @@ class _Stage(NamedTuple):
     dropped: bool
 
 
-def _stages(call: Call) -> list[_Stage]:
+def _stages(call: CountedCall) -> list[_Stage]:
     s, size, refinement = call.task.shape, call.task.itemsize, call.task.refinement
     (d, d_v, r), (block_d, block_v, block_r) = call.task.features, call.blocks
     refined, valued = refinement != "none", refinement != "simple"
@@ -298,7 +298,7 @@ def _stages(call: Call) -> list[_Stage]:
     return [first, second] if refined else [first]
 
 
-def tiled_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
+def tiled_launches(call: CountedCall, tiles: Tiles, processors: int) -> list[Launch]:
     """A forward kernel per stage; backward a kernel over rows and one over columns per stage, stage 2 first, then the tables'."""
     stages, heads = _stages(call), call.task.shape.H
     rows, columns, tables = (tiles(f"tiled_bwd_{name}") for name in ("rows", "columns", "tables"))
@@ -314,7 +314,7 @@ def tiled_launches(call: Call, tiles: Tiles, processors: int) -> list[Launch]:
 
 
 def _walked(
-    call: Call, kernel: str, stage: _Stage, tile: Config, *,
+    call: CountedCall, kernel: str, stage: _Stage, tile: Config, *,
     programs: int, own: int, row: int, read: int, written: int, width: int, gradients: bool = False, repeats: int = 1,
 ) -> Launch:  # fmt: skip
     """A kernel whose programs load bytes of their `own` and walk along the other side, `row` bytes per row, per head."""
@@ -331,13 +331,13 @@ def _walked(
     )  # fmt: skip
 
 
-def _distinct(call: Call, stage: _Stage) -> int:
+def _distinct(call: CountedCall, stage: _Stage) -> int:
     """Bytes of q, k, the tables and v as they lie in memory: each once."""
     of_items = stage.key * (call.task.shape.H + stage.k_heads) + stage.value * stage.v_heads
     return call.items * of_items + call.window * stage.table
 
 
-def _tiled_forward(call: Call, tile: Config, stage: _Stage) -> Launch:
+def _tiled_forward(call: CountedCall, tile: Config, stage: _Stage) -> Launch:
     h, half, results = call.task.shape.H, call.task.itemsize == 2, stage.table + stage.value
     items, adds = call.items * h, stage.number == 2 and call.task.refinement == "additive"  # stage 1's output
     added = stage.value * adds
@@ -350,7 +350,7 @@ def _tiled_forward(call: Call, tile: Config, stage: _Stage) -> Launch:
     )  # fmt: skip
 
 
-def _tiled_rows(call: Call, tile: Config, stage: _Stage) -> Launch:
+def _tiled_rows(call: CountedCall, tile: Config, stage: _Stage) -> Launch:
     """dq (or dQ_A) and delta, a program per row tile."""
     h, half = call.task.shape.H, call.task.itemsize == 2
     items = call.items * h
@@ -363,7 +363,7 @@ def _tiled_rows(call: Call, tile: Config, stage: _Stage) -> Launch:
     )  # fmt: skip
 
 
-def _tiled_columns(call: Call, tile: Config, stage: _Stage) -> Launch:
+def _tiled_columns(call: CountedCall, tile: Config, stage: _Stage) -> Launch:
     """dk (or dK_A) and dv, a program per column tile and key head. Of additive stage 1 adds stage 2's dv, in full precision."""
     h, additive, full = call.task.shape.H, call.task.refinement == "additive", call.task.features[1] * ACCUMULATOR
     owners = min(stage.k_heads, stage.v_heads) if stage.value else stage.k_heads
@@ -378,7 +378,7 @@ def _tiled_columns(call: Call, tile: Config, stage: _Stage) -> Launch:
     )  # fmt: skip
 
 
-def _tiled_tables(call: Call, tile: Config, stage: _Stage, splits: int) -> Launch:
+def _tiled_tables(call: CountedCall, tile: Config, stage: _Stage, splits: int) -> Launch:
     """Partial dW, a program per rows of the tables, head and share of the batch."""
     h, meets = call.task.shape.H, stage.table + ACCUMULATOR  # [dQ_A | dK_A] and lse, with q
     return _walked(

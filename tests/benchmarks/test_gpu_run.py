@@ -16,7 +16,7 @@ from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu import every_kernel
 from benchmarks.gpu import run as gpu_run
 from benchmarks.gpu.checks import STOPPED, ncu_rows, profile_kernels, run, sanitizer_status, start_sanitizer
-from benchmarks.operator.launches import Call, call_launches
+from benchmarks.operator.launches import CountedCall, call_launches
 
 NCU = """==PROF== Connected to process 7
 "ID","Kernel Name","Grid Size","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
@@ -231,7 +231,7 @@ def test_sequences_share_tiles_where_sanitizers_look(monkeypatch: pytest.MonkeyP
     assert Problem.processors(None) == 132
     every_kernel.pretend(int(options["--processors"]))
     task, _ = every_kernel.problems(int(options["--batch"]), every_kernel.WINDOWS, 2, 32, "bfloat16", "cuda")[0]
-    for launch in call_launches(Call(task, task.users, task.shape.L, True), processors=Problem.processors(None)):
+    for launch in call_launches(CountedCall(task, task.users, task.shape.L, True), processors=Problem.processors(None)):
         assert 1 < launch.starts < len(task.users) / (launch.programs / 2)  # several tiles a program, and fewer than sequences
 
 

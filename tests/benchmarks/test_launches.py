@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from awrsr_kernels.launch_config import Config
-from benchmarks.operator.decode_bench import Problem, step
+from benchmarks.operator.decode_bench import DecodingInputs, step
 from benchmarks.operator.launches import (
-    Call,
+    CountedCall,
     Launch,
     columns_walk,
     rows_walk,
@@ -130,7 +130,7 @@ def test_counts_are_what_the_kernels_do(
     batch = build(task, layout)[0]
     gradients(ours(batch, backend), batch)
     if regime == "tiled":
-        counted = tiled_launches(Call(task, *calls(task, layout)[0], layout == "packed"), lambda _: TILE, PROCESSORS)
+        counted = tiled_launches(CountedCall(task, *calls(task, layout)[0], layout == "packed"), lambda _: TILE, PROCESSORS)
     else:
         counted = task_launches(task, layout, processors=PROCESSORS)
     hold_to(meters, counted)
@@ -142,8 +142,8 @@ def test_counts_of_a_decoding_step(refinement: str, content: bool, meters: list[
     s = replace(SHAPE, L=35)
     sizes = [(s.B, s.H, s.L, s.D), (s.B, s.H_kv, s.L, s.D), (s.B, s.H_kv, s.L, s.D_v)]
     tables = [(s.B, s.H, s.L, s.R) if content else (s.L, s.R)] * 2
-    problem = Problem(*(torch.randn(size) for size in sizes + tables), refinement)
-    provider, _ = step(problem, "triton")
+    inputs = DecodingInputs(*(torch.randn(size) for size in sizes + tables), refinement)
+    provider, _ = step(inputs, "triton")
     provider.call()
     hold_to(meters[-1:], [step_launch(Task(s, refinement, "float32", 0.0, "cpu"), content)])
 
@@ -153,9 +153,9 @@ def test_counts_of_a_decoding_step(refinement: str, content: bool, meters: list[
 def test_counts_where_both_regimes_share_a_call(
     refinement: str, layout: str, meters: list[Meter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from awrsr_kernels._triton.problem import Problem as KernelProblem
+    from awrsr_kernels._triton.problem import Problem
 
-    monkeypatch.setattr(KernelProblem, "processors", lambda _: PROCESSORS)
+    monkeypatch.setattr(Problem, "processors", lambda _: PROCESSORS)
     users = (70, 5, 64, 80, 3)
     task = Task(Shape(B=5, H=2, H_kv=2, L=80, D=8, D_v=12, R=20), refinement, "float16", 0.1, "cpu", users, len(users))
     batch = build(task, layout)[0]
@@ -174,8 +174,7 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
 
     from awrsr_kernels._triton import decode, short, tiled, tiled_bwd
     from awrsr_kernels._triton.problem import Problem
-    from awrsr_kernels.call import Call as KernelCall
-    from awrsr_kernels.call import Inputs
+    from awrsr_kernels.call import Call, Inputs
 
     for module in (decode, short, tiled, tiled_bwd):
         monkeypatch.setattr(module, "launch", lambda *_, **arguments: None)
@@ -197,7 +196,7 @@ def test_torchs_own_kernels_are_counted(regime: str, refinement: str, dtype: str
     )
     dout = q.new_zeros(s.B, s.H, s.L, s.D_v)
     refined = {"none": (None, None, None), "additive": (w, w, gate)}[refinement]
-    problem = Problem(Inputs(q, k, v, *refined, None, None), KernelCall(refinement, True, False, False, s.L, False, 0.1, 0.1, 0.0))
+    problem = Problem(Inputs(q, k, v, *refined, None, None), Call(refinement, True, False, False, s.L, False, 0.1, 0.1, 0.0))
     with Record():
         if regime == "short":
             short.launch_short_backward(problem, [dout])
@@ -230,7 +229,7 @@ def test_a_short_call_by_hand() -> None:
     Four programs per processor: on 132 of them one sequence each, on 10 runs of eight and one of four.
     """
     task = Task(Shape(300, 1, 1, 20, 32, 32, 16), "simple", "bfloat16", 0.0, "cpu")
-    call = Call(task, *calls(task, "padded")[0], packed=False)
+    call = CountedCall(task, *calls(task, "padded")[0], packed=False)
     forward = short_launches(call, lambda _: Config(32, 32, 4, 1, 4), 132)[0]
     assert (forward.kernel, forward.programs, forward.starts, forward.drops) == ("short_fwd", 300, 1, 0)
     assert forward.read == 300 * (2 * 20 * 3 * 32) + 2 * (2 * 20 * 16)  # q, k, v of all sequences and the tables once

@@ -152,10 +152,10 @@ def test_narrow_products_are_assembled_right() -> None:
     """Where ptxas 12.8 went wrong: half precision, D_v of up to 32."""
     code = """
 import os
-from awrsr_kernels.compile_report import Case, compile_case
+from awrsr_kernels.compile_report import CompileCase, compile_case
 for refinement, width, stochastic in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
     for length in (64, 0):
-        case = Case("sm_90", refinement, "bfloat16", False, length, width, stochastic=stochastic)
+        case = CompileCase("sm_90", refinement, "bfloat16", False, length, width, stochastic=stochastic)
         print(*(row["unset_registers"] for row in compile_case(case)))
 """
     done = run(["-c", code])
@@ -186,12 +186,12 @@ def test_the_newer_assembler_is_taken_where_the_usual_one_errs(
 
 def test_lengths_and_batches_compile_nothing_anew() -> None:
     code = """
-from awrsr_kernels.compile_report import Case, compile_case
+from awrsr_kernels.compile_report import CompileCase, compile_case
 for refinement, length, sizes in (
     ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7))),
     ("value", 1, ((200, 4), (513, 1), (1024, 7))),
 ):
-    case = Case("sm_90", refinement, "bfloat16", True, length, 64)
+    case = CompileCase("sm_90", refinement, "bfloat16", True, length, 64)
     rows = [compile_case(case, window, batch) for window, batch in sizes]
     print(len(rows[0]), len({row["variant"] for call in rows for row in call}))
 """
