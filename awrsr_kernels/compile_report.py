@@ -80,7 +80,7 @@ class CompileCase(NamedTuple):
 
 def cases(target: str) -> list[CompileCase]:
     """Every call whose configurations the table can return on a target."""
-    shared, found = TARGETS[target].shared, []
+    shared, every = TARGETS[target].shared, []
     for dtype in DTYPES:
         itemsize = 2 if dtype != "float32" else 4
         for length in (*LENGTHS, TILED):
@@ -90,17 +90,17 @@ def cases(target: str) -> list[CompileCase]:
                 for name, stochastic in KINDS:
                     short = is_short(length, (width, width, width), itemsize, shared, stochastic)
                     if tiled if length == TILED else short:
-                        found += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
-        found += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
-    return found
+                        every += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
+        every += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
+    return every
 
 
 def sample() -> list[CompileCase]:
     """The cases that the tests compile: each kernel, regime and refinement once on sm_90, and one call on every other target."""
-    found = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
-    found += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
+    chosen = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
+    chosen += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
-    return found + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
+    return chosen + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
 
 def spill_budget(case: CompileCase, kernel: str) -> int:
@@ -205,27 +205,27 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
 
 def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
     target = TARGETS[case.target]
-    found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
-    found["shared_bytes"] = compiled.metadata.shared
+    usage = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
+    usage["shared_bytes"] = compiled.metadata.shared
     budget = spill_budget(case, kernel)
     if target.backend == "hip" or target.architecture >= 100:  # these have other instructions
-        found["unset_registers"] = 0
-    fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found["unset_registers"]
+        usage["unset_registers"] = 0
+    fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
     tensor_cores = case.length != STEP
     row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case.columns(), "config": config}
-    row |= found | {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": tensor_cores}
-    expected = tensor_cores == (found["tensor_core_instructions"] > 0)
+    row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
+    expected = tensor_cores == (usage["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
 
 
-def _occupancy(target: Target, found: dict[str, Any], warps: int) -> int:
+def _occupancy(target: Target, usage: dict[str, Any], warps: int) -> int:
     """How many programs a processor holds, limited by registers, shared memory and warps."""
-    by_shared = target.processor_shared // (found["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
+    by_shared = target.processor_shared // (usage["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
     if target.backend == "hip":  # four units of 512 registers a lane
-        waves = 4 * min(8, 512 // max(8, found["registers"]))
+        waves = 4 * min(8, 512 // max(8, usage["registers"]))
         return min(by_shared, waves // warps) if warps else 0
-    per_warp = -(-found["registers"] // 8) * 8 * target.lanes
+    per_warp = -(-usage["registers"] // 8) * 8 * target.lanes
     return min(by_shared, REGISTERS // per_warp // warps, target.warps // warps, 32)
 
 
@@ -244,12 +244,12 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
     bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
     def widths(name: str) -> dict[str, int]:
-        found = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
-        return _counted(bytes_of[m[1]] if m else 4 for m in found)
+        suffixes = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
+        return _counted(bytes_of[m[1]] if m else 4 for m in suffixes)
 
     tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
-    found = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
-    return {"unset_registers": len(unset_registers(sass))} | found | {"loads": widths("LDG"), "stores": widths("STG")}
+    counts = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
+    return {"unset_registers": len(unset_registers(sass))} | counts | {"loads": widths("LDG"), "stores": widths("STG")}
 
 
 def _counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -267,7 +267,7 @@ def unset_registers(sass: str) -> list[str]:
 
     In code for compute capability 8.0 to 9.0.
     """
-    written, found = {-1}, []
+    written, unset = {-1}, []
     for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;]+);", sass):
         instruction = re.sub(r"^@!?U?P\w+\s+", "", line.strip())
         name, _, rest = instruction.partition(" ")
@@ -277,9 +277,9 @@ def unset_registers(sass: str) -> list[str]:
             into, operands, wide = "", [into, *operands], 1  # its destination is not a uniform register
         for text in operands:
             if "gdesc" not in text and not _uniform(text, wide) <= written:  # a descriptor names more registers than it reads
-                found.append(instruction)
+                unset.append(instruction)
         written |= _uniform(into, 2 if ".WIDE" in name else wide)
-    return found
+    return unset
 
 
 def _amd(compiled: Any) -> dict[str, Any]:
@@ -290,8 +290,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
     def widths(kind: str) -> dict[str, int]:
         return _counted(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
 
-    found = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
-    return found | {"loads": widths("load"), "stores": widths("store")}
+    counts = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
+    return counts | {"loads": widths("load"), "stores": widths("store")}
 
 
 def _source_hash() -> str:
@@ -363,25 +363,25 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, help="file to write the rows to")
     base = cache_folder() / "compiled"
     add("--cache", type=Path, default=base, help=f"folder that caches rows (default {base})")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     if find_spec("triton") is None:
         parser.error("Triton is not installed (pip install triton, Linux only)")
 
-    targets = list(TARGETS) if "all" in given.target else given.target
-    wanted = sample() if given.sample else [case for target in targets for case in cases(target)]
-    wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
-    wanted = [c for c in wanted if backbones[c.stochastic] in given.backbone]
-    wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
+    targets = list(TARGETS) if "all" in options.target else options.target
+    wanted = sample() if options.sample else [case for target in targets for case in cases(target)]
+    wanted = [c for c in wanted if c.refinement in options.refinement and c.dtype in options.dtype]
+    wanted = [c for c in wanted if backbones[c.stochastic] in options.backbone]
+    wanted = [c._replace(group=options.group) for c in wanted if c.length in options.length and c.width in options.width]
     columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
     print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")
     rows: list[dict[str, Any]] = []
-    for found in compile_cases(wanted, given.jobs, given.cache):
-        rows += found
-        print(*map(_line, found), sep="\n", flush=True)
+    for of_case in compile_cases(wanted, options.jobs, options.cache):
+        rows += of_case
+        print(*map(_line, of_case), sep="\n", flush=True)
     bad = [row for row in rows if not row["budget_ok"]]
     print(f"{len(rows)} kernels of {len(wanted)} calls compiled, {len(bad)} over their budget")
-    if given.json:
-        replace_file(given.json, json.dumps(rows, indent=1) + "\n")
+    if options.json:
+        replace_file(options.json, json.dumps(rows, indent=1) + "\n")
     return int(bool(bad))
 
 

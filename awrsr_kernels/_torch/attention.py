@@ -31,8 +31,7 @@ def torch_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
         return (stock_attention(inputs, call),)
     learns, exports = inputs.need_gradient(), torch.compiler.is_exporting()
     if must_dispatch(inputs) and not exports:
-        found: tuple[Tensor, ...] = RefinedAttentionOperator.apply(*inputs, *call) if learns else forward_op(*inputs, *call, False)
-        return tuple(found)
+        return tuple(RefinedAttentionOperator.apply(*inputs, *call) if learns else forward_op(*inputs, *call, False))
     if learns:
         outs: tuple[Tensor, ...] = RefinedAttention.apply(*inputs, call)
         return outs

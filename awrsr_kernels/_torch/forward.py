@@ -38,12 +38,12 @@ def projections(tables: list[Tensor], values: list[Tensor], products: Products) 
     """The factors that P is multiplied by."""
     if products.q_a is None or products.k_a is None:
         return []
-    found = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
+    factors = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
     if products.y is not None:
-        found.append(Projection(values[0], products.y))
+        factors.append(Projection(values[0], products.y))
     if products.y_cov is not None:
-        found.append(Projection(values[1], products.y_cov, squared=True))
-    return found
+        factors.append(Projection(values[1], products.y_cov, squared=True))
+    return factors
 
 
 def met_values(values: list[Tensor], products: Products) -> list[Tensor]:

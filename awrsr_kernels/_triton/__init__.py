@@ -2,8 +2,8 @@
 
 from .autograd import TritonAttention, triton_attention
 from .decode import triton_step
-from .ptxas import take_newer_assembler
+from .ptxas import prefer_newer_ptxas
 
 __all__ = ["TritonAttention", "triton_attention", "triton_step"]
 
-take_newer_assembler()
+prefer_newer_ptxas()

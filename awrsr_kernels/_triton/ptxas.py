@@ -11,7 +11,7 @@ import os
 SOUND = (12, 9)  # the first ptxas that sets what it reads, as `awrsr_kernels.compile_report` checks
 
 
-def take_newer_assembler() -> str | None:
+def prefer_newer_ptxas() -> str | None:
     """Let Triton assemble with the newer ptxas that it brings, for this process and what it starts; its path, None if all is well.
 
     TRITON_PTXAS_PATH, where it is set, is left as it is.

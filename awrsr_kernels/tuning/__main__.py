@@ -195,9 +195,9 @@ def tune(
     try:
         for number, (key, cases) in enumerate(grouped.items()):
             share = max(0.0, seconds - (time.monotonic() - begin)) / (len(grouped) - number)
-            found_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
+            tuned_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
             table = choose(key, shared_memory(device))
-            verdicts.append(search(key, cases, table, bench, share, current=found_before.get(key), say=say, step=step))
+            verdicts.append(search(key, cases, table, bench, share, current=tuned_before.get(key), say=say, step=step))
             save(path, verdicts[-1], *names)
     except KeyboardInterrupt:
         say("interrupted; verdicts reached before are saved")

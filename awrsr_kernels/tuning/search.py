@@ -49,15 +49,15 @@ def candidates(key: Key) -> list[Config]:
     """
     if key.length != TILED:
         blocks = [size for size in LENGTHS if size >= key.length]  # a taller tile seats more sequences
-        found = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
+        grid = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
     else:
-        found = [Config(m, n, warps, stages) for m in BLOCKS for n in BLOCKS for warps in (4, 8) for stages in (1, 2, 3)]
+        grid = [Config(m, n, warps, stages) for m in BLOCKS for n in BLOCKS for warps in (4, 8) for stages in (1, 2, 3)]
     start = TABLE[key][0].config
 
     def distance(config: Config) -> float:
         return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(config, start, strict=True))
 
-    fitting = [config for config in found if carried(key, config) <= 255 * 32 * config.num_warps and not misfit(key, config)]
+    fitting = [config for config in grid if carried(key, config) <= 255 * 32 * config.num_warps and not misfit(key, config)]
     if key.length == TILED:
         fitting = [config for config in fitting if estimated_shared(key, config) <= 1.5 * LARGEST_SHARED]
     return sorted(fitting, key=distance)
@@ -116,7 +116,7 @@ def search(
     queue = list(dict.fromkeys([*always, *candidates(key)]))
 
     def refuse(config: Config, asked: list[TuningCase]) -> bool:
-        reason = next((found for case in asked if (found := bench.refusal(case, key, config))), None)
+        reason = next((refusal for case in asked if (refusal := bench.refusal(case, key, config))), None)
         if reason:
             verdict.refused[config] = reason
             say(f"{key.kernel}, {describe(config)}: {reason}")

@@ -105,12 +105,12 @@ class Workload:
     @functools.cached_property
     def references(self) -> list[dict[str, Tensor]]:
         """Results of the excerpt by the definition: in float64, and in the case's own dtype."""
-        lengths, found = None if self.lengths is None else self.lengths[self.index], []
+        lengths, results = None if self.lengths is None else self.lengths[self.index], []
         for dtype in (torch.float64, self.case.dtype):
             leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
             out = self.forward(leaves, lengths, "reference")
-            found.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
-        return found
+            results.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
+        return results
 
     def _excerpt(self, name: str, x: Tensor) -> Tensor:
         return x[self.index] if name in ("out", "q", "k", "v") else x
@@ -119,13 +119,13 @@ class Workload:
         """A line for each result that the kernels get wrong, by the rule of `tolerance.py`."""
         with _poisoned():
             out = self.forward(self.leaves, self.lengths, "triton")
-            found = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
+            results = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
         exact, same_dtype = self.references
-        lines = wrong_results({n: self._excerpt(n, x) for n, x in found.items()}, exact, same_dtype, self.case.dtype)
+        lines = wrong_results({n: self._excerpt(n, x) for n, x in results.items()}, exact, same_dtype, self.case.dtype)
         others = torch.ones(self.case.batch, dtype=torch.bool, device=out.device).index_fill(0, self.index, False)
-        if not found["out"][others].isfinite().all():
+        if not results["out"][others].isfinite().all():
             lines.append("out is not finite beyond the excerpt")
-        strays = [n for n in ("q", "k", "v") if found[n][others].count_nonzero()]
+        strays = [n for n in ("q", "k", "v") if results[n][others].count_nonzero()]
         return lines + [f"the gradient of {n} is not zero where that of the output is" for n in strays]
 
     def prepare(self, backward: bool) -> Callable[[], Any]:

@@ -170,16 +170,16 @@ def test_the_newer_assembler_is_taken_where_the_usual_one_errs(
     usual: str, newer: str, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = pytest.importorskip("triton.knobs", reason="needs Triton")
-    from awrsr_kernels._triton.ptxas import take_newer_assembler
+    from awrsr_kernels._triton.ptxas import prefer_newer_ptxas
 
     tools = SimpleNamespace(
         ptxas=SimpleNamespace(version=usual, path="usual"), ptxas_blackwell=SimpleNamespace(version=newer, path="newer")
     )
     monkeypatch.setattr(knobs, "nvidia", tools)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
-    assert take_newer_assembler() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
+    assert prefer_newer_ptxas() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
     monkeypatch.delenv("TRITON_PTXAS_PATH")
-    assert take_newer_assembler() == ("newer" if taken else None)
+    assert prefer_newer_ptxas() == ("newer" if taken else None)
     assert os.environ.get("TRITON_PTXAS_PATH") == ("newer" if taken else None)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")  # so that it is put back as it was
 
