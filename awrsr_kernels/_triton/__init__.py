@@ -1,4 +1,4 @@
-"""The "triton" backend. Importing it, which is done only where Triton is wanted, registers its operators with torch."""
+"""The "triton" backend. Importing it registers its operators with torch, so it is imported only where Triton is used."""
 
 from .autograd import TritonAttention, triton_attention
 from .decode import triton_step

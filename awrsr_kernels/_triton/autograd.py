@@ -21,8 +21,10 @@ from .tiled_bwd import launch_tiled_backward
 
 
 def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
-    """The outputs, (entries, H, rows, D_v), and if `keep` what the backward needs besides the inputs: outputs first, and in the
-    short regime nothing. Where lengths vary a call may run in both regimes: long sequences in the tiled one, then short ones."""
+    """The outputs, (entries, H, rows, D_v), then, with `keep` in the tiled regime, what its backward needs besides the inputs.
+
+    A call whose lengths vary may run in both regimes: first long sequences in the tiled one, then short ones in the other.
+    """
     problem = Problem(inputs, call)
     if problem.is_short():
         return launch_short_forward(problem)
@@ -60,7 +62,7 @@ forward_op, backward_op = define_operators("refined_attention", launch_forward, 
 
 
 class TritonAttention(torch.autograd.Function):
-    """The tensors of `Inputs` one by one, then the call, to the outputs; differentiable once."""
+    """(tensors of `Inputs` one by one, call) -> outputs; differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -75,7 +77,7 @@ class TritonAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         one_gradient("triton", douts)
-        tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: a checkpoint gives them once
+        tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: under activation checkpointing a second read fails
         inputs, saved = Inputs(*tensors[:size]), list(tensors[size:])
         with without_autocast(inputs.q.device):
             if must_dispatch(inputs) or must_dispatch(douts):

@@ -2,11 +2,10 @@
 
 L positions, D, DV, R features of q, v and the tables; `# [BLOCK_L, BLOCK_D]` is the shape of a tile.
 
-A program owns one head of a run of consecutive sequences and seats as
-many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
-sequences in one tile do not see each other. Sequences of more than `reach` items are passed over: the tiled kernels take them,
-which pass over the others in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`;
-gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
+A program owns one head of `run` consecutive sequences. It packs as many of them as fit into the BLOCK_L rows of a tile, tile after
+tile, so that short histories fill it and padding is never loaded; sequences in one tile do not see each other. A batch may also
+hold sequences of more than `reach` items: these kernels skip them, the tiled kernels compute them and skip the others. The formulas
+are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V
@@ -14,8 +13,8 @@ gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
     dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)   dW_q = P^T dQ_A        dW_k = P^T dK_A
     dS = softmax_scale softmax'(dP; P)     dQ = dS K                  dK = dS^T Q
 
-Nothing is saved for the backward but the inputs. The gradients of shared tables build up on chip and leave as one partial per
-program, summed in a fixed order afterwards: no atomics. Under grouped-query attention dK and dV leave per query head.
+The backward needs only the inputs. Gradients of shared tables accumulate on chip; each program stores one partial sum, and these
+are added in a fixed order afterwards, without atomics. Under grouped-query attention dK and dV are stored per query head.
 """
 
 import triton
@@ -46,7 +45,7 @@ from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_q
 
 @triton.jit
 def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_L, BLOCK_R]: Q_A or K_A, as P times a table; with POINTS those of "stochastic". In the dtype of `first`."""
+    """[BLOCK_L, BLOCK_R]: Q_A or K_A, P times a table; with POINTS as points. In the dtype of `first`, which is P."""
     tile = dot(first, w_tile, PRECISION)
     if POINTS:
         tile = correlation_points(tile, R, BLOCK_R)
@@ -59,8 +58,8 @@ def higher_weights(
     POINTS: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
-    [BLOCK_L, BLOCK_DV], with VALUES what P makes of them. first: P."""
+    """R [BLOCK_L, BLOCK_L]; Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; the values and covariances that R multiplies [BLOCK_L,
+    BLOCK_DV]: with VALUES P V and P^2 V_cov, otherwise those given. first: P."""
     w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
     w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
     first_half = first.to(DTYPE)
@@ -78,7 +77,7 @@ def higher_weights(
 def correlation_gradients(
     higher, q_a, k_a, dweights, inner, scale, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR), scale: that of T times the gate."""
+    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR); scale: refine_scale times the gate."""
     ACC: tl.constexpr = higher.dtype
     dhigher = (higher * (dweights - inner[:, None]) * scale).to(q_a.dtype)
     dq_a = dot(dhigher, k_a, PRECISION)
@@ -97,7 +96,7 @@ def zero_gradients(
     dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Store zeros at the seats of padding in every gradient that has a row per item."""
+    """Store zeros at padding, in every gradient that has a row per item."""
     store_zeros(dq, head, padding, D, BLOCK_D)
     store_zeros(dk, head, padding, D, BLOCK_D)
     store_zeros(dv, head, padding, DV, BLOCK_DV)
@@ -127,15 +126,15 @@ def _short_fwd_kernel(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     sequence = begin
-    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # hoisted loop invariants would spill
         if sequence < last:
-            taken, entry, first_row, length, seat, table_seat = shared_seats(
+            fitting, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            sequence += taken
+            sequence += fitting
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], like all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
@@ -149,7 +148,7 @@ def _short_fwd_kernel(
                     first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
                     REFINEMENT == "stochastic", False, STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
-                if REFINEMENT == "value":  # made after R, which takes three registers less than before it
+                if REFINEMENT == "value":  # after R: three registers less than before it
                     values = dot(first.to(DTYPE), values, PRECISION).to(DTYPE)
                     if STOCHASTIC:
                         values_cov = dot((first * first).to(DTYPE), values_cov, PRECISION).to(DTYPE)
@@ -164,7 +163,7 @@ def _short_fwd_kernel(
                 tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
-    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels write the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
@@ -198,15 +197,15 @@ def _short_bwd_kernel(
     dw_k_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
 
     sequence = begin
-    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # hoisted loop invariants would spill
         if sequence < last:
-            taken, entry, first_row, length, seat, table_seat = shared_seats(
+            fitting, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            sequence += taken
+            sequence += fitting
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], like all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
@@ -232,7 +231,7 @@ def _short_bwd_kernel(
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
 
-            # Through the outputs to the weights
+            # From the outputs to the weights
             if STOCHASTIC:
                 squares = tl.trans((weights * weights).to(DTYPE))
                 through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
@@ -243,7 +242,7 @@ def _short_bwd_kernel(
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
 
-            # Through the higher-order weights to the correlation space
+            # From the higher-order weights to the correlation space
             if REFINEMENT != "none":
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
@@ -274,7 +273,7 @@ def _short_bwd_kernel(
                 if STOCHASTIC:
                     dfirst += 2 * first * dot(dvalues_cov_half, tl.trans(v_cov_tile), PRECISION)
             if REFINEMENT == "additive":
-                if seed_ptr is None and not STOCHASTIC:  # dM computed again, which takes fewer registers than keeping it
+                if seed_ptr is None and not STOCHASTIC:  # recomputing dM takes fewer registers than keeping it
                     dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
                     dfirst += dweights
@@ -292,14 +291,14 @@ def _short_bwd_kernel(
                     store_tile(dw_q, head, seat, dot(at_rows, dq_a, PRECISION), R, BLOCK_R)
                     store_tile(dw_k, head, seat, dot(at_rows, dk_a, PRECISION), R, BLOCK_R)
                 else:
-                    if SHIFTED:  # sequences meet different rows of the table: their P is moved to those rows
+                    if SHIFTED:  # each sequence has other rows of the table: move its P there, by a product
                         row = rows + BLOCK_L - length if ALIGN_RIGHT and bounds_ptr is not None else rows
                         move = (tl.arange(0, BLOCK_L)[:, None] == row[None, :]).to(DTYPE)
                         at_rows = dot(move, at_rows, PRECISION).to(DTYPE)
                     dw_q_sum = dot(at_rows, dq_a, PRECISION, dw_q_sum)
                     dw_k_sum = dot(at_rows, dk_a, PRECISION, dw_k_sum)
 
-    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels write the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
@@ -315,14 +314,14 @@ def _short_bwd_kernel(
 
 
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
-    """Uninitialised memory for the outputs; the backward needs nothing but the inputs."""
+    """Uninitialised memory for the outputs; the backward needs only the inputs."""
     p = problem
     names = ("out", "out_cov") if p.call.stochastic else ("out",)
     return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
 def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
-    """The outputs (entries, H, rows, D_v); in `outs`, if the tiled kernels have written longer sequences there."""
+    """The outputs (entries, H, rows, D_v); outs: those in which the tiled kernels have written longer sequences."""
     p = problem
     outs = list(short_buffers(p).values()) if outs is None else outs
     config = p.config("short_fwd")
@@ -338,7 +337,7 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
 
 
 def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those that the tiled kernels have begun."""
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those of the tiled kernels, to be completed."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
