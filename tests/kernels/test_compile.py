@@ -116,7 +116,7 @@ def test_the_report_leaves_out_no_row_of_the_table() -> None:
 
 def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = cases("sm_90")[0]
-    row = case._asdict() | {"kernel": "short_fwd", "config": choose(Key("short_fwd", 16, 64, 2), 1 << 20)._asdict()}
+    row = case.columns() | {"kernel": "short_fwd", "config": choose(Key("short_fwd", 16, 64, 2), 1 << 20)._asdict()}
     row |= {"registers": 9, "spill_bytes": 8, "shared_bytes": 1, "tensor_core_instructions": 1, "loads": {}}
     row |= {"programs_per_processor": 1, "spill_budget": spill_budget(case, "short_fwd"), "budget_ok": False}
     assert row["spill_budget"] == 0
