@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"], help="chips to compile for (default sm_90)")
     add("--sample", action="store_true", help="compile only what the tests do: each kernel, regime and refinement once")
     add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
-    add_filter("--backbone", backbones, help="between vectors (dot) or between Gaussians (stochastic; default both)")
+    add_filter("--backbone", backbones, help="dot-product (dot) or stochastic attention (default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
     add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="most items; 0: tiled regime, 1: decoding step (default all)")
     add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
