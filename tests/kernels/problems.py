@@ -22,7 +22,7 @@ from ..conftest import DEVICE, cumulative
 
 
 class Kind(NamedTuple):
-    """Which of the operators, between vectors or between Gaussians, and its refinement."""
+    """Which of the operators, dot-product or stochastic attention, and its refinement."""
 
     refinement: str
     stochastic: bool = False
