@@ -16,9 +16,9 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 
 
 def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    """Run a checked call on its backend. Returns the output and, between Gaussians, also that of the covariances."""
+    """Run a checked call on its backend. Returns the output and, in stochastic attention, also that of the covariances."""
     q, rank = inputs.q, 1 if inputs.w_q is None else inputs.w_q.shape[-1]
-    features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.gaussian, call.refinement)
+    features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.stochastic, call.refinement)
     backend = choose_backend(backend, q, features)
     if backend != "reference":
         checks.no_transform(backend, inputs)

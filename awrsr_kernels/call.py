@@ -27,7 +27,7 @@ class Call(NamedTuple):
     softmax_scale: float
     refine_scale: float
     dropout_p: float
-    gaussian: bool = False  # items are Gaussians: q and k hold [mean | deviation], and squared weights meet v_cov
+    stochastic: bool = False  # stochastic attention: q and k hold [mean | deviation], and squared weights multiply v_cov
 
     @classmethod
     def padded(cls, q: Tensor, w_q: Tensor | None, lengths: Tensor | None, padding_side: str, **options: Any) -> "Call":
@@ -76,7 +76,7 @@ class Inputs(NamedTuple):
     gate: Tensor | None  # (1 or H,)
     bounds: Tensor | None  # lengths (B,), or cumulative lengths (B + 1,) if packed
     seed: Tensor | None = None  # () int64, only under dropout
-    v_cov: Tensor | None = None  # like v, only between Gaussians
+    v_cov: Tensor | None = None  # like v, only in stochastic attention
 
     def need_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)

@@ -17,7 +17,7 @@ from .torch_state import autocast, batched, readable, transformed
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
 REFINEMENTS = ("none", "simple", "value", "additive")
-GAUSSIAN_REFINEMENTS = (*REFINEMENTS, "stochastic")
+STOCHASTIC_ATTENTION_REFINEMENTS = (*REFINEMENTS, "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_FEATURES = 256
 ROWS = "; what decides rows: max_len of RefinedMultiheadAttention, max_positions of a refined transformers model"
@@ -100,7 +100,7 @@ def packed_tables(
     refuse(names[0], _shape(w_q), f"(N, R), (H, N, R), (1, H, N, R) or (T, H, R) with H = {heads}, T = {total}")
 
 
-def gaussian_tables(
+def stochastic_tables(
     check: Callable[..., Tables], w: tuple[Tensor | None, Tensor | None], w_cov: tuple[Tensor | None, Tensor | None],
     q: Tensor, refinement: str,
 ) -> Tables:  # fmt: skip
@@ -118,8 +118,9 @@ def gaussian_tables(
     return torch.cat([w_q, w_q_cov], -1), torch.cat([w_k, w_k_cov], -1), per_entry
 
 
-def refinement(value: str, gaussian: bool = False) -> None:
-    choice("refinement", value, GAUSSIAN_REFINEMENTS if gaussian else REFINEMENTS)
+def refinement(value: str, stochastic: bool = False) -> None:
+    """stochastic: of stochastic attention, which has one refinement more, called "stochastic" itself."""
+    choice("refinement", value, STOCHASTIC_ATTENTION_REFINEMENTS if stochastic else REFINEMENTS)
 
 
 def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -> Tensor | None:

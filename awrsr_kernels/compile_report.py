@@ -32,7 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from .checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from .checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
 from .tuned import cache_folder, replace_file
 
@@ -57,10 +57,11 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
-KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in GAUSSIAN_REFINEMENTS]  # refinement, between Gaussians
+# (refinement, whether attention is stochastic)
+KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in STOCHASTIC_ATTENTION_REFINEMENTS]
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """A call, compiled forward and backward with the largest sizes of its classes, or a step of decoding."""
 
     target: str
@@ -70,45 +71,49 @@ class Case(NamedTuple):
     length: int  # class in LENGTHS, TILED, or STEP
     width: int
     group: int = 1  # query heads per key head
-    gaussian: bool = False  # sizes as `table_features` counts them
+    stochastic: bool = False  # attention, not refinement; sizes as `table_features` counts them
+
+    def columns(self) -> dict[str, Any]:
+        """The fields as a row has them; "gaussian" is `stochastic` as in the rows of earlier commits, which `make guard` reads."""
+        return {"gaussian" if name == "stochastic" else name: value for name, value in self._asdict().items()}
 
 
-def cases(target: str) -> list[Case]:
+def cases(target: str) -> list[CompileCase]:
     """Every call whose configurations the table can return on a target."""
-    shared, found = TARGETS[target].shared, []
+    shared, every = TARGETS[target].shared, []
     for dtype in DTYPES:
         itemsize = 2 if dtype != "float32" else 4
         for length in (*LENGTHS, TILED):
             for width in WIDTHS:
                 needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
                 tiled = TARGETS[target].backend == "hip" or needed <= shared
-                for name, gaussian in KINDS:
-                    short = is_short(length, (width, width, width), itemsize, shared, gaussian)
+                for name, stochastic in KINDS:
+                    short = is_short(length, (width, width, width), itemsize, shared, stochastic)
                     if tiled if length == TILED else short:
-                        found += [Case(target, name, dtype, d, length, width, 1, gaussian) for d in (False, True)]
-        found += [Case(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
-    return found
+                        every += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
+        every += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
+    return every
 
 
-def sample() -> list[Case]:
+def sample() -> list[CompileCase]:
     """The cases that the tests compile: each kernel, regime and refinement once on sm_90, and one call on every other target."""
-    found = [Case("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
-    found += [Case("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
+    chosen = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
+    chosen += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
-    return found + [Case(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
+    return chosen + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
 
-def spill_budget(case: Case, kernel: str) -> int:
+def spill_budget(case: CompileCase, kernel: str) -> int:
     """Bytes per thread that a kernel may keep in local memory: what was found on sm_90, and why.
 
     Forward kernels with up to 128 features, and the short backward in half precision with up to 64, keep everything in registers.
     The exception is "additive" with dropout and 64 rows, which is 14 registers short: the gradient of M and both weights are live
     at the same time as the sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients are written in
-    float32, which takes a few registers as well. Between Gaussians, the squares and their gradient take another 48 registers. 64
-    rows then spill 88 bytes (simple) to 632 bytes (stochastic, which also holds its points); twice the warps would halve that, but
-    also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and spills 32 to 88 bytes. Wider or
-    float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more launches. A step of decoding spills
-    nothing on any target, except for a word or two in float32 with 256 features, with any tile.
+    float32, which takes a few registers as well. In stochastic attention, the squares and their gradient take another 48
+    registers. 64 rows then spill 88 bytes (refinement "simple") to 632 bytes ("stochastic", which also holds its points); twice the
+    warps would halve that, but also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and
+    spills 32 to 88 bytes. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more
+    launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256 features, with any tile.
 
     The table was chosen for sm_90. On other targets, forward kernels keep at most 408 bytes in local memory. Backward kernels keep
     up to 1.1 KB on gfx942, 1.3 KB on sm_100 (256 features) and 1.8 KB on sm_80, whose tensor cores need in registers the operands
@@ -121,11 +126,11 @@ def spill_budget(case: Case, kernel: str) -> int:
     if case.target != "sm_90":
         return 512 if "fwd" in kernel else 2048
     if "fwd" in kernel and case.width <= 128:
-        return 128 if case.gaussian and case.refinement == "additive" and "tiled" in kernel else 0
+        return 128 if case.stochastic and case.refinement == "additive" and "tiled" in kernel else 0
     if "fwd" in kernel:
         return 512
     if "short" in kernel and half and case.width <= 64:
-        if case.gaussian:
+        if case.stochastic:
             return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
     return 1024 if half or "short" in kernel else 2048
@@ -143,7 +148,7 @@ def _claim_gpu(name: str) -> None:
     )
 
 
-def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
+def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list[dict[str, Any]]:
     """A row per kernel that the call launches ("variant" distinguishes binaries). window: replaces the largest length of the class.
 
     Call this in a process of its own, in which Triton does not interpret.
@@ -172,7 +177,7 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    d_v, both = case.width // (1 + case.gaussian), case.gaussian and case.refinement == "additive"
+    d_v, both = case.width // (1 + case.stochastic), case.stochastic and case.refinement == "additive"
     d = rank = case.width // (1 + both)
     q, k = (new(batch, h, length, d) for h in (heads, 2))
     v, dout = (new(batch, h, length, d_v) for h in (2, heads))
@@ -186,8 +191,8 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
         decode.launch_step(q, k_new, v_new, table, table, gate, *kept, case.refinement, 0.1, 0.1)
         return rows
     seed = new(dtype=torch.int64) if case.dropout else None
-    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.gaussian)
-    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.gaussian else None, [dout] * (1 + case.gaussian)
+    call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.stochastic)
+    bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.stochastic else None, [dout] * (1 + case.stochastic)
     problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
     problem.shared = TARGETS[case.target].shared
     if problem.is_short():
@@ -198,29 +203,29 @@ def compile_case(case: Case, window: int = 0, batch: int = BATCH) -> list[dict[s
     return rows
 
 
-def _row(case: Case, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
+def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
     target = TARGETS[case.target]
-    found = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
-    found["shared_bytes"] = compiled.metadata.shared
+    usage = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
+    usage["shared_bytes"] = compiled.metadata.shared
     budget = spill_budget(case, kernel)
     if target.backend == "hip" or target.architecture >= 100:  # these have other instructions
-        found["unset_registers"] = 0
-    fits = found["shared_bytes"] <= target.shared and found["spill_bytes"] <= budget and not found["unset_registers"]
+        usage["unset_registers"] = 0
+    fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
     tensor_cores = case.length != STEP
-    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case._asdict(), "config": config}
-    row |= found | {"programs_per_processor": _occupancy(target, found, config["num_warps"]), "tensor_cores_expected": tensor_cores}
-    expected = tensor_cores == (found["tensor_core_instructions"] > 0)
+    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case.columns(), "config": config}
+    row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
+    expected = tensor_cores == (usage["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
 
 
-def _occupancy(target: Target, found: dict[str, Any], warps: int) -> int:
+def _occupancy(target: Target, usage: dict[str, Any], warps: int) -> int:
     """How many programs a processor holds, limited by registers, shared memory and warps."""
-    by_shared = target.processor_shared // (found["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
+    by_shared = target.processor_shared // (usage["shared_bytes"] + (1024 if target.backend == "cuda" else 1))
     if target.backend == "hip":  # four units of 512 registers a lane
-        waves = 4 * min(8, 512 // max(8, found["registers"]))
+        waves = 4 * min(8, 512 // max(8, usage["registers"]))
         return min(by_shared, waves // warps) if warps else 0
-    per_warp = -(-found["registers"] // 8) * 8 * target.lanes
+    per_warp = -(-usage["registers"] // 8) * 8 * target.lanes
     return min(by_shared, REGISTERS // per_warp // warps, target.warps // warps, 32)
 
 
@@ -239,12 +244,12 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
     bytes_of = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
     def widths(name: str) -> dict[str, int]:
-        found = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
-        return _counted(bytes_of[m[1]] if m else 4 for m in found)
+        suffixes = (re.search(r"\.(128|64|U16|S16|U8|S8)\b", x) for x in re.findall(rf"\b{name}[\w.]*", sass))
+        return _counted(bytes_of[m[1]] if m else 4 for m in suffixes)
 
     tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
-    found = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
-    return {"unset_registers": len(unset_registers(sass))} | found | {"loads": widths("LDG"), "stores": widths("STG")}
+    counts = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
+    return {"unset_registers": len(unset_registers(sass))} | counts | {"loads": widths("LDG"), "stores": widths("STG")}
 
 
 def _counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -262,7 +267,7 @@ def unset_registers(sass: str) -> list[str]:
 
     In code for compute capability 8.0 to 9.0.
     """
-    written, found = {-1}, []
+    written, unset = {-1}, []
     for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+([^;]+);", sass):
         instruction = re.sub(r"^@!?U?P\w+\s+", "", line.strip())
         name, _, rest = instruction.partition(" ")
@@ -272,9 +277,9 @@ def unset_registers(sass: str) -> list[str]:
             into, operands, wide = "", [into, *operands], 1  # its destination is not a uniform register
         for text in operands:
             if "gdesc" not in text and not _uniform(text, wide) <= written:  # a descriptor names more registers than it reads
-                found.append(instruction)
+                unset.append(instruction)
         written |= _uniform(into, 2 if ".WIDE" in name else wide)
-    return found
+    return unset
 
 
 def _amd(compiled: Any) -> dict[str, Any]:
@@ -285,8 +290,8 @@ def _amd(compiled: Any) -> dict[str, Any]:
     def widths(kind: str) -> dict[str, int]:
         return _counted(sizes.get(x, 2) for x in re.findall(rf"(?:global|buffer)_{kind}_(\w+)", text))
 
-    found = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
-    return found | {"loads": widths("load"), "stores": widths("store")}
+    counts = {"registers": registers, "spill_bytes": 4 * spilled, "tensor_core_instructions": text.count("v_mfma")}
+    return counts | {"loads": widths("load"), "stores": widths("store")}
 
 
 def _source_hash() -> str:
@@ -300,7 +305,7 @@ def _source_hash() -> str:
     return digest.hexdigest()[:20]
 
 
-def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
+def _cached(case: CompileCase, folder: Path) -> list[dict[str, Any]]:
     """Rows of a case, read or compiled: in a process of its own, as it must not interpret."""
     os.environ.pop("TRITON_INTERPRET", None)
     path = folder / ("-".join(str(x) for x in case) + ".json")
@@ -310,12 +315,12 @@ def _cached(case: Case, folder: Path) -> list[dict[str, Any]]:
         rows = compile_case(case)
     except Exception as error:
         message = (str(error) or repr(error)).splitlines()[0][:200]
-        return [case._asdict() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
+        return [case.columns() | {"kernel": "fwd and bwd", "budget_ok": False, "error": f"{type(error).__name__}: {message}"}]
     replace_file(path, json.dumps(rows))
     return rows
 
 
-def compile_cases(chosen: list[Case], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
+def compile_cases(chosen: list[CompileCase], jobs: int, cache: Path) -> Iterator[list[dict[str, Any]]]:
     """Rows of each case, in order, compiled in `jobs` processes; a case that fails yields one row with an "error"."""
     folder = cache / _source_hash()
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
@@ -348,8 +353,8 @@ def main(argv: list[str] | None = None) -> int:
 
     add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"], help="chips to compile for (default sm_90)")
     add("--sample", action="store_true", help="compile only what the tests do: each kernel, regime and refinement once")
-    add_filter("--refinement", GAUSSIAN_REFINEMENTS, help="refinements to compile (default all)")
-    add_filter("--backbone", backbones, help="between vectors (dot) or between Gaussians (stochastic; default both)")
+    add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
+    add_filter("--backbone", backbones, help="dot-product (dot) or stochastic attention (default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
     add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="most items; 0: tiled regime, 1: decoding step (default all)")
     add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
@@ -358,25 +363,25 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, help="file to write the rows to")
     base = cache_folder() / "compiled"
     add("--cache", type=Path, default=base, help=f"folder that caches rows (default {base})")
-    given = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     if find_spec("triton") is None:
         parser.error("Triton is not installed (pip install triton, Linux only)")
 
-    targets = list(TARGETS) if "all" in given.target else given.target
-    wanted = sample() if given.sample else [case for target in targets for case in cases(target)]
-    wanted = [c for c in wanted if c.refinement in given.refinement and c.dtype in given.dtype]
-    wanted = [c for c in wanted if backbones[c.gaussian] in given.backbone]
-    wanted = [c._replace(group=given.group) for c in wanted if c.length in given.length and c.width in given.width]
+    targets = list(TARGETS) if "all" in options.target else options.target
+    wanted = sample() if options.sample else [case for target in targets for case in cases(target)]
+    wanted = [c for c in wanted if c.refinement in options.refinement and c.dtype in options.dtype]
+    wanted = [c for c in wanted if backbones[c.stochastic] in options.backbone]
+    wanted = [c._replace(group=options.group) for c in wanted if c.length in options.length and c.width in options.width]
     columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
     print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")
     rows: list[dict[str, Any]] = []
-    for found in compile_cases(wanted, given.jobs, given.cache):
-        rows += found
-        print(*map(_line, found), sep="\n", flush=True)
+    for of_case in compile_cases(wanted, options.jobs, options.cache):
+        rows += of_case
+        print(*map(_line, of_case), sep="\n", flush=True)
     bad = [row for row in rows if not row["budget_ok"]]
     print(f"{len(rows)} kernels of {len(wanted)} calls compiled, {len(bad)} over their budget")
-    if given.json:
-        replace_file(given.json, json.dumps(rows, indent=1) + "\n")
+    if options.json:
+        replace_file(options.json, json.dumps(rows, indent=1) + "\n")
     return int(bool(bad))
 
 

@@ -109,11 +109,11 @@ def step_config(features: tuple[int, int, int], itemsize: int) -> Config:
     return STEP_TABLE[width, 2 if itemsize == 2 else 4]
 
 
-def table_features(d: int, d_v: int, r: int, gaussian: bool, refinement: str) -> tuple[int, int, int]:
-    """What a call's class goes by: D, D_v and R. Between Gaussians D counts means and deviations, D_v both values, and in
+def table_features(d: int, d_v: int, r: int, stochastic: bool, refinement: str) -> tuple[int, int, int]:
+    """What a call's class goes by: D, D_v and R. In stochastic attention D counts means and deviations, D_v both values, and in
     "additive", whose squares take the scores of both stages at once, D and R count together."""
-    both = gaussian and refinement == "additive"
-    return d + r * int(both), d_v * (1 + int(gaussian)), r  # open sizes are not multiplied with truth values in torch 2.11
+    both = stochastic and refinement == "additive"
+    return d + r * int(both), d_v * (1 + int(stochastic)), r  # open sizes are not multiplied with truth values in torch 2.11
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, features: tuple[int, int, int]) -> str | None:
@@ -158,22 +158,22 @@ def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: 
     return key if key in TABLE else None
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, gaussian: bool = False) -> bool:
+def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, stochastic: bool = False) -> bool:
     """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
 
     shared: bytes of shared memory that a program may have.
     """
-    if gaussian and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
+    if stochastic and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
         return False
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]
     return all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
 
 
-def is_resident(max_len: int, causal: bool, features: tuple[int, int, int], itemsize: int, shared: int, gaussian: bool) -> bool:
+def is_resident(max_len: int, causal: bool, features: tuple[int, int, int], itemsize: int, shared: int, stochastic: bool) -> bool:
     """Whether the sequences of a call that are not short run in the resident regime."""
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in RESIDENT_KERNELS]
     fits = all(key is not None and any(row.shared <= shared for row in TABLE[key]) for key in keys)
-    return causal and not gaussian and fits
+    return causal and not stochastic and fits
 
 
 def choose(key: Key, shared: int, tuned: Tuned | None = None) -> Config:

@@ -17,7 +17,7 @@ from .tables import RefinedLayer
 from .torch_state import autocast, readable
 
 
-class _Place(NamedTuple):
+class _Alignment(NamedTuple):
     """Where the items of a padded batch are, and how to rotate its rows so that padding is on the side the operator expects."""
 
     lengths: Tensor | None  # (B,)
@@ -154,14 +154,14 @@ class RefinedMultiheadAttention(RefinedLayer):
                 checks.refuse(name, str(options[name]), "left out: it comes from mha")
         weight: Tensor = mha.in_proj_weight
         biased = mha.in_proj_bias is not None
-        given: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
-        given |= {"dropout": mha.dropout, "bias": biased, "device": weight.device, "dtype": weight.dtype}
-        found = cls(mha.embed_dim, mha.num_heads, **given | options)
-        pairs = [(found.qkv.weight, weight), (found.out.weight, mha.out_proj.weight)]
-        pairs += [(found.qkv.bias, mha.in_proj_bias), (found.out.bias, mha.out_proj.bias)] if biased else []
+        arguments: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
+        arguments |= {"dropout": mha.dropout, "bias": biased, "device": weight.device, "dtype": weight.dtype}
+        module = cls(mha.embed_dim, mha.num_heads, **arguments | options)
+        pairs = [(module.qkv.weight, weight), (module.out.weight, mha.out_proj.weight)]
+        pairs += [(module.qkv.bias, mha.in_proj_bias), (module.out.bias, mha.out_proj.bias)] if biased else []
         for mine, its in pairs:
             mine.requires_grad_(its.requires_grad).data.copy_(its.detach())
-        return found.train(mha.training)
+        return module.train(mha.training)
 
     @habits.own_signature
     def forward(
@@ -197,8 +197,8 @@ class RefinedMultiheadAttention(RefinedLayer):
         if unknown:
             habits.refuse(RefinedMultiheadAttention.forward, unknown)
         if jagged.is_nested(x):
-            given = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-            checks.absent("None: x is jagged and knows its lengths", **given)
+            unused = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+            checks.absent("None: x is jagged and knows its lengths", **unused)
             rows = jagged.rows("x", x, "x", x, ragged=1)
             self._check_width(rows)
             return jagged.unpacked(self._packed(rows, **jagged.bounds(x)), x)
@@ -208,12 +208,12 @@ class RefinedMultiheadAttention(RefinedLayer):
             return self._packed(x, cu_seqlens, max_seqlen)
         checks.absent("None without cu_seqlens", max_seqlen=max_seqlen)
         self._check(x, "(B, L, E)", 3)
-        place = self._place(x, lengths, key_padding_mask)
-        rows = x if place.turn is None else _turned(x, place.turn)
+        alignment = self._alignment(x, lengths, key_padding_mask)
+        rows = x if alignment.turn is None else _turned(x, alignment.turn)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
-        out = refined_attention(q, k, v, lengths=place.lengths, **self._padded_options(rows), **self._run_options())
+        out = refined_attention(q, k, v, lengths=alignment.lengths, **self._padded_options(rows), **self._run_options())
         out = self.out(out.transpose(1, 2).flatten(-2))
-        return out if place.turn is None else _turned(out, -place.turn)
+        return out if alignment.turn is None else _turned(out, -alignment.turn)
 
     def weights(self, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """First-order weights P and the weights M that multiply the values, (B, H, L, L) each, of x (B, L, E); O(L^2) memory."""
@@ -292,12 +292,12 @@ class RefinedMultiheadAttention(RefinedLayer):
     def _weight(self) -> Tensor:
         """A weight with the module's dtype and device: that of a linear map or, if both were replaced (LoRA, quantized), any."""
         own = (getattr(part, "weight", None) for part in (self.qkv, self.out))
-        found = (x for x in (*own, *self.parameters()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
-        return next(found, torch.empty(1))
+        weights = (x for x in (*own, *self.parameters()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
+        return next(weights, torch.empty(1))
 
-    def _place(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Place:
+    def _alignment(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Alignment:
         if key_padding_mask is None:
-            return _Place(lengths, None)
+            return _Alignment(lengths, None)
         checks.absent("None beside key_padding_mask", lengths=lengths)
         if not isinstance(key_padding_mask, Tensor) or key_padding_mask.dtype != torch.bool:
             was = str(key_padding_mask.dtype) if isinstance(key_padding_mask, Tensor) else type(key_padding_mask).__name__
@@ -311,11 +311,11 @@ class RefinedMultiheadAttention(RefinedLayer):
         first = real.int().argmax(1)  # of the first item
         turn = first - (size - lengths if self.align == "right" else 0)
         if not readable(real):
-            return _Place(lengths, turn)
+            return _Alignment(lengths, turn)
         position = torch.arange(size, device=x.device) - first[:, None]
         if not torch.equal(real, (position >= 0) & (position < lengths[:, None])):
             checks.refuse("key_padding_mask", "with padding between items", "False in one run of items per sequence")
-        return _Place(lengths, turn if (turn[lengths > 0] != 0).any() else None)
+        return _Alignment(lengths, turn if (turn[lengths > 0] != 0).any() else None)
 
     def extra_repr(self) -> str:
         tables = "" if self.refinement == "none" else f", tables={self.tables!r}, rank={self.rank}, max_len={self.max_len}"

@@ -18,6 +18,7 @@ Backward = Callable[[list[Tensor], list[Tensor], Inputs, Call], list[Tensor]]
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? w_q, Tensor? w_k, Tensor? gate, Tensor? bounds, Tensor? seed, Tensor? v_cov"
 _CALL = "str refinement, bool causal, bool varlen, bool align_right, SymInt max_len, bool per_entry"
+# `Call.stochastic` is called "gaussian" here: programs that were exported earlier name it so.
 _CALL += ", float softmax_scale, float refine_scale, float dropout_p, bool gaussian"
 
 
@@ -43,7 +44,7 @@ def define_operators(
     They take the fields of `Inputs` and `Call` one by one: the forward before `keep`, the backward after its two lists.
 
     Args:
-        forward: (inputs, call, keep) -> the outputs, (entries, H, rows, D_v), one or between Gaussians two, and if `keep` what the
+        forward: (inputs, call, keep) -> one output (entries, H, rows, D_v), in stochastic attention two, and if `keep` what the
             backward needs besides the inputs. fake_forward: the same without contents.
         backward: (gradients of the outputs, what was kept, inputs, call) -> gradients of q, k, v and, where given, of w_q, w_k,
             gate, v_cov. fake_backward: the same without contents.

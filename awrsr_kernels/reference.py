@@ -9,7 +9,7 @@ B batch, H query heads, L positions, D head dim, D_v value dim, R refinement ran
     none      M = P             simple    M = R
     value     M = R P           additive  M = P + gate * R           output  M V
 
-Between Gaussians (STOSA), with the points x = [mean | sqrt(covariance)] of `gaussian.py`:
+In stochastic attention, with the points x = [mean | sqrt(covariance)] of `wasserstein.py`:
 
     S   = -softmax_scale * |x_i - x_j|^2       output  M V_mean and (M*M) V_cov; value  R (P V_mean) and (R*R) ((P*P) V_cov)
 
@@ -21,7 +21,7 @@ taken; the P inside Q_A and K_A, and the P V of "value", are never dropped. This
 Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024). It is stated only here, so that it can be compared with the
 paper's equations.
 
-Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; between Gaussians in float64 O(L^2 D).
+Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; in stochastic attention in float64 O(L^2 D).
 """
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .call import Call, Inputs
 from .dropout import scaled_mask
-from .gaussian import correlation_points, squared_distances
+from .wasserstein import correlation_points, squared_distances
 from .windows import Windows, gather_windows, make_windows, scatter_windows, table_window, visibility
 
 
@@ -43,7 +43,7 @@ def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
 
 def first_weights(q: Tensor, k: Tensor, visible: Tensor | None, call: Call) -> Tensor:
     """P."""
-    scores = -squared_distances(q, k) if call.gaussian else q @ k.transpose(-1, -2)
+    scores = -squared_distances(q, k) if call.stochastic else q @ k.transpose(-1, -2)
     return masked_softmax(call.softmax_scale * scores, visible)
 
 
@@ -57,7 +57,7 @@ def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor
 
 def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list[Tensor], Windows | None]:
     """P and, without dropout, the weights that multiply the values (R; "additive" M), each (B, H, L, L); what they multiply, V and,
-    between Gaussians, V_cov, (B, H, L, D_v) each, zero where there is no item; and the windows. In q's dtype."""
+    in stochastic attention, V_cov, (B, H, L, D_v) each, zero where there is no item; and the windows. In q's dtype."""
     q, group = inputs.q, inputs.q.shape[1] // inputs.k.shape[1]
     windows = None if inputs.bounds is None else make_windows(call, inputs.bounds, q.shape[2])
 
@@ -84,14 +84,14 @@ def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list
 
 
 def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
-    """The outputs in rows form, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
+    """The outputs in rows form, (entries, H, rows, D_v): of the values and, in stochastic attention, of their covariances."""
     first, weights, values, windows = weights_and_values(inputs, call)
     if inputs.seed is not None:
         count, heads, length, _ = first.shape
         sequence, rows = (torch.arange(size, device=first.device) for size in (count, length))
         offset = None if windows is None else windows.first
         weights = scaled_mask(inputs.seed, call.dropout_p, sequence, heads, rows, length, offset, first.dtype) * weights
-    powers = [weights, weights.square()] if call.gaussian else [weights]
+    powers = [weights, weights.square()] if call.stochastic else [weights]
     if call.refinement == "value":
         values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
     outs = [x @ v for x, v in zip(powers, values, strict=True)]

@@ -1,4 +1,4 @@
-"""The public calls between Gaussians: STOSA's Wasserstein attention and its refinements.
+"""The public calls of stochastic attention (STOSA) and its refinements.
 
 B batch, H query heads, H_kv key and value heads, L positions, T packed positions, D head dim, D_v value dim, R refinement rank,
 N table rows.
@@ -12,9 +12,9 @@ from . import checks, habits, jagged
 from .api import as_rows
 from .backends import run
 from .call import Call, Inputs
-from .gaussian import points
 from .reference import reference_weights
 from .torch_state import without_autocast
+from .wasserstein import points
 
 _MEANS = ("q_mean", "k_mean", "v_mean")
 _COVARIANCES = ("q_cov", "k_cov", "v_cov")
@@ -45,7 +45,8 @@ def stochastic_refined_attention(
     backend: str = "auto",
     **unknown: NoReturn,
 ) -> tuple[Tensor, Tensor]:
-    """Self-attention between Gaussians with diagonal covariances, by Wasserstein distance (STOSA, WWW 2022), with refined weights.
+    """Stochastic self-attention (STOSA, WWW 2022): Gaussians with diagonal covariances, scored by Wasserstein
+    distance, with refined weights.
 
     Scores are -softmax_scale (|m_i - m_j|^2 + |sqrt c_i - sqrt c_j|^2). Means are averaged with the weights, covariances with the
     squares of the weights. The definition is in `awrsr_kernels/reference.py`.
@@ -82,11 +83,11 @@ def stochastic_refined_attention(
         packed = jagged.packed(items, tables, lengths, padding_side)
         mean, cov = stochastic_refined_attention_varlen(**packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend)
         return jagged.unpacked(mean, q_mean).transpose(1, 2), jagged.unpacked(cov, q_mean).transpose(1, 2)
-    checks.refinement(refinement, gaussian=True)
+    checks.refinement(refinement, stochastic=True)
     q, k, v = checks.batch(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
-    w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
-    call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, gaussian=True, **options)
+    w_q, w_k, per_entry = checks.stochastic_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, stochastic=True, **options)
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
         inputs = Inputs(points(q, q_cov), points(k, k_cov), v, w_q, w_k, gate, lengths, v_cov=v_cov)
@@ -131,13 +132,13 @@ def stochastic_refined_attention_varlen(
     """
     if unknown:
         habits.refuse(stochastic_refined_attention_varlen, unknown)
-    checks.refinement(refinement, gaussian=True)
+    checks.refinement(refinement, stochastic=True)
     q, k, v = checks.packed(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
-    w_q, w_k, per_entry = checks.gaussian_tables(checks.packed_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    w_q, w_k, per_entry = checks.stochastic_tables(checks.packed_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
     call = Call.packed(
         q, w_q, cu_seqlens, max_seqlen, align, per_entry=per_entry, refinement=refinement, causal=causal,
-        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, gaussian=True,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, stochastic=True,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):
@@ -175,13 +176,13 @@ def stochastic_attention_weights(
     """
     if unknown:
         habits.refuse(stochastic_attention_weights, unknown)
-    checks.refinement(refinement, gaussian=True)
+    checks.refinement(refinement, stochastic=True)
     q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)
     q_cov, k_cov = map(checks.covariance, _COVARIANCES[:2], (q_cov, k_cov), (q, k))
-    w_q, w_k, per_entry = checks.gaussian_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
+    w_q, w_k, per_entry = checks.stochastic_tables(checks.padded_tables, (w_q, w_k), (w_q_cov, w_k_cov), q, refinement)
     call = Call.padded(
         q, w_q, lengths, padding_side, per_entry=per_entry, refinement=refinement, causal=causal,
-        softmax_scale=softmax_scale, refine_scale=refine_scale, gaussian=True,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, stochastic=True,
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     with without_autocast(q.device):

@@ -22,7 +22,7 @@ class RefinedLayer(nn.Module):
     of `RefinedMultiheadAttention`, with E = features for content tables.
     """
 
-    gaussian = False  # whether a subclass attends between Gaussians, where refinement may be "stochastic"
+    stochastic = False  # whether a subclass computes stochastic attention, where refinement may be "stochastic"
     w_q: Tensor | None
     w_k: Tensor | None
     to_tables: Tensor | None
@@ -53,7 +53,7 @@ class RefinedLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        checks.refinement(refinement, self.gaussian)
+        checks.refinement(refinement, self.stochastic)
         checks.choice("tables", tables, ("position", "content"))
         checks.choice("table_init", table_init, STARTS)
         checks.choice("align", align, ("left", "right"))

@@ -7,21 +7,22 @@ OUTPUTS = ("out", "out_mean", "out_cov")
 FEW = 8  # numbers of a result whose own error says little
 
 
-def allowed_errors(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+def allowed_errors(exact: dict[str, Tensor], in_dtype: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
     """Largest absolute error of each result of a call in `dtype`: `OUTPUTS`, and gradients under any other name.
 
-    exact: the reference in float64. same: the reference in `dtype`. A result may err by twice (a gradient: three times) what the
-    reference itself errs in that dtype, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in it, plus 32 eps of the accumulation
-    dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude among the outputs, or among all
-    gradients: without it a gradient that is truly zero would fail by rounding. A gradient of few numbers (the gate's) may come out
-    right in the reference by luck: its own error counts as no less, relative to its magnitude, than that of the worst other one.
+    exact: the reference in float64. in_dtype: the reference in `dtype`. A result may err by twice (a gradient: three times) what
+    the reference itself errs in that dtype, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in it, plus 32 eps of the
+    accumulation dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude among the outputs,
+    or among all gradients: without it a gradient that is truly zero would fail by rounding. A gradient of few numbers (the gate's)
+    may come out right in the reference by luck: its own error counts as no less, relative to its magnitude, than that of the worst
+    other one.
     """
     accumulation = torch.float64 if dtype == torch.float64 else torch.float32
     eps = torch.finfo(accumulation).eps
     largest = {True: 0.0, False: 0.0}  # of the outputs, and of the gradients
     for name, wanted in exact.items():
         largest[name in OUTPUTS] = max(largest[name in OUTPUTS], _peak(wanted))
-    own = {name: _peak(same[name].double() - wanted) for name, wanted in exact.items()}
+    own = {name: _peak(in_dtype[name].double() - wanted) for name, wanted in exact.items()}
     lucky = {name for name, wanted in exact.items() if name not in OUTPUTS and wanted.numel() <= FEW}
     others = [own[name] / _peak(wanted) for name, wanted in exact.items() if name not in lucky and _peak(wanted)]
     own |= {name: max(own[name], max(others, default=0.0) * _peak(exact[name])) for name in lucky}
@@ -35,15 +36,17 @@ def allowed_errors(exact: dict[str, Tensor], same: dict[str, Tensor], dtype: tor
     return limits
 
 
-def wrong_results(found: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> list[str]:
+def wrong_results(
+    results: dict[str, Tensor], exact: dict[str, Tensor], in_dtype: dict[str, Tensor], dtype: torch.dtype
+) -> list[str]:
     """A line for every result whose error is above `allowed_errors` or NaN, or whose shape or dtype is wrong."""
     lines = []
-    for name, limit in allowed_errors(exact, same, dtype).items():
-        if found[name].shape != exact[name].shape or found[name].dtype != same[name].dtype:
-            got, wanted = ((tuple(x.shape), x.dtype) for x in (found[name], same[name]))
+    for name, limit in allowed_errors(exact, in_dtype, dtype).items():
+        if results[name].shape != exact[name].shape or results[name].dtype != in_dtype[name].dtype:
+            got, wanted = ((tuple(x.shape), x.dtype) for x in (results[name], in_dtype[name]))
             lines.append(f"{name} is {got}, must be {wanted}")
             continue
-        error = _peak(found[name].double() - exact[name])
+        error = _peak(results[name].double() - exact[name])
         if not error <= limit:
             lines.append(f"{name} is off by {error:.1e}, allowed {limit:.1e}")
     return lines

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.checks import STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tuning.arguments import number, sizes, whole
 from awrsr_kernels.tuning.clock import Clock
 from benchmarks.common import compare
@@ -109,7 +109,7 @@ def options_parser() -> argparse.ArgumentParser:
     add(
         "--refinement",
         nargs="+",
-        choices=(*GAUSSIAN_REFINEMENTS, "all"),
+        choices=(*STOCHASTIC_ATTENTION_REFINEMENTS, "all"),
         default=["simple"],
         help="refinements to measure (default simple)",
     )

@@ -18,7 +18,7 @@ PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import 
 FLOORS = {
     "awrsr_kernels": [
         "torch_state tolerance habits",
-        "checks dropout gaussian launch_config",
+        "checks dropout wasserstein launch_config",
         "call tuned",
         "windows operators",
         "reference _torch _triton",

@@ -14,8 +14,8 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
-from awrsr_kernels.gaussian import points
 from awrsr_kernels.tables import TABLES, RefinedLayer
+from awrsr_kernels.wasserstein import points
 
 __all__ = [
     "TABLES",
@@ -93,7 +93,7 @@ class StochasticAttention(RefinedAttention):
     and gives means of 0.
     """
 
-    gaussian = True
+    stochastic = True
 
     def __init__(self, hidden: int, heads: int, *, mean_branch: str = "attended", **options: Any) -> None:
         super().__init__(2 * hidden, heads, **options)

@@ -24,15 +24,14 @@ from .stock import has_stock_kernel, stock_attention
 
 def torch_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     """The outputs in rows form, (entries, H, rows, D_v). Differentiable once; for torch.export, plain aten operations."""
-    if call.gaussian:  # -scale |x_i - x_j|^2 is, in a softmax, 2 scale (x_i.x_j - |x_j|^2 / 2)
+    if call.stochastic:  # -scale |x_i - x_j|^2 is, in a softmax, 2 scale (x_i.x_j - |x_j|^2 / 2)
         factor = 1 + (call.refinement == "stochastic")
         call = call._replace(softmax_scale=2 * call.softmax_scale, refine_scale=factor * call.refine_scale)
     if has_stock_kernel(inputs, call):
         return (stock_attention(inputs, call),)
     learns, exports = inputs.need_gradient(), torch.compiler.is_exporting()
     if must_dispatch(inputs) and not exports:
-        found: tuple[Tensor, ...] = RefinedAttentionOperator.apply(*inputs, *call) if learns else forward_op(*inputs, *call, False)
-        return tuple(found)
+        return tuple(RefinedAttentionOperator.apply(*inputs, *call) if learns else forward_op(*inputs, *call, False))
     if learns:
         outs: tuple[Tensor, ...] = RefinedAttention.apply(*inputs, call)
         return outs

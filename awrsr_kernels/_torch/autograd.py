@@ -50,9 +50,9 @@ class RefinedAttentionOperator(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         inputs, ctx.call = split_arguments(arguments)
-        found, count = forward_op(*arguments, True), 1 + ctx.call.gaussian
-        ctx.save_for_backward(*inputs, *found[count:])
-        return tuple(found[:count])
+        results, count = forward_op(*arguments, True), 1 + ctx.call.stochastic
+        ctx.save_for_backward(*inputs, *results[count:])
+        return tuple(results[:count])
 
     @staticmethod
     @once_differentiable

@@ -12,8 +12,8 @@ the dropout mask, and softmax'(g; p) = p * (g - rowsum(g * p)):
     dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)      dW_q = P^T dQ_A     dW_k = P^T dK_A
     dS = softmax'(dP; P)                   dQ = softmax_scale dS K       dK = softmax_scale dS^T Q
 
-Between Gaussians, with the scores of `forward.py` and C the output that squared weights make of V_cov (the points of "stochastic"
-and its T likewise, in place of K and S):
+In stochastic attention, with the scores of `forward.py` and C the output that squared weights make of V_cov (the points
+of refinement "stochastic" and its T likewise, in place of K and S):
 
     dK_j -= softmax_scale K_j sum_i dS_ij
     others     dM += 2 Z*(M*Z)*(dC V_cov^T)                              dV_cov = ((M*Z)^2)^T dC
@@ -66,7 +66,7 @@ class _ChunkBackward:
         self.values = met_values(operands.values, products)
         self.dvalues = met_values(grads.values, self.dproducts)
         self.term = self.dterm = self.higher_term = self.dhigher_term = None
-        if chunk.call.gaussian:
+        if chunk.call.stochastic:
             self.term = key_term(operands.k)
             self.dterm = torch.empty_like(self.term)
         if chunk.call.refinement == "stochastic" and products.k_a is not None:

@@ -156,7 +156,7 @@ class Operands:
 
     q: Tensor  # (n * H, L, D)
     k: Tensor  # (n * H, L, D), one per query head
-    values: list[Tensor]  # (n * H, L, D_v): V and, between Gaussians, V_cov
+    values: list[Tensor]  # (n * H, L, D_v): V and, in stochastic attention, V_cov
     tables: list[Tensor]  # W_q and W_k, none for "none"; (L, R) shared, otherwise (n * H, L, R)
     gate: Tensor | None  # (n * H, 1, 1)
     seed: Tensor | None

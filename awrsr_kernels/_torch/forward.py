@@ -4,8 +4,8 @@ n windows of a chunk, H query heads, L window length, m rows of a block, c colum
 
 A chunk is cut into blocks of rows, small enough to stay in cache. In the causal case a block needs columns up to its own last row
 only, and one sweep over the blocks serves both stages: K_A (and P V) are complete for the rows above. The bidirectional case takes
-one sweep per stage. P and R are as in `reference.py`, scores between Gaussians (the points x in Q and K) in another form: a softmax
-sees no difference where a row adds the same number to all its scores, so
+one sweep per stage. P and R are as in `reference.py`, those of stochastic attention (the points x in Q and K) in another form: a
+softmax sees no difference where a row adds the same number to all its scores, so
 
     S_ij = softmax_scale (x_i.x_j - |x_j|^2 / 2)          where `attention.py` has doubled the scale
 
@@ -38,16 +38,16 @@ def projections(tables: list[Tensor], values: list[Tensor], products: Products) 
     """The factors that P is multiplied by."""
     if products.q_a is None or products.k_a is None:
         return []
-    found = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
+    factors = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
     if products.y is not None:
-        found.append(Projection(values[0], products.y))
+        factors.append(Projection(values[0], products.y))
     if products.y_cov is not None:
-        found.append(Projection(values[1], products.y_cov, squared=True))
-    return found
+        factors.append(Projection(values[1], products.y_cov, squared=True))
+    return factors
 
 
 def met_values(values: list[Tensor], products: Products) -> list[Tensor]:
-    """What M multiplies and, between Gaussians, what its square multiplies."""
+    """What M multiplies and, in stochastic attention, what its square multiplies."""
     return values if products.y is None else [x for x in (products.y, products.y_cov) if x is not None]
 
 
@@ -77,7 +77,7 @@ def _to_points(x: Tensor) -> None:
 
 
 def _softmax(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Tensor | None, scale: float) -> Tensor:
-    """Weights of a block's queries for the keys that they may see, (n * H, m, c); term: `key_term` of keys between Gaussians."""
+    """Weights of a block's queries for the keys that they may see, (n * H, m, c); term: `key_term`, where scores are distances."""
     first, end, columns = block
     scores = queries.new_empty(queries.shape[0], end - first, columns)
     if term is not None:
@@ -113,13 +113,13 @@ def one_sweep(chunk: Chunk) -> bool:
 
 
 class _ChunkForward:
-    """Writes the products and the outputs (n * H, L, D_v), those of the values and, between Gaussians, of their covariances."""
+    """Writes the products and the outputs (n * H, L, D_v), of the values and, in stochastic attention, of their covariances."""
 
     def __init__(self, chunk: Chunk, operands: Operands, products: Products, outs: list[Tensor], keep_weights: bool) -> None:
         self.chunk, self.operands, self.products, self.outs, self.keep_weights = chunk, operands, products, outs, keep_weights
         self.projections = projections(operands.tables, operands.values, products)
         self.values = met_values(operands.values, products)
-        self.term = key_term(operands.k) if chunk.call.gaussian else None
+        self.term = key_term(operands.k) if chunk.call.stochastic else None
         self.higher_term: Tensor | None = None
         if chunk.call.refinement == "stochastic":
             self.higher_term = operands.k.new_empty(operands.k.shape[0], 1, chunk.length)

@@ -103,7 +103,7 @@ def find_windows(items: Tensor, max_len: int) -> list[Windows]:
         sequence = torch.arange(items.shape[0], device=device)[:, None].expand_as(position)
         return [Windows(sequence, position, items[:, None].expand_as(position), shared=False, read=False)]
     ascending, order = items.sort()
-    lengths, found = ascending.tolist(), []
+    lengths, kinds = ascending.tolist(), []
     empty = bisect.bisect_right(lengths, 0)
     lengths, order = lengths[empty:], order[empty:]
     for first, end, length in _classes(lengths):
@@ -120,5 +120,5 @@ def find_windows(items: Tensor, max_len: int) -> list[Windows]:
         each = torch.stack([sequence, torch.tensor(begins), items[sequence]])
         rows = each.repeat_interleave(torch.tensor(spans), 1, output_size=len(packed) * length).view(3, -1, length)
         position = torch.arange(length) - rows[1]
-        found.append(Windows(rows[0], position, rows[2], shared=len(packed) < end - first, read=True))
-    return found
+        kinds.append(Windows(rows[0], position, rows[2], shared=len(packed) < end - first, read=True))
+    return kinds

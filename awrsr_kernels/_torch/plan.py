@@ -81,8 +81,8 @@ class Plan:
     def _in_buffer(self, rows: list[Tensor], heads: Tensor | None = None) -> Tensor:
         """(N,) numbers in the order of a buffer, from (n, L) for each kind of windows; heads: (H,) what each head adds."""
         heads = torch.zeros(self.heads, dtype=torch.int64, device=self.device) if heads is None else heads
-        found = [(x[:, None] + heads[:, None]).flatten() for x in rows]
-        return torch.cat(found) if found else heads[:0]
+        parts = [(x[:, None] + heads[:, None]).flatten() for x in rows]
+        return torch.cat(parts) if parts else heads[:0]
 
     def _valid(self, windows: list[Windows]) -> Tensor:
         """(N,) whether a row of a buffer is an item."""
@@ -104,10 +104,10 @@ class Plan:
         if self.windows is None:
             return x
         rows, strides = _as_matrix(x)
-        found = rows.index_select(0, self._index(self.windows, strides, self.heads // x.shape[1]))
+        loaded = rows.index_select(0, self._index(self.windows, strides, self.heads // x.shape[1]))
         if clear or not all(w.read for w in self.windows):
-            found = torch.where(self._valid(self.windows)[:, None], found, 0)
-        return found
+            loaded = torch.where(self._valid(self.windows)[:, None], loaded, 0)
+        return loaded
 
     def load_inputs(self, inputs: Inputs) -> Inputs:
         """Loaded, the tables in the dtype of q."""
@@ -144,10 +144,10 @@ class Plan:
             return (buffer if heads == self.heads else buffer.unflatten(1, shared).sum(2)).to(dtype)
         rows = buffer.index_select(0, self._to_rows(self.windows))
         if self.call.varlen:
-            found = rows.view(1, self.num_rows, *shared, features)
-            return (found.squeeze(3) if heads == self.heads else found.sum(3)).to(dtype).transpose(1, 2)
-        found = rows.view(self.entries, *shared, self.num_rows, features)
-        return (found.squeeze(2) if heads == self.heads else found.sum(2)).to(dtype)
+            grouped = rows.view(1, self.num_rows, *shared, features)
+            return (grouped.squeeze(3) if heads == self.heads else grouped.sum(3)).to(dtype).transpose(1, 2)
+        grouped = rows.view(self.entries, *shared, self.num_rows, features)
+        return (grouped.squeeze(2) if heads == self.heads else grouped.sum(2)).to(dtype)
 
     def _to_rows(self, windows: list[Windows]) -> Tensor:
         """(rows of all entries and heads,) the buffer's row of each; N where no item is."""

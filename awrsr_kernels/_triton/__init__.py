@@ -1,9 +1,9 @@
-"""The "triton" backend. Importing it, which is done only where Triton is wanted, registers its operators with torch."""
+"""The "triton" backend. Importing it registers its operators with torch, so it is imported only where Triton is used."""
 
 from .autograd import TritonAttention, triton_attention
 from .decode import triton_step
-from .ptxas import take_newer_assembler
+from .ptxas import prefer_newer_ptxas
 
 __all__ = ["TritonAttention", "triton_attention", "triton_step"]
 
-take_newer_assembler()
+prefer_newer_ptxas()

@@ -15,21 +15,24 @@ from ..operators import define_operators, must_dispatch
 from ..torch_state import without_autocast
 from .launch import with_rows
 from .problem import Problem
-from .resident import launch_resident_backward, launch_resident_forward, resident_widths
+from .resident import launch_resident_forward, resident_widths
+from .resident_bwd import launch_resident_backward
 from .short import launch_short_backward, launch_short_forward, short_buffers
 from .tiled import launch_tiled_forward, tiled_widths
 from .tiled_bwd import launch_tiled_backward
 
 
 def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
-    """The outputs, (entries, H, rows, D_v), and if `keep` what the backward needs besides the inputs: outputs first, and in the
-    short regime nothing. Where lengths vary a call may run in both regimes: long sequences in the tiled one, then short ones."""
+    """The outputs, (entries, H, rows, D_v), then, with `keep` in the tiled regime, what its backward needs besides the inputs.
+
+    A call whose lengths vary may run in both regimes: first long sequences in the tiled one, then short ones in the other.
+    """
     problem = Problem(inputs, call)
     if problem.is_short():
         return launch_short_forward(problem)
     results = (launch_resident_forward if problem.is_resident() else launch_tiled_forward)(problem, keep)
     if problem.short_reach():
-        launch_short_forward(problem, results[: 1 + call.gaussian])
+        launch_short_forward(problem, results[: 1 + call.stochastic])
     return results
 
 
@@ -62,12 +65,12 @@ forward_op, backward_op = define_operators("refined_attention", launch_forward, 
 
 
 class TritonAttention(torch.autograd.Function):
-    """The tensors of `Inputs` one by one, then the call, to the outputs; differentiable once."""
+    """(tensors of `Inputs` one by one, call) -> outputs; differentiable once."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         *tensors, ctx.call = arguments
-        inputs, outputs = Inputs(*tensors), 1 + ctx.call.gaussian
+        inputs, outputs = Inputs(*tensors), 1 + ctx.call.stochastic
         dispatched = must_dispatch(inputs)
         results = forward_op(*inputs, *ctx.call, True) if dispatched else launch_forward(inputs, ctx.call, True)
         ctx.save_for_backward(*tensors, *(results if len(results) > outputs else ()))
@@ -77,7 +80,7 @@ class TritonAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         one_gradient("triton", douts)
-        tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: a checkpoint gives them once
+        tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: under activation checkpointing a second read fails
         inputs, saved = Inputs(*tensors[:size]), list(tensors[size:])
         with without_autocast(inputs.q.device):
             if must_dispatch(inputs) or must_dispatch(douts):
@@ -89,7 +92,7 @@ class TritonAttention(torch.autograd.Function):
 
 
 def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
-    """The outputs, (entries, H, rows, D_v): of the values and, between Gaussians, of their covariances."""
+    """The outputs, (entries, H, rows, D_v): of the values and, in stochastic attention, of their covariances."""
     if inputs.need_gradient():
         outputs: tuple[Tensor, ...] = TritonAttention.apply(*inputs, call)
         return outputs

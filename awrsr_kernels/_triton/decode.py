@@ -2,11 +2,11 @@
 
 H query heads, D, D_v, R features of q, v and the tables, N rows of the cache. Shapes in comments are those of tiles.
 
-The row of `decoding.py` in two sweeps over the items before it: first softmax(q K^T) meets the tables and, where it must, V; then
-softmax(q_a K_A^T) meets V or Y. The new item itself never leaves registers between the two, so no program waits for what another
-appends. Nothing here is a product of matrices: every number of the cache is read once and used once, and what counts is that loads
-never wait. So each of the BLOCK_N places of a tile keeps a softmax of its own (peak, total, sums, in float32), and places are put
-together after the sweep alone.
+The row of `decoding.py` in two sweeps over the earlier items: the first multiplies softmax(q K^T) by the tables and, if needed, V;
+the second multiplies softmax(q_a K_A^T) by V or Y. The new item stays in registers between the two, so no program waits for rows
+that another one appends. The kernel is bound by loads: every number of the cache is read once and used once, without a matrix
+product. So that no load waits for a reduction, each of the BLOCK_N rows of a tile has its own running softmax (peak, total, sums,
+in float32); they are combined after the sweep.
 """
 
 import triton
@@ -21,13 +21,13 @@ from .primitives import LOG2E, load_gate, load_table, load_tile, seats, store_ti
 
 @triton.jit
 def row_seat(entry, row, present):
-    """The seat of one row; nothing is there unless present is 1."""
+    """The seat of one row; empty if `present` is 0."""
     return seats(entry, row, tl.zeros((1,), tl.int32), present)
 
 
 @triton.jit
 def together(sums, own, share, mine):
-    """[1, BLOCK]: what all places of a tile and the new item have summed up."""
+    """[1, BLOCK]: the sums of all rows of a tile and of the new item, combined. share, mine: the weights of each."""
     return tl.sum(sums * share[:, None], 0)[None, :] + mine * own
 
 
@@ -41,7 +41,8 @@ def sweep(
 ):  # fmt: skip
     """softmax(query keys^T) of the rows from `first` to `end` and the new item, times the tables and the values.
 
-    Row j meets row j - table_first of the tables. Returns [1, BLOCK_R] twice and [1, BLOCK_DV]; what is not wanted comes back.
+    Row j uses row j - table_first of the tables. Returns [1, BLOCK_R] twice and [1, BLOCK_DV]: without TABLES own_w_q and own_w_k,
+    without VALUES own_value, as they came.
     """
     ACC: tl.constexpr = query.dtype
     own = tl.sum(query * own_key) * (scale * LOG2E)
@@ -96,8 +97,8 @@ def _decode_step_kernel(
     kv_head = head // GROUP
     end = tl.minimum(tl.maximum(tl.load(end_ptr + entry), 0), capacity).to(tl.int32)
     first = tl.minimum(tl.maximum(tl.load(first_ptr + entry), 0), end).to(tl.int32)
-    room = tl.where(end < capacity, 1, 0)  # without any, nothing is written
-    lead = room * tl.where(head % GROUP == 0, 1, 0)  # of the query heads of a key head one appends its rows
+    room = tl.where(end < capacity, 1, 0)  # a full cache is left as it is
+    lead = room * tl.where(head % GROUP == 0, 1, 0)  # one query head of each group appends the key head's rows
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -168,7 +169,7 @@ def launch_step(
     softmax_scale: float,
     refine_scale: float,
 ) -> Tensor:
-    """(B, H, 1, D_v); appends to the cache's k, v, k_a, y, w_q and w_k. Position tables are new_w_q and new_w_k, whole."""
+    """(B, H, 1, D_v); appends to the cache's k, v, k_a, y, w_q and w_k. Position tables come whole, as new_w_q and new_w_k."""
     q, new_k, new_v = (with_rows(x) for x in (q, new_k, new_v))
     batch, heads, _, d = q.shape
     d_v, rank = v.shape[-1], 1 if new_w_q is None else new_w_q.shape[-1]

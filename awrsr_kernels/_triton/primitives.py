@@ -3,9 +3,10 @@
 L length of a sequence, D features of a tile, R refinement rank. Shapes in comments and docstrings are those of tiles.
 
 A *view* is the tuple (pointer, entry_stride, head_stride, row_stride) of a tensor (entries, heads, rows, D) whose last dimension is
-contiguous; for packed batches the entry stride is 0. Rows are "local": they count from the sequence's first real item, on both
-sides of every tile. *Seats* say where the rows of a tile lie in such a tensor, as a tuple (first_entry, first_row, entries, rows,
-filled): entry and row of the tile's origin, then per row of the tile the entries and rows beyond it and whether an item sits there.
+contiguous; for packed batches the entry stride is 0. Rows and columns of weights are "local": they count from the sequence's first
+real item. A *seat* says where the rows of a tile lie in such a tensor, as a tuple (first_entry, first_row, entries, rows, filled):
+entry and row of the tile's origin, then for each row of the tile its offset from there in entries and in rows, and whether it holds
+an item. The origin is a 64-bit offset, so that those within a tile may be 32-bit.
 """
 
 import triton
@@ -35,7 +36,7 @@ def locate(bounds_ptr, entry, rows, max_len, VARLEN: tl.constexpr, ALIGN_RIGHT: 
 
 @triton.jit
 def locate_long(bounds_ptr, entry, rows, max_len, least, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr):
-    """The same for the tiled kernels, to which a sequence of fewer than `least` items is empty: the short kernels take it."""
+    """`locate` for the tiled kernels: sequences of fewer than `least` items, which the short kernels compute, count as empty."""
     start, length = locate(bounds_ptr, entry, rows, max_len, VARLEN, ALIGN_RIGHT)
     if bounds_ptr is None:
         return start, length
@@ -45,7 +46,7 @@ def locate_long(bounds_ptr, entry, rows, max_len, least, VARLEN: tl.constexpr, A
 
 @triton.jit
 def table_start(start, length, table_rows, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr):
-    """Row of the tables that meets the sequence's first item."""
+    """Row of the tables that belongs to the sequence's first item."""
     if VARLEN and not PER_ENTRY:
         return table_rows - length if ALIGN_RIGHT else length * 0
     else:
@@ -81,7 +82,7 @@ def key_seats(entry, start, w_start, columns, length):
 
 @triton.jit
 def padded_seats(entry, start, rows, length, total, PADDED: tl.constexpr):
-    """Seats to store at: with PADDED the rows from `length` to `total` are those of the padding, which wraps around `total`."""
+    """Seats to store at. With PADDED, rows from `length` to `total` are the padding, which wraps around to the entry's start."""
     if PADDED:
         physical = (start + rows).to(tl.int64)
         return entry, start * 0, 0, tl.where(physical >= total, physical - total, physical), rows < total
@@ -95,23 +96,23 @@ def shared_seats(
     VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     BLOCK: tl.constexpr, CANDIDATES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Seats whole sequences from number `sequence` (below `last`) on in the rows of one tile, as many as fit: at least one.
+    """Pack whole sequences, from number `sequence` and below `last`, into the rows of one tile: as many as fit, at least one.
 
-    One of more than `reach` items, which is at most BLOCK, counts as empty: the tiled kernels take it.
+    Sequences of more than `reach` items (at most BLOCK), which the tiled kernels compute, count as empty.
 
-    Returns their number, then per row: its sequence, that one's first row in the tile and its length (0 if the row stays empty),
-    then seats in the inputs and in the tables. OFFSET: int32, or int64 where the rows of a tile may lie further apart than that.
+    Returns how many fit, then for each row its sequence, the row of the tile where that sequence begins, and its length (0
+    if the row stays empty), then seats in the inputs and in the tables. OFFSET: int64 if offsets within a tile may exceed int32.
     """
     candidate = sequence + tl.arange(0, CANDIDATES)
     start, length = locate(bounds_ptr, tl.minimum(candidate, last - 1), rows_total, max_len, VARLEN, ALIGN_RIGHT)
     length = tl.where((candidate < last) & (length <= reach), length, 0)
     end = tl.cumsum(length, 0)
     fits = (end <= BLOCK) & (candidate < last)
-    taken = tl.sum(fits.to(tl.int32), 0)
+    fitting = tl.sum(fits.to(tl.int32), 0)
 
     rows = tl.arange(0, BLOCK)
     passed = end[None, :] <= rows[:, None]  # [BLOCK, CANDIDATES]
-    owner = tl.sum(passed.to(tl.int32), 1)  # empty sequences are passed, too
+    owner = tl.sum(passed.to(tl.int32), 1)  # counts empty sequences as well
     first = tl.max(tl.where(passed, end[None, :], 0), 1)
     mine = (owner[:, None] == tl.arange(0, CANDIDATES)[None, :]) & fits[None, :]
     length = tl.sum(tl.where(mine, length[None, :], 0), 1)
@@ -127,14 +128,14 @@ def shared_seats(
     if VARLEN and not PER_ENTRY:
         steps = local + (table_rows - length if ALIGN_RIGHT else 0)
         table_seat = sequence, sequence * 0, owner.to(OFFSET), steps.to(OFFSET), filled
-        return taken, sequence + owner, first, length, seat, table_seat
+        return fitting, sequence + owner, first, length, seat, table_seat
     else:
-        return taken, sequence + owner, first, length, seat, seat
+        return fitting, sequence + owner, first, length, seat, seat
 
 
 @triton.jit
 def tile_pointers(view, head, seat, columns):
-    """[rows of the seat, len(columns)]: where the numbers of a tile lie."""
+    """[rows of the seat, len(columns)]: pointers to the elements of a tile."""
     pointer, entry_stride, head_stride, row_stride = view
     first_entry, first_row, entries, rows, _ = seat
     origin = first_entry.to(tl.int64) * entry_stride + head.to(tl.int64) * head_stride + first_row.to(tl.int64) * row_stride
@@ -143,7 +144,7 @@ def tile_pointers(view, head, seat, columns):
 
 @triton.jit
 def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows of the seat, BLOCK or 1] bool: rows with an item, and WIDTH columns of BLOCK."""
+    """[rows of the seat, BLOCK or 1] bool: rows that hold an item, and the first WIDTH columns."""
     _, _, _, _, filled = seat
     if WIDTH == BLOCK:
         return filled[:, None]
@@ -153,14 +154,14 @@ def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_tile(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
-    """[rows of the seat, BLOCK]: a head's WIDTH features from FIRST on, zero where no item sits and beyond those features."""
+    """[rows of the seat, BLOCK]: a head's WIDTH features from FIRST on; zero in empty rows and further columns."""
     pointers = tile_pointers(view, head, seat, FIRST + tl.arange(0, BLOCK))
     return tl.load(pointers, mask=tile_mask(seat, WIDTH, BLOCK), other=0.0)
 
 
 @triton.jit
 def load_table(view, head, seat, DTYPE: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """[rows of the seat, BLOCK_R]: rows of W_q or W_k, which may be float32 beside half precision, in the dtype of the products."""
+    """[rows of the seat, BLOCK_R]: rows of W_q or W_k in DTYPE; the tables may be float32 where q is half precision."""
     return load_tile(view, head, seat, R, BLOCK_R).to(DTYPE)
 
 
@@ -200,7 +201,7 @@ def store_padding(
 def store_rest(
     view, head, seat, tile, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr
 ):  # fmt: skip
-    """With HALF: store what rounding a tile loses, in the columns from FIRST on."""
+    """With HALF: store the rounding error of a tile, in the columns from FIRST on."""
     if HALF:
         store_tile(view, head, seat, tile - tile.to(DTYPE).to(tile.dtype), WIDTH, BLOCK, FIRST)
 
@@ -210,7 +211,7 @@ def load_with_rest(
     view, rest, head, seat,
     HALF: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """[rows of the seat, BLOCK]: a tile and what `store_rest` kept of it, together."""
+    """[rows of the seat, BLOCK]: a tile plus the rounding error that `store_rest` kept of it."""
     tile = load_tile(view, head, seat, WIDTH, BLOCK).to(ACC)
     if HALF:
         tile += load_tile(rest, head, seat, WIDTH, BLOCK, FIRST).to(ACC)
@@ -219,7 +220,7 @@ def load_with_rest(
 
 @triton.jit
 def row_index(entry, head, heads, start, rows, rows_total, VARLEN: tl.constexpr):
-    """Where local rows lie in a contiguous (entries, heads, rows_total) tensor of a number per row."""
+    """Offsets of local rows in a contiguous (entries, heads, rows_total) tensor with a number per row."""
     outer = head if VARLEN else entry * heads + head
     return outer.to(tl.int64) * rows_total + start + rows
 
@@ -241,7 +242,7 @@ def visible_tile(rows, columns, length, CAUSAL: tl.constexpr):
 
 @triton.jit
 def visible_in_shared_tile(first, length, CAUSAL: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK] bool: the same, where rows and columns are those of a tile that several sequences share."""
+    """[BLOCK, BLOCK] bool: `visible_tile` for a tile that several sequences share."""
     rows = tl.arange(0, BLOCK)
     end = tl.minimum(first + length, rows + 1) if CAUSAL else first + length
     return (rows[None, :] >= first[:, None]) & (rows[None, :] < end[:, None])
@@ -256,7 +257,7 @@ def dot(a, b, PRECISION: tl.constexpr, total=None):
 
 @triton.jit
 def score_tile(q_tile, k_tile, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
-    """q.k; with DISTANCE, up to a number per row, minus half the squared distance of the points q and k: q.k - |k|^2 / 2."""
+    """q.k; with DISTANCE q.k - |k|^2 / 2, which is -|q - k|^2 / 2 up to a number per row, to which softmax is invariant."""
     scores = dot(q_tile, tl.trans(k_tile), PRECISION)
     if DISTANCE:
         wide = k_tile.to(scores.dtype)
@@ -266,7 +267,7 @@ def score_tile(q_tile, k_tile, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_tile(q_tile, k_tile, visible, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
-    """Softmax of whole rows; one that sees nothing is zero."""
+    """Softmax of whole rows; a row that sees nothing is zero."""
     scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E)
     scores = tl.where(visible, scores, float("-inf"))
     peak = tl.max(scores, 1)
@@ -289,7 +290,7 @@ def diagonal(tile, fill, BLOCK: tl.constexpr, TRANSPOSED: tl.constexpr = False):
 
 @triton.jit
 def begin_softmax(scores, factor):
-    """The peak and the sum of each row, in units of log 2, and the weights before their division. factor > 0; a row sees something."""
+    """The peak and the sum of each row, in units of log 2, and the weights before the division. factor > 0; rows see something."""
     peak = tl.max(scores, 1) * factor
     weights = tl.exp2(scores * factor - peak[:, None])
     return peak, tl.sum(weights, 1), weights
@@ -309,14 +310,14 @@ def known_softmax_tile(
     q_tile, k_tile, lse, rows, columns, length, scale,
     DISTANCE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of rows whose log-sum-exp is known, in units of log 2; zero where nothing is visible."""
+    """A tile of softmax, from the rows' log-sum-exps in units of log 2; zero where a row may not attend."""
     scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E) - lse[:, None]
     return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
 
 
 @triton.jit
 def correlation_points(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """[rows, BLOCK_R] means, then from column R / 2 on what ELU + 1 makes covariances: the latter become deviations."""
+    """[rows, BLOCK_R] [mean | a] -> [mean | sqrt(ELU(a) + 1)], R / 2 columns each: points of refinement "stochastic"."""
     columns = tl.arange(0, BLOCK_R)[None, :]
     root = tl.where(tile > 0, tl.sqrt(tl.maximum(tile, 0.0) + 1), tl.exp2(tl.minimum(tile, 0.0) * (0.5 * LOG2E)))
     return tl.where((columns >= R // 2) & (columns < R), root, tile)
@@ -324,7 +325,7 @@ def correlation_points(tile, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def before_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """What `correlation_points` made them from."""
+    """The inverse of `correlation_points`."""
     columns = tl.arange(0, BLOCK_R)[None, :]
     below = tl.log2(tl.where(points > 0, points, 1)) * (2 / LOG2E)
     return tl.where((columns >= R // 2) & (columns < R), tl.where(points >= 1, points * points - 1, below), points)
@@ -332,7 +333,7 @@ def before_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def slope_of_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The derivative of `correlation_points` where it gave these."""
+    """The derivative of `correlation_points`, from its result."""
     columns = tl.arange(0, BLOCK_R)[None, :]
     slope = tl.where(points >= 1, 0.5 / tl.where(points >= 1, points, 1), 0.5 * points)
     return tl.where((columns >= R // 2) & (columns < R), slope, 1)
@@ -340,9 +341,9 @@ def slope_of_points(points, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def draw(seed_ptr, entry, head, rows, column, BLOCK: tl.constexpr):
-    """The four words, each [len(rows), BLOCK // 8], that decide over BLOCK columns from `column`, a multiple of 8, of local rows.
+    """The four random words, each [len(rows), BLOCK // 8], for local rows and the BLOCK columns from `column`, a multiple of 8.
 
-    They are those that `awrsr_kernels/dropout.py` defines: column 8g + 2w + u takes half u of word w in column g.
+    As `awrsr_kernels/dropout.py` defines: column 8g + 2w + u uses half u of word w in column g.
     """
     groups = column // WEIGHTS_PER_CALL + tl.arange(0, BLOCK // WEIGHTS_PER_CALL)
     zero = rows[:, None] * 0 + groups[None, :] * 0
@@ -352,7 +353,7 @@ def draw(seed_ptr, entry, head, rows, column, BLOCK: tl.constexpr):
 
 @triton.jit
 def keep_tile(seed_ptr, entry, head, rows, column, threshold, BLOCK: tl.constexpr):
-    """[len(rows), BLOCK] bool: which weights dropout keeps of local rows and the BLOCK columns from `column`, a multiple of 8."""
+    """[len(rows), BLOCK] bool: which weights dropout keeps, of local rows and the BLOCK columns from `column`, a multiple of 8."""
     w0, w1, w2, w3 = draw(seed_ptr, entry, head, rows, column, BLOCK)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, words >> 16)
@@ -361,10 +362,10 @@ def keep_tile(seed_ptr, entry, head, rows, column, threshold, BLOCK: tl.constexp
 
 @triton.jit
 def keep_word(seed_ptr, entry, head, local, first, threshold, BLOCK: tl.constexpr):
-    """[BLOCK] int64: bit c says whether dropout keeps column c of a row, in a tile of up to 64 rows that sequences share.
+    """[BLOCK] int64: bit c of a row says whether dropout keeps its column c, in a tile of up to 64 rows that sequences share.
 
-    Drawn at columns counted from each row's sequence, which begins at column `first` of the tile; a bit each, so that moving them
-    is a shift and keeping them takes two registers a row.
+    Masks are defined on local columns, so each row's bits are shifted to column `first`, where its sequence begins in the tile. As
+    bits they take two registers per row.
     """
     words = draw(seed_ptr, entry[:, None], head, local, 0, BLOCK)
     bits = tl.zeros((BLOCK, BLOCK // WEIGHTS_PER_CALL), tl.int64)
@@ -377,7 +378,7 @@ def keep_word(seed_ptr, entry, head, local, first, threshold, BLOCK: tl.constexp
 
 @triton.jit
 def drop_by_word(weights, word, scale, BLOCK: tl.constexpr):
-    """Z * weights, Z from `keep_word`."""
+    """Z * weights. word: of `keep_word`."""
     kept = (word[:, None] >> tl.arange(0, BLOCK)[None, :].to(tl.int64)) & 1
     return tl.where(kept != 0, weights * scale, 0.0)
 

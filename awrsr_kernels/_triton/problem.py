@@ -1,4 +1,4 @@
-"""A call as launchers see it: its tensors as kernels take them, its sizes, its regime, and the arguments that kernels share.
+"""A call as its launches see it: tensors as kernels take them, sizes, regime, and the arguments that kernels share.
 
 B sequences, H query heads, H_kv key heads, N table rows, D, D_v, R features of q, v and the tables.
 """
@@ -25,7 +25,7 @@ from .launch import View, allocate, ceil_div, view_of, with_rows
 Result = TypeVar("Result")
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
-    """functools.cache, but for sizes that torch.compile leaves open: those have no hash."""
+    """functools.cache, except for symbolic sizes of torch.compile, which have no hash."""
     known = functools.lru_cache(1024)(function)
 
     def call(*arguments: Any) -> Result:
@@ -47,7 +47,7 @@ def processors(device: torch.device) -> int:
 
 
 class Problem:
-    """One call: tensors with a contiguous last dimension, sizes, and arguments that kernels share."""
+    """What kernels are launched for: tensors with a contiguous last dimension, sizes, and the arguments that kernels share."""
 
     def __init__(self, inputs: Inputs, call: Call) -> None:
         self.q, self.k, self.v = with_rows(inputs.q), with_rows(inputs.k), with_rows(inputs.v)
@@ -55,13 +55,13 @@ class Problem:
         self.w_k = None if inputs.w_k is None else with_rows(inputs.w_k)
         self.v_cov = None if inputs.v_cov is None else with_rows(inputs.v_cov)
         self.gate, self.seed, self.call = inputs.gate, inputs.seed, call
-        self.bounds = None if inputs.bounds is None else inputs.bounds.contiguous()  # kernels step through them one by one
+        self.bounds = None if inputs.bounds is None else inputs.bounds.contiguous()  # kernels assume stride 1
         q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.gaussian, call.refinement)
+        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.stochastic, call.refinement)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -72,56 +72,57 @@ class Problem:
 
     def is_resident(self) -> bool:
         """Whether sequences that are not short run in the resident regime."""
-        call, sizes = self.call, (self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian)
+        call, sizes = self.call, (self.features, self.q.dtype.itemsize, self.shared, self.call.stochastic)
         return is_resident(call.max_len, call.causal, *sizes)
 
     def short_reach(self) -> int:
-        """Up to how many items the short kernels take sequences: max_len if that is short, otherwise what fits where lengths vary.
+        """Length of the longest sequence that the short kernels compute.
 
-        0 if they take none: without lengths, and under grouped-query attention, whose dK the regimes gather in different ways.
+        If max_len is not short, they compute the short sequences of a call with lengths. 0, so none, without lengths or under
+        grouped-query attention, where the regimes sum dK differently.
         """
         if self.reach is None:
-            sizes = self.features, self.q.dtype.itemsize, self.shared, self.call.gaussian
+            sizes = self.features, self.q.dtype.itemsize, self.shared, self.call.stochastic
             reach = next((n for n in reversed(LENGTHS) if is_short(n, *sizes)), 0)
-            if self.call.max_len <= reach:  # the one question that a graph for any length must answer: there is one for each regime
+            if self.call.max_len <= reach:  # with a symbolic max_len, the one guard: a graph per regime
                 self.reach = self.call.max_len
             else:
                 self.reach = reach if self.bounds is not None and self.group == 1 else 0
         return self.reach
 
     def least(self) -> int:
-        """Items of the shortest sequence that the tiled kernels take."""
+        """Length of the shortest sequence that the tiled kernels compute."""
         return self.short_reach() + 1
 
     def sum_dtype(self, like: Tensor) -> torch.dtype:
-        """Of gradients that are sums over sequences: that of `like`, but the accumulator's while one regime waits for the other."""
+        """Dtype of sums over sequences: that of `like`, or the accumulator's if both regimes run: their sums are added later."""
         return self.accumulator if not self.is_short() and self.short_reach() else like.dtype
 
     def config(self, kernel: str) -> Config:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
         key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
         assert key is not None
-        tuned = None if self.call.gaussian else tuned_for(self.q.device)  # the tuner measures dot products
+        tuned = None if self.call.stochastic else tuned_for(self.q.device)  # the tuner measures dot-product scores only
         return choose(key, self.shared, tuned)
 
     def view(self, x: Tensor, packed: bool | None = None) -> View:
-        """A tensor as kernels take it (`view_of`); packed unless the call is padded, or `packed` says so."""
+        """A tensor as kernels take it (`view_of`). packed: whether it is; by default as the call."""
         return view_of(x, self.call.varlen if packed is None else packed)
 
     @functools.cached_property
     def tensors(self) -> dict[str, Any]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
-        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.gaussian_view(self.v_cov)}
+        return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.covariance_view(self.v_cov)}
 
-    def gaussian_view(self, x: Tensor | None) -> View | None:
-        """A tensor that the kernels take between Gaussians alone."""
-        return None if x is None or not self.call.gaussian else self.view(x)
+    def covariance_view(self, x: Tensor | None) -> View | None:
+        """A tensor of covariances; None where attention is not stochastic."""
+        return None if x is None or not self.call.stochastic else self.view(x)
 
     def scales(self) -> tuple[float, float]:
-        """Factors of the scores of both stages as kernels compute them: half a squared distance is a dot product less a number."""
+        """Scales of both stages. Kernels compute half a squared distance (`score_tile`), so its scale is doubled."""
         call = self.call
-        return call.softmax_scale * (1 + call.gaussian), call.refine_scale * (1 + (call.refinement == "stochastic"))
+        return call.softmax_scale * (1 + call.stochastic), call.refine_scale * (1 + (call.refinement == "stochastic"))
 
     @functools.cached_property
     def sequences(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ class Problem:
     def refinement(self) -> dict[str, Any]:
         return {
             "REFINEMENT": self.call.refinement,
-            "GAUSSIAN": self.call.gaussian,
+            "STOCHASTIC": self.call.stochastic,
             "gate_ptr": self.gate,
             "gate_stride": self.gate_stride(),
             "softmax_scale": self.scales()[0],
@@ -164,22 +165,23 @@ class Problem:
         }  # fmt: skip
 
     def precision(self) -> str:
-        """How float32 products are computed: exactly, or on tensor cores in three passes; in one where torch allows TF32."""
+        """Of float32 products: exact without tensor cores, otherwise three TF32 passes, or one if torch allows TF32."""
         if self.q.dtype != torch.float32 or self.interpreted or driver.active.get_current_target().backend != "cuda":
             return "ieee"
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and not self.call.gaussian  # distances are small differences
-        return "tf32" if allowed else "tf32x3"
+        if self.call.stochastic:  # distances are small differences of large products
+            return "tf32x3"
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
     def run(self, programs: int) -> int:
-        """Consecutive sequences that a program of the short regime owns: with `programs` of them per processor none is idle."""
+        """Consecutive sequences per program of the short regime, such that every processor gets `programs` programs."""
         return max(1, ceil_div(self.batch * self.heads, programs * self.processors()))
 
     def splits(self, programs: int) -> int:
-        """Over how many programs to spread the batch so that, `programs` times that, they fill the GPU twice."""
+        """Number of splits of the batch such that `programs` programs per split make two per processor."""
         return max(1, min(self.batch, ceil_div(2 * self.processors(), programs)))
 
     def offset_type(self, block: int, *more: Tensor | None) -> Any:
-        """What counts elements within a tile of the short regime: int32, unless entries or rows of a tensor lie very far apart."""
+        """Dtype of offsets within a tile of the short regime: int32 unless a tensor's strides are too large for it."""
         tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
         rows = block if self.bounds is None else max(block, self.rows)
         widest = max(block * entry + rows * row for _, entry, _, row in map(self.view, tensors))
@@ -187,7 +189,7 @@ class Problem:
 
     def processors(self) -> int:
         if self.q.device.type != "cuda":
-            return 1  # interpreted: few enough that every program has several sequences to walk over
+            return 1  # interpreted: few programs, so that each loops over several sequences
         return processors(self.q.device)
 
     def buffers(self, widths: dict[str, int | None]) -> dict[str, Tensor]:
@@ -197,7 +199,7 @@ class Problem:
         return {name: made[name] if name in made else self.row_numbers() for name in widths}
 
     def row_numbers(self) -> Tensor:
-        """Uninitialised, a number per head and row: (entries, H, rows)."""
+        """Uninitialised memory for a number per head and row, (entries, H, rows)."""
         return self.q.new_empty(self.q.shape[0], self.heads, self.rows, dtype=self.accumulator)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:

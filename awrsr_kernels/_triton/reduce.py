@@ -1,7 +1,9 @@
-"""Gradients that are sums of parts: the parts' memory, and their sums in a fixed order, of either regime and of both together.
+"""Gradients that are sums of parts: memory for the parts, and their sums in a fixed order, within and across regimes.
 
 H query heads, H_kv key heads, N table rows, R refinement rank. A part is what one program, or one query head of a key head, adds.
 """
+
+from typing import overload
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,13 +12,21 @@ from .launch import allocate
 from .problem import Problem
 
 
+@overload
+def per_query_head(problem: Problem, gradient: Tensor) -> Tensor: ...
+@overload
+def per_query_head(problem: Problem, gradient: Tensor | None) -> Tensor | None: ...
 def per_query_head(problem: Problem, gradient: Tensor | None) -> Tensor | None:
-    """Uninitialised memory for the parts of a key head's gradient that its query heads contribute; itself if there is one."""
+    """Uninitialised memory for the gradient of a key head as parts, one per query head; with one query head the gradient itself."""
     if problem.group == 1 or gradient is None:
         return gradient
     return allocate(gradient, problem.heads, gradient.shape[-1], problem.call.varlen, problem.accumulator)
 
 
+@overload
+def sum_query_heads(problem: Problem, parts: Tensor, gradient: Tensor) -> Tensor: ...
+@overload
+def sum_query_heads(problem: Problem, parts: Tensor | None, gradient: Tensor | None) -> Tensor | None: ...
 def sum_query_heads(problem: Problem, parts: Tensor | None, gradient: Tensor | None) -> Tensor | None:
     """The gradient from what `per_query_head` allocated."""
     if parts is None or gradient is None or parts is gradient:
@@ -34,7 +44,8 @@ def sum_tables(problem: Problem, partials: Tensor) -> list[Tensor]:
     w, call = problem.w_q, problem.call
     assert w is not None
     total = partials.sum(1 if w.shape[1] > 1 else (1, 2)).view(2, 1, w.shape[1], *partials.shape[3:])
-    missing, dtype = w.shape[2] - partials.shape[3], problem.sum_dtype(w)  # rows that no sequence reaches; below 0: of no use
+    # Rows that no sequence reaches; negative if the tile has surplus rows.
+    missing, dtype = w.shape[2] - partials.shape[3], problem.sum_dtype(w)
     if call.align_right and (call.varlen or problem.bounds is not None):
         total, pads = total[:, :, :, max(0, -missing) :], (0, 0, missing, 0)
     else:
@@ -54,7 +65,7 @@ def in_order(
 
 
 def add_regimes(problem: Problem, tiled: list[Tensor], short: list[Tensor]) -> list[Tensor]:
-    """The gradients of a call that ran in both regimes: these share all memory but that of sums over sequences."""
+    """The gradients of a call that ran in both regimes. They share all memory except that of sums over sequences, added here."""
     first = 5 if problem.w_q is not None and problem.call.per_entry else 3
     tables = [] if first == 5 or problem.w_q is None else [problem.w_q, problem.w_k]
     sums = tables + ([] if problem.gate is None else [problem.gate])

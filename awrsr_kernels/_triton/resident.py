@@ -1,25 +1,13 @@
-"""The resident regime, causal sequences of 65 to 256 items: one program walks over all rows of a head, one launch each way.
+"""The resident regime, forward: one program walks over all rows of a causal head of 65 to 256 items, in one launch.
 
 L positions, D, DV, R features of q, v and the tables; `# [BLOCK, BLOCK_D]` is the shape of a tile: BLOCK rows or columns.
 
-Forward. Row i of the higher-order weights needs K_A of rows up to i alone, so both stages of a block of rows follow each other.
-Q_A never leaves the registers before its use; K_A, and in "value" Y = P V, go to memory and come back from the cache. Within a
-block the tile on the diagonal comes first: from then on the peak is finite, and no other tile needs a mask. Rows beyond the
-sequence load zeros and are not stored; columns beyond it are seen by such rows only.
+Row i of the higher-order weights needs K_A of rows up to i alone, so both stages of a block of rows follow each other. Q_A never
+leaves the registers before its use; K_A, and in "value" Y = P V, go to memory and come back from the cache. Within a block the
+tile on the diagonal comes first: from then on the peak is finite, and no other tile needs a mask. Rows beyond the sequence load
+zeros and are not stored; columns beyond it are seen by such rows only.
 
-Backward, for a tile [columns, rows] of P and of R at a time, each computed once from the saved log-sum-exps:
-
-    dM = Z*(V dO^T), in "value" of Y     delta = rowsum(dO*O_R)     dT = gate R*(dM - delta)
-    dV += (R*Z gate)^T dO, "value": dY   dQ_A += refine_scale dT K_A    dK_A += refine_scale dT^T Q_A
-    dP = W_q dQ_A^T + W_k dK_A^T + (value: V dY^T) + (additive, none: dM)
-    delta = rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + (value: rowsum(dY*Y)) + (additive, none: rowsum(dO*O_P))
-    dS = P*(dP - delta)                  dQ += softmax_scale dS K       dK += softmax_scale dS^T Q
-    dW_q += P^T dQ_A                     dW_k += P^T dK_A               dV += P^T dY (value), (P*Z)^T dO (additive, none)
-
-Columns go from the first block to the last. Sums over rows stay in registers; dQ_A and dQ, which are sums over columns, pass
-through a scratch of the program, and a block of them is complete when the columns reach its diagonal. From then on nobody reads
-dQ_A, dK_A (and dY) of that block, which may therefore lie in the memory of dQ, dK (and dV). The gradients of shared tables build
-up in a partial per program, which stays in the cache; partials are summed in a fixed order afterwards: no atomics.
+The backward needs Q_A, K_A, Y or O_P = (P*Z) V, O_R = (R*Z) V (where that is not the output) and a log-sum-exp per row and stage.
 """
 
 from typing import Any
@@ -28,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, allocate, ceil_div, flat, launch, view_of
+from .launch import RUNTIME, flat, launch, view_of
 from .primitives import (
     LOG2E,
     begin_softmax,
@@ -38,7 +26,6 @@ from .primitives import (
     dot,
     keep_tile,
     load_gate,
-    load_rows,
     load_table,
     load_tile,
     locate_long,
@@ -49,7 +36,6 @@ from .primitives import (
     table_start,
 )
 from .problem import Problem
-from .reduce import in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -169,283 +155,6 @@ def _resident_fwd_kernel(
         store_padding(out, head, entry, start, length, rows_total, DV, BLOCK, BLOCK_DV)
 
 
-@triton.jit
-def higher_tile(
-    k_a_tile, values, q_a_tile, dout_tile, lse, delta, factor, seed_ptr, entry, head, rows, low, drop_threshold, drop_scale,
-    DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[columns, rows] in the dtype of the products: what multiplies dO for the gradient of `values`, without drop_scale, and dT
-    without its scales. factor: that of T with log2(e)."""
-    weights = tl.exp2(dot(k_a_tile, tl.trans(q_a_tile), PRECISION) * factor - lse[None, :])
-    if DIAGONAL:
-        weights = diagonal(weights, 0.0, BLOCK, True)
-    dweights = dot(values, tl.trans(dout_tile), PRECISION)
-    met = weights
-    if seed_ptr is not None:
-        kept = tl.trans(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK))
-        dweights = tl.where(kept, dweights * drop_scale, 0.0)
-        met = tl.where(kept, weights, 0.0)
-    return met.to(k_a_tile.dtype), (weights * (dweights - delta[None, :])).to(k_a_tile.dtype)
-
-
-@triton.jit
-def first_tile(
-    k_tile, w_q_tile, w_k_tile, v_tile, q_tile, dq_a_tile, dk_a_tile, through_tile, lse, delta, factor,
-    seed_ptr, entry, head, rows, low, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """[columns, rows] in the dtype of the products: P, what multiplies `through_tile` for dV, without drop_scale, and dS without
-    its scale. through_tile: dO, in "value" dY; factor: that of S with log2(e)."""
-    weights = tl.exp2(dot(k_tile, tl.trans(q_tile), PRECISION) * factor - lse[None, :])
-    if DIAGONAL:
-        weights = diagonal(weights, 0.0, BLOCK, True)
-    met = weights
-    if REFINEMENT == "simple":
-        dweights = dot(w_q_tile, tl.trans(dq_a_tile), PRECISION)
-    else:
-        dweights = dot(v_tile, tl.trans(through_tile), PRECISION)
-        if REFINEMENT != "value" and seed_ptr is not None:
-            kept = tl.trans(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK))
-            dweights = tl.where(kept, dweights * drop_scale, 0.0)
-            met = tl.where(kept, weights, 0.0)
-        if REFINEMENT != "none":
-            dweights = dot(w_q_tile, tl.trans(dq_a_tile), PRECISION, dweights)
-    if REFINEMENT != "none":
-        dweights = dot(w_k_tile, tl.trans(dk_a_tile), PRECISION, dweights)
-    dscores = (weights * (dweights - delta[None, :])).to(k_tile.dtype)
-    return weights.to(k_tile.dtype), met.to(k_tile.dtype), dscores
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _resident_bwd_kernel(
-    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
-    w_q_ptr, w_q_entry, w_q_head, w_q_row, w_k_ptr, w_k_entry, w_k_head, w_k_row,
-    out_ptr, q_a_ptr, k_a_ptr, first_values_ptr, higher_values_ptr, own_entry, own_head, own_row, first_lse_ptr, higher_lse_ptr,
-    dout_ptr, dout_entry, dout_head, dout_row, dq_ptr, dq_entry, dq_head, dq_row,
-    dk_ptr, dk_entry, dk_head, dk_row, dv_ptr, dv_entry, dv_head, dv_row,
-    dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row, dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row,
-    dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row, dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
-    scratch_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
-    rows_total, max_len, least, table_rows, batch, heads, run,
-    softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr, GROUP: tl.constexpr, ALIKE: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    ADDITIVE: tl.constexpr = REFINEMENT == "additive"
-    PARTIAL: tl.constexpr = REFINEMENT != "none" and not PER_ENTRY
-    SHIFTED: tl.constexpr = ALIGN_RIGHT and PARTIAL and bounds_ptr is not None
-    if ALIKE:
-        k_entry, k_head, k_row, v_entry, v_head, v_row = q_entry, q_head, q_row, q_entry, q_head, q_row
-        dq_entry, dq_head, dq_row, dk_entry, dk_head, dk_row = q_entry, q_head, q_row, q_entry, q_head, q_row
-        dv_entry, dv_head, dv_row, dout_entry, dout_head, dout_row = q_entry, q_head, q_row, q_entry, q_head, q_row
-        dq_a_entry, dq_a_head, dq_a_row, dk_a_entry, dk_a_head, dk_a_row = q_entry, q_head, q_row, q_entry, q_head, q_row
-        w_k_entry, w_k_head, w_k_row = w_q_entry, w_q_head, w_q_row
-        dw_k_entry, dw_k_head, dw_k_row = dw_q_entry, dw_q_head, dw_q_row
-    q, k, v = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row), (v_ptr, v_entry, v_head, v_row)
-    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
-    dq, dk = (dq_ptr, dq_entry, dq_head, dq_row), (dk_ptr, dk_entry, dk_head, dk_row)
-    dv, dout = (dv_ptr, dv_entry, dv_head, dv_row), (dout_ptr, dout_entry, dout_head, dout_row)
-    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
-    dw_q, dw_k = (dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row), (dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row)
-    r_entry, r_head, r_row = own_strides(q_entry, q_head, q_row, own_entry, own_head, own_row, R, ALIKE)
-    out_entry, out_head, out_row = own_strides(q_entry, q_head, q_row, own_entry, own_head, own_row, DV, ALIKE)
-    q_a, k_a = (q_a_ptr, r_entry, r_head, r_row), (k_a_ptr, r_entry, r_head, r_row)
-    first_values = first_values_ptr, out_entry, out_head, out_row  # Y or O_P
-    higher_values = higher_values_ptr, out_entry, out_head, out_row  # O_R, or the output
-    split, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    kv_head = head // GROUP
-    # The program's scratch: sums over columns, a number per row, and in "additive" what the higher-order weights give dV
-    ROOM: tl.constexpr = BLOCK_D if BLOCK_D > BLOCK_R else BLOCK_R
-    height = tl.cdiv(max_len, BLOCK) * BLOCK
-    sums_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (height * (ROOM + 1 + (BLOCK_DV if ADDITIVE else 0)))
-    delta_ptr = sums_ptr + height * ROOM
-    dvalues_ptr = delta_ptr + height
-    gate = load_gate(gate_ptr, gate_stride, head, ACC)
-    dgate = tl.zeros((BLOCK,), ACC)
-    begin = split * run
-    if PARTIAL and bounds_ptr is not None:  # the first sequence may be a short one
-        for low in tl.range(0, max_len, BLOCK):
-            window = block_seats(split, split * 0, low + tl.arange(0, BLOCK), max_len, OFFSET)
-            store_tile(dw_q, head, window, tl.zeros((BLOCK, BLOCK_R), ACC), R, BLOCK_R)
-            store_tile(dw_k, head, window, tl.zeros((BLOCK, BLOCK_R), ACC), R, BLOCK_R)
-        tl.debug_barrier()
-
-    for number in tl.range(begin, tl.minimum(begin + run, batch), disable_licm=True):
-        entry = tl.full((), number, tl.int32)
-        start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
-        w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
-        for low in tl.range(0, length, BLOCK, disable_licm=True):
-            rows = low + tl.arange(0, BLOCK)
-            seat = block_seats(entry, start, rows, length, OFFSET)
-            saved = load_tile(higher_values, head, seat, DV, BLOCK_DV)
-            delta = tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
-            tl.store(delta_ptr + rows, delta)
-            if dgate_ptr is not None:
-                dgate += delta
-        tl.debug_barrier()
-
-        # From the higher-order weights to the correlation space and the values
-        for low in tl.range(0, length if REFINEMENT != "none" else 0, BLOCK, disable_licm=True):
-            columns = low + tl.arange(0, BLOCK)
-            seat = block_seats(entry, start, columns, length, OFFSET)
-            at = row_index(entry, head, heads, start, columns, rows_total, VARLEN)
-            known = tl.where(low == 0, 0, height)  # rows that the scratch has sums of
-            k_a_tile = load_tile(k_a, head, seat, R, BLOCK_R)  # [BLOCK, BLOCK_R]
-            if REFINEMENT == "value":
-                values = load_tile(first_values, head, seat, DV, BLOCK_DV)  # [BLOCK, BLOCK_DV]
-            else:
-                values = load_tile(v, kv_head, seat, DV, BLOCK_DV)
-            q_a_tile, dout_tile = load_tile(q_a, head, seat, R, BLOCK_R), load_tile(dout, head, seat, DV, BLOCK_DV)
-            met, dscores = higher_tile(
-                k_a_tile, values, q_a_tile, dout_tile, load_rows(higher_lse_ptr, at, columns, length), tl.load(delta_ptr + columns),
-                refine_scale * LOG2E, seed_ptr, entry, head, columns, low, drop_threshold, drop_scale, True, BLOCK, PRECISION,
-            )  # fmt: skip
-            dvalues = dot(met, dout_tile, PRECISION)
-            dk_a_sum = dot(dscores, q_a_tile, PRECISION)
-            dq_a_sum = dot(tl.trans(dscores), k_a_tile, PRECISION, load_scratch(sums_ptr, columns, known, BLOCK_R, ROOM))
-            for later in tl.range(low + BLOCK, length, BLOCK, num_stages=STAGES, disable_licm=True):
-                rows = later + tl.arange(0, BLOCK)
-                row_seat = block_seats(entry, start, rows, length, OFFSET)
-                at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-                q_a_tile, dout_tile = load_tile(q_a, head, row_seat, R, BLOCK_R), load_tile(dout, head, row_seat, DV, BLOCK_DV)
-                met, dscores = higher_tile(
-                    k_a_tile, values, q_a_tile, dout_tile, load_rows(higher_lse_ptr, at, rows, length), tl.load(delta_ptr + rows),
-                    refine_scale * LOG2E, seed_ptr, entry, head, rows, low, drop_threshold, drop_scale, False, BLOCK, PRECISION,
-                )  # fmt: skip
-                dvalues = dot(met, dout_tile, PRECISION, dvalues)
-                dk_a_sum = dot(dscores, q_a_tile, PRECISION, dk_a_sum)
-                passed = dot(tl.trans(dscores), k_a_tile, PRECISION, load_scratch(sums_ptr, rows, known, BLOCK_R, ROOM))
-                store_scratch(sums_ptr, rows, passed, BLOCK_R, ROOM)
-            dq_a_tile = (dq_a_sum * (refine_scale * gate)).to(DTYPE)
-            dk_a_tile = (dk_a_sum * (refine_scale * gate)).to(DTYPE)
-            delta = tl.sum(dq_a_tile.to(ACC) * load_tile(q_a, head, seat, R, BLOCK_R).to(ACC), 1)
-            delta += tl.sum(dk_a_tile.to(ACC) * k_a_tile.to(ACC), 1)
-            dvalues = dvalues * (drop_scale * gate)
-            if REFINEMENT == "value":
-                delta += tl.sum(dvalues.to(DTYPE).to(ACC) * values.to(ACC), 1)
-            if ADDITIVE:
-                saved = load_tile(first_values, head, seat, DV, BLOCK_DV)
-                delta += tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
-                store_scratch(dvalues_ptr, columns, dvalues, BLOCK_DV, BLOCK_DV)
-            else:
-                store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
-            store_tile(dq_a, head, seat, dq_a_tile, R, BLOCK_R)
-            store_tile(dk_a, head, seat, dk_a_tile, R, BLOCK_R)
-            tl.debug_barrier()  # all have read the former delta of these rows, and sums are there for all
-            tl.store(delta_ptr + columns, delta)
-        tl.debug_barrier()
-
-        # From the first-order weights to queries, keys, tables and the values
-        for low in tl.range(0, length, BLOCK, disable_licm=True):
-            columns = low + tl.arange(0, BLOCK)
-            seat = block_seats(entry, start, columns, length, OFFSET)
-            at = row_index(entry, head, heads, start, columns, rows_total, VARLEN)
-            known = tl.where(low == 0, 0, height)
-            k_tile, q_tile = load_tile(k, kv_head, seat, D, BLOCK_D), load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK, BLOCK_D]
-            w_q_tile, w_k_tile, dq_a_tile, dk_a_tile, v_tile, through_tile = k_tile, k_tile, k_tile, k_tile, k_tile, k_tile
-            if REFINEMENT != "none":
-                table_seat = block_seats(entry, w_start, columns, length, OFFSET)
-                w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK, BLOCK_R]
-                w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-                dq_a_tile = load_tile(dq_a, head, seat, R, BLOCK_R).to(DTYPE)
-                dk_a_tile = load_tile(dk_a, head, seat, R, BLOCK_R).to(DTYPE)
-            if REFINEMENT != "simple":
-                v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)
-                through_tile = load_through(dv, dout, head, seat, REFINEMENT, DTYPE, DV, BLOCK_DV)
-            first, met, dscores = first_tile(
-                k_tile, w_q_tile, w_k_tile, v_tile, q_tile, dq_a_tile, dk_a_tile, through_tile,
-                load_rows(first_lse_ptr, at, columns, length), tl.load(delta_ptr + columns), softmax_scale * LOG2E,
-                seed_ptr, entry, head, columns, low, drop_threshold, drop_scale, REFINEMENT, True, BLOCK, PRECISION,
-            )  # fmt: skip
-            dk_sum = dot(dscores, q_tile, PRECISION)
-            dq_sum = dot(tl.trans(dscores), k_tile, PRECISION, load_scratch(sums_ptr, columns, known, BLOCK_D, ROOM))
-            if REFINEMENT != "none":
-                if PARTIAL:
-                    shift = max_len - length if SHIFTED else length * 0
-                    built = columns < (tl.where(number == begin, 0, length) if bounds_ptr is None else length)
-                    partial_seat = split, shift, 0, columns.to(OFFSET), built
-                    dw_q_sum = dot(first, dq_a_tile, PRECISION, load_tile(dw_q, head, partial_seat, R, BLOCK_R))
-                    dw_k_sum = dot(first, dk_a_tile, PRECISION, load_tile(dw_k, head, partial_seat, R, BLOCK_R))
-                else:
-                    dw_q_sum, dw_k_sum = dot(first, dq_a_tile, PRECISION), dot(first, dk_a_tile, PRECISION)
-            if REFINEMENT != "simple":
-                dv_sum = dot(met, through_tile, PRECISION)
-            for later in tl.range(low + BLOCK, length, BLOCK, num_stages=STAGES, disable_licm=True):
-                rows = later + tl.arange(0, BLOCK)
-                row_seat = block_seats(entry, start, rows, length, OFFSET)
-                at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-                q_tile = load_tile(q, head, row_seat, D, BLOCK_D)
-                if REFINEMENT != "none":
-                    dq_a_tile = load_tile(dq_a, head, row_seat, R, BLOCK_R).to(DTYPE)
-                    dk_a_tile = load_tile(dk_a, head, row_seat, R, BLOCK_R).to(DTYPE)
-                if REFINEMENT != "simple":
-                    through_tile = load_through(dv, dout, head, row_seat, REFINEMENT, DTYPE, DV, BLOCK_DV)
-                first, met, dscores = first_tile(
-                    k_tile, w_q_tile, w_k_tile, v_tile, q_tile, dq_a_tile, dk_a_tile, through_tile,
-                    load_rows(first_lse_ptr, at, rows, length), tl.load(delta_ptr + rows), softmax_scale * LOG2E,
-                    seed_ptr, entry, head, rows, low, drop_threshold, drop_scale, REFINEMENT, False, BLOCK, PRECISION,
-                )  # fmt: skip
-                dk_sum = dot(dscores, q_tile, PRECISION, dk_sum)
-                if REFINEMENT != "none":
-                    dw_q_sum = dot(first, dq_a_tile, PRECISION, dw_q_sum)
-                    dw_k_sum = dot(first, dk_a_tile, PRECISION, dw_k_sum)
-                if REFINEMENT != "simple":
-                    dv_sum = dot(met, through_tile, PRECISION, dv_sum)
-                passed = dot(tl.trans(dscores), k_tile, PRECISION, load_scratch(sums_ptr, rows, known, BLOCK_D, ROOM))
-                store_scratch(sums_ptr, rows, passed, BLOCK_D, ROOM)
-            tl.debug_barrier()  # nobody reads dQ_A, dK_A and dY of these columns any more
-            store_tile(dq, head, seat, dq_sum * softmax_scale, D, BLOCK_D)
-            store_tile(dk, head, seat, dk_sum * softmax_scale, D, BLOCK_D)
-            if REFINEMENT != "none":
-                if PARTIAL:
-                    table_seat = split, shift, 0, columns.to(OFFSET), columns < length
-                else:
-                    table_seat = seat
-                store_tile(dw_q, head, table_seat, dw_q_sum, R, BLOCK_R)
-                store_tile(dw_k, head, table_seat, dw_k_sum, R, BLOCK_R)
-            if REFINEMENT != "simple":
-                if REFINEMENT != "value":
-                    dv_sum = dv_sum * drop_scale
-                if ADDITIVE:
-                    dv_sum += load_scratch(dvalues_ptr, columns, height, BLOCK_DV, BLOCK_DV)
-                store_tile(dv, head, seat, dv_sum, DV, BLOCK_DV)
-        tl.debug_barrier()  # the next sequence writes the scratch anew
-        if bounds_ptr is not None and not VARLEN:
-            store_padding(dq, head, entry, start, length, rows_total, D, BLOCK, BLOCK_D)
-            store_padding(dk, head, entry, start, length, rows_total, D, BLOCK, BLOCK_D)
-            store_padding(dv, head, entry, start, length, rows_total, DV, BLOCK, BLOCK_DV)
-            if PER_ENTRY and REFINEMENT != "none":
-                store_padding(dw_q, head, entry, start, length, rows_total, R, BLOCK, BLOCK_R)
-                store_padding(dw_k, head, entry, start, length, rows_total, R, BLOCK, BLOCK_R)
-    if dgate_ptr is not None:
-        tl.store(dgate_ptr + tl.program_id(0), tl.sum(dgate, 0))
-
-
-@triton.jit
-def load_through(dv, dout, head, seat, REFINEMENT: tl.constexpr, DTYPE: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """What reaches the values through P: dY in "value", otherwise dO."""
-    if REFINEMENT == "value":
-        return load_tile(dv, head, seat, DV, BLOCK_DV).to(DTYPE)
-    else:
-        return load_tile(dout, head, seat, DV, BLOCK_DV)
-
-
-@triton.jit
-def load_scratch(pointer, rows, known, WIDTH: tl.constexpr, ROOM: tl.constexpr):
-    """[BLOCK, WIDTH]: rows of a program's scratch, ROOM numbers each; zero from row `known` on."""
-    pointers = pointer + (rows[:, None] * ROOM + tl.arange(0, WIDTH)[None, :])
-    return tl.load(pointers, mask=(rows < known)[:, None], other=0.0)
-
-
-@triton.jit
-def store_scratch(pointer, rows, tile, WIDTH: tl.constexpr, ROOM: tl.constexpr):
-    tl.store(pointer + (rows[:, None] * ROOM + tl.arange(0, WIDTH)[None, :]), tile)
-
-
 def resident_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
     """Features of the output and of all else that leaves the chip: without `keep` only K_A and Y, which come back."""
     p, refinement = problem, problem.call.refinement
@@ -477,7 +186,7 @@ def resident_arguments(problem: Problem, buffers: dict[str, Tensor], *more: Tens
     own |= {f"{name}_ptr": buffers.get(name, out) for name in ("first_values", "higher_values")}
     units = dict(zip(("own_entry", "own_head", "own_row"), (x // out.shape[-1] for x in p.view(out)[1:]), strict=True))
     names = ("q", "k", "v", "w_q", "w_k")
-    refinement = {name: x for name, x in p.refinement().items() if name not in ("GAUSSIAN",)}
+    refinement = {name: x for name, x in p.refinement().items() if name not in ("STOCHASTIC",)}
     shared = {"heads": p.heads, "least": p.least(), "GROUP": p.group}
     shared["ALIKE"] = alike([p.q, p.k, p.v, *buffers.values(), *more], p.w_q, p.w_k)
     return own | units | flat(**{name: p.tensors[name] for name in names}) | sequences | p.dropout | refinement | p.widths | shared
@@ -499,39 +208,3 @@ def launch_resident_forward(problem: Problem, keep: bool = True) -> list[Tensor]
 def split_sign(scale: float) -> tuple[float, int]:
     """A scale as a positive one and what queries are multiplied by: the largest score, scaled, is then the largest scaled score."""
     return abs(scale) or 1.0, (scale > 0) - (scale < 0)
-
-
-def launch_resident_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate; saved: what `launch_resident_forward` returned."""
-    p, refined = problem, problem.call.refinement != "none"
-    buffers = dict(zip(resident_widths(p), saved, strict=True))
-    config = p.config("resident_bwd")
-    block, run = config.block_m, p.run(config.programs)
-    splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients()
-    dk_heads, dv_heads = per_query_head(p, dk), per_query_head(p, dv)
-    inside = p.rank <= p.q.shape[-1]  # the correlation space's gradients fit into those of queries and keys, which replace them
-    dq_a, dk_a = (dq, dk_heads) if inside or not refined else (allocate(p.q, p.heads, p.rank, p.call.varlen) for _ in range(2))
-    if not refined:
-        dw_q = dw_k = dq
-    elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients()
-    else:
-        partials = partial_tables(p, splits, p.call.max_len)
-        dw_q, dw_k = partials
-    dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
-    _, block_d, block_dv, block_r = (p.widths[name] for name in ("D", "BLOCK_D", "BLOCK_DV", "BLOCK_R"))
-    room = max(block_d, block_r) + 1 + block_dv * (p.call.refinement == "additive")
-    scratch = p.q.new_empty(splits * p.heads, ceil_div(p.call.max_len, block) * block, room, dtype=p.accumulator)
-    views = {"dout": p.view(douts[0]), "dq": p.view(dq), "dk": p.view(dk_heads), "dv": p.view(dv_heads)}
-    views |= {"dq_a": p.view(dq_a), "dk_a": p.view(dk_a)}
-    packed_tables = p.call.per_entry and p.call.varlen
-    views |= {"dw_q": p.view(dw_q, packed_tables), "dw_k": p.view(dw_k, packed_tables)}
-    launch(
-        _resident_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        **flat(**views), **resident_arguments(p, buffers, douts[0], dq, dk_heads, dv_heads, dq_a, dk_a), scratch_ptr=scratch, dgate_ptr=dgate, batch=p.batch, run=run,
-        BLOCK=block, OFFSET=p.offset_type(p.call.max_len, *douts), STAGES=config.num_stages,
-    )  # fmt: skip
-    tables = [] if not refined else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
-    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
-    return in_order(p, items, tables, None if dgate is None else dgate.sum(0), None)

@@ -2,11 +2,10 @@
 
 L positions, D, DV, R features of q, v and the tables; `# [BLOCK_L, BLOCK_D]` is the shape of a tile.
 
-A program owns one head of a run of consecutive sequences and seats as
-many of them as fit in the BLOCK_L rows of a tile, tile after tile, so that short histories fill it and padding is never loaded;
-sequences in one tile do not see each other. Sequences of more than `reach` items are passed over: the tiled kernels take them,
-which pass over the others in turn, so that a batch may hold both. The formulas are those of `awrsr_kernels/reference.py`;
-gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
+A program owns one head of `run` consecutive sequences. It packs as many of them as fit into the BLOCK_L rows of a tile, tile after
+tile, so that short histories fill it and padding is never loaded; sequences in one tile do not see each other. A batch may also
+hold sequences of more than `reach` items: these kernels skip them, the tiled kernels compute them and skip the others. The formulas
+are those of `awrsr_kernels/reference.py`; gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
 
     simple, additive   dM = Z*(dO V^T)     dR = gate dM               dV = (M*Z)^T dO        dgate = sum(R*dM)
     value              dR = Z*(dO Y^T)     dY = (R*Z)^T dO            dV = P^T dY            Y = P V
@@ -14,8 +13,8 @@ gradients, with Z the dropout mask and softmax'(g; p) = p * (g - rowsum(g * p)):
     dP = dQ_A W_q^T + dK_A W_k^T + (value: dY V^T) + (additive: dM)   dW_q = P^T dQ_A        dW_k = P^T dK_A
     dS = softmax_scale softmax'(dP; P)     dQ = dS K                  dK = dS^T Q
 
-Nothing is saved for the backward but the inputs. The gradients of shared tables build up on chip and leave as one partial per
-program, summed in a fixed order afterwards: no atomics. Under grouped-query attention dK and dV leave per query head.
+The backward needs only the inputs. Gradients of shared tables accumulate on chip; each program stores one partial sum, and these
+are added in a fixed order afterwards, without atomics. Under grouped-query attention dK and dV are stored per query head.
 """
 
 import triton
@@ -46,7 +45,7 @@ from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_q
 
 @triton.jit
 def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr):
-    """[BLOCK_L, BLOCK_R]: Q_A or K_A, as P times a table; with POINTS those of "stochastic". In the dtype of `first`."""
+    """[BLOCK_L, BLOCK_R]: Q_A or K_A, P times a table; with POINTS as points. In the dtype of `first`, which is P."""
     tile = dot(first, w_tile, PRECISION)
     if POINTS:
         tile = correlation_points(tile, R, BLOCK_R)
@@ -56,11 +55,11 @@ def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK
 @triton.jit
 def higher_weights(
     first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
-    POINTS: tl.constexpr, VALUES: tl.constexpr, GAUSSIAN: tl.constexpr, DTYPE: tl.constexpr,
+    POINTS: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """R [BLOCK_L, BLOCK_L], then what it was made from: Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; then the values and covariances
-    [BLOCK_L, BLOCK_DV], with VALUES what P makes of them. first: P."""
+    """R [BLOCK_L, BLOCK_L]; Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; the values and covariances that R multiplies [BLOCK_L,
+    BLOCK_DV]: with VALUES P V and P^2 V_cov, otherwise those given. first: P."""
     w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
     w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
     first_half = first.to(DTYPE)
@@ -68,7 +67,7 @@ def higher_weights(
     k_a = correlation_tile(first_half, w_k_tile, POINTS, R, BLOCK_R, PRECISION)
     if VALUES:
         v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
-        if GAUSSIAN:
+        if STOCHASTIC:
             v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
     higher = softmax_tile(q_a, k_a, visible, scale, POINTS, PRECISION)
     return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
@@ -78,7 +77,7 @@ def higher_weights(
 def correlation_gradients(
     higher, q_a, k_a, dweights, inner, scale, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR), scale: that of T times the gate."""
+    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR); scale: refine_scale times the gate."""
     ACC: tl.constexpr = higher.dtype
     dhigher = (higher * (dweights - inner[:, None]) * scale).to(q_a.dtype)
     dq_a = dot(dhigher, k_a, PRECISION)
@@ -97,7 +96,7 @@ def zero_gradients(
     dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Store zeros at the seats of padding in every gradient that has a row per item."""
+    """Store zeros at padding, in every gradient that has a row per item."""
     store_zeros(dq, head, padding, D, BLOCK_D)
     store_zeros(dk, head, padding, D, BLOCK_D)
     store_zeros(dv, head, padding, DV, BLOCK_DV)
@@ -114,7 +113,7 @@ def _short_fwd_kernel(
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -127,31 +126,31 @@ def _short_fwd_kernel(
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     sequence = begin
-    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # hoisted loop invariants would spill
         if sequence < last:
-            taken, entry, first_row, length, seat, table_seat = shared_seats(
+            fitting, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            sequence += taken
+            sequence += fitting
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], like all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
-            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
             weights = first
             values = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             values_cov = values
-            if GAUSSIAN:
+            if STOCHASTIC:
                 values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
                 weights, _q_a, _k_a, _w_q_tile, _w_k_tile, values, values_cov = higher_weights(
                     first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
-                    REFINEMENT == "stochastic", False, GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
+                    REFINEMENT == "stochastic", False, STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
-                if REFINEMENT == "value":  # made after R, which takes three registers less than before it
+                if REFINEMENT == "value":  # after R: three registers less than before it
                     values = dot(first.to(DTYPE), values, PRECISION).to(DTYPE)
-                    if GAUSSIAN:
+                    if STOCHASTIC:
                         values_cov = dot((first * first).to(DTYPE), values_cov, PRECISION).to(DTYPE)
                 if REFINEMENT == "additive":
                     weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
@@ -160,16 +159,16 @@ def _short_fwd_kernel(
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
             store_tile(out, head, seat, dot(weights.to(DTYPE), values, PRECISION), DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
                 store_tile(out_cov, head, seat, tile, DV, BLOCK_DV)
 
-    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels write the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
             store_zeros(out, head, padding, DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 store_zeros(out_cov, head, padding, DV, BLOCK_DV)
 
 
@@ -179,7 +178,7 @@ def _short_bwd_kernel(
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, GAUSSIAN: tl.constexpr,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -198,32 +197,32 @@ def _short_bwd_kernel(
     dw_k_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
 
     sequence = begin
-    for _step in tl.range(run, disable_licm=True):  # what it would hoist takes more registers than there are
+    for _step in tl.range(run, disable_licm=True):  # hoisted loop invariants would spill
         if sequence < last:
-            taken, entry, first_row, length, seat, table_seat = shared_seats(
+            fitting, entry, first_row, length, seat, table_seat = shared_seats(
                 bounds_ptr, sequence, last, rows_total, max_len, reach, table_rows,
                 VARLEN, ALIGN_RIGHT, PER_ENTRY, BLOCK_L, BLOCK_L // 4, OFFSET,
             )  # fmt: skip
-            sequence += taken
+            sequence += fitting
             rows = tl.arange(0, BLOCK_L) - first_row
-            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], as all weights
+            visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], like all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
-            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, GAUSSIAN, PRECISION)
+            first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
 
             first_half = first.to(DTYPE)
             weights = first
             v_cov_tile = v_tile
-            if GAUSSIAN:
+            if STOCHASTIC:
                 v_cov_tile = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
                 dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
             values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
                 higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
                     first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
-                    POINTS, REFINEMENT == "value", GAUSSIAN, DTYPE, R, BLOCK_R, PRECISION,
+                    POINTS, REFINEMENT == "value", STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":
@@ -232,18 +231,18 @@ def _short_bwd_kernel(
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
 
-            # Through the outputs to the weights
-            if GAUSSIAN:
+            # From the outputs to the weights
+            if STOCHASTIC:
                 squares = tl.trans((weights * weights).to(DTYPE))
                 through_squares = 2 * weights * dot(dcov_tile, tl.trans(values_cov), PRECISION)
             weights = tl.trans(weights.to(DTYPE))
             dweights = dot(dout_tile, tl.trans(values), PRECISION)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
 
-            # Through the higher-order weights to the correlation space
+            # From the higher-order weights to the correlation space
             if REFINEMENT != "none":
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
@@ -257,7 +256,7 @@ def _short_bwd_kernel(
                 dvalues_half = dvalues.to(DTYPE)
                 dvalues = dot(tl.trans(first_half), dvalues_half, PRECISION)
             store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dvalues_cov = dot(squares, dcov_tile, PRECISION)
                 if REFINEMENT == "value":
                     dvalues_cov_half = dvalues_cov.to(DTYPE)
@@ -271,10 +270,10 @@ def _short_bwd_kernel(
                 dfirst = dot(dk_a, tl.trans(w_k_tile), PRECISION, dot(dq_a, tl.trans(w_q_tile), PRECISION))
             if REFINEMENT == "value":
                 dfirst = dot(dvalues_half, tl.trans(v_tile), PRECISION, dfirst)
-                if GAUSSIAN:
+                if STOCHASTIC:
                     dfirst += 2 * first * dot(dvalues_cov_half, tl.trans(v_cov_tile), PRECISION)
             if REFINEMENT == "additive":
-                if seed_ptr is None and not GAUSSIAN:  # dM computed again, which takes fewer registers than keeping it
+                if seed_ptr is None and not STOCHASTIC:  # recomputing dM takes fewer registers than keeping it
                     dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
                     dfirst += dweights
@@ -282,7 +281,7 @@ def _short_bwd_kernel(
             # To queries, keys and tables
             dscores = (first * (dfirst - tl.sum(first * dfirst, 1)[:, None]) * softmax_scale).to(DTYPE)
             dkeys = dot(tl.trans(dscores), q_tile, PRECISION)  # [BLOCK_L, BLOCK_D]
-            if GAUSSIAN:
+            if STOCHASTIC:
                 dkeys -= k_tile.to(ACC) * tl.sum(dscores.to(ACC), 0)[:, None]
             store_tile(dk, head, seat, dkeys, D, BLOCK_D)
             store_tile(dq, head, seat, dot(dscores, k_tile, PRECISION), D, BLOCK_D)
@@ -292,14 +291,14 @@ def _short_bwd_kernel(
                     store_tile(dw_q, head, seat, dot(at_rows, dq_a, PRECISION), R, BLOCK_R)
                     store_tile(dw_k, head, seat, dot(at_rows, dk_a, PRECISION), R, BLOCK_R)
                 else:
-                    if SHIFTED:  # sequences meet different rows of the table: their P is moved to those rows
+                    if SHIFTED:  # each sequence has other rows of the table: move its P there, by a product
                         row = rows + BLOCK_L - length if ALIGN_RIGHT and bounds_ptr is not None else rows
                         move = (tl.arange(0, BLOCK_L)[:, None] == row[None, :]).to(DTYPE)
                         at_rows = dot(move, at_rows, PRECISION).to(DTYPE)
                     dw_q_sum = dot(at_rows, dq_a, PRECISION, dw_q_sum)
                     dw_k_sum = dot(at_rows, dk_a, PRECISION, dw_k_sum)
 
-    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels have written the padding
+    if bounds_ptr is not None and not VARLEN:  # in longer windows the tiled kernels write the padding
         for number in range(begin, tl.where(rows_total <= reach, last, begin)):
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
@@ -315,21 +314,21 @@ def _short_bwd_kernel(
 
 
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
-    """Uninitialised memory for the outputs; the backward needs nothing but the inputs."""
+    """Uninitialised memory for the outputs; the backward needs only the inputs."""
     p = problem
-    names = ("out", "out_cov") if p.call.gaussian else ("out",)
+    names = ("out", "out_cov") if p.call.stochastic else ("out",)
     return {name: allocate(p.q, p.heads, p.v.shape[-1], p.call.varlen) for name in names}
 
 
 def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> list[Tensor]:
-    """The outputs (entries, H, rows, D_v); in `outs`, if the tiled kernels have written longer sequences there."""
+    """The outputs (entries, H, rows, D_v); outs: those in which the tiled kernels have written longer sequences."""
     p = problem
     outs = list(short_buffers(p).values()) if outs is None else outs
     config = p.config("short_fwd")
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(outs[0]), out_cov=p.gaussian_view(outs[-1]),
+        out=p.view(outs[0]), out_cov=p.covariance_view(outs[-1]),
         reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
         BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
         **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
@@ -338,13 +337,13 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
 
 
 def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those that the tiled kernels have begun."""
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those of the tiled kernels, to be completed."""
     p = problem
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
     dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
-    dv_cov = p.covariance_gradient() if tiled is None or not p.call.gaussian else tiled[-1]
+    dv_cov = p.covariance_gradient() if tiled is None or not p.call.stochastic else tiled[-1]
     dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
     if p.w_q is None:
         dw_q = dw_k = dq
@@ -357,8 +356,8 @@ def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Ten
     packed_tables = p.call.per_entry and p.call.varlen
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        dout=p.view(douts[0]), dout_cov=p.gaussian_view(douts[-1]),
-        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.gaussian_view(dv_cov_heads),
+        dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
+        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.covariance_view(dv_cov_heads),
         dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
         dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
         SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),

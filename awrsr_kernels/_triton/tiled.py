@@ -1,4 +1,4 @@
-"""The tiled regime, forward: any length, in flash-attention's manner, with the tables as values.
+"""The tiled regime, forward: any length, as in FlashAttention, where the tables are further values.
 
 L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
 keys.
@@ -6,19 +6,20 @@ keys.
 One kernel, launched once per stage:
 
     "none"    out = P V
-    stage 1   Q_A = P W_q, K_A = P W_k            and, at once, Y = P V (value) or O_P = (P*Z) V (additive)
-    stage 2   O_R = (R*Z) V (value: Y for V)      and, at once, out = O_P + gate * O_R (additive)
+    stage 1   Q_A = P W_q, K_A = P W_k            and in the same pass Y = P V (value) or O_P = (P*Z) V (additive)
+    stage 2   O_R = (R*Z) V (value: Y for V)      and in the same pass out = O_P + gate * O_R (additive)
 
-Between Gaussians scores are distances (DISTANCE), and squared weights meet covariances in the same passes (v_cov is not None):
-C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so stage 2 computes
-P's tile beside R's (other_q is not None) for X = (P*Z*R*Z) V_cov. Then C_P = C_1 + gate X takes the place of C_1, C_R = X +
-gate C_2 is kept, too, and out_cov = C_P + gate C_R. "stochastic" turns Q_A and K_A into points before they leave (POINTS).
+In stochastic attention scores are distances (DISTANCE), and the same passes multiply squared weights by covariances (v_cov is not
+None): C_1 = (P*Z)^2 V_cov in stage 1 (value: without Z), C_2 = (R*Z)^2 V_cov in stage 2. "additive" squares a sum, so its stage 2
+recomputes P's tile next to R's (other_q is not None) for X = (P*Z*R*Z) V_cov. C_P = C_1 + gate X then replaces C_1, C_R = X +
+gate C_2 is kept as well, and out_cov = C_P + gate C_R. Refinement "stochastic" turns Q_A and K_A into points before it stores them
+(POINTS).
 
-What the backward needs is O(L): Q_A, K_A, Y or O_P, O_R, their like of covariances, and a log-sum-exp per row and stage, in units
-of log 2. In half precision each of them comes with what rounding lost, [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
-subtracts sums over them from sums over exact weights, and where a row sees one column alone the difference must vanish.
+The backward needs O(L): Q_A, K_A, Y or O_P, O_R, their counterparts for covariances, and a log-sum-exp per row and stage, in units
+of log 2. In half precision their rounding errors are kept as well, as [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
+subtracts sums over them from sums over exact weights, and where a row sees only one column the difference must vanish.
 
-In a batch with lengths the short kernels run after these and write what belongs to short sequences; padding is written here.
+If a batch with lengths also has short sequences, the short kernels run after these and write their rows; padding is written here.
 """
 
 from typing import Any
@@ -70,7 +71,7 @@ def _tiled_fwd_kernel(
 ):  # fmt: skip
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
-    # The last rows of a causal sequence have the most to do, so they start first.
+    # In the causal case the last rows have the most columns, so they start first.
     first_row = ((tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)) * BLOCK_M
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -101,8 +102,8 @@ def _tiled_fwd_kernel(
         columns = low + tl.arange(0, BLOCK_N)
         column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
         k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)  # [BLOCK_M, BLOCK_N], as all weights
-        # Made before the product of the scores it would take up to 18 registers more.
+        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)  # [BLOCK_M, BLOCK_N], like all weights
+        # After the scores: before them it would take up to 18 registers more.
         visible = visible_tile(rows, columns, length, CAUSAL)
         scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -131,12 +132,12 @@ def _tiled_fwd_kernel(
             )
             cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
 
-    total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing: sums of zero, and a finite log-sum-exp
+    total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing gets zeros and a finite log-sum-exp
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
     share = (1.0 / total)[:, None]
     padded_seat = padded_seats(entry, start, rows, length, rows_total, not VARLEN)
-    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
+    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
         if POINTS:
@@ -147,7 +148,7 @@ def _tiled_fwd_kernel(
         store_rest(rest, head, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
         store_rest(rest, head, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
     if VALUES:
-        sums = sums * (share * drop_scale)  # applied to weights, the scale would be rounded with them
+        sums = sums * (share * drop_scale)  # not applied to weights, which are rounded before the product
         store_tile(weighted, head, padded_seat, sums, DV, BLOCK_DV)
         store_rest(rest, head, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
         if ADDED:
@@ -171,22 +172,22 @@ def _tiled_fwd_kernel(
 
 
 def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
-    """Features of the outputs, "out" and "out_cov", and of all that the backward needs besides (`keep`); None: a number per row.
+    """Features of the outputs, "out" and "out_cov", and of all that the backward needs (`keep`); None: a number per row.
 
-    Without `keep` what rounding lost is not asked for, except where the forward reads it itself.
+    Without `keep` there are no rounding errors, except those that stage 2 reads.
     """
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
-    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.gaussian else {})
+    widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.stochastic else {})
     widths["first_lse"] = None
     if refinement != "none":
         widths |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
-    kinds = ("values", "cov") if p.call.gaussian else ("values",)
+    kinds = ("values", "cov") if p.call.stochastic else ("values",)
     if refinement in ("value", "additive"):
         widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
-        widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; otherwise those are the outputs
-    if p.q.dtype.itemsize == 2 and (keep or (p.call.gaussian and refinement == "additive")):
+        widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; in other refinements these are the outputs
+    if p.q.dtype.itemsize == 2 and (keep or (p.call.stochastic and refinement == "additive")):
         if refinement != "none":
             widths["higher_rest"] = d_v * len(kinds)
         meets_values = refinement in ("none", "value", "additive")
@@ -195,7 +196,7 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
 
 
 def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) -> dict[str, Any]:
-    """Arguments that forward and backward of a stage share: what plays q, k, v, their widths, the scale and the dropout."""
+    """Arguments that forward and backward of a stage share: the tensors it uses as q, k, v, their widths, its scale and dropout."""
     p, refinement = problem, problem.call.refinement
     dropped = refinement in ("none", "additive") or higher
     arguments = p.sequences | p.widths | p.dropout | {"batch": p.batch, "heads": p.heads, "least": p.least()}
@@ -206,7 +207,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     arguments |= {
         "TABLES": refinement != "none" and not higher,
         "VALUES": values,
-        "DISTANCE": refinement == "stochastic" if higher else p.call.gaussian,
+        "DISTANCE": refinement == "stochastic" if higher else p.call.stochastic,
         "POINTS": refinement == "stochastic",
         "score_scale": p.scales()[higher],
         "lse_ptr": buffers["higher_lse" if higher else "first_lse"],
@@ -223,7 +224,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
         arguments |= {"D": arguments["R"], "BLOCK_D": arguments["BLOCK_R"]}
         groups["K_GROUP"] = 1
         if refinement == "value":
-            views |= {"v": p.view(buffers["first_values"]), "v_cov": p.gaussian_view(buffers.get("first_cov"))}
+            views |= {"v": p.view(buffers["first_values"]), "v_cov": p.covariance_view(buffers.get("first_cov"))}
             groups["V_GROUP"] = 1
     return arguments | views | groups
 
@@ -231,21 +232,21 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
 def other_stage_arguments(
     problem: Problem, buffers: dict[str, Tensor], higher: bool, here: dict[str, Any], needed: bool
 ) -> dict[str, Any]:
-    """Arguments for the weights of the other stage than `higher` says, where squares of their sum are taken; or for none.
+    """Arguments to recompute the other stage's weights, if `needed`: where the sum of both stages is squared. Otherwise None.
 
-    here: arguments of the stage itself.
+    higher, here: the stage itself and its arguments.
     """
     there = stage_arguments(problem, buffers, not higher) if needed else here
-    taken = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
+    other = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
-    return {name: there[x] if needed else None for name, x in taken.items()} | {name: there[x] for name, x in widths.items()}
+    return {name: there[x] if needed else None for name, x in other.items()} | {name: there[x] for name, x in widths.items()}
 
 
 def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
     buffers = p.buffers(tiled_widths(p, keep))
-    unused, gaussian = p.view(buffers["out"]), p.gaussian_view(buffers.get("out_cov"))
+    unused, out_cov = p.view(buffers["out"]), p.covariance_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
@@ -255,14 +256,14 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))
         spaces = {name: p.view(buffers.get(name, buffers["out"])) for name in ("q_a", "k_a")}
         arguments = stage_arguments(p, buffers, higher)
-        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.gaussian)
-        del arguments["other_gate_ptr"]  # 1 in stage 1
+        arguments |= other_stage_arguments(p, buffers, higher, arguments, needed=ADDED and p.call.stochastic)
+        del arguments["other_gate_ptr"]  # the gate of stage 1 is 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,
             added=p.view(buffers["first_values"]) if ADDED else unused,
-            added_cov=p.gaussian_view(buffers.get("first_cov")) if ADDED else None,
-            added_rest=p.gaussian_view(buffers.get("first_rest")) if ADDED else None,
-            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), out=unused, out_cov=gaussian, ADDED=ADDED,
+            added_cov=p.covariance_view(buffers.get("first_cov")) if ADDED else None,
+            added_rest=p.covariance_view(buffers.get("first_rest")) if ADDED else None,
+            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), out=unused, out_cov=out_cov, ADDED=ADDED,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
     return list(buffers.values()) if keep else [buffers[name] for name in ("out", "out_cov") if name in buffers]

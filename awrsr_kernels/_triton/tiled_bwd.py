@@ -3,13 +3,13 @@
 L positions, D, DV, R features of q, v and the tables; `# [BLOCK_M, BLOCK_D]` is the shape of a tile: BLOCK_M queries, BLOCK_N
 keys.
 
-A stage recomputes its weights p from what plays q and k in it, and what reaches them is a sum of outer products,
+A stage recomputes its weights p from its q and k (in stage 2 Q_A and K_A). Their gradient is a sum of outer products,
 g = [dQ_A W_q^T + dK_A W_k^T] + [Z*(dO V^T), in stage 1 of "value" dY V^T]. Then
 
     delta = rowsum(p*g), taken from what the forward saved: rowsum(dQ_A*Q_A) + rowsum(dK_A*K_A) + rowsum(dO*O)
     ds    = scale p*(g - delta)         dq = ds k         dk = ds^T q         dv = (p*Z)^T dO        dW = p^T [dQ_A | dK_A]
 
-and between Gaussians, where squared weights meet covariances and M is the sum that is squared (M = p but in "additive"),
+and in stochastic attention, where squared weights multiply covariances and M is the sum that is squared (M = p but in "additive"),
 
     g += 2 Z*M*Z*(dC V_cov^T)    delta += 2 rowsum(dC*C), C the share of p in it    dv_cov = ((M*Z)^2)^T dC    dk -= k colsum(ds)
 
@@ -64,7 +64,7 @@ def _tiled_bwd_rows_kernel(
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    REST: tl.constexpr = 2 * R if TABLES else 0  # where what the values lost begins
+    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
@@ -160,7 +160,7 @@ def _tiled_bwd_columns_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v, or both
+    owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v or both
     pair = tl.program_id(0) % (batch * owners)
     entry, owner = pair // owners, pair % owners
     v_head = owner * GROUP // V_GROUP
@@ -181,7 +181,7 @@ def _tiled_bwd_columns_kernel(
         if ADDED:
             dv_sum += load_tile(dv_added, owner, column_seat, DV, BLOCK_DV)
     if DISTANCE:
-        moved = tl.zeros((BLOCK_N,), ACC)  # sums of ds over rows
+        dscore_sums = tl.zeros((BLOCK_N,), ACC)
     if v_cov is not None:
         dv_cov_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
         cov_tile = load_tile(v_cov, v_head, column_seat, DV, BLOCK_DV)
@@ -198,7 +198,7 @@ def _tiled_bwd_columns_kernel(
         if K_GROUP == 1:
             dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
             if DISTANCE:
-                moved = tl.zeros((BLOCK_N,), ACC)
+                dscore_sums = tl.zeros((BLOCK_N,), ACC)
         for low in range(first_row, tl.where(first_column < length, length, 0), BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
             seat = seats(entry, start, rows, length)
@@ -239,10 +239,10 @@ def _tiled_bwd_columns_kernel(
             dscores = (weights * (dweights - delta[:, None]) * (score_scale * gate)).to(DTYPE)
             dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
             if DISTANCE:
-                moved += tl.sum(dscores.to(ACC), 0)
+                dscore_sums += tl.sum(dscores.to(ACC), 0)
         if K_GROUP == 1:
             if DISTANCE:
-                dk_sum -= k_tile.to(ACC) * moved[:, None]
+                dk_sum -= k_tile.to(ACC) * dscore_sums[:, None]
             if POINTS and not TABLES:
                 dk_sum = dk_sum * slope_of_points(k_tile.to(ACC), R, BLOCK_R)
             store_tile(dk, head, padded_seats(entry, start, columns, length, rows_total, not VARLEN), dk_sum, D, BLOCK_D)
@@ -250,7 +250,7 @@ def _tiled_bwd_columns_kernel(
     if K_GROUP > 1:
         if DISTANCE:
             k_tile = load_tile(k, owner, column_seat, D, BLOCK_D)
-            dk_sum -= k_tile.to(ACC) * moved[:, None]
+            dk_sum -= k_tile.to(ACC) * dscore_sums[:, None]
         store_tile(dk, owner, padded_seat, dk_sum, D, BLOCK_D)
     if VALUES:
         store_tile(dv, owner, padded_seat, dv_sum, DV, BLOCK_DV)
@@ -270,7 +270,7 @@ def _tiled_bwd_tables_kernel(
     pair = tl.program_id(0) % (splits * heads)
     split, head = pair // heads, pair % heads
     first_column = (tl.program_id(0) // (splits * heads)) * BLOCK_N
-    window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, counted in the window
+    window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, from the window's first
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
@@ -282,7 +282,7 @@ def _tiled_bwd_tables_kernel(
         entry = tl.full((), step, tl.int32)
         start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         offset = max_len - length if SHIFTED else length * 0
-        columns = tl.where(window < offset, length, window - offset)  # before the first item: as good as after the last
+        columns = tl.where(window < offset, length, window - offset)  # rows before the first item: masked like those after the last
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         first_row = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else length * 0
         reached = (first_column < offset + length) & (first_column + BLOCK_N > offset)
@@ -296,7 +296,7 @@ def _tiled_bwd_tables_kernel(
             dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
             dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
 
-    if PER_ENTRY:  # one sequence per program
+    if PER_ENTRY:  # a program has one sequence
         start, length = locate_long(bounds_ptr, split, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         table_seat = padded_seats(split, start, window, length, rows_total, not VARLEN)
     else:
@@ -321,13 +321,13 @@ class TiledBackward:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
 
     def launch_stage(self, higher: bool, douts: list[Tensor], dvs: list[Tensor | None], dv_added: Tensor | None = None) -> None:
-        """dq (or dQ_A), dk (or dK_A) and dvs, of values and covariances, of a stage from the gradients of what those became."""
+        """Compute a stage's dq and dk (in stage 2 dQ_A and dK_A) and dvs, of values and covariances. douts: of the outputs."""
         p, saved = self.problem, self.saved
-        needed = p.call.gaussian and p.call.refinement == "additive"
+        needed = p.call.stochastic and p.call.refinement == "additive"
         arguments = stage_arguments(p, saved, higher)
         arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
         rest, half = arguments.pop("rest"), arguments.pop("HALF")
-        arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.gaussian_view(douts[-1])}
+        arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.covariance_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
 
@@ -340,7 +340,7 @@ class TiledBackward:
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), weighted_cov=p.gaussian_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
+            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
             dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 
@@ -351,13 +351,13 @@ class TiledBackward:
         assert dv is not None
         launch(
             _tiled_bwd_columns_kernel, (tiles * p.batch * p.heads // group,), tile, p.q.device,
-            dk=p.view(dk), dv=p.view(dv), dv_cov=p.gaussian_view(dv_cov) if arguments["VALUES"] else None,
+            dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else None,
             dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
             GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
         )  # fmt: skip
 
     def launch_tables(self) -> list[Tensor]:
-        """dW_q and dW_k: per entry as they are, shared ones as partials over splits of the batch, summed in order."""
+        """dW_q and dW_k: per entry directly; shared ones as partials over splits of the batch, then summed in order."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
         tiles = ceil_div(p.call.max_len, tile.block_n)
@@ -389,7 +389,7 @@ def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Ten
         between = [step.space(p.v.shape[-1]) for _ in douts]
         step.launch_stage(True, douts, [between[0], between[-1]])
         step.launch_stage(False, between, dvs)
-    elif refinement == "additive":  # squares are of both stages together, so that one of them gives dv_cov
+    elif refinement == "additive":  # stage 1 computes dv_cov of both stages, as their sum is squared
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
         step.launch_stage(True, douts, [from_higher, None])
         step.launch_stage(False, douts, dvs, dv_added=from_higher)

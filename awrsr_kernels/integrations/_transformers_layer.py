@@ -65,8 +65,8 @@ class RefinedTables(nn.Module):
         (H, N, R), or (N, R) shared by the heads."""
         if not self.content:
             return (self.w_q[0], self.w_k[0]) if self.w_q.shape[0] == 1 else (self.w_q, self.w_k)
-        found = (F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2]) for w in (self.w_q, self.w_k))
-        return tuple(x.transpose(1, 2).expand(-1, self.heads, -1, -1) for x in found)  # type: ignore[return-value]
+        tables = (F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2]) for w in (self.w_q, self.w_k))
+        return tuple(x.transpose(1, 2).expand(-1, self.heads, -1, -1) for x in tables)  # type: ignore[return-value]
 
 
 class Refined(NamedTuple):

@@ -35,8 +35,8 @@ class _FlatAttention(PackedAttention):
             setattr(self, name, nn.Parameter(table.detach().flatten()))
 
     def __getattr__(self, name: str) -> Any:
-        found: Any = super().__getattr__(name)
-        return found.view(self.shapes[name]) if name in self.shapes else found
+        attribute: Any = super().__getattr__(name)
+        return attribute.view(self.shapes[name]) if name in self.shapes else attribute
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

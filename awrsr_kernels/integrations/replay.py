@@ -87,8 +87,8 @@ class RefinedEncoder(SasRecTransformerLayer):
         seen = real[:, None].expand(-1, size, -1)
         if self.causal:
             seen = seen.tril()
-        found = (attention_mask == 0).view(entries, -1, size, size)
-        wrong = (found != seen[:, None]) & real[:, None, :, None]  # rows of padding attend as they like
+        allowed = (attention_mask == 0).view(entries, -1, size, size)
+        wrong = (allowed != seen[:, None]) & real[:, None, :, None]  # rows of padding attend as they like
         if wrong.any():
             way = "padding and the future" if self.causal else "padding"
             checks.refuse("attention_mask", "another", f"a mask that hides only {way}; or use attn_mask_builder=NoAttentionMask()")

@@ -67,8 +67,8 @@ def refine(
     """
     checks.choice("refinement", refinement, ("simple", "value", "additive"))
     checks.choice("tables", tables, ("content", "position"))
-    found = _attention_modules(model)
-    if any(hasattr(module, "refined") for module in found):
+    attentions = _attention_modules(model)
+    if any(hasattr(module, "refined") for module in attentions):
         raise ValueError("model is already refined; refine a model only once")
     if getattr(model.config, IMPLEMENTATION, None) is not None:
         raise ValueError(
@@ -80,15 +80,15 @@ def refine(
         last = model.config.max_position_embeddings if max_positions is None else max_positions
         positions = checks.whole("max_positions", last, 1)
     settings = {
-        "layers": _chosen(layers, model.config, len(found)),
+        "layers": _chosen(layers, model.config, len(attentions)),
         "refinement": refinement,
-        "rank": checks.whole("rank", _head_dim(found[0]) if rank is None else rank, 1, checks.MAX_FEATURES),
+        "rank": checks.whole("rank", _head_dim(attentions[0]) if rank is None else rank, 1, checks.MAX_FEATURES),
         "tables": tables,
         "per_head": checks.flag("per_head", per_head),
         "gate": checks.flag("gate", gate) and refinement == "additive",
         "max_positions": positions,
     }
-    _install(model, found, settings)
+    _install(model, attentions, settings)
     return model
 
 
@@ -177,16 +177,16 @@ def _padding(mask: Any, window: int) -> Padding | None:
 
 def _attention_modules(model: PreTrainedModel) -> list[Any]:
     """The attention modules of a decoder's layers, in order."""
-    found: dict[int, Any] = {}
+    attentions: dict[int, Any] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         if name.rpartition(".")[2] in MODULES and isinstance(index, int) and _head_dim(module):
-            found[index] = module
-    if not found or sorted(found) != list(range(len(found))) or not model._can_set_attn_implementation():
+            attentions[index] = module
+    if not attentions or sorted(attentions) != list(range(len(attentions))) or not model._can_set_attn_implementation():
         names = f"modules are named {', '.join(MODULES)} and know their layer_idx and {' or '.join(HEAD_DIMS)}"
         must = f"a decoder on transformers' attention interface, whose layers' attention {names}"
         checks.refuse("model", type(model).__name__, must)
-    first = found[0]
+    first = attentions[0]
     causal = getattr(first, "is_causal", True) and not getattr(model.config, "add_cross_attention", False)
     if not causal or model.config.is_encoder_decoder:
         raise ValueError(f"model is {type(model).__name__}, which is not causal or has cross-attention; it must be a decoder")
@@ -197,18 +197,18 @@ def _attention_modules(model: PreTrainedModel) -> list[Any]:
             raise ValueError(f"model is {type(model).__name__}, whose attention has {name}; it must be a plain softmax of scores")
     if getattr(model.config, "num_kv_shared_layers", None):
         raise ValueError(f"model is {type(model).__name__}, whose layers share keys and values; each must have its own")
-    return [found[index] for index in sorted(found)]
+    return [attentions[index] for index in sorted(attentions)]
 
 
 def _head_dim(attention: Any) -> int:
     return next((getattr(attention, name) for name in HEAD_DIMS if hasattr(attention, name)), 0)
 
 
-def _install(model: PreTrainedModel, found: list[Any], settings: dict[str, Any]) -> None:
+def _install(model: PreTrainedModel, attentions: list[Any], settings: dict[str, Any]) -> None:
     """Add tables to the layers in the settings, and set the attention implementation that reads them."""
     for index in settings["layers"]:
-        found[index].refined = RefinedTables(found[index], settings, model.dtype)
-        found[index].register_forward_pre_hook(_hand_over, with_kwargs=True)
+        attentions[index].refined = RefinedTables(attentions[index], settings, model.dtype)
+        attentions[index].register_forward_pre_hook(_hand_over, with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
     setattr(model.config, IMPLEMENTATION, settings)
 

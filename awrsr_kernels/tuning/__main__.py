@@ -47,7 +47,7 @@ from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, ch
 from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
 from .arguments import number, sizes
 from .search import Verdict, candidates, describe, search
-from .timing import Bench, Case, DeviceLost, compile_one
+from .timing import Bench, DeviceLost, TuningCase, compile_one
 
 PRESETS = {  # B, H, L, D of their shapes
     "recsys": [(512, 2, length, dim) for length in (20, 50, 100, 200) for dim in (32, 64)],
@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
+def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[TuningCase]:
     if options.shapes and options.preset:
         parser.error("argument --shapes: cannot be combined with --preset; leave out one of them")
     dtype = getattr(torch, options.dtype)
@@ -146,11 +146,11 @@ def make_cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> 
     if options.processes < 1:
         parser.error(f"argument --processes: was {options.processes}, must be at least 1")
     refinements = list(dict.fromkeys(options.refinement))
-    cases = [Case(b, h, length, d, (rank or [d])[0], dtype) for b, h, length, d, *rank in dict.fromkeys(shapes)]
+    cases = [TuningCase(b, h, length, d, (rank or [d])[0], dtype) for b, h, length, d, *rank in dict.fromkeys(shapes)]
     return [case._replace(refinement=name, dropout_p=options.dropout) for case in cases for name in refinements]
 
 
-def missing_gpu(cases: list[Case]) -> str | None:
+def missing_gpu(cases: list[TuningCase]) -> str | None:
     """Why nothing can be measured here, None if it can."""
     if not torch.cuda.is_available():
         return (
@@ -164,7 +164,7 @@ def missing_gpu(cases: list[Case]) -> str | None:
     return next((f"{case} cannot run on the kernels: {reason}" for case, reason in reasons if reason), None)
 
 
-def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float) -> int:
+def compile_ahead(grouped: dict[Key, list[TuningCase]], processes: int, seconds: float) -> int:
     """Compile candidates in several processes for at most `seconds`, the likeliest of every kernel first. Returns how many."""
     queues = [[(cases[0], key, config) for config in candidates(key)] for key, cases in grouped.items()]
     work = [each for at_once in itertools.zip_longest(*queues) for each in at_once if each is not None]
@@ -177,7 +177,7 @@ def compile_ahead(grouped: dict[Key, list[Case]], processes: int, seconds: float
 
 
 def tune(
-    grouped: dict[Key, list[Case]], device: torch.device, bench: Bench, path: Path, names: tuple[str, str], seconds: float
+    grouped: dict[Key, list[TuningCase]], device: torch.device, bench: Bench, path: Path, names: tuple[str, str], seconds: float
 ) -> list[Verdict]:
     """Search key after key, each with an even share of the remaining time, and write each verdict as soon as it is known.
 
@@ -195,9 +195,9 @@ def tune(
     try:
         for number, (key, cases) in enumerate(grouped.items()):
             share = max(0.0, seconds - (time.monotonic() - begin)) / (len(grouped) - number)
-            found_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
+            tuned_before = {**tuned_for(device), **tuned_entries(read_entries(path), *names)}
             table = choose(key, shared_memory(device))
-            verdicts.append(search(key, cases, table, bench, share, current=found_before.get(key), say=say, step=step))
+            verdicts.append(search(key, cases, table, bench, share, current=tuned_before.get(key), say=say, step=step))
             save(path, verdicts[-1], *names)
     except KeyboardInterrupt:
         say("interrupted; verdicts reached before are saved")
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = torch.device("cuda", torch.cuda.current_device())
         shared, names = shared_memory(device), machine(device)
         tuned_for(device)
-        grouped: dict[Key, list[Case]] = {}
+        grouped: dict[Key, list[TuningCase]] = {}
         for case in cases:
             for key in case.keys(shared):
                 if not options.kernel or key.kernel in options.kernel:

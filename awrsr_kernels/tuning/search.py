@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from ..launch_config import LENGTHS, TABLE, TILED, Config, Key
 from ..tuned import misfit
-from .timing import Bench, Case, guards
+from .timing import Bench, TuningCase, guards
 
 MARGIN = 0.03  # by which a configuration must win, lest noise choose
 CHECKING = 0.7  # share of a kernel's time after which no further candidate is compiled and checked
@@ -49,15 +49,15 @@ def candidates(key: Key) -> list[Config]:
     """
     if key.length != TILED:
         blocks = [size for size in LENGTHS if size >= key.length]  # a taller tile seats more sequences
-        found = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
+        grid = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
     else:
-        found = [Config(m, n, warps, stages) for m in BLOCKS for n in BLOCKS for warps in (4, 8) for stages in (1, 2, 3)]
+        grid = [Config(m, n, warps, stages) for m in BLOCKS for n in BLOCKS for warps in (4, 8) for stages in (1, 2, 3)]
     start = TABLE[key][0].config
 
     def distance(config: Config) -> float:
         return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(config, start, strict=True))
 
-    fitting = [config for config in found if carried(key, config) <= 255 * 32 * config.num_warps and not misfit(key, config)]
+    fitting = [config for config in grid if carried(key, config) <= 255 * 32 * config.num_warps and not misfit(key, config)]
     if key.length == TILED:
         fitting = [config for config in fitting if estimated_shared(key, config) <= 1.5 * LARGEST_SHARED]
     return sorted(fitting, key=distance)
@@ -74,7 +74,7 @@ class Verdict:
     """The result of the search for a key."""
 
     key: Key
-    cases: list[Case]
+    cases: list[TuningCase]
     table: Config
     chosen: Config
     medians: dict[Config, list[float]] = field(default_factory=dict)  # milliseconds, a number per case; of the finalists
@@ -88,7 +88,7 @@ class Verdict:
 
 
 def medians_of(
-    bench: Bench, key: Key, cases: list[Case], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
+    bench: Bench, key: Key, cases: list[TuningCase], configs: list[Config], rounds: int, go_on: Callable[[int], bool]
 ) -> dict[Config, list[float]]:
     """Median of a case's samples. Rounds are interleaved, each begins with another configuration: what else the GPU does, a clock
     that it lowers or a neighbour, hits all of them alike."""
@@ -101,7 +101,7 @@ def medians_of(
 
 
 def search(
-    key: Key, cases: list[Case], table: Config, bench: Bench, seconds: float = math.inf, *, current: Config | None = None,
+    key: Key, cases: list[TuningCase], table: Config, bench: Bench, seconds: float = math.inf, *, current: Config | None = None,
     say: Callable[[str], None] = print, step: Callable[[str], None] = lambda text: None,
     now: Callable[[], float] = time.monotonic,
 ) -> Verdict:  # fmt: skip
@@ -115,8 +115,8 @@ def search(
     always = [table] if current is None else [table, current]
     queue = list(dict.fromkeys([*always, *candidates(key)]))
 
-    def refuse(config: Config, asked: list[Case]) -> bool:
-        reason = next((found for case in asked if (found := bench.refusal(case, key, config))), None)
+    def refuse(config: Config, asked: list[TuningCase]) -> bool:
+        reason = next((refusal for case in asked if (refusal := bench.refusal(case, key, config))), None)
         if reason:
             verdict.refused[config] = reason
             say(f"{key.kernel}, {describe(config)}: {reason}")

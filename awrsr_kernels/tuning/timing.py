@@ -25,7 +25,7 @@ FLUSHES = 16  # of the cache, ahead of a call: the host queues the call meanwhil
 SPANS = 5  # to a sample, on a GPU
 
 
-class Case(NamedTuple):
+class TuningCase(NamedTuple):
     """A shape to tune for."""
 
     batch: int
@@ -56,10 +56,10 @@ class Case(NamedTuple):
         return [key for name in launched if (key := key_of(name, *size)) is not None]
 
 
-def guards(key: Key, dtype: torch.dtype) -> list[Case]:
+def guards(key: Key, dtype: torch.dtype) -> list[TuningCase]:
     """Small calls that a configuration must also serve: the most demanding of the key, with every refinement."""
     length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
-    return [Case(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
+    return [TuningCase(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
 
 
 class Workload:
@@ -70,7 +70,7 @@ class Workload:
     of the tables then stem from the excerpt alone, and those of the other sequences must be zero.
     """
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: TuningCase, device: torch.device) -> None:
         self.case = case
         b, h, length, dim = case.batch, case.heads, case.length, case.dim
         kv_heads = case.kv_heads or h
@@ -105,12 +105,12 @@ class Workload:
     @functools.cached_property
     def references(self) -> list[dict[str, Tensor]]:
         """Results of the excerpt by the definition: in float64, and in the case's own dtype."""
-        lengths, found = None if self.lengths is None else self.lengths[self.index], []
+        lengths, results = None if self.lengths is None else self.lengths[self.index], []
         for dtype in (torch.float64, self.case.dtype):
             leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
             out = self.forward(leaves, lengths, "reference")
-            found.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
-        return found
+            results.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
+        return results
 
     def _excerpt(self, name: str, x: Tensor) -> Tensor:
         return x[self.index] if name in ("out", "q", "k", "v") else x
@@ -119,13 +119,13 @@ class Workload:
         """A line for each result that the kernels get wrong, by the rule of `tolerance.py`."""
         with _poisoned():
             out = self.forward(self.leaves, self.lengths, "triton")
-            found = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
+            results = {"out": out.detach()} | _gradients(out, self.leaves, self.excerpt_dout)
         exact, same_dtype = self.references
-        lines = wrong_results({n: self._excerpt(n, x) for n, x in found.items()}, exact, same_dtype, self.case.dtype)
+        lines = wrong_results({n: self._excerpt(n, x) for n, x in results.items()}, exact, same_dtype, self.case.dtype)
         others = torch.ones(self.case.batch, dtype=torch.bool, device=out.device).index_fill(0, self.index, False)
-        if not found["out"][others].isfinite().all():
+        if not results["out"][others].isfinite().all():
             lines.append("out is not finite beyond the excerpt")
-        strays = [n for n in ("q", "k", "v") if found[n][others].count_nonzero()]
+        strays = [n for n in ("q", "k", "v") if results[n][others].count_nonzero()]
         return lines + [f"the gradient of {n} is not zero where that of the output is" for n in strays]
 
     def prepare(self, backward: bool) -> Callable[[], Any]:
@@ -136,7 +136,7 @@ class Workload:
         return lambda: _gradients(out, self.leaves, self.dout)
 
 
-def compile_one(case: Case, key: Key, config: Config) -> None:
+def compile_one(case: TuningCase, key: Key, config: Config) -> None:
     """Compile a configuration into Triton's cache on disk. Errors are ignored here; the later check reports them."""
     with contextlib.suppress(Exception), forced({key: config}):
         device = torch.device("cuda", torch.cuda.current_device())
@@ -155,7 +155,7 @@ class Bench:
         self.device, self.clock = device, Clock(device, FLUSHES)
         self.workload = functools.cache(lambda case: Workload(case, device))  # the reference takes longer than the kernels
 
-    def refusal(self, case: Case, key: Key, config: Config) -> str | None:
+    def refusal(self, case: TuningCase, key: Key, config: Config) -> str | None:
         """Why `config` must not be chosen for `key`: it does not compile, does not fit, or a result is wrong."""
         workload = self.workload(case)
         try:
@@ -174,7 +174,7 @@ class Bench:
         except Exception as error:
             raise DeviceLost(f"{config} broke the GPU's state: {error}") from error
 
-    def time(self, case: Case, key: Key, config: Config) -> float:
+    def time(self, case: TuningCase, key: Key, config: Config) -> float:
         """Milliseconds of the pass that the kernel belongs to, the forward or the backward."""
         prepare = functools.partial(self.workload(case).prepare, backward=key.kernel not in LAUNCHED_FORWARD)
         with forced({key: config}):

@@ -37,7 +37,7 @@ from .workloads import Shape
 TABLES = ("position", "content")
 
 
-class Problem(NamedTuple):
+class DecodingInputs(NamedTuple):
     """One shape: items of whole sequences, (B, H, L, D), and tables, (L, D) or (B, H, L, D)."""
 
     q: Tensor
@@ -79,15 +79,15 @@ class Provider(NamedTuple):
     undo: Callable[[], None]
 
 
-def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCache]:
-    (batch, heads, length, d), refinement = problem.q.shape, problem.refinement
-    d_v, r = problem.v.shape[-1], problem.w_q.shape[-1]
-    sizes: dict[str, Any] = {"kv_heads": problem.k.shape[1], "head_dim": d, "value_dim": d_v, "rank": r}
-    options: dict[str, Any] = {"refinement": refinement, "tables": TABLES[problem.content], "dtype": problem.q.dtype}
-    cache = RefinedCache(batch, length, heads=heads, device=problem.q.device, **sizes, **options)
-    q, k, v, w_q, w_k = problem.rows(0, length - 1)
+def step(inputs: DecodingInputs, backend: str = "auto") -> tuple[Provider, RefinedCache]:
+    (batch, heads, length, d), refinement = inputs.q.shape, inputs.refinement
+    d_v, r = inputs.v.shape[-1], inputs.w_q.shape[-1]
+    sizes: dict[str, Any] = {"kv_heads": inputs.k.shape[1], "head_dim": d, "value_dim": d_v, "rank": r}
+    options: dict[str, Any] = {"refinement": refinement, "tables": TABLES[inputs.content], "dtype": inputs.q.dtype}
+    cache = RefinedCache(batch, length, heads=heads, device=inputs.q.device, **sizes, **options)
+    q, k, v, w_q, w_k = inputs.rows(0, length - 1)
     refined_attention_prefill(q, k, v, w_q, w_k, cache)
-    q, k, v, w_q, w_k = problem.rows(length - 1)
+    q, k, v, w_q, w_k = inputs.rows(length - 1)
 
     def call() -> Tensor:
         return refined_attention_step(q, k, v, w_q, w_k, cache, backend=backend)
@@ -95,14 +95,14 @@ def step(problem: Problem, backend: str = "auto") -> tuple[Provider, RefinedCach
     return Provider("step", "ours", call, lambda: cache.crop(length - 1)), cache
 
 
-def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
+def stock(inputs: DecodingInputs, cache: RefinedCache, split: bool) -> Provider:
     """Two stages of stock attention for one query. cache: the state of earlier positions."""
-    q, k, v, w_q, w_k = (x.expand(*problem.k.shape[:3], -1) for x in problem[:5])
-    at, refinement, rank = k.shape[2] - 1, problem.refinement, w_q.shape[-1]
+    q, k, v, w_q, w_k = (x.expand(*inputs.k.shape[:3], -1) for x in inputs[:5])
+    at, refinement, rank = k.shape[2] - 1, inputs.refinement, w_q.shape[-1]
     new_q, keys = q[:, :, at:], cache.k.clone()
     tables = [] if refinement == "none" else [w_q, w_k]
     direct = [] if refinement == "simple" else [v]
-    fixed, growing = ([], [*tables, *direct]) if problem.content else (tables, direct)  # a step brings a row of what grows
+    fixed, growing = ([], [*tables, *direct]) if inputs.content else (tables, direct)  # a step brings a row of what grows
     appended = [(keys, k)]
     if split:
         blocks = [*fixed, *(x.clone() for x in growing)]
@@ -132,22 +132,22 @@ def stock(problem: Problem, cache: RefinedCache, split: bool) -> Provider:
     return Provider("sdpa2-split" if split else "sdpa2", "rival", call, lambda: None)
 
 
-def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Row]:
-    """Rows of one problem, all providers side by side. Raises WrongResult."""
-    exact, same = problem.definition(torch.float64), problem.definition(problem.q.dtype)
-    ours, cache = step(problem)
+def measure(inputs: DecodingInputs, reps: int | None, budget: float) -> list[report.Row]:
+    """Rows of one shape, all providers side by side. Raises WrongResult."""
+    exact, same = inputs.definition(torch.float64), inputs.definition(inputs.q.dtype)
+    ours, cache = step(inputs)
 
     def full() -> Tensor:
-        return refined_attention(*problem[:5], refinement=problem.refinement)[:, :, -1:]
+        return refined_attention(*inputs[:5], refinement=inputs.refinement)[:, :, -1:]
 
-    rivals = (stock(problem, cache, split) for split in (False, True))
+    rivals = (stock(inputs, cache, split) for split in (False, True))
     providers = [ours, Provider("full", "ours", full, lambda: None), *rivals]
     for provider in providers:
         lines = wrong_results({"out": provider.call()}, {"out": exact}, {"out": same}, same.dtype)
         provider.undo()
         if lines:
             raise WrongResult(f"{provider.name}: {lines[0]}")
-    clock = Clock(problem.q.device)
+    clock = Clock(inputs.q.device)
     samples: list[list[float]] = [[] for _ in providers]
     for i in turns(len(providers), reps, budget):
         spans = []
@@ -155,16 +155,16 @@ def measure(problem: Problem, reps: int | None, budget: float) -> list[report.Ro
             spans.append(clock.timed(providers[i].call)[1])
             providers[i].undo()
         samples[i].append(clock.total_ms(spans) / len(spans))
-    batch, heads, length, d = problem.q.shape
-    shape = {"B": batch, "H": heads, "L": length, "D": d, "D_v": d, "R": d, "dtype": str(problem.q.dtype)[6:]}
+    batch, heads, length, d = inputs.q.shape
+    shape = {"B": batch, "H": heads, "L": length, "D": d, "D_v": d, "R": d, "dtype": str(inputs.q.dtype)[6:]}
     rows: list[report.Row] = []
     for provider, milliseconds in zip(providers, samples, strict=True):
         median, p20, p80 = quantiles(milliseconds)
-        named = {"provider": provider.name, "role": provider.role, "refinement": problem.refinement, "task": problem.label}
+        named = {"provider": provider.name, "role": provider.role, "refinement": inputs.refinement, "task": inputs.label}
         times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "samples": len(milliseconds)}
-        rows.append(named | {"tables": TABLES[problem.content]} | shape | times)
+        rows.append(named | {"tables": TABLES[inputs.content]} | shape | times)
     sizes = Shape(batch, heads, heads, length, d, d, d)
-    rows[0]["bytes"], _ = step_counts(sizes, problem.refinement, problem.q.itemsize, problem.content)
+    rows[0]["bytes"], _ = step_counts(sizes, inputs.refinement, inputs.q.itemsize, inputs.content)
     for row in rows:
         row["ratio_to_full"] = rows[1]["median_ms"] / row["median_ms"]
     return rows
@@ -215,15 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = (batch, options.heads, length, options.dim)
         shapes = [size] * 3 + [size if tables == "content" else size[2:]] * 2
         q, k, v, w_q, w_k = (torch.randn(s, device=options.device).to(getattr(torch, options.dtype)) for s in shapes)
-        problem = Problem(q, k, v, w_q, w_k, refinement)
+        inputs = DecodingInputs(q, k, v, w_q, w_k, refinement)
         try:
             with torch.no_grad():
-                of_it = measure(problem, options.reps, options.budget)
+                of_it = measure(inputs, options.reps, options.budget)
         except WrongResult as error:
-            print(f"decode_bench.py: WRONG, nothing was written: {problem.label}: {error}", file=sys.stderr)
+            print(f"decode_bench.py: WRONG, nothing was written: {inputs.label}: {error}", file=sys.stderr)
             return 1
         rows += of_it
-        print("\n".join([problem.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
+        print("\n".join([inputs.label, *report.grid(COLUMNS, of_it)]) + "\n", flush=True)
     results = about | {"rows": rows}
     report.finish(results, begin, options.out, markdown)
     return 0

@@ -145,13 +145,13 @@ class Gate:
 
     def _yardstick(self, key: int, view: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The excerpt by the reference in float64, and in the batch's own dtype."""
-        full_key = (key, view.refinement, view.gaussian, view.dropout_p)
+        full_key = (key, view.refinement, view.stochastic, view.dropout_p)
         if full_key not in self._expected:
             index, heads, kv_heads, bounds = view.excerpt()
             reference = functools.partial(ours, backend="reference")
 
             def excerpt(dtype: torch.dtype) -> dict[str, Tensor]:
-                names = ("q", "k", "v", "w_q", "w_k", "gate", "dout", *(COVARIANCES if view.gaussian else ()))
+                names = ("q", "k", "v", "w_q", "w_k", "gate", "dout", *(COVARIANCES if view.stochastic else ()))
                 parts = {n: _excerpt_of(n, getattr(view, n), index, heads, kv_heads).detach().to(dtype) for n in names}
                 leaves: dict[str, Any] = {n: parts[n].requires_grad_(not n.startswith("dout")) for n in names}
                 return _compute(reference, replace(view, **leaves, bounds=bounds))[0]

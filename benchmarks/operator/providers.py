@@ -90,7 +90,7 @@ def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
     tensors: tuple[Any, ...] = batch.q, batch.k, batch.v, batch.w_q, batch.w_k
     padded: Callable[..., Outputs] = refined_attention
     packed: Callable[..., Outputs] = refined_attention_varlen
-    if batch.gaussian:
+    if batch.stochastic:
         covs = (batch.w_q_cov, batch.w_k_cov) if batch.refinement == "stochastic" else (None, None)
         tensors = *tensors_of(batch)[0], batch.w_q, batch.w_k, *covs
         padded, packed = stochastic_refined_attention, stochastic_refined_attention_varlen
@@ -99,7 +99,7 @@ def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
         rows = (x if x is None or x.dim() < 3 else nested_tensor_from_jagged(x, offsets).transpose(1, 2) for x in tensors)
         outs = padded(*rows, padding_side="right", backend=backend, **options)
         outputs = tuple(x.values().transpose(0, 1) for x in (outs if isinstance(outs, tuple) else (outs,)))
-        return outputs if batch.gaussian else outputs[0]
+        return outputs if batch.stochastic else outputs[0]
     if batch.packed:
         return packed(*tensors, batch.bounds, batch.max_len, align="left", backend=backend, **options)
     return padded(*tensors, lengths=batch.bounds, padding_side="right", backend=backend, **options)

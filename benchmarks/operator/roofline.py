@@ -120,7 +120,7 @@ def ideal_bytes(task: Task, layout: str, pass_: str) -> int:
     if pass_ == "fwd+bwd":
         return ideal_bytes(task, layout, "fwd") + ideal_bytes(task, layout, "bwd")
     inputs, out = s.H * s.D + s.H_kv * (s.D + s.D_v), s.H * s.D_v  # features of all heads, per row
-    if task.gaussian:
+    if task.stochastic:
         inputs, out = 2 * inputs, 2 * out
     total = 0
     for lengths, window in calls(task, layout):

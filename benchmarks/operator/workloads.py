@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 
 DOT, STOCHASTIC = "dot-product", "stochastic"
 BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as options and as results have them
-OPERATOR = {DOT: REFINEMENTS, STOCHASTIC: GAUSSIAN_REFINEMENTS}  # backbone: its refinements
+OPERATOR = {DOT: REFINEMENTS, STOCHASTIC: STOCHASTIC_ATTENTION_REFINEMENTS}  # backbone: its refinements
 Outputs = Tensor | tuple[Tensor, ...]  # of a call; between Gaussians means and covariances
 LAYOUTS = ("padded", "bucketed", "packed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -82,7 +82,7 @@ class Task:
     backbone: str = DOT
 
     @property
-    def gaussian(self) -> bool:
+    def stochastic(self) -> bool:
         return self.backbone == STOCHASTIC
 
     @property
@@ -110,7 +110,7 @@ class Task:
         heads = f"H {s.H}" if s.H == s.H_kv else f"H {s.H}/{s.H_kv}"
         width = f"D {s.D}" if s.D == s.D_v else f"D {s.D} D_v {s.D_v}"
         drop = f" dropout {self.dropout_p:g}" if self.dropout_p else ""
-        kind = f"stochastic backbone, {self.refinement}" if self.gaussian else self.refinement
+        kind = f"stochastic backbone, {self.refinement}" if self.stochastic else self.refinement
         return " ".join([self.source, size, heads, width, f"R {s.R} {self.dtype} {kind}{drop}"]).strip()
 
     def flops(self, pass_: str) -> float:
@@ -134,12 +134,12 @@ class Task:
         recomputation, the masked half) does not count.
         """
         s = self.shape
-        d, d_v = (2 * s.D, 2 * s.D_v) if self.gaussian else (s.D, s.D_v)
+        d, d_v = (2 * s.D, 2 * s.D_v) if self.stochastic else (s.D, s.D_v)
         width = d + d_v
         if self.refinement != "none":
             width += 6 * s.R if self.refinement == "stochastic" else 3 * s.R
         if self.refinement in ("value", "additive"):
-            width += d if self.gaussian and self.refinement == "additive" else d_v
+            width += d if self.stochastic and self.refinement == "additive" else d_v
         pairs = sum(n * n for n in self.users) / 2 if self.users else s.B * s.L**2 / 2
         return 2 * s.H * pairs * width * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[pass_]
 
@@ -176,7 +176,7 @@ class Batch:
     dout_cov: Tensor | None = None
 
     @property
-    def gaussian(self) -> bool:
+    def stochastic(self) -> bool:
         return self.q_cov is not None
 
     @property
@@ -191,7 +191,7 @@ class Batch:
         names = ["q", "k", "v"]
         if self.refinement != "none":
             names += ["w_q", "w_k"]
-        if self.gaussian:
+        if self.stochastic:
             names += ["q_cov", "k_cov", "v_cov"]
         if self.refinement == "stochastic":
             names += ["w_q_cov", "w_k_cov"]
@@ -254,7 +254,7 @@ def build(task: Task, layout: str) -> list[Batch]:
         return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype)
 
     tables, gate = [new(s.L, s.R).requires_grad_() for _ in range(2)], new(s.H).requires_grad_()
-    cov_tables = [new(s.L, s.R).requires_grad_() for _ in range(2)] if task.gaussian else []
+    cov_tables = [new(s.L, s.R).requires_grad_() for _ in range(2)] if task.stochastic else []
 
     def items(lengths: list[int], window: int, covariance: bool = False) -> list[Tensor]:
         """q, k, v and dout, of the means or of the covariances; those are drawn by ELU + 1, as STOSA makes them."""
@@ -277,7 +277,7 @@ def build(task: Task, layout: str) -> list[Batch]:
         elif task.users:
             bounds = torch.tensor(lengths, device=device)
         made = Batch(q, k, v, w_q, w_k, gate, dout, task.refinement, task.dropout_p, bounds, layout == "packed", places)
-        if not task.gaussian:
+        if not task.stochastic:
             return made
         *covs, dout_cov = items(lengths, window, covariance=True)
         covs += [w.detach()[:window].requires_grad_() for w in cov_tables]

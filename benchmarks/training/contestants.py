@@ -41,7 +41,7 @@ RANK_TOLERANCE = 1e-4  # of a score, relative to the largest: ranks may differ w
 
 
 @dataclass(frozen=True)
-class Problem:
+class TrainingTask:
     """What all contestants compute. The head of the results holds `threads` and the device."""
 
     split: Split
@@ -63,9 +63,9 @@ class Problem:
 
 @dataclass
 class Contestant:
-    """One way of computing a problem, its model, and its measurements."""
+    """One way of computing a task, its model, and its measurements."""
 
-    problem: Problem
+    task: TrainingTask
     refinement: str
     layout: str
     backend: str
@@ -80,14 +80,14 @@ class Contestant:
         return f"{self.backend} {self.layout} {self.refinement}"
 
 
-def contestant(problem: Problem, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
-    """A contestant with the parameters that the problem's seed gives. dropout: instead of the configuration's."""
+def contestant(task: TrainingTask, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
+    """A contestant with the parameters that the task's seed gives. dropout: instead of the configuration's."""
     changes: dict[str, Any] = {"refinement": refinement, "backend": "reference" if backend == "stosa" else backend}
     if dropout is not None:
         changes |= {"hidden_dropout": dropout, "attention_dropout": dropout}
-    torch.manual_seed(problem.seed)
-    model = AWRSRNetwork(replace(problem.config, **changes)).to(problem.device)
-    return Contestant(problem, refinement, layout, backend, model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True))
+    torch.manual_seed(task.seed)
+    model = AWRSRNetwork(replace(task.config, **changes)).to(task.device)
+    return Contestant(task, refinement, layout, backend, model, torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True))
 
 
 def eager_attention(
@@ -105,7 +105,7 @@ def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> t
     last = cu_seqlens[1:] - 1
     if it.layout == "packed":
         return it.model(items, cu_seqlens, longest), last
-    width = longest if it.layout == "bucketed" else it.problem.config.max_len
+    width = longest if it.layout == "bucketed" else it.task.config.max_len
     lengths = cu_seqlens.diff()
     real = torch.arange(width, device=items.device) >= width - lengths[:, None]
     padded = items.new_zeros(real.shape)
@@ -117,13 +117,13 @@ def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> t
 
 def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
     """Forward, loss over events with the negatives that belong to this step, backward, optimizer; returns the loss before it."""
-    problem, device = it.problem, it.problem.device
+    task, device = it.task, it.task.device
     it.model.train()
-    generator = torch.Generator(device).manual_seed(problem.seed * 1_000_003 + step)
+    generator = torch.Generator(device).manual_seed(task.seed * 1_000_003 + step)
     items, targets, cu_seqlens = (x.to(device) for x in (batch.items, batch.targets, batch.cu_seqlens))
     out, _ = hidden(it, items, cu_seqlens, batch.max_seqlen)
-    negatives = draw_negatives(problem.loss, targets, problem.config.num_items, NEGATIVES[problem.loss], generator)
-    loss: Tensor = LOSSES[problem.loss](out, targets, it.model.item_table(), negatives).mean()
+    negatives = draw_negatives(task.loss, targets, task.config.num_items, NEGATIVES[task.loss], generator)
+    loss: Tensor = LOSSES[task.loss](out, targets, it.model.item_table(), negatives).mean()
     it.optimizer.zero_grad()
     loss.backward()
     it.optimizer.step()
@@ -134,11 +134,11 @@ def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
 def rank_step(it: Contestant, chosen: np.ndarray) -> Tensor:
     """(B,) ranks of these test targets among all items."""
     it.model.eval()
-    batch = it.problem.targets.pack(chosen)
+    batch = it.task.targets.pack(chosen)
     if it.layout == "packed":
         return rank_batch(it.model, batch)
     (items, cu_seqlens, longest), targets, row, seen = batch
-    device = it.problem.device
+    device = it.task.device
     out, last = hidden(it, items.to(device), cu_seqlens.to(device), longest)
     move = (None, None) if row is None else (row.to(device), seen.to(device))
     return ranks(out[last], it.model.item_table(), targets.to(device), *move)
@@ -154,9 +154,9 @@ class Work:
 
     def batches(self, it: Contestant, pass_: str) -> list[np.ndarray]:
         """The batches of a pass in the contestant's layout: as they come, bucketed sorted by length."""
-        problem = it.problem
-        train = self.sequences, problem.windows.length, problem.batch_size
-        chosen, length, size = train if pass_ == "train" else (self.targets, problem.targets.length, self.eval_batch)
+        task = it.task
+        train = self.sequences, task.windows.length, task.batch_size
+        chosen, length, size = train if pass_ == "train" else (self.targets, task.targets.length, self.eval_batch)
         order = np.argsort(length[chosen], kind="stable") if it.layout == "bucketed" else np.arange(len(chosen))
         return [chosen[part] for part in np.array_split(order, max(1, round(len(chosen) / size)))]
 
@@ -164,7 +164,7 @@ class Work:
 def one_step(it: Contestant, pass_: str, chosen: np.ndarray, step: int) -> None:
     """Make a batch, pad it if the layout pads, and use it. All of this is timed."""
     if pass_ == "train":
-        train_step(it, next(iter(Batches(it.problem.windows, [chosen], rank=0, world=1))), step)
+        train_step(it, next(iter(Batches(it.task.windows, [chosen], rank=0, world=1))), step)
     else:
         rank_step(it, chosen)
 
@@ -174,26 +174,26 @@ def race(contestants: Sequence[Contestant], pass_: str, work: Work, reps: int | 
     for i in turns(len(contestants), reps, budget_s):
         it = contestants[i]
         batches = work.batches(it, pass_)
-        wait(it.problem.device)
+        wait(it.task.device)
         start, cpu = time.perf_counter(), time.process_time()
         for step, chosen in enumerate(batches):
             one_step(it, pass_, chosen, step)
-        wait(it.problem.device)
+        wait(it.task.device)
         it.samples[pass_].append((time.perf_counter() - start, time.process_time() - cpu))
 
 
 def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
     """Peak bytes of the batch with most events, above parameters and optimizer state; and `first_ms`, one batch before all else."""
-    lengths = it.problem.windows.length if pass_ == "train" else it.problem.targets.length
+    lengths = it.task.windows.length if pass_ == "train" else it.task.targets.length
     batches = work.batches(it, pass_)
     packed = it.layout == "packed"
     largest = max(batches, key=lambda chosen: lengths[chosen].sum() if packed else len(chosen) * lengths[chosen].max())
     start = time.perf_counter()
     one_step(it, pass_, batches[0], 0)
-    wait(it.problem.device)
+    wait(it.task.device)
     it.first_ms[pass_] = (time.perf_counter() - start) * 1e3
     it.optimizer.zero_grad()
-    it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.problem.device)[0] / 2**20
+    it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.task.device)[0] / 2**20
     it.optimizer.zero_grad()
 
 
@@ -209,18 +209,18 @@ class Yardstick:
     most: Tensor  # (M,) rank if all of them were above
 
 
-def yardstick(problem: Problem, refinement: str, batch_size: int = 64, targets: int = 256) -> Yardstick:
+def yardstick(task: TrainingTask, refinement: str, batch_size: int = 64, targets: int = 256) -> Yardstick:
     """backend="reference", float64, every batch padded to the window."""
-    it = contestant(problem, refinement, "padded", "reference", dropout=0.0)
+    it = contestant(task, refinement, "padded", "reference", dropout=0.0)
     it.model.double()
-    epochs = (problem.windows.batches(batch_size, problem.seed, epoch) for epoch in range(GATE_STEPS))
+    epochs = (task.windows.batches(batch_size, task.seed, epoch) for epoch in range(GATE_STEPS))
     batches = [batch for _, batch in zip(range(GATE_STEPS), (b for epoch in epochs for b in epoch), strict=False)]
     losses = torch.stack([train_step(it, batch, step) for step, batch in enumerate(batches)]).cpu()
-    chosen = np.random.default_rng(problem.seed).permutation(len(problem.targets))[:targets]
+    chosen = np.random.default_rng(task.seed).permutation(len(task.targets))[:targets]
     it.model.eval()
     with torch.no_grad():
-        (items, cu_seqlens, longest), wanted, row, seen = problem.targets.pack(chosen)
-        out, last = hidden(it, items.to(problem.device), cu_seqlens.to(problem.device), longest)
+        (items, cu_seqlens, longest), wanted, row, seen = task.targets.pack(chosen)
+        out, last = hidden(it, items.to(task.device), cu_seqlens.to(task.device), longest)
         scores = (out[last] @ it.model.item_table().T).cpu()
     own = scores.gather(1, wanted[:, None])
     margin = RANK_TOLERANCE * scores.abs().amax(1, keepdim=True)

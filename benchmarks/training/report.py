@@ -11,7 +11,7 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list
     """One row per contestant: milliseconds per step, in the columns that attn_bench.py has, and what belongs to training."""
     rows = []
     for it in contestants:
-        p, c, laps = it.problem, it.model.config, it.samples[pass_]
+        p, c, laps = it.task, it.model.config, it.samples[pass_]
         steps, sequences = len(work.batches(it, pass_)), len(work.sequences if pass_ == "train" else work.targets)
         median, p20, p80 = quantiles([seconds / steps * 1e3 for seconds, _ in laps])
         cpu = quantiles([cpu_seconds / steps * 1e3 for _, cpu_seconds in laps])[0]
@@ -32,7 +32,7 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list
 
 def task_of(it: Contestant, pass_: str) -> str:
     """What is computed, in words."""
-    p, c = it.problem, it.problem.config
+    p, c = it.task, it.task.config
     what = f"{p.loss}, batches of {p.batch_size}" if pass_ == "train" else "full ranking"
     size = f"hidden {c.hidden}, {c.layers} layer{'s' * (c.layers > 1)}, {c.heads} heads"
     return f"{p.source}, {'STOSA, ' * (c.backbone == 'stosa')}{what}, window {c.max_len}, {size}"

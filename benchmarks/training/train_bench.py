@@ -42,14 +42,14 @@ from awrsr.data.readers import read
 from awrsr.data.synthetic import make
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS
+from awrsr_kernels.checks import STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tuning.arguments import whole
 
 from ..common import report
 from ..common.arguments import add_flag, make_parser, settle_machine
 from ..common.clock import WrongResult
 from ..common.pages import LAYOUTS, TRAINING, markdown
-from .contestants import GATE_STEPS, PASSES, TOLERANCE, Problem, Work, check, contestant, measure_memory, race, yardstick
+from .contestants import GATE_STEPS, PASSES, TOLERANCE, TrainingTask, Work, check, contestant, measure_memory, race, yardstick
 from .report import make_rows, table
 
 BACKENDS = ("torch", "reference", "triton", "stosa")
@@ -71,7 +71,7 @@ def options_parser() -> argparse.ArgumentParser:
     add(
         "--refinements",
         nargs="+",
-        choices=GAUSSIAN_REFINEMENTS,
+        choices=STOCHASTIC_ATTENTION_REFINEMENTS,
         default=["none", "additive"],
         help="refinements to measure (default none additive)",
     )
@@ -122,32 +122,32 @@ def contestants(options: argparse.Namespace) -> list[tuple[str, str, str]]:
     return [each for each in every if each[1:] != ("packed", "stosa")]
 
 
-def gate(problem: Problem, options: argparse.Namespace) -> list[dict[str, Any]]:
+def gate(task: TrainingTask, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check every contestant against the definition, and return how far off each was. Raises WrongResult."""
     deviations = []
     for refinement in options.refinements:
-        say(f"gate: {refinement}, {problem.loss}: the definition")
-        wanted = yardstick(problem, refinement)
+        say(f"gate: {refinement}, {task.loss}: the definition")
+        wanted = yardstick(task, refinement)
         for _, layout, backend in (each for each in contestants(options) if each[0] == refinement):
             for dtype, tolerance in TOLERANCE.items():
                 if backend == "triton" and dtype == torch.float64:
                     continue
-                it = contestant(problem, refinement, layout, backend, dropout=0.0)
+                it = contestant(task, refinement, layout, backend, dropout=0.0)
                 off = check(it, wanted, dtype)
-                say(f"gate: {it.name}, {problem.loss}, {str(dtype)[6:]}: off by {off:.1e}")
-                named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": problem.loss}
+                say(f"gate: {it.name}, {task.loss}, {str(dtype)[6:]}: off by {off:.1e}")
+                named = {"provider": backend, "layout": layout, "refinement": refinement, "loss": task.loss}
                 deviations.append(named | {"dtype": str(dtype)[6:], "steps": GATE_STEPS, "off": off, "tolerance": tolerance})
     return deviations
 
 
-def measure(problem: Problem, options: argparse.Namespace, passes: Sequence[str]) -> list[report.Row]:
-    """Rows of one problem: memory, then times side by side; prints the table."""
+def measure(task: TrainingTask, options: argparse.Namespace, passes: Sequence[str]) -> list[report.Row]:
+    """Rows of one task: memory, then times side by side; prints the table."""
     draw = np.random.default_rng(options.seed).permutation
-    targets = draw(len(problem.targets))[: options.eval_users]
-    work = Work(draw(len(problem.windows))[: options.steps * options.batch_size], targets)
+    targets = draw(len(task.targets))[: options.eval_users]
+    work = Work(draw(len(task.windows))[: options.steps * options.batch_size], targets)
     rows: list[report.Row] = []
     for pass_ in passes:
-        entered = [contestant(problem, *each) for each in contestants(options)]
+        entered = [contestant(task, *each) for each in contestants(options)]
         for it in entered:
             say(f"memory: {pass_}, {it.name}")
             measure_memory(it, pass_, work)
@@ -168,22 +168,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     random.seed(options.seed)
     c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
-    problems = []
+    tasks = []
     try:
         parts = split(read(options.data) if options.data else make())
         config = AWRSRConfig(num_items=parts.histories.num_items, **c)
         sizes = options.batch_size, torch.device(options.device), options.seed, options.data.name if options.data else "synthetic"
-        problems = [Problem(parts, config, loss, *sizes) for loss in dict.fromkeys(options.loss)]
+        tasks = [TrainingTask(parts, config, loss, *sizes) for loss in dict.fromkeys(options.loss)]
         Windows(parts, options.max_len)  # raises ValueError if no history can be trained on
     except ValueError as error:
         parser.error(f"argument --data: {error}")
     about = report.about(options.device, "lightning") | {"command": report.command_line("train_bench.py", argv)}
     try:
-        checked = [row for problem in problems for row in gate(problem, options)]
+        checked = [row for task in tasks for row in gate(task, options)]
     except WrongResult as error:
         print(f"train_bench.py: WRONG, nothing was written: {error}", file=sys.stderr)
         return 1
-    rows = [row for i, p in enumerate(problems) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
+    rows = [row for i, p in enumerate(tasks) for row in measure(p, options, PASSES if i == 0 else PASSES[:1])]
     results = about | {"kind": TRAINING, "rows": rows, "gate": checked}
     report.finish(results, begin, options.out, markdown)
     return 0

@@ -22,7 +22,7 @@ from benchmarks.common.report import Row
 from benchmarks.training import contestants as training
 from benchmarks.training import report as train_report
 from benchmarks.training import train_bench
-from benchmarks.training.contestants import Problem, Work, check, contestant, rank_step, yardstick
+from benchmarks.training.contestants import TrainingTask, Work, check, contestant, rank_step, yardstick
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = "--quick --hidden 8 --rank 4 --max-len 6 --layers 1 --eval-users 20 --batch-size 16 --reps 1 --device cpu".split()
@@ -37,10 +37,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def problem() -> Problem:
+def task() -> TrainingTask:
     parts = split(make(users=40, items=20, length=9))
     config = AWRSRConfig(num_items=parts.histories.num_items, max_len=6, hidden=8, rank=4, layers=1)
-    return Problem(parts, config, "bce", 16, torch.device("cpu"), 0, "made")
+    return TrainingTask(parts, config, "bce", 16, torch.device("cpu"), 0, "made")
 
 
 def test_fixed_interface(data: Path, tmp_path: Path) -> None:
@@ -108,12 +108,12 @@ def test_ratios_are_computed_from_the_rows() -> None:
 @pytest.mark.parametrize(
     "loss,refinement", [*(("bce", r) for r in ("none", "simple", "value", "additive")), ("sampled_softmax", "additive")]
 )
-def test_the_gate_passes_what_is_right(loss: str, refinement: str, problem: Problem) -> None:
-    problem = dataclasses.replace(problem, loss=loss)
-    wanted = yardstick(problem, refinement, batch_size=8)
+def test_the_gate_passes_what_is_right(loss: str, refinement: str, task: TrainingTask) -> None:
+    task = dataclasses.replace(task, loss=loss)
+    wanted = yardstick(task, refinement, batch_size=8)
     for layout in pages.LAYOUTS:
         for dtype in training.TOLERANCE:
-            assert check(contestant(problem, refinement, layout, "torch", dropout=0.0), wanted, dtype) < 1e-5
+            assert check(contestant(task, refinement, layout, "torch", dropout=0.0), wanted, dtype) < 1e-5
     assert len(wanted.losses) == training.GATE_STEPS >= 20 and wanted.losses[-1] < wanted.losses[0]
 
 
@@ -130,21 +130,21 @@ FLAWS: dict[str, Callable[..., Tensor]] = {
     "flaw,dtype", [*((flaw, torch.float64) for flaw in FLAWS), ("nan", torch.float32), ("doubled", torch.float32)]
 )
 def test_a_sabotaged_backend_stops_the_benchmark(
-    flaw: str, dtype: torch.dtype, problem: Problem, monkeypatch: pytest.MonkeyPatch
+    flaw: str, dtype: torch.dtype, task: TrainingTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64 whatever the flaw; in float32 what is more than rounding."""
-    wanted = yardstick(problem, "additive", batch_size=8)
+    wanted = yardstick(task, "additive", batch_size=8)
     right = module.refined_attention_varlen
     monkeypatch.setattr(module, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
     with pytest.raises(WrongResult, match=r"torch packed additive, torch.float\d\d: the loss of step \d+ is"):
-        check(contestant(problem, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
+        check(contestant(task, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
 
 
-def test_wrong_ranks_stop_it_too(problem: Problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = yardstick(problem, "none", batch_size=8)
+def test_wrong_ranks_stop_it_too(task: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = yardstick(task, "none", batch_size=8)
     monkeypatch.setattr(training, "rank_batch", lambda model, batch: torch.ones(len(batch[1]), dtype=torch.int64))
     with pytest.raises(WrongResult, match=r"\d+ of 40 ranks differ; the first is 1, must be in"):
-        check(contestant(problem, "none", "packed", "torch", dropout=0.0), wanted, torch.float64)
+        check(contestant(task, "none", "packed", "torch", dropout=0.0), wanted, torch.float64)
 
 
 def test_a_failing_gate_writes_nothing(
@@ -158,9 +158,9 @@ def test_a_failing_gate_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_layouts_take_the_same_sequences(problem: Problem) -> None:
+def test_layouts_take_the_same_sequences(task: TrainingTask) -> None:
     work = Work(torch.randperm(40).numpy(), torch.arange(40).numpy(), eval_batch=16)
-    made = {layout: contestant(problem, "none", layout, "torch") for layout in pages.LAYOUTS}
+    made = {layout: contestant(task, "none", layout, "torch") for layout in pages.LAYOUTS}
     for pass_ in training.PASSES:
         batches = {layout: work.batches(it, pass_) for layout, it in made.items()}
         assert len({len(b) for b in batches.values()}) == 1

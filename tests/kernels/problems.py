@@ -15,20 +15,20 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
-from awrsr_kernels.checks import GAUSSIAN_REFINEMENTS, REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tolerance import allowed_errors, wrong_results
 
 from ..conftest import DEVICE, cumulative
 
 
 class Kind(NamedTuple):
-    """Which of the operators, between vectors or between Gaussians, and its refinement."""
+    """Which of the operators, dot-product or stochastic attention, and its refinement."""
 
     refinement: str
-    gaussian: bool = False
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        return "gaussian-" * self.gaussian + self.refinement
+        return "stochastic-attention-" * self.stochastic + self.refinement
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -39,22 +39,22 @@ class Kind(NamedTuple):
     @property
     def items(self) -> tuple[str, ...]:
         """Names of the tensors that have a row per item, but tables."""
-        return ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov") if self.gaussian else ("q", "k", "v")
+        return ("q_mean", "q_cov", "k_mean", "k_cov", "v_mean", "v_cov") if self.stochastic else ("q", "k", "v")
 
     def call(self, **arguments: Any) -> dict[str, Tensor]:
         """Outputs by name, of a padded or, given cu_seqlens, a packed call; tables that are not given are None."""
         padded, packed = (
             (stochastic_refined_attention, stochastic_refined_attention_varlen)
-            if self.gaussian
+            if self.stochastic
             else (refined_attention, refined_attention_varlen)
         )
         function: Any = packed if "cu_seqlens" in arguments else padded
         out = function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | arguments)
-        return {"out_mean": out[0], "out_cov": out[1]} if self.gaussian else {"out": out}
+        return {"out_mean": out[0], "out_cov": out[1]} if self.stochastic else {"out": out}
 
     def weights(self, **arguments: Any) -> tuple[Tensor, Tensor]:
         """P and M; values are left out."""
-        function: Any = stochastic_attention_weights if self.gaussian else attention_weights
+        function: Any = stochastic_attention_weights if self.stochastic else attention_weights
         given = {name: x for name, x in arguments.items() if not name.startswith("v")}
         return function(**{"w_q": None, "w_k": None, "refinement": self.refinement} | given)
 
@@ -66,11 +66,11 @@ class Kind(NamedTuple):
 
 
 VECTORS = [Kind(refinement) for refinement in REFINEMENTS]
-GAUSSIANS = [Kind(refinement, True) for refinement in GAUSSIAN_REFINEMENTS]
+GAUSSIANS = [Kind(refinement, True) for refinement in STOCHASTIC_ATTENTION_REFINEMENTS]
 KINDS = [*VECTORS, *GAUSSIANS]
 
 
-class Problem(NamedTuple):
+class RandomCall(NamedTuple):
     """Arguments of one call; W per "shared", "head" or "entry"; layouts of the tensors in memory are drawn with `seed`."""
 
     heads: int
@@ -89,11 +89,11 @@ class Problem(NamedTuple):
     seed: int
 
 
-def problems(lengths: tuple[int, ...]) -> st.SearchStrategy[Problem]:
+def random_calls(lengths: tuple[int, ...]) -> st.SearchStrategy[RandomCall]:
     heads = st.sampled_from([(1, 1), (2, 2), (2, 1), (6, 3)])
     width = st.sampled_from([1, 3, 8, 16, 20])
     return st.builds(
-        lambda heads, **rest: Problem(*heads, **rest),
+        lambda heads, **rest: RandomCall(*heads, **rest),
         heads=heads,
         lengths=st.lists(st.sampled_from((0, *lengths)), min_size=1, max_size=5),
         padded=st.booleans(),
@@ -110,9 +110,9 @@ def problems(lengths: tuple[int, ...]) -> st.SearchStrategy[Problem]:
     )
 
 
-def tensors_of(problem: Problem, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
+def tensors_of(case: RandomCall, kind: Kind, dtype: torch.dtype) -> dict[str, Tensor]:
     """Arguments with a gradient by name, in one of several memory layouts each; covariances are positive."""
-    p, random = problem, torch.Generator().manual_seed(problem.seed)
+    p, random = case, torch.Generator().manual_seed(case.seed)
     window, (d, dv, r), batch = max(p.lengths + [1]), p.widths, len(p.lengths)
     if p.padded:
         lead = lambda h: (batch, h, window)  # noqa: E731
@@ -148,9 +148,9 @@ def tensors_of(problem: Problem, kind: Kind, dtype: torch.dtype) -> dict[str, Te
     return {name: new(name, shape) for name, shape in shapes.items()}
 
 
-def compute(problem: Problem, kind: Kind, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+def compute(case: RandomCall, kind: Kind, tensors: dict[str, Tensor], backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients by name; the outputs' gradients are such that `dtype` can hold."""
-    p, random = problem, torch.Generator().manual_seed(problem.seed)
+    p, random = case, torch.Generator().manual_seed(case.seed)
     args: dict[str, Any] = {"causal": p.causal, "dropout_p": p.dropout_p, "dropout_seed": p.seed - 2**62, "backend": backend}
     if p.padded:
         args |= {"lengths": torch.tensor(p.lengths, device=DEVICE) if p.ragged else None, "padding_side": p.side}
@@ -163,7 +163,7 @@ def compute(problem: Problem, kind: Kind, tensors: dict[str, Tensor], backend: s
     return outs | {f"d{name}": g for name, g in zip(tensors, grads, strict=True)}
 
 
-def disagreements(problem: Problem, kind: Kind, dtype: torch.dtype, backend: str) -> list[str]:
+def disagreements(case: RandomCall, kind: Kind, dtype: torch.dtype, backend: str) -> list[str]:
     """What of a backend's outputs and gradients is further from the definition than the tolerance rule allows.
 
     A miss of less than twice the limit counts if another draw of the numbers misses, too, where one draw says little. The rule's
@@ -171,21 +171,21 @@ def disagreements(problem: Problem, kind: Kind, dtype: torch.dtype, backend: str
     some hundreds. In float64 the reference takes distances from differences and everything else takes them from products: wide
     Gaussians miss in one draw of sixty.
     """
-    wrong, near = compared(problem, kind, dtype, backend)
-    if wrong and near and (dtype in (torch.float16, torch.bfloat16) or kind.gaussian and dtype == torch.float64):
-        again = (compared(problem._replace(seed=problem.seed + more), kind, dtype, backend)[0] for more in (1, 2))
+    wrong, near = compared(case, kind, dtype, backend)
+    if wrong and near and (dtype in (torch.float16, torch.bfloat16) or kind.stochastic and dtype == torch.float64):
+        again = (compared(case._replace(seed=case.seed + more), kind, dtype, backend)[0] for more in (1, 2))
         return wrong if any(again) else []
     return wrong
 
 
-def compared(problem: Problem, kind: Kind, dtype: torch.dtype, backend: str) -> tuple[list[str], bool]:
+def compared(case: RandomCall, kind: Kind, dtype: torch.dtype, backend: str) -> tuple[list[str], bool]:
     """Lines for results that err by more than is allowed, and whether all stay below twice of it."""
-    tensors = tensors_of(problem, kind, dtype)
+    tensors = tensors_of(case, kind, dtype)
     read = {name: x.detach().to(dtype) if name in kind.tables else x.detach() for name, x in tensors.items()}
     doubles = {name: x.double().requires_grad_() for name, x in read.items()}  # float32 tables are read in q's dtype
-    exact = compute(problem, kind, doubles, "reference", dtype)
-    same = compute(problem, kind, tensors, "reference", dtype)
-    found = compute(problem, kind, tensors, backend, dtype)
+    exact = compute(case, kind, doubles, "reference", dtype)
+    same = compute(case, kind, tensors, "reference", dtype)
+    found = compute(case, kind, tensors, backend, dtype)
     wrong, limits = wrong_results(found, exact, same, dtype), allowed_errors(exact, same, dtype)
     like = all(found[name].shape == exact[name].shape for name in limits)
     return wrong, like and all(bool(((found[n].double() - exact[n]).abs() <= 2 * limit).all()) for n, limit in limits.items())

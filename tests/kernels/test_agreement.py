@@ -13,7 +13,7 @@ from awrsr_kernels._torch import packing
 from awrsr_kernels.tolerance import wrong_results
 
 from ..conftest import DEVICE, ENGINES
-from .problems import KINDS, Kind, Problem, disagreements, problems
+from .problems import KINDS, Kind, RandomCall, disagreements, random_calls
 
 LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "tiled": (1, 5, 17, 40)}
 EXAMPLES = {"torch": 14, "short": 3, "tiled": 2}  # the interpreter is slow, and a GPU's kernels are compiled for each
@@ -38,10 +38,10 @@ def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, 
     backend = choose(engine)
     reach = 32 if engine == "short" and dtype == torch.float32 and DEVICE != "cpu" else 1000  # longer ones are tiled there
 
-    @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.gaussian)))
-    @given(problems(tuple(n for n in LENGTHS[engine] if n <= reach)))
-    def holds(problem: Problem) -> None:
-        assert disagreements(problem, kind, dtype, backend) == []
+    @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.stochastic)))
+    @given(random_calls(tuple(n for n in LENGTHS[engine] if n <= reach)))
+    def holds(case: RandomCall) -> None:
+        assert disagreements(case, kind, dtype, backend) == []
 
     holds()
 
@@ -71,12 +71,12 @@ def test_short_histories_beside_long_ones(
         if DEVICE == "cpu" and kind.refinement != "additive" and (seed - KINDS.index(kind)) % 5 > 1:
             continue
         dtype, dropout_p = (torch.float16 if seed == 1 else torch.float32), 0.3 * (seed < 3)
-        problem = Problem(
+        case = RandomCall(
             2, kv_heads, lengths=[20, 3, 16, 0, 5, 17, 1], padded=padded, ragged=True, extra_rows=3, widths=(16, 8, 20),
             table=table, gate="head", side=side, causal=causal, dropout_p=dropout_p, wide_tables=False, seed=seed,
         )  # fmt: skip
         went.clear()
-        assert disagreements(problem, kind, dtype, backend) == []
+        assert disagreements(case, kind, dtype, backend) == []
         assert len(went) == (4 if kv_heads == 2 else 2)  # grouped queries: tiled alone
 
 
@@ -143,11 +143,11 @@ def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, mon
     monkeypatch.setattr(packing, "_pack", record)
     for seed, padded in enumerate([False, True]):
         lengths = torch.randint(0, 12, (30,), generator=torch.Generator().manual_seed(seed)).tolist() + [37, 50]
-        problem = Problem(
+        case = RandomCall(
             heads=2, kv_heads=1, lengths=lengths, padded=padded, ragged=True, extra_rows=3, widths=(8, 16, 8), table=table,
             gate="head", side="right" if padded else "left", causal=causal, dropout_p=0.3 * padded, wide_tables=False, seed=seed,
         )  # fmt: skip
-        assert disagreements(problem, kind, torch.float32, "torch") == []
+        assert disagreements(case, kind, torch.float32, "torch") == []
     assert max(len(window) for window in made) > 5
 
 

@@ -110,13 +110,13 @@ def test_the_report_leaves_out_no_row_of_the_table() -> None:
                 returned.add((key, choose(key, chip.shared)))
     assert returned == {(key, row.config) for key, rows in TABLE.items() for row in rows} and steps == set(STEP_TABLE)
     for target in TARGETS:
-        kinds = {(c.refinement, c.gaussian, c.dtype, c.dropout) for c in cases(target) if c.length != STEP}
+        kinds = {(c.refinement, c.stochastic, c.dtype, c.dropout) for c in cases(target) if c.length != STEP}
         assert len(kinds) == len(KINDS) * 3 * 2
 
 
 def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     case = cases("sm_90")[0]
-    row = case._asdict() | {"kernel": "short_fwd", "config": choose(Key("short_fwd", 16, 64, 2), 1 << 20)._asdict()}
+    row = case.columns() | {"kernel": "short_fwd", "config": choose(Key("short_fwd", 16, 64, 2), 1 << 20)._asdict()}
     row |= {"registers": 9, "spill_bytes": 8, "shared_bytes": 1, "tensor_core_instructions": 1, "loads": {}}
     row |= {"programs_per_processor": 1, "spill_budget": spill_budget(case, "short_fwd"), "budget_ok": False}
     assert row["spill_budget"] == 0
@@ -152,10 +152,10 @@ def test_narrow_products_are_assembled_right() -> None:
     """Where ptxas 12.8 went wrong: half precision, D_v of up to 32."""
     code = """
 import os
-from awrsr_kernels.compile_report import Case, compile_case
-for refinement, width, gaussian in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
+from awrsr_kernels.compile_report import CompileCase, compile_case
+for refinement, width, stochastic in (("none", 32, True), ("none", 16, False), ("simple", 16, False)):
     for length in (64, 0):
-        case = Case("sm_90", refinement, "bfloat16", False, length, width, gaussian=gaussian)
+        case = CompileCase("sm_90", refinement, "bfloat16", False, length, width, stochastic=stochastic)
         print(*(row["unset_registers"] for row in compile_case(case)))
 """
     done = run(["-c", code])
@@ -170,28 +170,28 @@ def test_the_newer_assembler_is_taken_where_the_usual_one_errs(
     usual: str, newer: str, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = pytest.importorskip("triton.knobs", reason="needs Triton")
-    from awrsr_kernels._triton.ptxas import take_newer_assembler
+    from awrsr_kernels._triton.ptxas import prefer_newer_ptxas
 
     tools = SimpleNamespace(
         ptxas=SimpleNamespace(version=usual, path="usual"), ptxas_blackwell=SimpleNamespace(version=newer, path="newer")
     )
     monkeypatch.setattr(knobs, "nvidia", tools)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
-    assert take_newer_assembler() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
+    assert prefer_newer_ptxas() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
     monkeypatch.delenv("TRITON_PTXAS_PATH")
-    assert take_newer_assembler() == ("newer" if taken else None)
+    assert prefer_newer_ptxas() == ("newer" if taken else None)
     assert os.environ.get("TRITON_PTXAS_PATH") == ("newer" if taken else None)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")  # so that it is put back as it was
 
 
 def test_lengths_and_batches_compile_nothing_anew() -> None:
     code = """
-from awrsr_kernels.compile_report import Case, compile_case
+from awrsr_kernels.compile_report import CompileCase, compile_case
 for refinement, length, sizes in (
     ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7))),
     ("value", 1, ((200, 4), (513, 1), (1024, 7))),
 ):
-    case = Case("sm_90", refinement, "bfloat16", True, length, 64)
+    case = CompileCase("sm_90", refinement, "bfloat16", True, length, 64)
     rows = [compile_case(case, window, batch) for window, batch in sizes]
     print(len(rows[0]), len({row["variant"] for call in rows for row in call}))
 """

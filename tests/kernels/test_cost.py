@@ -18,7 +18,7 @@ BEAUTY = Path(__file__).parents[2] / "../shared/data/beauty.txt"
 
 
 def entrants(b: int, h: int, length: int, width: int, refinement: str, backbone: str = DOT) -> dict[str, Entrant]:
-    """The torch backend and the textbook's formulation; between Gaussians that is STOSA's own."""
+    """The torch backend and the textbook's formulation; in stochastic attention that is STOSA's own."""
     task = Task(Shape(b, h, h, length, width, width, width), refinement, "float32", 0.0, "cpu", backbone=backbone)
     names = {"textbook": "textbook" if backbone == DOT else "stosa", "torch": "torch"}
     return {role: Entrant(PROVIDERS[name], "padded", build(task, "padded")) for role, name in names.items()}

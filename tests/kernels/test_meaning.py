@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from awrsr_kernels import refined_attention, refined_attention_varlen
-from awrsr_kernels.gaussian import SMALLEST
+from awrsr_kernels.wasserstein import SMALLEST
 
 from ..conftest import DEVICE, ENGINES, cumulative
 from .problems import GAUSSIANS, KINDS, Kind

@@ -34,12 +34,12 @@ def test_the_torch_backend_is_a_wellformed_operator(kind: Kind, layout: str) -> 
     tables = (None, None) if kind.refinement == "none" else (w, w.clone())
     gate = torch.ones(2, device=DEVICE) if kind.refinement == "additive" else None
     bounds = cumulative([6, 3]) if packed else torch.tensor([6, 2], device=DEVICE) if layout == "lengths" else None
-    tensors = (q, q.clone(), q.clone(), *tables, gate, bounds, None, q.clone() if kind.gaussian else None)
-    call = (kind.refinement, True, packed, True, 6, layout == "content", 0.3, 0.5, 0.0, kind.gaussian)
+    tensors = (q, q.clone(), q.clone(), *tables, gate, bounds, None, q.clone() if kind.stochastic else None)
+    call = (kind.refinement, True, packed, True, 6, layout == "content", 0.3, 0.5, 0.0, kind.stochastic)
     torch.library.opcheck(forward_op, (*tensors, *call, False))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")  # another would compare memory nobody wrote to
     torch.library.opcheck(forward_op, (*tensors, *call, True), test_utils=checks)
-    found, outputs = forward_op(*tensors, *call, True), 1 + kind.gaussian
+    found, outputs = forward_op(*tensors, *call, True), 1 + kind.stochastic
     douts = [torch.randn_like(out) for out in found[:outputs]]
     torch.library.opcheck(backward_op, (douts, found[outputs:], *tensors, *call))
 
@@ -53,10 +53,10 @@ def test_kernels_are_wellformed_operators(kind: Kind, engine: str, choose: Calla
     q, w = torch.randn(2, 2, 6, 8, device=DEVICE), torch.randn(1, 1, 6, 4, device=DEVICE)
     tables = (None, None) if kind.refinement == "none" else (w, w.clone())
     gate = torch.ones(1, device=DEVICE) if kind.refinement == "additive" else None
-    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None, q.clone() if kind.gaussian else None)
-    call = (kind.refinement, True, False, True, 6, False, 0.3, 0.5, 0.0, kind.gaussian)
+    tensors = (q, q.clone(), q.clone(), *tables, gate, None, None, q.clone() if kind.stochastic else None)
+    call = (kind.refinement, True, False, True, 6, False, 0.3, 0.5, 0.0, kind.stochastic)
     torch.library.opcheck(autograd.forward_op, (*tensors, *call, True))
-    found, outputs = autograd.forward_op(*tensors, *call, True), 1 + kind.gaussian
+    found, outputs = autograd.forward_op(*tensors, *call, True), 1 + kind.stochastic
     assert len(autograd.forward_op(*tensors, *call, False)) == outputs
     saved = found if len(found) > outputs else []
     assert len(saved) == {"short": 0, "tiled": {"none": 2, "additive": 10}[kind.refinement]}[engine]

@@ -11,7 +11,7 @@ from awrsr_kernels.tuned import read_entries
 from awrsr_kernels.tuning import __main__ as tune
 from awrsr_kernels.tuning import timing
 from awrsr_kernels.tuning.search import MARGIN, candidates, carried, search
-from awrsr_kernels.tuning.timing import Bench, Case, Workload, guards
+from awrsr_kernels.tuning.timing import Bench, TuningCase, Workload, guards
 
 from ..conftest import DEVICE
 from .tuning import BACKWARD, CASES, FORWARD, H100, HERE, OTHER, TILED_FORWARD, Fake, quietly
@@ -54,7 +54,7 @@ def test_the_fastest_over_all_cases_of_a_key_is_chosen() -> None:
     table = choose(FORWARD, H100)
     both, one = Config(64, 64, 2, 1, 4), Config(64, 64, 8, 1, 4)
 
-    def ms(case: Case, config: Config) -> float:  # `one` is fastest in the first case, and loses more in the second
+    def ms(case: TuningCase, config: Config) -> float:  # `one` is fastest in the first case, and loses more in the second
         return {both: 0.8, one: 0.7 if case == CASES[0] else 1.3}.get(config, 1.0)
 
     found = search(FORWARD, CASES, table, Fake(ms), say=quietly)
@@ -72,7 +72,7 @@ def test_ties_keep_the_table(gain: float, wins: bool) -> None:
 def test_a_wrong_candidate_is_told_and_never_chosen() -> None:
     table, wrong, lines = choose(FORWARD, H100), Config(64, 64, 8, 1, 16), []
 
-    def refusal(case: Case, config: Config) -> str | None:
+    def refusal(case: TuningCase, config: Config) -> str | None:
         return "WRONG: q is off by 1.0, allowed 0.1" if config == wrong and case == CASES[1] else None
 
     bench = Fake(lambda case, config: {wrong: 0.1, OTHER: 0.5}.get(config, 1.0), refusal)
@@ -86,7 +86,7 @@ def test_a_winner_must_be_right_for_all_that_its_key_stands_for() -> None:
     """Such as a refinement that was not tuned for and takes more shared memory."""
     table, greedy = choose(FORWARD, H100), Config(64, 64, 8, 1, 16)
 
-    def refusal(case: Case, config: Config) -> str | None:
+    def refusal(case: TuningCase, config: Config) -> str | None:
         return "skipped: out of shared memory" if config == greedy and case.refinement == "value" else None
 
     bench = Fake(lambda case, config: {greedy: 0.1, OTHER: 0.5}.get(config, 1.0), refusal)
@@ -123,7 +123,7 @@ def test_rounds_are_interleaved_and_medians_shrug_off_a_disturbance() -> None:
     assert all(a != b for a, b in zip(order, order[1:], strict=False))
 
 
-TINY = Case(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
+TINY = TuningCase(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from awrsr_kernels import tuned
 from awrsr_kernels.launch_config import TABLE, Config, Key
 from awrsr_kernels.tuned import read_entries, tuned_entries, write_entries
 from awrsr_kernels.tuning import __main__ as tune
-from awrsr_kernels.tuning.timing import Case
+from awrsr_kernels.tuning.timing import TuningCase
 
 from .tuning import BACKWARD, CASES, FORWARD, H100, HERE, OTHER, Fake, entry
 
@@ -113,7 +113,7 @@ def test_a_broken_row_of_the_table_is_an_error(
 
 def test_interrupted_it_keeps_what_it_found(pretended: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(Fake):
-        def refusal(self, case: Case, key: Key, config: Config) -> str | None:
+        def refusal(self, case: TuningCase, key: Key, config: Config) -> str | None:
             if key == BACKWARD:
                 raise KeyboardInterrupt
             return super().refusal(case, key, config)
