@@ -120,8 +120,6 @@ HABITS = [
     (CACHES, "causal", "refined_attention_prefill and refined_attention_step decode with a cache"),
     (f"{PADDING_MASKS} lengths padding_side", CACHED, "the cache knows where the items of each entry lie"),
     ("align padding_side", FORWARD, f'align {OF_MODULE}: "right" expects padding on the left'),
-    ("align", PADDED, 'it is called padding_side: align="right" of packed sequences is padding_side="left"'),
-    ("padding_side", PACKED, 'it is called align: padding_side="left" is align="right"'),
     ("backend refinement rank gate refine_scale", FORWARD, f"it {OF_MODULE}"),
     ("batch_first", MODULE, "the module is always batch first: it takes x of shape (B, L, E)"),
     ("batch_first", FORWARD, "the module is always batch first: x is of shape (B, L, E)"),

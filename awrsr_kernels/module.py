@@ -48,9 +48,11 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: whether the linear maps have a bias.
         num_kv_heads: H_kv, a divisor of H (grouped-query attention); default H.
         causal: whether a position attends only to itself and earlier positions.
-        align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right": the last n
-            rows, so that a row stands for a distance from the end (recommenders; padding on the left). "left": the first n rows,
-            so that a row stands for an absolute position (language models, decoding; padding on the right).
+        align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right" (the
+            default): the last n rows, so that a row stands for a distance from the end (recommenders; padding on the left).
+            "left": the first n rows, so that a row stands for an absolute position (language models, decoding; padding on the
+            right).
+        padding_side: an alias of align by its opposite: padding_side="left" is align="right".
         table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale.
         table_init: initialisation of position tables, unused otherwise. "normal": at random. "orthogonal": with orthogonal columns
             (rows, if R > N). "identity": W_q = W_k with a column for each position, or for each few positions if R < N; items then
@@ -84,7 +86,8 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: bool = True,
         num_kv_heads: int | None = None,
         causal: bool = True,
-        align: str = "right",
+        align: str | None = None,
+        padding_side: str | None = None,
         table_std: float = 1.0,
         table_init: str = "normal",
         refine_scale: float | None = None,
@@ -96,6 +99,7 @@ class RefinedMultiheadAttention(RefinedLayer):
     ) -> None:
         if unknown:
             habits.refuse(RefinedMultiheadAttention.__init__, unknown)
+        align = checks.side("align", align, "padding_side", padding_side, "right")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             checks.whole(name, number, 1)
@@ -254,7 +258,7 @@ class RefinedMultiheadAttention(RefinedLayer):
         """Fill an empty cache with prompts x (B, L, E), and return what `forward` returns for them in evaluation mode.
 
         Not available while gradients are recorded. lengths: (B,) number of real items per prompt; the rest is padding on
-        `padding_side`, by default the side that `forward` expects.
+        `padding_side`, by default the side that `forward` expects. It says nothing about rows of tables, unlike that of the class.
         """
         if unknown:
             habits.refuse(RefinedMultiheadAttention.prefill, unknown)

@@ -41,13 +41,11 @@ OF_CALLS: dict[str, dict[str, str]] = {
         "cu_seqlens_q": PACKED,
         "max_seqlen_q": PACKED,
         "batch_first": "the batch always comes first",
-        "align": "padding_side",
     },
     "refined_attention_varlen": {
         "cu_seqlens_q": "give their bounds once, as cu_seqlens",
         "max_seqlen_k": "give the longest once, as max_seqlen",
         "lengths": "packed sequences have no padding",
-        "padding_side": 'padding_side="left" is align="right"',
         "attn_mask": f"{NO_MASK} and cu_seqlens",
     },
     "attention_weights": {"dropout_p": "without dropout", "scale": "softmax_scale"},
