@@ -49,7 +49,7 @@ screenshots: docs ## every page at two widths as docs/_build/screenshots/*.png; 
 
 ## Results
 
-train: .venv/ready ## a plain and a refined recommender on made-up histories, and what each reaches
+train: .venv/ready ## a plain and a refined recommender on synthetic histories, and what each reaches
 	$(BIN)/awrsr train
 
 # Runs what benchmarks/results/ lacks. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt and wikipedia.txt, otherwise fetched.

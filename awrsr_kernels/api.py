@@ -27,7 +27,8 @@ def refined_attention(
     gate: Tensor | float | None = None,
     causal: bool = True,
     lengths: Tensor | None = None,
-    padding_side: str = "left",
+    padding_side: str | None = None,
+    align: str | None = None,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     dropout_p: float = 0.0,
@@ -55,7 +56,8 @@ def refined_attention(
         causal: whether position i sees only positions j <= i.
         lengths: (B,) integer tensor in 0..L: number of real items per entry. The rest is padding: output and gradients are 0
             there, and stored values, even NaN, have no effect. On a GPU and under torch.compile, values out of range are clamped.
-        padding_side: "left" (the last item is at position L-1) or "right".
+        padding_side: "left" (the default: the last item is at position L-1) or "right".
+        align: an alias of padding_side by its opposite: align="right" is padding_side="left".
         softmax_scale: factor of q.k, default 1/sqrt(D).
         refine_scale: factor of the correlations, default 1/sqrt(R).
         dropout_p: dropout rate in [0, 1) of the weights that multiply the values (`dropout.py`). It is rounded to a multiple of
@@ -80,6 +82,7 @@ def refined_attention(
     """
     if unknown:
         habits.refuse(refined_attention, unknown)
+    padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q):
@@ -104,7 +107,8 @@ def refined_attention_varlen(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     *,
-    align: str = "right",
+    align: str | None = None,
+    padding_side: str | None = None,
     refinement: str = "simple",
     gate: Tensor | float | None = None,
     causal: bool = True,
@@ -128,8 +132,9 @@ def refined_attention_varlen(
             and in gradients. If T is fixed, as in a CUDA graph, let additional sequences cover the rest.
         max_seqlen: length of the longest sequence, or an upper bound on it. Default: N; T with content tables or without tables.
             Pass it on a GPU: the kernels launch work for B sequences of this length, and "torch" needs memory for as many.
-        align: "right": a sequence of n items uses the last n rows of a table, as with left padding to a window of N. "left": it
-            uses the first n rows.
+        align: "right" (the default): a sequence of n items uses the last n rows of a table, as with left padding to a window of N.
+            "left": it uses the first n rows.
+        padding_side: an alias of align by its opposite: padding_side="left" is align="right".
 
     The other arguments, and the exceptions, are those of `refined_attention`.
 
@@ -138,6 +143,7 @@ def refined_attention_varlen(
     """
     if unknown:
         habits.refuse(refined_attention_varlen, unknown)
+    align = checks.side("align", align, "padding_side", padding_side, "right")
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
@@ -161,7 +167,8 @@ def attention_weights(
     gate: Tensor | float | None = None,
     causal: bool = True,
     lengths: Tensor | None = None,
-    padding_side: str = "left",
+    padding_side: str | None = None,
+    align: str | None = None,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     **unknown: NoReturn,
@@ -174,6 +181,7 @@ def attention_weights(
     """
     if unknown:
         habits.refuse(attention_weights, unknown)
+    padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     checks.refinement(refinement)
     q, k, _ = checks.batch(q, k, k)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)

@@ -4,11 +4,12 @@ B batch, H query heads, H_kv key and value heads, N rows, D head dim, D_v value 
 """
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, habits
 from .torch_state import readable
 
 
@@ -34,9 +35,9 @@ class RefinedCache:
     Args:
         batch: number of entries B.
         capacity: number of rows N >= 1; a full cache doubles its capacity.
-        heads: query heads H.
+        heads: query heads H, required.
         kv_heads: H_kv, a divisor of H (default H).
-        head_dim: D in 1..256.
+        head_dim: D in 1..256, required.
         value_dim: D_v in 1..256 (default D).
         rank: R in 1..256, required unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
@@ -56,21 +57,25 @@ class RefinedCache:
     w_q: Tensor | None = None
     w_k: Tensor | None = None
 
+    @habits.own_signature
     def __init__(
         self,
         batch: int,
         capacity: int,
         *,
-        heads: int,
+        heads: int | None = None,
         kv_heads: int | None = None,
-        head_dim: int,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         rank: int | None = None,
         refinement: str = "simple",
         tables: str = "position",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        **unknown: NoReturn,
     ) -> None:
+        if unknown:
+            habits.refuse(RefinedCache.__init__, unknown)
         checks.refinement(refinement)
         checks.choice("tables", tables, ("position", "content"))
         checks.dtype("dtype", dtype)
@@ -118,13 +123,19 @@ class RefinedCache:
         """The tensors that have a row per item, by name."""
         return {name: getattr(self, name) for name in self._names}
 
-    def grow(self, capacity: int) -> None:
+    @habits.own_signature
+    def grow(self, capacity: int, **unknown: NoReturn) -> None:
         """Enlarge the cache to `capacity` rows, at least the present number. Contents are copied into new tensors."""
+        if unknown:
+            habits.refuse(RefinedCache.grow, unknown)
         capacity = checks.whole("capacity", capacity, self.capacity)
         self._move(self.batch, capacity, lambda x: x)
 
-    def reorder(self, index: Tensor) -> None:
+    @habits.own_signature
+    def reorder(self, index: Tensor, **unknown: NoReturn) -> None:
         """Replace the entries by those that `index` selects, a (B',) int32 or int64 tensor (beam search); in place if B' is B."""
+        if unknown:
+            habits.refuse(RefinedCache.reorder, unknown)
         checks.indices("index", index, self.batch, self.k)
         self.first, self.end = self._fill(self.first, self.first[index]), self._fill(self.end, self.end[index])
         self._move(index.shape[0], self.capacity, lambda x: x[index])
@@ -133,8 +144,11 @@ class RefinedCache:
             self.end_bound, self.length_bound = max(self.end.tolist(), default=0), max(lengths, default=0)
             self.ragged = any(n < self.end_bound for n in lengths)
 
-    def crop(self, length: int) -> None:
+    @habits.own_signature
+    def crop(self, length: int, **unknown: NoReturn) -> None:
         """Remove the rows from `length` on, 0 or more. Padding on the left counts as rows."""
+        if unknown:
+            habits.refuse(RefinedCache.crop, unknown)
         length = checks.whole("length", length, 0)
         if length >= self.end_bound:
             return

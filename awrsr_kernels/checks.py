@@ -336,6 +336,22 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         refuse(name, repr(value), "one of " + ", ".join(f'"{c}"' for c in choices))
 
 
+def side(name: str, value: str | None, alias: str, other: str | None, default: str) -> str:
+    """The value of `name`, or the opposite of its alias's: `padding_side` and `align` are two names of one choice.
+
+    The alias is checked here; a value of `name` alone is checked where it is used.
+    """
+    if other is None:
+        return default if value is None else value
+    choice(alias, other, ("left", "right"))
+    meant = "left" if other == "right" else "right"
+    if value is not None:
+        choice(name, value, ("left", "right"))
+    if value not in (None, meant):
+        raise ValueError(f'{alias}="{other}" contradicts {name}="{value}": it means {name}="{meant}"; give only one of the two')
+    return meant
+
+
 def absent(must: str, **arguments: Any) -> None:
     """None of these arguments is given."""
     for name, value in arguments.items():

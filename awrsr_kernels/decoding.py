@@ -54,7 +54,7 @@ def refined_attention_prefill(
         cache: an empty cache (new, or after `reset`). It grows if L exceeds its capacity.
         align: "left": row j of a position table belongs to item j of an entry, on whichever side its padding is. "right" raises an
             error with position tables, since every step would move all items to other rows; with content tables and with "none"
-            it is allowed.
+            it is allowed. Unlike in `refined_attention`, this is not another name of padding_side: the two are independent.
         lengths: (B,) integer tensor in 0..L: number of real items per entry. The rest is padding on `padding_side`, "right" or
             "left".
 

@@ -22,17 +22,41 @@ LONGEST = "max_seqlen max_seqlen_q max_seqlen_k max_seqlen_kv max_length_q max_l
 CACHES = "cache past_key_value past_key_values kv_cache use_cache"
 
 # Arguments by which a call is known.
-VECTORS, GAUSSIANS, PADDED, PACKED, CACHED = "q", "q_mean", "padding_side", "cu_seqlens align", "cache"
-MODULE, FORWARD, ANY = "embed_dim", "x", ""  # to make a module, to call it
+VECTORS, GAUSSIANS, PADDED, PACKED, CACHED = "q", "q_mean", "lengths padding_side", "cu_seqlens align", "cache"
+MODULE, FORWARD, ANY = "embed_dim", "x", ""  # to make a module, to call it or one of its methods on x
+CACHE, MAKE_CACHE, REFINE = "capacity heads", "batch capacity", "max_positions"
 
 OF_MODULE = "is an argument of RefinedMultiheadAttention itself"
+OF_STEPS = "is an argument of refined_attention_prefill and refined_attention_step"
+GIVE_LENGTHS = "give the numbers of real items as lengths, which are (~mask).sum(1) of a mask that is True at padding"
 NO_MASKS = "masks of scores are not supported, as the kernels know only order and padding"
 
 # Names, arguments that the call must have, what to write. The first line that fits is used.
 HABITS = [
     ("is_causal causal_mask", "causal", "it is called causal, and is True unless you say otherwise"),
     ("is_causal causal", CACHED, "decoding is always causal"),
+    ("is_causal causal", MAKE_CACHE, "decoding is always causal"),
+    ("is_causal causal", REFINE, "the attention of a decoder is always causal"),
     ("is_causal causal", FORWARD, f"causal {OF_MODULE}, True unless you say otherwise"),
+    ("num_heads n_heads num_attention_heads nhead", CACHE, "it is called heads"),
+    ("num_kv_heads num_key_value_heads n_kv_heads num_heads_k enable_gqa", CACHE, "grouped-query heads are called kv_heads"),
+    ("head_size dim_head d_head embed_dim hidden_size", CACHE, "give head_dim, which is embed_dim / num_heads"),
+    ("v_head_dim head_dim_v value_head_dim", CACHE, "it is called value_dim"),
+    ("num_layers num_hidden_layers n_layers layer_idx", MAKE_CACHE, "a cache belongs to one layer: make one for each layer"),
+    (f"{SCALES} softmax_scale", CACHE, f"softmax_scale {OF_STEPS}"),
+    ("refine_scale", CACHE, f"refine_scale {OF_STEPS}"),
+    ("gate", CACHE, f"gate {OF_STEPS}"),
+    ("align", CACHE, f"align {OF_STEPS}"),
+    (f"{PADDING_MASKS} lengths padding_side", CACHE, "lengths and padding_side are arguments of refined_attention_prefill"),
+    (f"{PADDING_MASKS} lengths padding_side", MAKE_CACHE, "lengths and padding_side are arguments of the method prefill"),
+    ("device", MAKE_CACHE, "the cache is on the device of the module"),
+    ("refinement tables rank heads kv_heads num_heads num_kv_heads head_dim", MAKE_CACHE, "the cache takes it from the module"),
+    (f"{LONGEST} max_len max_length max_seq_len max_cache_len", MAKE_CACHE, "the number of positions is called capacity"),
+    ("r lora_r table_rank", REFINE, "it is called rank"),
+    ("layer_ids layer_indices layers_to_transform num_layers num_hidden_layers", REFINE, "give layers, the indices of the layers"),
+    ("max_len max_length max_seq_len max_position_embeddings", REFINE, "it is called max_positions"),
+    ("gate_init", REFINE, "a learned gate starts at 0; gate=False fixes it at 1"),
+    ("backend", REFINE, "refined layers run the kernels on a GPU that has them, and plain torch elsewhere"),
     (SCALES, "softmax_scale", "the factor of scores is called softmax_scale"),
     (
         f"{SCALES} softmax_scale",
@@ -49,10 +73,11 @@ HABITS = [
     (
         PADDING_MASKS,
         PADDED,
-        "give the numbers of real items as lengths, which are (~mask).sum(1) of a mask that is True at padding, and padding_side",
+        f"{GIVE_LENGTHS}, and padding_side",
     ),
     (f"{PADDING_MASKS} lengths", PACKED, "packed sequences have no padding, and cu_seqlens says where they end"),
     (PADDING_MASKS, "key_padding_mask", "it is called key_padding_mask, True at padding"),
+    (PADDING_MASKS, "x lengths", GIVE_LENGTHS),
     (f"{PADDING_MASKS} lengths", MODULE, "padding is an argument of the module when it is called: key_padding_mask or lengths"),
     (
         MASKS,
@@ -61,6 +86,7 @@ HABITS = [
     ),
     (MASKS, f"{PADDED} causal", f"{NO_MASKS}: give causal, lengths and padding_side"),
     (MASKS, PADDED, f"{NO_MASKS}: give lengths and padding_side"),
+    (MASKS, "x lengths", f"{NO_MASKS}: give lengths"),
     (MASKS, PACKED, f"{NO_MASKS}: give causal and cu_seqlens"),
     (MASKS, ANY, NO_MASKS),
     (
@@ -77,24 +103,24 @@ HABITS = [
     ("softcap logits_soft_cap", ANY, "scores cannot be capped"),
     (DROPOUTS, "dropout_p", "it is called dropout_p, and applies whenever it is not 0: give 0.0 in evaluation"),
     (DROPOUTS, MODULE, "it is called dropout, and applies in training only"),
-    (DROPOUTS, FORWARD, f"dropout {OF_MODULE}"),
     (f"{DROPOUTS} dropout_seed", CACHED, "decoding has no dropout"),
+    (DROPOUTS, FORWARD, f"dropout {OF_MODULE}"),
     (f"{DROPOUTS} dropout_seed", "causal w_q", "the weights are those without dropout"),
     ("seed generator", "dropout_seed", "give dropout_seed, an int or a tensor; without it torch.manual_seed decides"),
     ("deterministic", ANY, "results always repeat bit for bit, so there is nothing to switch on"),
     (BOUNDS, "cu_seqlens", "queries and keys are of the same sequences: give their bounds once, as cu_seqlens"),
     (LONGEST, "max_seqlen", "queries and keys are of the same sequences: give the longest once, as max_seqlen"),
+    (f"{BOUNDS} {LONGEST}", FORWARD, "packed sequences go to the module itself, not to its methods"),
     (f"{BOUNDS} {LONGEST}", f"{GAUSSIANS} {PADDED}", "packed sequences go to stochastic_refined_attention_varlen"),
     (f"{BOUNDS} {LONGEST}", f"causal {PADDED}", "packed sequences go to refined_attention_varlen"),
-    ("align", PADDED, 'it is called padding_side: align="right" of packed sequences is padding_side="left"'),
-    ("padding_side", "align", 'it is called align: padding_side="left" is align="right"'),
-    ("padding_side", FORWARD, f'align {OF_MODULE}: "right" expects padding on the left'),
     ("seq_lens seqlens sequence_lengths valid_lens", "lengths", "the numbers of real items are called lengths"),
     (CACHES, MODULE, "the methods make_cache, prefill and step decode with a cache"),
+    (CACHES, CACHED, "it is called cache, a RefinedCache"),
     (CACHES, FORWARD, "the methods make_cache, prefill and step decode with a cache"),
     (CACHES, "causal", "refined_attention_prefill and refined_attention_step decode with a cache"),
-    (CACHES, CACHED, "it is called cache, a RefinedCache"),
     (f"{PADDING_MASKS} lengths padding_side", CACHED, "the cache knows where the items of each entry lie"),
+    ("align padding_side", FORWARD, f'align {OF_MODULE}: "right" expects padding on the left'),
+    ("backend refinement rank gate refine_scale", FORWARD, f"it {OF_MODULE}"),
     ("batch_first", MODULE, "the module is always batch first: it takes x of shape (B, L, E)"),
     ("batch_first", FORWARD, "the module is always batch first: x is of shape (B, L, E)"),
     ("batch_first", PACKED, "there is no batch dimension: queries are of shape (T, H, D)"),

@@ -48,9 +48,11 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: whether the linear maps have a bias.
         num_kv_heads: H_kv, a divisor of H (grouped-query attention); default H.
         causal: whether a position attends only to itself and earlier positions.
-        align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right": the last n
-            rows, so that a row stands for a distance from the end (recommenders; padding on the left). "left": the first n rows,
-            so that a row stands for an absolute position (language models, decoding; padding on the right).
+        align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right" (the
+            default): the last n rows, so that a row stands for a distance from the end (recommenders; padding on the left).
+            "left": the first n rows, so that a row stands for an absolute position (language models, decoding; padding on the
+            right).
+        padding_side: an alias of align by its opposite: padding_side="left" is align="right".
         table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale.
         table_init: initialisation of position tables, unused otherwise. "normal": at random. "orthogonal": with orthogonal columns
             (rows, if R > N). "identity": W_q = W_k with a column for each position, or for each few positions if R < N; items then
@@ -84,7 +86,8 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: bool = True,
         num_kv_heads: int | None = None,
         causal: bool = True,
-        align: str = "right",
+        align: str | None = None,
+        padding_side: str | None = None,
         table_std: float = 1.0,
         table_init: str = "normal",
         refine_scale: float | None = None,
@@ -96,6 +99,7 @@ class RefinedMultiheadAttention(RefinedLayer):
     ) -> None:
         if unknown:
             habits.refuse(RefinedMultiheadAttention.__init__, unknown)
+        align = checks.side("align", align, "padding_side", padding_side, "right")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, number in (("embed_dim", embed_dim), ("num_heads", num_heads)):
             checks.whole(name, number, 1)
@@ -215,13 +219,17 @@ class RefinedMultiheadAttention(RefinedLayer):
         out = self.out(out.transpose(1, 2).flatten(-2))
         return out if alignment.turn is None else _turned(out, -alignment.turn)
 
-    def weights(self, x: Tensor, *, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @habits.own_signature
+    def weights(self, x: Tensor, *, lengths: Tensor | None = None, **unknown: NoReturn) -> tuple[Tensor, Tensor]:
         """First-order weights P and the weights M that multiply the values, (B, H, L, L) each, of x (B, L, E); O(L^2) memory."""
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.weights, unknown)
         self._check(x, "(B, L, E)", 3)
         q, k, _ = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
         return attention_weights(q, k, lengths=lengths, **self._padded_options(x))
 
-    def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> RefinedCache:
+    @habits.own_signature
+    def make_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None, **unknown: NoReturn) -> RefinedCache:
         """An empty cache for decoding `batch` sequences. It grows beyond `capacity` positions if the tables allow that.
 
         dtype: dtype of the linear maps' output; default that of their weights, or the dtype of autocast if it is on.
@@ -230,6 +238,8 @@ class RefinedMultiheadAttention(RefinedLayer):
             ValueError: the module is not causal, or has position tables with align "right", where every new position shifts the
                 rows.
         """
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.make_cache, unknown)
         if not self.causal:
             checks.refuse("causal", "False", "True for decoding")
         if self.max_len is not None and self.align == "right":
@@ -240,18 +250,27 @@ class RefinedMultiheadAttention(RefinedLayer):
             refinement=self.refinement, tables=self.tables, dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
         )  # fmt: skip
 
-    def prefill(self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None) -> Tensor:
+    @habits.own_signature
+    def prefill(
+        self, x: Tensor, cache: RefinedCache, *, lengths: Tensor | None = None, padding_side: str | None = None,
+        **unknown: NoReturn,
+    ) -> Tensor:  # fmt: skip
         """Fill an empty cache with prompts x (B, L, E), and return what `forward` returns for them in evaluation mode.
 
         Not available while gradients are recorded. lengths: (B,) number of real items per prompt; the rest is padding on
-        `padding_side`, by default the side that `forward` expects.
+        `padding_side`, by default the side that `forward` expects. It says nothing about rows of tables, unlike that of the class.
         """
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.prefill, unknown)
         self._check(x, "(B, L, E)", 3)
         padding_side = self._padding_side() if padding_side is None else padding_side
         return self._decode(refined_attention_prefill, x, cache, lengths=lengths, padding_side=padding_side)
 
-    def step(self, x: Tensor, cache: RefinedCache) -> Tensor:
+    @habits.own_signature
+    def step(self, x: Tensor, cache: RefinedCache, **unknown: NoReturn) -> Tensor:
         """Append one position per sequence, x (B, 1, E) -> (B, 1, E): the row that `forward` computes for it, in O(L) work."""
+        if unknown:
+            habits.refuse(RefinedMultiheadAttention.step, unknown)
         self._check(x, "(B, 1, E)", 3)
         return self._decode(refined_attention_step, x, cache)
 

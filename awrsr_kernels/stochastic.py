@@ -37,7 +37,8 @@ def stochastic_refined_attention(
     gate: Tensor | float | None = None,
     causal: bool = True,
     lengths: Tensor | None = None,
-    padding_side: str = "left",
+    padding_side: str | None = None,
+    align: str | None = None,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     dropout_p: float = 0.0,
@@ -75,6 +76,7 @@ def stochastic_refined_attention(
     """
     if unknown:
         habits.refuse(stochastic_refined_attention, unknown)
+    padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
     if jagged.is_nested(q_mean):
@@ -110,7 +112,8 @@ def stochastic_refined_attention_varlen(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
     *,
-    align: str = "right",
+    align: str | None = None,
+    padding_side: str | None = None,
     refinement: str = "simple",
     gate: Tensor | float | None = None,
     causal: bool = True,
@@ -125,13 +128,15 @@ def stochastic_refined_attention_varlen(
 
     Args:
         q_mean, q_cov: (T, H, D). k_mean, k_cov: (T, H_kv, D). v_mean, v_cov: (T, H_kv, D_v).
-        w_q, w_k, w_q_cov, w_k_cov, cu_seqlens, max_seqlen, align: as in `refined_attention_varlen`; cu_seqlens must be given.
+        w_q, w_k, w_q_cov, w_k_cov, cu_seqlens, max_seqlen, align, padding_side: as in `refined_attention_varlen`; cu_seqlens must
+            be given.
 
     Returns:
         (T, H, D_v) means and (T, H, D_v) covariances, in q_mean's dtype.
     """
     if unknown:
         habits.refuse(stochastic_refined_attention_varlen, unknown)
+    align = checks.side("align", align, "padding_side", padding_side, "right")
     checks.refinement(refinement, stochastic=True)
     q, k, v = checks.packed(q_mean, k_mean, v_mean, _MEANS)
     q_cov, k_cov, v_cov = map(checks.covariance, _COVARIANCES, (q_cov, k_cov, v_cov), (q, k, v))
@@ -163,7 +168,8 @@ def stochastic_attention_weights(
     gate: Tensor | float | None = None,
     causal: bool = True,
     lengths: Tensor | None = None,
-    padding_side: str = "left",
+    padding_side: str | None = None,
+    align: str | None = None,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     **unknown: NoReturn,
@@ -176,6 +182,7 @@ def stochastic_attention_weights(
     """
     if unknown:
         habits.refuse(stochastic_attention_weights, unknown)
+    padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     checks.refinement(refinement, stochastic=True)
     q, k, _ = checks.batch(q_mean, k_mean, k_mean, _MEANS)
     q_cov, k_cov = map(checks.covariance, _COVARIANCES[:2], (q_cov, k_cov), (q, k))

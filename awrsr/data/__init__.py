@@ -1,4 +1,4 @@
-"""Histories: read, fetched or made up, filtered and divided."""
+"""Histories: read, fetched or synthetic, filtered and divided."""
 
 from .histories import Histories, Split, split
 from .readers import DataError, read

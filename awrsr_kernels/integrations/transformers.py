@@ -9,7 +9,7 @@ keeps what the model says of padding, from which refined layers read lengths; th
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
-from .. import checks
+from .. import checks, habits
 from ..api import refined_attention
 from ._transformers_layer import IMPLEMENTATION, LazyMask, Padding, Refined, RefinedTables, cache_layer
 
@@ -31,6 +31,7 @@ WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs call the wi
 UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "sinks")  # the same, where they show before a call
 
 
+@habits.own_signature
 def refine(
     model: PreTrainedModel,
     *,
@@ -41,6 +42,7 @@ def refine(
     per_head: bool = True,
     gate: bool = True,
     max_positions: int | None = None,
+    **unknown: NoReturn,
 ) -> PreTrainedModel:
     """Refine the attention of a decoder model, in place.
 
@@ -65,6 +67,8 @@ def refine(
     Raises:
         ValueError, TypeError: an argument does not fit, or the model is already refined, not a decoder or of an unknown kind.
     """
+    if unknown:
+        habits.refuse(refine, unknown)
     checks.choice("refinement", refinement, ("simple", "value", "additive"))
     checks.choice("tables", tables, ("content", "position"))
     attentions = _attention_modules(model)

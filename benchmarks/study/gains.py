@@ -1,10 +1,11 @@
 """Comparisons of the study's cells: which comparisons are made, the gains on the same users, and their significance.
 
-A gain is a difference on the same users: NDCG@10 of a user, averaged over a cell's seeds, minus that of the cell it is compared
-with. p is the larger of the paired t-test's and the sign-flip test's, over users with the seeds held fixed, corrected by Holm for
-all comparisons of cells that the plan gives five seeds, including those that lack runs (they count as p = 1, so that later runs can
-only lower the p of others); the rest, which only show where to look, have no p. Intervals are bootstrapped over users and seeds. A
-gain is called better or worse if p < 0.05, the interval excludes 0 and both cells have five seeds.
+A gain is a difference on the same users: a user's NDCG@10, averaged over the seeds of a cell, minus the same for the cell that it
+is compared with. p is the larger of the p-values of a paired t-test and a sign-flip test over users, with the seeds held fixed. It
+is Holm-corrected for all comparisons between cells that are planned with five seeds. Comparisons whose runs are missing are
+included with p = 1, so later runs can only lower the p of the others. Cells with fewer seeds only suggest where to look, and their
+comparisons have no p. Intervals are bootstrapped over users and seeds. A gain is called better or worse if p < 0.05, the interval
+excludes 0 and both cells have five seeds.
 """
 
 import zlib
@@ -52,12 +53,12 @@ class Runs:
 class Gain:
     """A model compared with a base."""
 
-    question: str  # the part of the study that asks
+    question: str  # the part of the study that makes the comparison
     model: Runs
     base: Runs
     low: float
     high: float
-    p: float = float("nan")  # corrected; no number where none is due
+    p: float = float("nan")  # corrected; NaN for comparisons that have none
 
     @property
     def paired(self) -> np.ndarray:
@@ -74,7 +75,7 @@ class Gain:
 
     @property
     def complete(self) -> bool:
-        """Whether both cells have the seeds that a claim takes."""
+        """Whether both cells have as many seeds as a claim requires."""
         return min(len(self.model.entries), len(self.base.entries)) >= FEWEST_SEEDS
 
     @property
@@ -97,42 +98,45 @@ def gather(results: Results) -> list[Runs]:
 def pairs(cells: list[Runs]) -> list[tuple[str, Runs, Runs]]:
     """The comparisons as (question, model, base).
 
-    A refined cell is compared with plain attention of as many layers, of the same variant if there is one. In "depth" additive
-    refinement is compared with plain attention of more layers, up to twice as many, on made-up data from whatever start; in
-    "control" with itself with higher-order weights that are all equal; in "recipe" plain attention with itself without the change;
-    in "searched" what one search chose with what the other did, and with all other plain cells; in "ablation" that with itself with
-    a change, and additive refinement with those settings, its weights learned or equal, with plain attention with them.
+    A refined cell is compared with plain attention of the same number of layers, and of the same variant if there is one. Further:
+
+    depth: additive refinement with plain attention of more layers, up to twice as many; on synthetic data with any initialisation.
+    control: additive refinement with the same model whose higher-order weights are all equal.
+    recipe: plain attention with itself without the change.
+    searched: the refined model that one search chose with the plain model that the other chose, and with all other plain cells.
+    ablation: the searched refined model with itself after one change; and additive refinement with those settings, its weights
+        learned or equal, with plain attention with the same settings.
     """
-    found = []
+    comparisons = []
     for model in cells:
         c = model.cell
         alike = [o for o in cells if (o.cell.dataset, o.cell.backbone, o.cell.loss) == (c.dataset, c.backbone, c.loss)]
         plain = [o for o in alike if o.cell.refinement == "none"]
         if c.group == "ablation" and c.refinement == "additive":  # learned weights and equal ones, over plain ones and each other
             bases = [o for o in plain if o.cell.variant == AS_REFINED]
-            found += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.layers != c.layers)]
+            comparisons += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.layers != c.layers)]
             equal = [o for o in cells if (o.cell.group, o.cell.refinement) == (c.group, c.refinement) and EQUAL in o.cell.variant]
-            found += [(c.group, model, o) for o in equal if EQUAL not in c.variant]
+            comparisons += [(c.group, model, o) for o in equal if EQUAL not in c.variant]
         if c.group == "ablation" or (c.refinement == "none" and c.group != "recipe"):
             continue
         if c.group == "searched":  # of whatever layers: each has those that its search chose
             bases = [o for o in plain if o.cell.group in ("searched", "core", "depth")]
-            found += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.group != c.group)]
-            found += [("ablation", model, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
+            comparisons += [(c.group, model, base) for base in sorted(bases, key=lambda o: o.cell.group != c.group)]
+            comparisons += [("ablation", model, o) for o in cells if (o.cell.group, o.cell.dataset) == ("ablation", c.dataset)]
             continue
         variants = [c.variant, c.variant.removesuffix(f" with {EQUAL}"), "default"]  # the first of these that there is
         level = [o for o in plain if o.cell.layers == c.layers and o.cell.variant in variants and o is not model]
-        found += [(c.group, model, base) for base in sorted(level, key=lambda o: variants.index(o.cell.variant))[:1]]
+        comparisons += [(c.group, model, base) for base in sorted(level, key=lambda o: variants.index(o.cell.variant))[:1]]
         if c.refinement == "additive":
-            found += [("control", model, o) for o in cells if o.cell.key() == control(c).key()]
+            comparisons += [("control", model, o) for o in cells if o.cell.key() == control(c).key()]
         if c.group == "core" and c.refinement == "additive":
             deeper = [o for o in plain if c.layers < o.cell.layers <= 2 * c.layers]
-            found += [("depth", model, o) for o in deeper if o.cell.variant == "default" or c.dataset == "synthetic"]
-    return found
+            comparisons += [("depth", model, o) for o in deeper if o.cell.variant == "default" or c.dataset == "synthetic"]
+    return comparisons
 
 
 def planned() -> int:
-    """Comparisons of cells that the plan gives the seeds that a claim takes, whether these were run or not."""
+    """Number of comparisons between cells planned with as many seeds as a claim requires, whether they were run or not."""
     cells = pairs([Runs(cell, [], np.empty(0)) for cell in plan()])
     return sum(min(model.cell.seeds, base.cell.seeds) >= FEWEST_SEEDS for _, model, base in cells)
 
@@ -154,10 +158,10 @@ def contrast(question: str, model: Runs, base: Runs) -> Gain:
 
 
 def gains(cells: list[Runs]) -> list[Gain]:
-    """Every comparison of the study, corrected for their number."""
+    """All comparisons of the study, with p corrected for their number."""
     compared = [contrast(*each) for each in pairs(cells)]
     raw: dict[int, float] = {}
-    for dataset in dict.fromkeys(gain.model.cell.dataset for gain in compared):  # one set of flipped signs for all who share users
+    for dataset in dict.fromkeys(gain.model.cell.dataset for gain in compared):  # the same flipped signs for all that share users
         of = [i for i, gain in enumerate(compared) if gain.complete and gain.model.cell.dataset == dataset]
         if of:
             paired = np.stack([compared[i].paired for i in of], 1)
@@ -170,12 +174,12 @@ def gains(cells: list[Runs]) -> list[Gain]:
 
 
 def controlled(compared: list[Gain]) -> list[tuple[Gain, Gain, Gain]]:
-    """Where plain attention, the same with the mean of the history added, and additive refinement were all run: gains of the mean
-    over plain attention, of additive refinement over it, and of that over the mean."""
-    found = []
+    """Three gains for each setting in which plain attention, plain attention plus the mean of the history, and additive refinement
+    were all run: of the mean over plain attention, of additive refinement over plain attention, and of refinement over the mean."""
+    comparisons = []
     for learned in compared:
         if learned.model.cell.refinement == learned.base.cell.refinement == "additive" and EQUAL in learned.base.cell.variant:
             level = [g for g in compared if g.base.cell.refinement == "none" and g.base.cell.layers == g.model.cell.layers]
             over = {id(g.model): g for g in level}
-            found.append((over[id(learned.base)], over[id(learned.model)], learned))
-    return found
+            comparisons.append((over[id(learned.base)], over[id(learned.model)], learned))
+    return comparisons

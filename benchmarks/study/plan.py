@@ -113,7 +113,7 @@ def recipe() -> list[Cell]:
     cells = [Cell("recipe", "beauty", "none", 2, variant, options, seeds=LOOK) for variant, options in tried]
     cells += [Cell("recipe", "wikipedia", "none", 1, variant, options) for variant, options in (averaged, normal)]
     cells += [Cell("recipe", "beauty", kind, 1, *options) for options in (WIDE, BEGUN) for kind in ("none", "additive")]
-    starts = (normal, ("copying start", "--init copy"))  # made-up histories have that of the demonstration, Xavier's
+    starts = (normal, ("copying start", "--init copy"))  # synthetic histories have that of the demonstration, Xavier's
     cells += [Cell("recipe", "synthetic", "none", 2, variant, options) for variant, options in starts]
     for dataset, kinds in (("beauty", ("none", "additive")), ("lastfm", ("none", "simple", "value", "additive"))):
         cells += [Cell("recipe", dataset, kind, layers, *normal, seeds=LOOK) for layers in (1, 2) for kind in kinds]

@@ -11,9 +11,9 @@ GREEN, RED, GREY, ORANGE = "#1b7f5c", "#d1495b", "#777777", "#e09f3e"
 
 
 def short_picture(compared: list[Gain]) -> Figure | None:
-    """Gains over plain attention of the mean alone and of additive refinement; made-up data, of another scale, on the right."""
+    """Gains over plain attention of the mean alone and of additive refinement; synthetic data, on another scale, on the right."""
     rows = controlled(compared)
-    sides = [[row for row in rows if (row[0].model.cell.dataset == "synthetic") == made_up] for made_up in (False, True)]
+    sides = [[row for row in rows if (row[0].model.cell.dataset == "synthetic") == synthetic] for synthetic in (False, True)]
     sides = [side[::-1] for side in sides if side]
     if not sides:
         return None
@@ -28,9 +28,9 @@ def short_picture(compared: list[Gain]) -> Figure | None:
         cells = [row[1].model.cell for row in side]
         style(axis, [f"{c.dataset}, {settings(c)},\n{layers_text(c.layers)}" for c in cells], (most - len(side)) / 2)
     lines = axes[0].get_lines()[:3:2]
-    names = ["the mean of the history added", "additive refinement"]
+    names = ["plain attention + mean of the history", "additive refinement"]
     figure.legend(lines, names, loc="outside upper left", fontsize=8, frameon=False, ncols=2)
-    figure.supxlabel("gain in test NDCG@10 over plain attention, %, and 95 % interval; hollow: not shown", fontsize=8)
+    figure.supxlabel("gain in test NDCG@10 over plain attention (%), with 95 % interval; hollow: no difference shown", fontsize=8)
     return figure
 
 
@@ -49,11 +49,11 @@ def forest(compared: list[Gain], group: str) -> Figure | None:
     for axis, (dataset, rows) in zip(axes, panels.items(), strict=True):
         for y, gain in enumerate(rows):
             draw(axis, gain, y, {"better": GREEN, "worse": RED}.get(gain.verdict, GREY))
-        style(axis, [label_layers(g.model.cell) + (f"\nover {label_layers(g.base.cell)}" if apart else "") for g in rows])
+        style(axis, [label_layers(g.model.cell) + (f"\nversus {label_layers(g.base.cell)}" if apart else "") for g in rows])
         plain = dict.fromkeys(f"{g.base.mean():.4f}" for g in rows[::-1])
         axis.set_title(dataset if apart else f"{dataset}: plain {' and '.join(plain)}", fontsize=9, loc="left")
     over = "" if apart else " over plain attention"
-    figure.supxlabel(f"gain in test NDCG@10{over}, %, and 95 % interval over users and seeds", fontsize=8)
+    figure.supxlabel(f"gain in test NDCG@10{over} (%), with 95 % interval over users and seeds", fontsize=8)
     return figure
 
 

@@ -17,13 +17,13 @@ from benchmarks.study.tables import QUESTIONS, markdown
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "Folder of study.json, in which tables and pictures are written (default: %(default)s)."
+    text = "Folder that contains study.json, and to which tables and pictures are written (default: %(default)s)."
     parser.add_argument("--out", type=Path, default=RESULTS, help=text)
     options = parser.parse_args(arguments)
     results = Results(options.out)
     cells = gather(results)
     if not cells:
-        parser.error(f"{options.out} holds no run of the plan; run python benchmarks/study.py first")
+        parser.error(f"{options.out} contains no runs of the plan; run python benchmarks/study.py first")
     compared = gains(cells)
     page = markdown(results, cells, compared)
     with atomic(options.out / "study.md") as temporary:

@@ -110,7 +110,7 @@ def keep_defaults(folder: Path) -> list[str]:
 
 
 def source(dataset: str, folder: Path | None) -> Path | None:
-    """The file of a data set, in the folder if one is given, otherwise fetched; made-up histories have none."""
+    """The file of a data set, in the folder if one is given, otherwise fetched; synthetic histories have none."""
     if dataset == "synthetic":
         return None
     if folder is not None:

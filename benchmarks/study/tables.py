@@ -11,31 +11,31 @@ from benchmarks.study.gains import Gain, Runs, controlled, planned
 from benchmarks.study.plan import REMOVED, TAG, Cell, plan
 from benchmarks.study.run import Results
 
-RESAMPLES = 500  # of users, where intervals only show where to look
+RESAMPLES = 500  # of users, for intervals that only suggest where to look
 LENGTHS = ((1, 3), (4, 5), (6, 10), (11, 20), (21, 10**9))  # events before the target
 POPULAR = ((0, 5), (6, 10), (11, 20), (21, 50), (51, 10**9))  # times that the target's item is in the training events
 QUESTIONS = {
-    "core": "Refinements beside plain attention, one layer and two",
-    "recipe": "Other settings and starts, for plain and refined attention alike",
-    "depth": "Depth: refined layers beside more plain ones",
-    "control": "Control: learned higher-order weights beside equal ones, which add the mean of the history and refine nothing",
-    "why": "What decides: tables, gates, rates",
-    "searched": "Each at the settings that a search of equal length chose for it",
-    "ablation": "What of these settings decides: the refined model beside itself with one of them changed",
-    "stosa": "Between Gaussians (STOSA)",
+    "core": "Refinements versus plain attention, with one and two layers",
+    "recipe": "Other settings and initialisations, for both plain and refined attention",
+    "depth": "Depth: refined layers versus more plain layers",
+    "control": "Control: learned versus equal higher-order weights; equal weights only add the mean of the history",
+    "why": "Which options matter: tables, gates, learning rates",
+    "searched": "Each model with the settings that a search of the same length chose for it",
+    "ablation": "Which of the searched settings matter: the refined model versus itself with one setting changed",
+    "stosa": "Attention between Gaussians (STOSA)",
     "losses": "Other losses",
 }
-APART = ("depth", "control", "searched", "ablation")  # compared with something else than plain attention of as many layers
+APART = ("depth", "control", "searched", "ablation")  # not, or not only, compared with plain attention of as many layers
 
 
 def grid(columns: str, rows: Iterable[list[str]]) -> list[str]:
-    """Lines of a table whose columns are given as they stand in its head; none without rows."""
+    """Lines of a table with these column heads, separated by " | "; none if there are no rows."""
     lines = list(rows)
     return page_table(columns.split(" | "), lines) if lines else []
 
 
 def table(cells: list[Runs], compared: list[Gain]) -> list[str]:
-    """Rows of a group: what each cell reached, and its gain."""
+    """Rows of a group: the metrics of each cell, and its gain."""
     rows = []
     for runs in cells:
         c, sd = runs.cell, runs.sd()
@@ -45,7 +45,7 @@ def table(cells: list[Runs], compared: list[Gain]) -> list[str]:
         row += [f"{runs.mean(name):.4f}" for name in ("HR@10", "MRR")]
         row += [""] * 5 if gain is None else [f"{label(gain.base.cell)} {gain.base.mean():.4f}", *gain_cells(gain)]
         rows.append([*row, f"{runs.average('params'):,.0f}", f"{runs.average('train_cpu_seconds'):.0f}"])
-    columns = "data | model | layers | seeds | NDCG@10 | HR@10 | MRR | beside | gain | 95 % interval | p |  | parameters | CPU s"
+    columns = "data | model | layers | seeds | NDCG@10 | HR@10 | MRR | versus | gain | 95 % interval | p |  | parameters | CPU s"
     return grid(columns, rows)
 
 
@@ -61,12 +61,12 @@ def contrasts(compared: list[Gain], question: str) -> list[str]:
             row.append(", ".join(f"{each.average('params'):,.0f}" for each in both))
             row.append(", ".join(f"{each.average('train_cpu_seconds') / each.average('epochs'):.2f}" for each in both))
             rows.append([*row, f"{', '.join(f'{each.after(seconds):.4f}' for each in both)} ({seconds:.0f} s)"])
-    columns = "data | model | beside | NDCG@10 | gain | 95 % interval | p |  | parameters | CPU s an epoch"
-    return grid(f"{columns} | validation after as many CPU s", rows)
+    columns = "data | model | versus | NDCG@10 | gain | 95 % interval | p |  | parameters | CPU s per epoch"
+    return grid(f"{columns} | validation after equal CPU s", rows)
 
 
 def summary(compared: list[Gain]) -> list[str]:
-    """Rows of what refinement adds, and what of it the mean of the history adds."""
+    """Rows of what refinement adds, and how much of that the mean of the history adds by itself."""
     rows = []
     for mean, additive, learned in controlled(compared):
         c = learned.model.cell
@@ -129,24 +129,25 @@ def bucket(difference: np.ndarray, low: int, high: int, rng: np.random.Generator
 
 
 def missing(results: Results) -> list[str]:
-    """What the plan has and the results lack, a row per part and data set."""
+    """Cells of the plan whose runs are missing, a row per part and data set."""
     lacking: dict[tuple[str, str], list[str]] = {}
     for cell in plan():
         done = len(results.done(cell))
         if done < cell.seeds:
             lacking.setdefault((cell.group, cell.dataset), []).append(f"{label_layers(cell)} ({done} of {cell.seeds})")
     if not lacking:
-        return ["Every cell of the plan has all its seeds."]
+        return ["Every cell of the plan has been run with all its seeds."]
     rows = ([*key, "; ".join(cells)] for key, cells in lacking.items())
-    return ["Not run yet (seeds done):", "", *grid("part | data | cells", rows)]
+    return ["Not run yet (number of seeds done):", "", *grid("part | data | cells", rows)]
 
 
 def markdown(results: Results, cells: list[Runs], compared: list[Gain]) -> str:
     """The page of the study's tables."""
     devices, commits = (sorted({entry[name] for entry in results.entries.values()}) for name in ("device", "commit"))
     lines = [
-        f"{len(results.entries)} runs; test events ranked once, whole catalogue, mean and deviation over seeds; "
-        f"{planned()} comparisons planned, {sum(gain.complete for gain in compared)} of them run, Holm-corrected for all. "
+        f"{len(results.entries)} runs; each ranks the whole catalogue once for every test event. Metrics are means and standard "
+        f"deviations over seeds. Of {planned()} planned comparisons, {sum(gain.complete for gain in compared)} have been run; "
+        f"p-values are Holm-corrected for all {planned()}. "
         f"{'; '.join(devices)}; commits {', '.join(name[:12] for name in commits)}."
     ]
     if any(runs.cell.removed for runs in cells):
@@ -156,10 +157,11 @@ def markdown(results: Results, cells: list[Runs], compared: list[Gain]) -> str:
         for rows in filter(None, tables):
             lines.extend(["", *([] if title in lines else [title, ""]), *rows])
 
-    section("**In short**: what refinement adds, and what of it the mean of the history adds", summary(compared))
+    section("**In short**: what refinement adds, and how much of that the mean of the history adds by itself", summary(compared))
     for question, title in QUESTIONS.items():
         of = [runs for runs in cells if runs.cell.group == question]
         section(f"**{title}**", table(of, compared), contrasts(compared, question) if question in APART else [])
-    by = "by events before the target and by how often its item was trained on; intervals over users alone, not corrected"
-    section(f"**Where the gain of additive refinement lies**: NDCG@10 over plain attention, {by}", buckets(results, compared))
+    by = "by number of events before the target (history), and by number of training events of its item (popularity)"
+    title = f"**Where additive refinement gains**: NDCG@10 over plain attention, {by}"
+    section(f"{title}. Intervals are over users only, and not corrected", buckets(results, compared))
     return "\n".join([*lines, "", *missing(results)]) + "\n"

@@ -1,4 +1,4 @@
-"""What the tests of the adapters share: made-up histories, what each must do, and the examples of the page about them.
+"""What the tests of the adapters share: synthetic histories, what each must do, and the examples of the page about them.
 
 Imports no library.
 """

@@ -2,17 +2,23 @@
 
 import inspect
 import re
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 
 import awrsr_kernels
-from awrsr_kernels import RefinedMultiheadAttention, habits, refined_attention_varlen
+from awrsr_kernels import RefinedCache, RefinedMultiheadAttention, habits, refined_attention_varlen
 
-INIT, FORWARD = RefinedMultiheadAttention.__init__, RefinedMultiheadAttention.forward
 CALLS = {name: getattr(awrsr_kernels, name) for name in awrsr_kernels.__all__ if "attention" in name}
-CALLS |= {"RefinedMultiheadAttention": INIT, "RefinedMultiheadAttention.forward": FORWARD}
+METHODS = {RefinedMultiheadAttention: "forward weights make_cache prefill step", RefinedCache: "grow reorder crop"}
+for kind, names in METHODS.items():
+    CALLS |= {kind.__name__: kind.__init__} | {f"{kind.__name__}.{name}": getattr(kind, name) for name in names.split()}
+if find_spec("transformers"):
+    from awrsr_kernels.integrations.transformers import refine
+
+    CALLS["refine"] = refine
 NO_MASK, NO_BIAS = "masks of scores are not supported.* give causal", "nothing can be added to scores"
 WEIGHTS, PACKED = r"\battention_weights\(", "packed sequences go to refined_attention_varlen"
 
@@ -35,13 +41,11 @@ OF_CALLS: dict[str, dict[str, str]] = {
         "cu_seqlens_q": PACKED,
         "max_seqlen_q": PACKED,
         "batch_first": "the batch always comes first",
-        "align": "padding_side",
     },
     "refined_attention_varlen": {
         "cu_seqlens_q": "give their bounds once, as cu_seqlens",
         "max_seqlen_k": "give the longest once, as max_seqlen",
         "lengths": "packed sequences have no padding",
-        "padding_side": 'padding_side="left" is align="right"',
         "attn_mask": f"{NO_MASK} and cu_seqlens",
     },
     "attention_weights": {"dropout_p": "without dropout", "scale": "softmax_scale"},
@@ -65,6 +69,57 @@ OF_CALLS: dict[str, dict[str, str]] = {
         "is_causal": "causal is an argument of RefinedMultiheadAttention itself",
         "bias": "bias is an argument of RefinedMultiheadAttention itself",
         "cu_seqlens_q": "as cu_seqlens",
+        "backend": "is an argument of RefinedMultiheadAttention itself",
+    },
+    "RefinedMultiheadAttention.weights": {
+        "key_padding_mask": r"as lengths, which are \(~mask\).sum\(1\)",
+        "attn_mask": "not supported.* give lengths",
+        "is_causal": "causal is an argument of RefinedMultiheadAttention itself",
+        "average_attn_weights": "the weights of each head",
+        "padding_side": "align is an argument of RefinedMultiheadAttention itself",
+        "cu_seqlens": "go to the module itself",
+    },
+    "RefinedMultiheadAttention.make_cache": {
+        "device": "on the device of the module",
+        "num_heads": "takes it from the module",
+        "max_length": "called capacity",
+        "lengths": "arguments of the method prefill",
+        "num_layers": "one for each layer",
+    },
+    "RefinedMultiheadAttention.prefill": {
+        "key_padding_mask": r"as lengths, which are \(~mask\).sum\(1\).*padding_side",
+        "past_key_value": "called cache",
+        "is_causal": "always causal",
+        "align": "align is an argument of RefinedMultiheadAttention itself",
+        "dropout_p": "decoding has no dropout",
+        "cu_seqlens": "go to the module itself",
+    },
+    "RefinedMultiheadAttention.step": {
+        "lengths": "the cache knows",
+        "past_key_values": "called cache",
+        "causal": "always causal",
+        "scale": r"1 / sqrt\(embed_dim / num_heads\)",
+    },
+    "RefinedCache": {
+        "num_heads": "called heads",
+        "num_kv_heads": "called kv_heads",
+        "enable_gqa": "called kv_heads",
+        "embed_dim": "give head_dim",
+        "max_seqlen": "called capacity",
+        "is_causal": "always causal",
+        "scale": "softmax_scale is an argument of refined_attention_prefill and refined_attention_step",
+        "align": "an argument of refined_attention_prefill and refined_attention_step",
+        "padding_side": "arguments of refined_attention_prefill",
+        "num_hidden_layers": "one for each layer",
+    },
+    "RefinedCache.crop": {"lenght": "did you mean length"},
+    "refine": {
+        "r": "called rank",
+        "num_layers": "the indices of the layers",
+        "max_position_embeddings": "called max_positions",
+        "is_causal": "always causal",
+        "gate_init": "starts at 0",
+        "backend": "plain torch elsewhere",
     },
 }
 
@@ -78,7 +133,7 @@ def refused(call: str, **unknown: Any) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("call, name", [(call, name) for call, names in OF_CALLS.items() for name in names])
+@pytest.mark.parametrize("call, name", [(call, name) for call, names in OF_CALLS.items() if call in CALLS for name in names])
 def test_a_name_from_elsewhere_is_told_what_to_write(call: str, name: str) -> None:
     said = refused(call, **{name: True})
     assert said.startswith(f"{call} has no argument {name}: ") and re.search(OF_CALLS[call][name], said), said
@@ -101,6 +156,17 @@ def test_packed_bounds_by_another_name_are_told_though_their_own_is_missing() ->
         refined_attention_varlen(x, x, x, None, None, cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 5])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="cu_seqlens is NoneType; it must be a torch.Tensor"):
         refined_attention_varlen(x, x, x, None, None, refinement="none")
+
+
+def test_sizes_of_a_cache_by_another_name_are_told_though_their_own_are_missing() -> None:
+    with pytest.raises(TypeError, match="RefinedCache has no argument num_heads: it is called heads"):
+        RefinedCache(2, 4, num_heads=2, head_dim=8)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="heads is NoneType; it must be an int"):
+        RefinedCache(2, 4, head_dim=8, refinement="none")
+    cache = RefinedCache(2, 4, heads=2, head_dim=8, refinement="none")
+    for call, needed in ((cache.grow, "capacity"), (cache.reorder, "index"), (cache.crop, "length")):
+        with pytest.raises(TypeError, match=f"missing 1 required positional argument: '{needed}'"):
+            call(max_length=1)
 
 
 def test_a_module_called_like_torchs_is_told_that_x_comes_alone() -> None:
@@ -139,3 +205,15 @@ def test_a_graph_and_an_exported_program_see_no_unknown_arguments() -> None:
     torch.testing.assert_close(compiled(x), module(x))
     program = torch.export.export(module, (x,), {"lengths": torch.tensor([2, 4])}, strict=False)
     assert [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"] == ["x", "lengths"]
+
+
+def test_compiled_methods_see_no_unknown_arguments() -> None:
+    module, x = RefinedMultiheadAttention(8, 2, tables="content", backend="torch").eval(), torch.randn(2, 4, 8)
+    compiled = {
+        name: torch.compile(getattr(module, name), fullgraph=True, backend="eager") for name in ("weights", "prefill", "step")
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(compiled["weights"](x), module.weights(x))
+        mine, its = module.make_cache(2, 8), module.make_cache(2, 8)
+        torch.testing.assert_close(compiled["prefill"](x, mine), module.prefill(x, its))
+        torch.testing.assert_close(compiled["step"](x[:, :1], mine), module.step(x[:, :1], its))
