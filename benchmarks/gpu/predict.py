@@ -17,7 +17,7 @@ The time of a launch is the longest of five times, each computed as if the other
 
 Bytes, operations, entries and chains are counted by `launches.py`; a test compares these counts with what the interpreted kernels
 do. Constants are from data sheets or marked as ASSUMED. Of 24 times measured in bfloat16 at recommender sizes, 21 were within a
-factor of 1.5, the rest within 1.6. Calls between Gaussians are not counted yet.
+factor of 1.5 of the prediction, the rest within 1.6. Stochastic attention is not counted yet.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Write the tables and pictures of the study, from its files.
+"""Write the report of the study and its pictures, from its files.
 
     python benchmarks/study_report.py          # benchmarks/results/study/study.md and study_*.png
 
@@ -17,7 +17,7 @@ from benchmarks.study.tables import QUESTIONS, markdown
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    text = "Folder of study.json, in which tables and pictures are written (default: %(default)s)."
+    text = "Folder of study.json, to which the report and its pictures are written (default: %(default)s)."
     parser.add_argument("--out", type=Path, default=RESULTS, help=text)
     options = parser.parse_args(arguments)
     results = Results(options.out)
