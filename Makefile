@@ -24,7 +24,7 @@ lint: .venv/ready ## ruff and mypy
 hooks: ## have git run ruff and mypy on what is staged, before each commit
 	git config core.hooksPath .githooks
 
-test: .venv/ready ## all tests, then those that time something, with nothing beside them
+test: .venv/ready ## all tests, then those that time something, with nothing else running
 	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist worksteal -m "not timing" --junitxml=$(SUITE)/tests.xml
 	$(PYTEST) -m timing tests/kernels/test_cost.py --junitxml=$(SUITE)/timing.xml
 
@@ -63,7 +63,7 @@ cost: .venv/ready ## the pages and pictures of cost, from committed results
 bench: .venv/ready ## the operator against its rivals, on the CPU and on a GPU where there is one
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
 
-bench-stochastic: .venv/ready ## the same between Gaussians, against STOSA's formulation (DATA=file of histories)
+bench-stochastic: .venv/ready ## the same for stochastic attention, against STOSA's formulation (DATA=file of histories)
 	$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --budget 3 --out bench-out/stochastic
 	$(if $(DATA),$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --lengths $(DATA) \
 	  --budget 3 --out bench-out/stochastic-histories)

@@ -26,13 +26,15 @@ class AWRSRConfig:
     num_items: int = option(0, "Number of items N in the catalogue; 0 means that `fit` counts them.", least=0)
     backbone: str = option(
         "sasrec",
-        "Kind of model. sasrec: dot-product attention between vectors. stosa: items and events are Gaussians, and attention and "
-        "scores compare them by Wasserstein distance; the help of the train command lists the options of STOSA's authors.",
+        "Kind of model. sasrec: dot-product attention. stosa: stochastic attention, in which items and events are Gaussians; "
+        "attention and scores compare them by Wasserstein distance. The help of the train command lists the options of STOSA's "
+        "authors.",
         choices=("sasrec", "stosa"),
     )
     refinement: str = option(
         "additive",
-        "How attention weights are refined. none: plain attention, as in SASRec and STOSA. stochastic: only with backbone stosa.",
+        "How attention weights are refined; the README has the formulas. none: plain attention, as in SASRec and STOSA. "
+        "stochastic: only with backbone stosa.",
         choices=("none", "simple", "value", "additive", "stochastic"),
     )
     max_len: int = option(50, "Number of events that the model reads: the last ones of each history.", least=1)
@@ -40,7 +42,7 @@ class AWRSRConfig:
     layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1)
     heads: int = option(2, "Number of attention heads in each block.", least=1)
     rank: int = option(
-        32, "Rank of the correlation space, which is the number of columns of its tables; at most 256.", least=1, below=257
+        32, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257
     )
     tables: str = option(
         "position",
@@ -52,13 +54,13 @@ class AWRSRConfig:
     table_std: float = option(1.0, "Root mean square of the entries of the tables before training.", least=0)
     table_init: str = option(
         "normal",
-        "How position tables are initialised. normal: at random. orthogonal: with orthogonal columns. identity: with a column for "
-        "each position, or for each few positions if rank is less than max_len; events then attend to events with similar "
-        "first-order weights. shifted: w_k is w_q shifted by one position; events then attend to what followed the events that "
+        "How position tables are initialised. normal: at random. orthogonal: with orthogonal columns. identity: with one column "
+        "per position, or one shared by several positions if rank is less than max_len; events then attend to events with similar "
+        "first-order weights. shifted: W_k is W_q shifted by one position; events then attend to whatever followed the events that "
         "first-order weights point to.",
         choices=("normal", "orthogonal", "identity", "shifted"),
     )
-    refine_scale: float = option(0.0, "Factor of the scores that give higher-order weights; 0 means 1 / sqrt(rank).", least=0)
+    refine_scale: float = option(0.0, "Factor of the scores that become higher-order weights; 0 means 1 / sqrt(rank).", least=0)
     learned_scale: bool = option(
         False, "Multiply refine_scale by a learned number per head, which starts at 1; not with refinement stochastic."
     )
@@ -71,9 +73,9 @@ class AWRSRConfig:
     norm: str = option("pre", "Apply layer norm before or after attention and feed-forward.", choices=("pre", "post"))
     init: str = option(
         "copy",
-        "How weights are initialised. normal: all small. match: the last block has Xavier weights, and keys equal queries, so that "
-        "events attend to similar events. copy: like match, but the last block also passes on unchanged the events that it attends "
-        "to, so that their items rank first.",
+        "How weights are initialised. normal: small random values. match: the last block has Xavier weights, and keys equal "
+        "queries, so that events attend to similar events. copy: like match, but the last block also passes on unchanged what it "
+        "attends to, so that the items of those events rank first.",
         choices=("normal", "match", "copy"),
     )
     mean_branch: str = option(
@@ -116,14 +118,14 @@ class TrainingOptions:
 
     loss: str = option(
         "sampled_softmax",
-        "Training loss. sampled_softmax: softmax over the target and a pool of negatives that a batch shares, drawn uniformly, "
-        "with uncorrected scores; if the pool is as large as the catalogue, it is the whole catalogue. cross_entropy: softmax "
-        "over the whole catalogue. bce, bpr and gbce: negatives are drawn from all items except the target. bce and gbce do not "
-        "suit stosa, whose scores are never above 0.",
+        "Training loss. sampled_softmax: softmax over the target and a pool of negatives, which the batch shares; they are drawn "
+        "uniformly, and scores are not corrected for sampling. A pool as large as the catalogue is the whole catalogue. "
+        "cross_entropy: softmax over the whole catalogue. bce, bpr and gbce: negatives are drawn from all items except the "
+        "target. bce and gbce do not suit stosa, whose scores are never above 0.",
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(
-        0, f"Number of negatives that each target is compared with; 0 means the usual number: {USUAL_NEGATIVES}.", least=0
+        0, f"Number of negatives that each target is compared with; 0 means the default of the loss: {USUAL_NEGATIVES}.", least=0
     )
     pvn_weight: float = option(
         0.0,
@@ -146,7 +148,7 @@ class TrainingOptions:
         choices=("last", "all"),
     )
     batch_size: int = option(
-        128, "Sequences per step, over all processes; some more or fewer where steps are made equally large.", least=1
+        128, "Number of sequences per step, over all processes; it varies a little if steps are made equally large.", least=1
     )
     learning_rate: float = option(1e-3, "Learning rate of AdamW.", least=1e-12)
     schedule: str = option(
@@ -157,8 +159,8 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "Weight decay of AdamW.", least=0)
     average: float = option(
         0.998,
-        "Decay of the running average of the weights per step, lower during the first steps. The average is what is evaluated and "
-        "saved; 0 switches averaging off.",
+        "Decay per step of the running average of the weights, lower during the first steps. The average is evaluated and saved; "
+        "0 switches averaging off.",
         least=0,
         below=1,
     )
@@ -169,14 +171,14 @@ class TrainingOptions:
     )
     filter_seen: str = option(
         "auto",
-        "Leave the items of a history out of its ranking; a target among them then counts as a miss. auto: yes, unless more than "
+        "Leave the items of a history out of the ranking; a target among them then counts as a miss. auto: yes, unless more than "
         "1 % of the events repeat an item of their history.",
         choices=("auto", "yes", "no"),
     )
     seed: int = option(0, "Random seed of initial weights, data order, negatives and dropout.", least=0, below=1 << 31)
     precision: str = option(
         "32-true",
-        "Numerical precision, by the names that Lightning uses.",
+        "Numerical precision, in Lightning's names.",
         choices=("32-true", "bf16-mixed", "16-mixed", "64-true"),
     )
     accelerator: str = option("auto", "Device to train on; auto uses a GPU if there is one.", choices=("auto", "cpu", "gpu", "mps"))
@@ -185,7 +187,7 @@ class TrainingOptions:
     threads: int = option(0, "Number of CPU threads that torch uses; 0 leaves the number to torch.", least=0)
     logger: str = option(
         "csv",
-        "Format of the log of losses and metrics per epoch, in the run's folder logs/.",
+        "Format of the log of losses and metrics per epoch, which is in the folder logs/ of the run.",
         choices=("csv", "tensorboard", "none"),
     )
     progress: bool = option(True, "Show a progress bar on a terminal, or a line per epoch elsewhere.")

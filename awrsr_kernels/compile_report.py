@@ -9,9 +9,9 @@ stores to device memory by width, and the number of programs that a processor ho
 fits the chip, uses tensor cores where its products should, spills no more than `spill_budget` allows, and reads no register that
 was never set. The exit status is 1 if any row is not ok.
 
-Each launch is replaced by Triton's own warm-up, on tensors without memory and with a driver that reports the wanted GPU. It
-therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash of the kernels'
-sources.
+Instead of launching, the report runs Triton's own warm-up, on tensors without memory and with a driver that reports the target GPU.
+It therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash of the
+kernels' sources.
 """
 
 import argparse
@@ -352,11 +352,11 @@ def main(argv: list[str] | None = None) -> int:
         add(name, nargs="+", default=list(values), choices=values, **more)
 
     add("--target", nargs="+", default=["sm_90"], choices=[*TARGETS, "all"], help="chips to compile for (default sm_90)")
-    add("--sample", action="store_true", help="compile only what the tests do: each kernel, regime and refinement once")
+    add("--sample", action="store_true", help="compile only what the tests compile: each kernel, regime and refinement once")
     add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
-    add_filter("--backbone", backbones, help="dot-product (dot) or stochastic attention (default both)")
+    add_filter("--backbone", backbones, help="dot-product or stochastic attention (default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
-    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="most items; 0: tiled regime, 1: decoding step (default all)")
+    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="largest length; 0: tiled regime, 1: decoding (default all)")
     add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
     add("--group", type=int, default=1, help="query heads per key head (default 1)")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes that compile (default: one per core)")

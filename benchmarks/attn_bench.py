@@ -16,7 +16,7 @@ examples, from the repository root:
 providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one
 stock call per value block, so that flash kernels can run); flex2 (FlexAttention, GPU); varlen2 (varlen_attn, GPU, packed).
 providers, ours: reference, torch and triton; torch-jagged and triton-jagged (the same on packed rows, as jagged tensors).
-provider sdpa: plain attention, which computes something else; it shows the least that any of these could cost.
+provider sdpa: plain attention, for comparison; it computes something else, and less.
 providers with --backbone stochastic: stosa (STOSA's formulation, L x L matrices); stosa+compile; sdpa2-squares (stock attention
 calls, CPU); flex2-squares (the same in FlexAttention, GPU); sdpa (plain attention of the means); and ours.
 
@@ -27,8 +27,9 @@ the inputs. A provider whose output or gradients differ from the float64 referen
 
 "copy" and "matmul" are shares of the best rates that this run measured on this device, with a copy of large tensors and a large
 matrix product. Bytes are ideal (each input, output and W once), and operations come from the formula in workloads.py, so that
-providers can be compared. "/floor" is the time divided by the longer of two times: that of the bytes and that of the operations at
-these rates. 1 is as fast as the device allows; on a CPU, small problems stay in the cache and can be faster than that.
+providers can be compared. "/floor" is the time divided by the longer of two times: that which the bytes and that which the
+operations take at these rates. 1 is as fast as the device allows; on a CPU, small problems stay in the cache and can be faster than
+that.
 """
 
 import os
@@ -72,9 +73,9 @@ def options_parser() -> argparse.ArgumentParser:
         "--backbone",
         choices=BACKBONES,
         default="dot",
-        help="whether items are vectors (dot, default) or Gaussians, as in STOSA (stochastic)",
+        help="dot-product attention (dot, default) or stochastic attention, as in STOSA (stochastic)",
     )
-    default = "Default: recsys; on a CPU with B 32, and with --backbone stochastic STOSA's sizes (B 128, H 4, D 16, L 50..200)"
+    default = "Default: recsys; on a CPU, with B 32 or, for --backbone stochastic, STOSA's sizes (B 128, H 4, D 16, L 50..200)"
     add(
         "--preset", choices=workloads.PRESETS, help=f"set of problems. recsys: L 20..200, B 128..2048; long: L 512..8192. {default}"
     )
@@ -102,7 +103,7 @@ def options_parser() -> argparse.ArgumentParser:
         type=whole(1),
         default=50,
         metavar="L",
-        help="with --lengths: number of last items kept of each history (default 50)",
+        help="with --lengths: keep the last L items of each history (default 50)",
     )
     add("--heads", type=whole(1), metavar="H", help="number of query heads")
     add("--dim", type=whole(1, 256), metavar="D", help="number of features of queries and keys")
@@ -131,7 +132,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="passes to report (default: all three)")
     for name in ("--device", "--threads", "--reps", "--budget", "--out"):
         add_flag(add, name)
-    add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no further problem after S seconds")
+    add("--limit", type=SECONDS, default=float("inf"), metavar="S", help="start no new problem after S seconds")
     add("--precompile", type=whole(1), metavar="N", help="first compile all kernels, in N processes")
     add = parser.add_argument_group("comparison instead of a measurement").add_argument
     add(

@@ -16,9 +16,9 @@ def add_flags(to: ArgumentParser) -> None:
     add_data(to, f"File of histories, split as in the run {OWN_DATA}.")
     add_part(to)
     to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
-    to.add_argument("--examples", type=int, default=3, help="Number of histories shown that gained most, and that lost most.")
+    to.add_argument("--examples", type=int, default=3, help="Show this many histories that gained most, and as many that lost.")
     to.add_argument("--output", type=str, default="", help="HTML file to write (default: analysis.html in the run folder).")
-    to.add_argument("--json", type=str, default="", help="JSON file to write the numbers to, in addition.")
+    to.add_argument("--json", type=str, default="", help="Also write the numbers to this JSON file.")
     add_filter_seen(to)
 
 

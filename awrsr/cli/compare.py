@@ -19,7 +19,7 @@ def add_flags(to: ArgumentParser) -> None:
         "--resamples",
         type=int,
         default=2000,
-        help="Number of bootstrap resamples, and least number of permutations in the permutation test.",
+        help="Number of bootstrap resamples, and minimum number of permutations in the permutation test.",
     )
     to.add_argument("--json", type=str, default="", help="JSON file to write the results to.")
 

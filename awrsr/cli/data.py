@@ -45,9 +45,9 @@ def add_make_flags(to: ArgumentParser) -> None:
 
 
 def make(options: Any) -> None:
-    """Make synthetic histories of the recall task. In them, the item that followed the
-    last occurrence of the current item follows again, mixed with noise and
-    popularity. One refined layer learns this rule; one plain layer cannot.
+    """Make synthetic histories of the recall task. In them, the current item is
+    followed by whatever followed its last occurrence, mixed with noise and popular
+    items. One refined layer learns this rule; one plain layer cannot.
 
       awrsr data make --users 1000 --output recall.txt
       awrsr train --data recall.txt --baseline
@@ -60,7 +60,7 @@ def make(options: Any) -> None:
 def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("file", type=str, help="File of histories.")
     add_options(to, DataOptions, ("format", *COLUMNS))
-    to.add_argument("--json", type=str, default="", help="JSON file to write the figures to, in addition.")
+    to.add_argument("--json", type=str, default="", help="Also write the figures to this JSON file.")
 
 
 def stats(options: Any) -> None:

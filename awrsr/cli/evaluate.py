@@ -20,7 +20,7 @@ def add_flags(to: ArgumentParser) -> None:
 
 def run(options: Any) -> None:
     """Rank the whole catalogue for every held-out event and print HR, NDCG and MRR, as
-    awrsr train does at its end. Ties count against the model.
+    awrsr train does when it ends. Ties count against the model.
 
       awrsr evaluate --run runs/beauty
       awrsr evaluate --run runs/beauty --data later.txt --json later.json

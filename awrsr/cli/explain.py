@@ -16,9 +16,9 @@ def add_flags(to: ArgumentParser) -> None:
         help="Id of the user (default: the first with 12 events or more, or else with the longest history).",
     )
     to.add_argument(
-        "--history", nargs="+", type=str, default=[], help="Item ids of a history to explain instead of that of a user."
+        "--history", nargs="+", type=str, default=[], help="Item ids of a history to explain, instead of a user's."
     )
-    to.add_argument("--layer", type=int, default=1, help="Number of the block to draw, from 1.")
+    to.add_argument("--layer", type=int, default=1, help="Block to draw, counted from 1.")
     to.add_argument("--output", type=str, default="attention.png", help="Picture to write: .png, .svg or .pdf.")
 
 

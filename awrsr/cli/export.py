@@ -13,7 +13,7 @@ def add_flags(to: ArgumentParser) -> None:
 
 
 def run(options: Any) -> None:
-    """Export the scoring path to a file that runs without this package. The file is
+    """Export a model to a file that scores items without this package. The file is
     kept only if its scores agree with those of the model.
 
       awrsr export --run runs/beauty

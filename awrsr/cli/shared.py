@@ -51,11 +51,11 @@ def add_data(to: ArgumentParser, data_help: str) -> None:
 
 
 def add_part(to: ArgumentParser) -> None:
-    to.add_argument("--part", choices=("validation", "test"), default="test", help="Which held-out events to rank.")
+    to.add_argument("--part", choices=("validation", "test"), default="test", help="Which held-out events to use.")
 
 
 def add_filter_seen(to: ArgumentParser) -> None:
-    help = "Leave the items of a history out of its ranking; auto does what the run did."
+    help = "Leave the items of a history out of the ranking; auto does what the run did."
     to.add_argument("--filter-seen", choices=("auto", "yes", "no"), default="auto", help=help)
 
 

@@ -29,8 +29,8 @@ def run(options: Any) -> None:
     """Train a model on a file of histories and evaluate it. Training stops when
     validation no longer improves. The best epoch is evaluated on held-out events by
     ranking the whole catalogue. Without --data, a refined and a plain model are
-    trained on synthetic histories, to show what refinement does; the options then
-    have the defaults at the end of this text.
+    trained on synthetic histories, to show what refinement does; the end of this
+    text lists the defaults for that case.
 
       awrsr train
       awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty

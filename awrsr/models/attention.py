@@ -86,7 +86,7 @@ class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
 
 
 class StochasticAttention(RefinedAttention):
-    """Causal self-attention between Gaussians (STOSA, Fan et al. 2022): events attend to events at a small Wasserstein distance.
+    """Causal stochastic self-attention (STOSA, Fan et al. 2022): events attend to events at a small Wasserstein distance.
 
     Reads and gives 2 E features, those of means and those of covariances, with linear maps of their own; projected covariances are
     positive by ELU + 1. mean_branch "published" has neither values nor output for means, as whoever uses the layer discards them,

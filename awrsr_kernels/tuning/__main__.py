@@ -1,27 +1,28 @@
 """Find launch configurations for your GPU, and store them where every later call looks for them.
 
-    python -m awrsr_kernels.tune
+    python -m awrsr_kernels.tuning
 
-The table in `launch_config.py` is not the best one for any particular GPU. For each key of the table that the given shapes use, the
-tuner measures other configurations of that one kernel; all other kernels keep theirs. Before a configuration is timed, output and
-gradients are checked against the definition. The table's row is kept unless another configuration is faster by more than 3 %.
+The launch table, in `launch_config.py`, is not the best one for any particular GPU. For each of its rows that the given shapes use,
+the tuner measures other configurations of that one kernel; all other kernels keep theirs. Before a configuration is timed, output
+and gradients are checked against the definition. The row is kept unless another configuration is faster by more than 3 %.
 
 examples:
   python -m awrsr_kernels.tuning                                    both presets in bfloat16; ten minutes
   python -m awrsr_kernels.tuning --preset recsys --refinement simple additive --dropout 0.1
-                                                                  as you train; shapes of one key are judged together
+                                                                    as in your training; shapes of one row are judged together
   python -m awrsr_kernels.tuning --shapes 256,2,50,64 1024,2,50,64 --kernel short_fwd short_bwd
   python -m awrsr_kernels.tuning --shapes 8,4,1024,64,32 --dtype float16 --seconds 1800 --out tuned.json
-  python -m awrsr_kernels.tuning --list                             the table and what is tuned; needs no GPU
-  AWRSR_KERNELS_TUNED=tuned.json python train.py                  use another file of tuned entries
+  python -m awrsr_kernels.tuning --list                             the launch table and what is tuned; needs no GPU
+  AWRSR_KERNELS_TUNED=tuned.json python train.py                    use another file of tuned entries
 
 presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 512 and 2048 with H 4, D = R = 64.
 kernels: short_* hold a whole head on chip (L up to 64); tiled_* compute all other lengths. The time of a kernel is that of its
 whole pass, forward or backward.
 
 Most of the time is spent on compiling, once per configuration, in several --processes. Triton caches what it compiled, so a second
-run gets further in the same --seconds. Configurations close to the table's row are tried first. Run nothing else on the GPU while
-the tuner runs. A file can hold entries for several GPUs and versions of Triton; those of another GPU are never used or overwritten.
+run gets further in the same --seconds. Configurations close to the launch table's are tried first. Run nothing else on the GPU
+while the tuner runs. A file can hold entries for several GPUs and versions of Triton; those of another GPU are never used or
+overwritten.
 """
 
 import argparse

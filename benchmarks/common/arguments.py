@@ -15,7 +15,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "--threads": {
         "type": whole(1),
         "metavar": "N",
-        "help": "number of CPU threads; on a busy machine, fewer than cores give steadier times",
+        "help": "number of CPU threads; on a busy machine, fewer threads than cores give steadier times",
     },
     "--reps": {"type": whole(1), "metavar": "N", "help": "number of samples of each measurement, instead of a time budget"},
     "--budget": {"type": SECONDS, "metavar": "S", "help": "seconds of timing per problem"},

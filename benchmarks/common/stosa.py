@@ -1,4 +1,4 @@
-"""STOSA's attention between Gaussians as in its authors' code: a rival of the operator and, in a model, of the recommender."""
+"""STOSA's attention as in its authors' code: a rival of the operator and, in a model, of the recommender."""
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
 """Run every kernel once, for sanitizers and profilers.
 
-The calls run forward and backward, padded and packed, with dropout; a few steps are decoded. Calls between Gaussians are only
+The calls run forward and backward, padded and packed, with dropout; a few steps are decoded. Stochastic attention is only
 packed, since both layouts use the same kernels and sanitizers are slow.
 
     python -m benchmarks.gpu.every_kernel

@@ -5,8 +5,8 @@
     python benchmarks/gpu_run.py --only tests tuner   some stages now, the others in another run
 
 The output folder then holds nine files: summary.json (status and seconds of every stage, and a profile of each kernel), tests.json,
-tuned.json (the tuner's table), one JSON per benchmark, and logs.tar.gz (logs and CSV files). Every stage has its own time limit. A
-stage that fails or does not finish does not stop the others.
+tuned.json (the tuner's results), one JSON per benchmark, and logs.tar.gz (logs and CSV files). Every stage has its own time limit.
+A stage that fails or does not finish does not stop the others.
 """
 
 import functools

@@ -2,13 +2,12 @@
 
     make guard                      # against the merge base with origin/main, or else the last tag, or else the previous commit
     make guard BASE=v0.1            # against any commit
-    make guard DATA=folder          # with the beauty.txt in a folder other than ../shared/data and awrsr's cache
+    make guard DATA=folder          # with beauty.txt from a folder other than ../shared/data and awrsr's cache
 
-It measures this folder, including changes that are not committed, and the base in a git worktree of its own, with the same
-interpreter and libraries. Times are ratios to two stock attention calls, measured in turns on both sides. A figure counts as worse
-if it is a quality or a count that is worse by more than 3 %, or a time that is worse by more than 10 %. The exit status is 1 if a
-figure is worse, and 2 if something was not measured. Figures of the base that do not depend on the load of the machine are kept in
-.guard/ for the next run.
+It measures this folder, including uncommitted changes, and the base in its own git worktree, with the same interpreter and
+libraries. Times are ratios to two stock attention calls, measured in turns on both sides. A quality or a count is called worse if
+it is worse by more than 3 %, a time if it is worse by more than 10 %. The exit status is 1 if a figure is worse, and 2 if something
+was not measured. Figures of the base that do not depend on the load of the machine are kept in .guard/ for the next run.
 """
 
 import argparse
@@ -133,7 +132,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guard", description=__doc__, formatter_class=raw)
     parser.add_argument("--base", help="commit to compare with")
     parser.add_argument("--data", help="folder that holds beauty.txt")
-    parser.add_argument("--patience", type=float, default=1.0, help="factor of every time limit, for a busy machine (default 1)")
+    parser.add_argument("--patience", type=float, default=1.0, help="factor for every time limit, on a busy machine (default 1)")
     options = parser.parse_args()
     base, data = commit_of(options.base), find_beauty(options.data)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

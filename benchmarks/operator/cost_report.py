@@ -50,12 +50,12 @@ def passes(results: Row) -> Iterator[Point]:
         chosen = row["provider"] in OURS and row["layout"] in LAYOUTS and alone
         if not chosen or row["dtype"] != results["rates"]["matmul_dtype"] or "bytes" not in row:
             continue
-        gaussian = row["backbone"] == STOCHASTIC
-        group = ("between Gaussians" if gaussian else "between vectors") + (", real histories" if row["source"] else "")
+        stochastic = row["backbone"] == STOCHASTIC
+        group = ("stochastic" if stochastic else "dot-product") + " attention" + (", real histories" if row["source"] else "")
         group = f"{row['provider']}, {group}" if is_gpu(results["device"]) else group  # on a CPU there is one of ours
         where = f"{row['source']}, {row['layout']}, {row['B']} users" if row["source"] else f"B {row['B']}"
         problem = f"{where} H {row['H']} L {row['L']} D {row['D']} R {row['R']}"
-        call = f"`{row['provider']}`, {row['refinement']}{' between Gaussians' * gaussian}"
+        call = f"`{row['provider']}`, {row['refinement']}{', stochastic attention' * stochastic}"
         counts, rates = (float(row["bytes"]), float(row["operations"])), rates_of(results)
         yield Point(results["device"], group, problem, call, row["pass"], *counts, device_ms(row), rates)
 

@@ -5,9 +5,9 @@ examples, from the repository root:
   python benchmarks/decode_bench.py --length 128 4096 --batch 1 --refinement additive
 
 providers: step (ours, on a cache of L - 1 items); full (ours, all L rows, although only the last is needed); sdpa2 (two stock
-attention calls for one query, with [W_q | W_k | V] joined in a cache of its own); sdpa2-split (one stock call per block of values,
-each with its own cache). A provider is timed only if it gives the last row of the definition. Removing the new item from a cache
-between two samples is not timed. GB/s counts the bytes that a step must move: the cache and the tables once.
+attention calls for one query, with [W_q | W_k | V] joined in their own cache); sdpa2-split (one stock call per block of values,
+each with its own cache). A provider is timed only if its result is the last row of the definition. Removing the new item from a
+cache between two samples is not timed. GB/s counts the bytes that a step must move: the cache and the tables once.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Rivals between Gaussians, made of stock attention calls.
+"""Rivals of stochastic attention, made of stock attention calls.
 
 With the points x = [mean | sqrt(covariance)] a score is a dot product of longer features, 2 scale [x_i | 1] . [x_j | -|x_j|^2 / 2],
 up to a number per row that softmax ignores. Squared weights are weights of twice the scores, rescaled per row, and products of two

@@ -19,7 +19,7 @@ from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 DOT, STOCHASTIC = "dot-product", "stochastic"
 BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as options and as results have them
 OPERATOR = {DOT: REFINEMENTS, STOCHASTIC: STOCHASTIC_ATTENTION_REFINEMENTS}  # backbone: its refinements
-Outputs = Tensor | tuple[Tensor, ...]  # of a call; between Gaussians means and covariances
+Outputs = Tensor | tuple[Tensor, ...]  # of a call; in stochastic attention means and covariances
 LAYOUTS = ("padded", "bucketed", "packed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 GATE_BYTES = 4 << 30  # what the float64 reference of the correctness gate may take
@@ -59,7 +59,7 @@ PRESETS = {
     "recsys": Preset(lengths=(20, 50, 100, 200), heads=2, dim=32, batches=(128, 512, 2048)),
     "long": Preset(lengths=(512, 1024, 2048, 4096, 8192), heads=4, dim=64, tokens=16384),
 }
-UNNAMED = {  # (backbone, --quick): what is measured on a CPU where no preset is named; between Gaussians STOSA's sizes
+UNNAMED = {  # (backbone, --quick): what is measured on a CPU where no preset is named; for stochastic attention STOSA's sizes
     (DOT, False): replace(PRESETS["recsys"], batches=(32,)),
     (DOT, True): replace(PRESETS["recsys"], lengths=(20, 50), batches=(32,)),
     (STOCHASTIC, False): Preset(lengths=(50, 100, 200), heads=4, dim=16, batches=(128,)),
@@ -122,7 +122,7 @@ class Task:
             simple            n^2/2 * (D + 2 R) + n^2/2 * (R + D_v)
             value, additive   the same plus n^2/2 * D_v             for P V
 
-        and between Gaussians, whose points have 2 D features and whose squared weights meet covariances,
+        and in stochastic attention, whose points have 2 D features and whose squared weights meet covariances,
 
             none              n^2/2 * (2 D + 2 D_v)
             simple            n^2/2 * (2 D + 2 R) + n^2/2 * (R + 2 D_v)

@@ -1,4 +1,4 @@
-"""Write the tables and pictures of the study, from its files.
+"""Write the report of the study and its pictures, from its files.
 
     python benchmarks/study_report.py          # benchmarks/results/study/study.md and study_*.png
 

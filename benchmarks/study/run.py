@@ -5,11 +5,11 @@
     python benchmarks/study.py --budget 60 --jobs 2                # as much as fits in an hour; rerun the command to continue
     python benchmarks/study.py --list                              # list what is done and what is missing
 
-A cell is a command of `awrsr train`; its runs differ in the seed. A finished run becomes an entry of study.json, and its ranks of
-the held-out events become a row of study_ranks.parquet. Finished runs are not repeated; a stopped run resumes from its last epoch.
+A cell is one `awrsr train` command, run with several seeds. A finished run becomes an entry of study.json, and its ranks of the
+held-out events become a row of study_ranks.parquet. Finished runs are not repeated; a stopped run resumes from its last epoch.
 study_defaults.json stores the defaults of the options that the commands leave out; if one has changed, the study stops with an
 error. Cells with an option that has since been removed keep their results and are not run. Validation NDCG@10 chooses the epoch,
-and test events are ranked once. `study_report.py` makes tables and pictures from these files.
+and test events are ranked once. `study_report.py` turns these files into a report with pictures.
 """
 
 import argparse
@@ -182,10 +182,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--seeds",
         type=whole(0),
         default=0,
-        help="Maximum number of seeds per cell (default: as planned, which is five for cells that claims rest on).",
+        help="Maximum number of seeds per cell (default: as planned, which is five for cells that support claims).",
     )
     add("--budget", type=float, default=0.0, help="Start no further run after this many minutes (default: no limit).")
-    add("--jobs", type=whole(1), default=1, help="Number of runs at a time, with one thread each (default: %(default)s).")
+    add("--jobs", type=whole(1), default=1, help="Number of parallel runs, with one thread each (default: %(default)s).")
     add("--runs", type=Path, default=Path("bench-out/study"), help="Folder for the run folders (default: %(default)s).")
     add("--out", type=Path, default=RESULTS, help="Folder of study.json (default: %(default)s).")
     add("--list", action="store_true", help="List what is done and what is missing, and run nothing.")

@@ -22,7 +22,7 @@ QUESTIONS = {
     "why": "Which options matter: tables, gates, learning rates",
     "searched": "Each model with the settings that a search of the same length chose for it",
     "ablation": "Which of the searched settings matter: the refined model versus itself with one setting changed",
-    "stosa": "Attention between Gaussians (STOSA)",
+    "stosa": "Stochastic attention (STOSA)",
     "losses": "Other losses",
 }
 APART = ("depth", "control", "searched", "ablation")  # not, or not only, compared with plain attention of as many layers

@@ -4,10 +4,10 @@ examples, from the repository root:
   python -m benchmarks.training.large_catalogue --items 2000 --users 2000          a few seconds
   python -m benchmarks.training.large_catalogue --out bench-out/large              a million items and users: some minutes
 
-`awrsr data make`, in a process of its own, makes histories and writes them to a file, which is then read. Training is the usual one
-(Lightning, AdamW, checkpoints) and stops after --steps steps. Validation and test have --targets users each, and rank all items for
-them; as many users get ten recommendations. The time and the peak resident memory of each stage are printed when it ends. The exit
-status is 1 if any peak is above --limit.
+A separate process, `awrsr data make`, writes histories to a file, which is then read. Training is the usual one (Lightning, AdamW,
+checkpoints) and stops after --steps steps. Validation and test rank all items for --targets users each; as many users get ten
+recommendations. The time and the peak resident memory of each stage are printed when it ends. The exit status is 1 if any peak is
+above --limit.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--items", type=whole(10), default=1_000_000, metavar="N", help="number of items in the catalogue (default 1000000)")
     add("--users", type=whole(10), default=1_000_000, metavar="U", help="number of users (default 1000000)")
     add("--length", type=whole(3), default=20, metavar="L", help="number of events of each user (default 20)")
-    add("--data", type=Path, metavar="FILE", help="file of histories to read instead of making one")
+    add("--data", type=Path, metavar="FILE", help="file of histories to read, instead of generating one")
     add("--steps", type=whole(1), default=50, metavar="N", help="number of training steps (default 50)")
     add(
         "--targets",

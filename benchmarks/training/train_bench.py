@@ -6,7 +6,7 @@ examples, from the repository root:
   python benchmarks/train_bench.py --data beauty.txt --threads 1 --backends torch --layouts packed --refinements none additive
                                                             only what refinement costs
   python benchmarks/train_bench.py --data beauty.txt --backbone stosa --layers 1 --heads 4 --max-len 100 --backends torch stosa
-                                                            our Wasserstein attention and STOSA's, in the same model
+                                                            our stochastic attention and STOSA's code, in the same model
   python benchmarks/attn_bench.py --compare before/results.json after/results.json
 
 A training step makes its batch, runs the forward pass, computes the loss on real events only, runs the backward pass and updates
@@ -66,7 +66,7 @@ def options_parser() -> argparse.ArgumentParser:
     add("--hidden", type=whole(1), default=64, metavar="E", help="width of the model (default 64)")
     add("--layers", type=whole(1), default=2, metavar="N", help="number of blocks (default 2)")
     add("--heads", type=whole(1), default=2, metavar="H", help="number of attention heads (default 2)")
-    add("--rank", type=whole(1, 256), default=32, metavar="R", help="number of columns of the refinement's tables (default 32)")
+    add("--rank", type=whole(1, 256), default=32, metavar="R", help="number of columns of W_q and W_k (default 32)")
     add = parser.add_argument_group("contestants").add_argument
     add(
         "--refinements",

@@ -93,7 +93,7 @@ def test_a_wrong_provider_is_refused(
     backbone: str, flaw: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def wrong(batch: Batch) -> Outputs:
-        *rest, out = as_tuple(ours(batch, "torch"))  # between Gaussians of the covariances alone
+        *rest, out = as_tuple(ours(batch, "torch"))  # in stochastic attention those of the covariances alone
         if flaw == "raises":
             raise RuntimeError("no such thing")
         if flaw == "gradient":  # of w_k alone, the value unchanged
