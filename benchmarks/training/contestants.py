@@ -4,7 +4,7 @@ packed      histories one after another, AWRSRNetwork.forward: the model's own
 bucketed    histories sorted by length, each batch padded to its longest, AWRSRNetwork.forward_padded
 padded      batches in random order, padded to the window
 
-Backend "stosa" is the rival of stochastic attention: the same model with attention as STOSA's code has it, in eager torch and padded.
+Backend "stosa" is the rival of stochastic attention: the same model with attention as in STOSA's code, eager and padded.
 All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
 B sequences of a batch, L window, T real events, K negatives, E hidden size.
 """
