@@ -233,6 +233,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --data: {error}")
     about = report.about(options.device, "lightning") | {"command": report.command_line("train_bench.py", argv)}
     skipped = leave_out(problems[0], options)
+    if not options.backends:
+        print("train_bench.py: no backend can run, nothing was written", file=sys.stderr)
+        return 1
     try:
         checked = [row for problem in problems for row in gate(problem, options)]
     except WrongResult as error:

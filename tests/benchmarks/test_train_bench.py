@@ -95,6 +95,8 @@ def test_stock_attention_in_the_same_model(data: Path, capsys: pytest.CaptureFix
         assert ("kernels" in row) == (row["provider"] == "sdpa2")
     assert "| to plain | vs rival |" in (tmp_path / "results.md").read_text()
     assert len(results["gate"]) == 2 * 2 * 2
+    assert train_bench.main([*SMALL, "--refinements", "simple", "--backends", "sdpa2-flash", "--data", str(data)]) == 1
+    assert "no backend can run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
