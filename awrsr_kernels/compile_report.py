@@ -33,7 +33,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from .checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
-from .launch_config import LENGTHS, STEP, TABLE, TILED, WIDTHS, Key, is_short
+from .launch_config import LENGTHS, RESIDENT, STEP, TABLE, TILED, WIDTHS, Key, is_resident, is_short
 from .tuned import cache_folder, replace_file
 
 
@@ -83,13 +83,14 @@ def cases(target: str) -> list[CompileCase]:
     shared, every = TARGETS[target].shared, []
     for dtype in DTYPES:
         itemsize = 2 if dtype != "float32" else 4
-        for length in (*LENGTHS, TILED):
+        for length in (*LENGTHS, RESIDENT, TILED):
             for width in WIDTHS:
                 needed = TABLE[Key("tiled_fwd", TILED, width, itemsize)][-1].shared
                 tiled = TARGETS[target].backend == "hip" or needed <= shared
                 for name, stochastic in KINDS:
-                    short = is_short(length, (width, width, width), itemsize, shared, stochastic)
-                    if tiled if length == TILED else short:
+                    sizes = (width, width, width), itemsize, shared, stochastic
+                    resident = length == RESIDENT and is_resident(length, True, *sizes)
+                    if tiled if length == TILED else resident or is_short(length, *sizes):
                         every += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
         every += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return every
@@ -98,6 +99,7 @@ def cases(target: str) -> list[CompileCase]:
 def sample() -> list[CompileCase]:
     """The cases that the tests compile: each kernel, regime and refinement once on sm_90, and one call on every other target."""
     chosen = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
+    chosen += [CompileCase("sm_90", r, "bfloat16", True, RESIDENT, 32) for r in REFINEMENTS]
     chosen += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return chosen + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
@@ -155,7 +157,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
     """
     import torch
 
-    from ._triton import decode, short, tiled, tiled_bwd
+    from ._triton import decode, resident, resident_bwd, short, tiled, tiled_bwd
     from ._triton.problem import Problem
     from .call import Call, Inputs
 
@@ -169,7 +171,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
         rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})
 
-    for module in (decode, short, tiled, tiled_bwd):
+    for module in (decode, short, resident, resident_bwd, tiled, tiled_bwd):
         module.launch = compile_only  # type: ignore[attr-defined]
     dtype, heads = getattr(torch, case.dtype), 2 * case.group
     length = window or (512 if case.length in (TILED, STEP) else case.length)
@@ -198,6 +200,8 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
     if problem.is_short():
         short.launch_short_forward(problem)
         short.launch_short_backward(problem, douts)
+    elif problem.is_resident():
+        resident_bwd.launch_resident_backward(problem, douts, resident.launch_resident_forward(problem))
     else:
         tiled_bwd.launch_tiled_backward(problem, douts, tiled.launch_tiled_forward(problem))
     return rows
@@ -213,7 +217,7 @@ def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) 
     fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
     tensor_cores = case.length != STEP
-    row = {"kernel": kernel, "regime": regime if regime in ("short", "tiled") else "other", **case.columns(), "config": config}
+    row = {"kernel": kernel, "regime": regime if regime in ("short", "resident", "tiled") else "other", **case.columns(), "config": config}
     row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
     expected = tensor_cores == (usage["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
@@ -328,7 +332,7 @@ def compile_cases(chosen: list[CompileCase], jobs: int, cache: Path) -> Iterator
 
 
 def _line(row: dict[str, Any]) -> str:
-    length = {TILED: ">64", STEP: "1"}.get(row["length"], row["length"])
+    length = {TILED: ">256", STEP: "1"}.get(row["length"], row["length"])
     name = row["refinement"] + (" W2" if row["gaussian"] else "")
     head = f"{row['target']:7}{row['dtype']:9}{length:>4}{row['width']:4} {name:14}{'drop' if row['dropout'] else '':5}"
     if "error" in row:
@@ -356,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
     add_filter("--backbone", backbones, help="dot-product or stochastic attention (default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
-    add_filter("--length", (*LENGTHS, TILED, STEP), type=int, help="largest length; 0: tiled regime, 1: decoding (default all)")
+    add_filter("--length", (*LENGTHS, RESIDENT, TILED, STEP), type=int, help="largest length; 0: tiled regime, 1: decoding (default all)")
     add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
     add("--group", type=int, default=1, help="query heads per key head (default 1)")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes that compile (default: one per core)")

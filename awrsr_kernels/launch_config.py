@@ -18,7 +18,7 @@ RESIDENT_KERNELS = ("resident_fwd", "resident_bwd")
 TILED_KERNELS = ("tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns", "tiled_bwd_tables")
 LENGTHS = (16, 32, 64)  # classes of the short regime
 RESIDENT = 256  # the one length class of the resident regime; longer sequences go to the tiled one
-WIDTHS = (64, 128, 256)
+WIDTHS = (32, 64, 128, 256)
 TILED = 0  # the length class of the tiled kernels
 
 
@@ -52,40 +52,57 @@ Tuned = Mapping[Key, Config]
 
 # Chosen by the compile report (no spills, then occupancy), not tuned on a GPU yet. Rows of one key: the first that fits is taken.
 TABLE: dict[Key, list[Row]] = {
+    Key("short_fwd", 16, 32, 2): [Row(6144, Config(16, 16, 1, 1, 16))],
     Key("short_fwd", 16, 64, 2): [Row(6144, Config(16, 16, 1, 1, 16))],
     Key("short_fwd", 16, 128, 2): [Row(12800, Config(16, 16, 4, 1, 8))],
+    Key("short_fwd", 16, 32, 4): [Row(16384, Config(16, 16, 4, 1, 8))],
     Key("short_fwd", 16, 64, 4): [Row(16384, Config(16, 16, 4, 1, 8))],
+    Key("short_fwd", 32, 32, 2): [Row(14336, Config(32, 32, 2, 1, 8))],
     Key("short_fwd", 32, 64, 2): [Row(14336, Config(32, 32, 2, 1, 8))],
     Key("short_fwd", 32, 128, 2): [Row(26624, Config(32, 32, 4, 1, 4))],
+    Key("short_fwd", 32, 32, 4): [Row(32768, Config(32, 32, 4, 1, 4))],
     Key("short_fwd", 32, 64, 4): [Row(32768, Config(32, 32, 4, 1, 4))],
+    Key("short_fwd", 64, 32, 2): [Row(24576, Config(64, 64, 4, 1, 4))],
     Key("short_fwd", 64, 64, 2): [Row(24576, Config(64, 64, 4, 1, 4))],
     Key("short_fwd", 64, 128, 2): [Row(49152, Config(64, 64, 4, 1, 2))],
+    Key("short_bwd", 16, 32, 2): [Row(12800, Config(16, 16, 1, 1, 8))],
     Key("short_bwd", 16, 64, 2): [Row(12800, Config(16, 16, 2, 1, 4))],
     Key("short_bwd", 16, 128, 2): [Row(25088, Config(16, 16, 4, 1, 2))],
+    Key("short_bwd", 16, 32, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
     Key("short_bwd", 16, 64, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
+    Key("short_bwd", 32, 32, 2): [Row(26624, Config(32, 32, 2, 1, 4))],
     Key("short_bwd", 32, 64, 2): [Row(26624, Config(32, 32, 4, 1, 2))],
     Key("short_bwd", 32, 128, 2): [Row(51200, Config(32, 32, 4, 1, 2))],
+    Key("short_bwd", 32, 32, 4): [Row(32768, Config(32, 32, 4, 1, 2))],
     Key("short_bwd", 32, 64, 4): [Row(32768, Config(32, 32, 4, 1, 2))],
+    Key("short_bwd", 64, 32, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
     Key("short_bwd", 64, 64, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
     Key("short_bwd", 64, 128, 2): [Row(163840, Config(64, 64, 8, 1, 1))],
-    Key("resident_fwd", RESIDENT, 64, 2): [Row(16384, Config(64, 64, 4, 1))],
-    Key("resident_bwd", RESIDENT, 64, 2): [Row(67584, Config(64, 64, 4, 1, 2))],
-    Key("resident_fwd", RESIDENT, 64, 4): [Row(32768, Config(32, 32, 4, 1))],
-    Key("resident_bwd", RESIDENT, 64, 4): [Row(67584, Config(32, 32, 4, 1, 2))],
+    Key("resident_fwd", RESIDENT, 32, 2): [Row(12288, Config(64, 64, 4, 1))],
+    Key("resident_fwd", RESIDENT, 64, 2): [Row(24576, Config(64, 64, 4, 1))],
+    Key("resident_fwd", RESIDENT, 32, 4): [Row(8192, Config(16, 16, 4, 1))],
+    Key("resident_fwd", RESIDENT, 64, 4): [Row(16384, Config(16, 16, 4, 1))],
+    Key("resident_bwd", RESIDENT, 32, 2): [Row(40960, Config(64, 64, 4, 1, 2))],
+    Key("resident_bwd", RESIDENT, 64, 2): [Row(73728, Config(64, 64, 4, 1, 2))],
+    Key("resident_bwd", RESIDENT, 32, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
+    Key("resident_bwd", RESIDENT, 64, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
     # float32 from 33 rows on is tiled: a backward of 64 rows would keep 2.5 KB a thread in local memory, a forward 448 bytes
     **{
         Key(kernel, TILED, width, itemsize): rows
         for kernel in TILED_KERNELS
         for (width, itemsize), rows in {
+            (32, 2): [Row(65536, Config(64, 64, 4, 2)), Row(65536, Config(64, 64, 4, 1))],
             (64, 2): [Row(115200, Config(64, 64, 4, 2)), Row(65536, Config(64, 64, 4, 1))],
             (128, 2): [Row(213504, Config(64, 64, 8, 2)), Row(114688, Config(64, 64, 8, 1)), Row(51200, Config(32, 32, 4, 1))],
             (256, 2): [Row(133376, Config(32, 32, 8, 2)), Row(100352, Config(32, 32, 8, 1))],
+            (32, 4): [Row(81920, Config(32, 32, 4, 1))],
             (64, 4): [Row(81920, Config(32, 32, 4, 1))],
             (128, 4): [Row(163840, Config(32, 32, 8, 1)), Row(81920, Config(16, 16, 4, 1))],
             (256, 4): [Row(163840, Config(16, 16, 4, 1))],
         }.items()
     },
     # Smaller than the backward's, so that nothing spills
+    Key("tiled_fwd", TILED, 32, 4): [Row(24576, Config(32, 32, 8, 1))],
     Key("tiled_fwd", TILED, 64, 4): [Row(24576, Config(32, 32, 8, 1))],
     Key("tiled_fwd", TILED, 128, 4): [Row(40960, Config(32, 16, 8, 1))],
 }
@@ -94,9 +111,11 @@ TABLE: dict[Key, list[Row]] = {
 # tensor cores, no shared memory worth counting. Not timed on a GPU yet: the most columns whose running sums stay in registers.
 STEP = 1  # the length class of its kernel, decode_step
 STEP_TABLE: dict[tuple[int, int], Config] = {
+    (32, 2): Config(1, 32, 4, 1),
     (64, 2): Config(1, 32, 4, 1),
     (128, 2): Config(1, 32, 8, 1),
     (256, 2): Config(1, 16, 8, 1),
+    (32, 4): Config(1, 32, 4, 1),
     (64, 4): Config(1, 32, 4, 1),
     (128, 4): Config(1, 16, 8, 1),
     (256, 4): Config(1, 8, 8, 1),
