@@ -3,7 +3,7 @@
 examples, from the repository root:
   python benchmarks/attn_bench.py                         a minute on two cores; on a GPU, the recommender preset
   python benchmarks/attn_bench.py --quick --out out       fewer problems; writes out/results.json and .md
-  python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-split
+  python benchmarks/attn_bench.py --preset long --dtype bfloat16 --providers triton torch sdpa2 sdpa2-flash sdpa2-cudnn
   python benchmarks/attn_bench.py --batch 64 128 --length 50 --refinement all --dropout 0.1
   python benchmarks/attn_bench.py --shapes 128,2,50,32 16,8,512,64,32 --passes fwd
   python benchmarks/attn_bench.py --lengths shared/data/beauty.txt --users 512 --window 50
@@ -13,17 +13,23 @@ examples, from the repository root:
   python benchmarks/attn_bench.py --precompile 8
   python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
-providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one
-stock call per value block, so that flash kernels can run); flex2 (FlexAttention, GPU); varlen2 (varlen_attn, GPU, packed).
+providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one stock call per
+value block, so that flash kernels can run); sdpa2-flash and sdpa2-split-cudnn (sdpa2-split by this kernel only), sdpa2-efficient,
+sdpa2-cudnn and sdpa2-math (sdpa2 by this kernel only); sdpa2+compile; flex2 (FlexAttention, GPU); flex2-flash (sdpa2-split in
+FlexAttention by its FLASH backend, GPU, half precision); varlen2 (varlen_attn, GPU, packed). A kernel that cannot run is left out
+with torch's reason.
 providers, ours: reference, torch and triton; torch-jagged and triton-jagged (the same on packed rows, as jagged tensors).
 provider sdpa: plain attention, for comparison; it computes something else, and less.
 providers with --backbone stochastic: stosa (STOSA's formulation, L x L matrices); stosa+compile; sdpa2-squares (stock attention
 calls, CPU); flex2-squares (the same in FlexAttention, GPU); sdpa (plain attention of the means); and ours.
 
 "vs rival" is the time of the fastest rival, in any layout, divided by the time of the row: above 1, the row is faster than every
-rival. On a GPU, "median ms" is the time on the device, "host ms" the time on the host, and "graph ms" the time of the call replayed
-from a CUDA graph; where a call cannot be captured, results.json gives the reason. Peak memory is what the allocator holds on top of
-the inputs. A provider whose output or gradients differ from the float64 reference is not timed; the exit status is then 1.
+rival. On a GPU the longer of the times of device and host counts. "vs rival by graph" is the same for times of CUDA graphs, with
+a fastest rival of their own. results.json names these rivals, and under "kernels" the kernels that a call ran, as the profiler saw
+them; on a CPU, only stock attention's. On a GPU,
+"median ms" is the time on the device, "host ms" the time on the host, and "graph ms" the time of the call replayed from a CUDA
+graph; where a call cannot be captured, results.json gives the reason. Peak memory is what the allocator holds on top of the
+inputs. A provider whose output or gradients differ from the float64 reference is not timed; the exit status is then 1.
 
 "copy" and "matmul" are shares of the best rates that this run measured on this device, with a copy of large tensors and a large
 matrix product. Bytes are ideal (each input, output and W once), and operations come from the formula in workloads.py, so that
@@ -59,7 +65,7 @@ from benchmarks.common.pages import markdown
 from benchmarks.common.report import Row, about, command_line, finish
 from benchmarks.operator import workloads
 from benchmarks.operator.gpu_only import precompile, time_graphs
-from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, race
+from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, name_kernels, race
 from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
 from benchmarks.operator.report import graph_reasons, make_rows, table
 from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
@@ -274,6 +280,8 @@ def measure(task: Task, chosen: Sequence[Provider], options: argparse.Namespace,
         race(entrants, clock, options.passes != ["fwd"], options.reps, options.budget)
         for entrant in entrants if clock.cuda else ():
             time_graphs(entrant, clock, options.passes)
+        for entrant in entrants:  # last, as profiling slows what follows
+            name_kernels(entrant, options.passes)
     outcome.rows.extend(make_rows(task, entrants, options.passes, rates))
     print(table(outcome.rows, outcome.wrong), flush=True)
     return outcome

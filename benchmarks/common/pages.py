@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from .report import Row, device_ms, is_gpu, page_table, times
+from .report import RATIOS, Row, device_ms, is_gpu, page_table, times, versus
 
 TRAINING, DECODING = "training", "decoding"  # kinds; the operator's files have none
 ROLES = "rival", "floor", "ours"  # in this order where all stand side by side
@@ -19,7 +19,7 @@ def measured_on(results: Row) -> str:
 
 
 def operator(results: Row) -> str:
-    """Forward and backward: time relative to ours in the same run, and peak MiB; on a GPU also the host's."""
+    """Forward and backward: time relative to ours in the same run, and peak MiB; on a GPU the host's and the fastest rival, too."""
     rows = [r for r in results["rows"] if r["pass"] == "fwd+bwd"]
     roles = {r["provider"]: r["role"] for r in rows}
     names = sorted(roles, key=lambda name: ROLES.index(roles[name]))
@@ -32,6 +32,9 @@ def operator(results: Row) -> str:
         lines += ["inputs; and the milliseconds of the host per call without a graph.", ""]
     else:
         lines += [f"Time relative to `{ours}` (below 1 is faster), and peak MiB above the inputs.", ""]
+    shown = list(RATIOS.values()) if any(RATIOS["graph_ms"][0] in row for row in rows) else []  # files older than it have neither
+    if shown:
+        lines[-1:] = ["Last: the time of the fastest rival over ours, called eagerly and replayed from a graph.", ""]
     names = [ours, *(name for name in names if name != ours)]
     calls: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
@@ -43,10 +46,12 @@ def operator(results: Row) -> str:
 
     cells = [
         [*call, *(cell(by_name[n], device_ms(by_name[ours])) if n in by_name else "-" for n in names)]
+        + [versus(by_name[ours], *of) for of in shown]
         for call, by_name in calls.items()
         if ours in by_name
     ]
-    return "\n".join([*lines, *page_table(["problem", "layout", *(f"`{name}`" for name in names)], cells)]) + "\n"
+    head = ["problem", "layout", *(f"`{name}`" for name in names), *["vs rival", "vs rival by graph"][: len(shown)]]
+    return "\n".join([*lines, *page_table(head, cells)]) + "\n"
 
 
 def decoding(results: Row) -> str:
@@ -68,7 +73,11 @@ def training(results: Row) -> str:
     layouts = [name for name in LAYOUTS if any(r["layout"] == name for r in results["rows"])]
     lines = [f"Training steps and full-ranking evaluation, {measured_on(results)}"]
     lines += [f"Sequences per {unit}, and peak MiB above parameters and optimizer."]
-    lines += [f"Last column: {'time' if gpu else 'CPU time'} of a step over that of refinement none, {layouts[0]}."]
+    rivals = any("ratio_to_best_rival" in row for row in results["rows"])  # files older than it have none
+    last = ["to plain", *["vs rival"] * rivals]
+    which = "To plain" if rivals else "Last column"
+    lines += [f"{which}: {'time' if gpu else 'CPU time'} of a step over that of refinement none, {layouts[0]}."]
+    lines += [f"Vs rival: time of the fastest rival's step, in any layout, over that of the row, {layouts[0]}."] * rivals
     tasks: dict[str, dict[tuple[str, ...], dict[str, Row]]] = {}
     for row in results["rows"]:
         contestant = row["pass"], row["refinement"], row["provider"]
@@ -77,8 +86,10 @@ def training(results: Row) -> str:
         cells = []
         for (pass_, refinement, provider), of in contestants.items():
             shown = [f"{of[n][speed]:,.0f}, {of[n]['peak_mib']:.3g}" if n in of else "-" for n in layouts]
-            cells.append([pass_, refinement, f"`{provider}`", *shown, times(of.get(layouts[0], {}), share)])
-        lines += ["", f"{task}:", "", *page_table(["pass", "refinement", "backend", *layouts, "to plain"], cells)]
+            first = of.get(layouts[0], {})
+            shown += [times(first, share), *[versus(first, *RATIOS["median_ms"])] * rivals]
+            cells.append([pass_, refinement, f"`{provider}`", *shown])
+        lines += ["", f"{task}:", "", *page_table(["pass", "refinement", "backend", *layouts, *last], cells)]
     if results.get("end_to_end"):
         lines += ["", "Whole runs, per CPU-second:", "", "| | training sequences | users evaluated | |", "|--|--|--|--|"]
     for row in results.get("end_to_end", ()):  # of files that the tag study-1 wrote

@@ -93,6 +93,45 @@ def times(row: Row, name: str, digits: int = 2) -> str:
     return f"{row[name]:.{digits}f}x" if name in row else "-"
 
 
+
+def eager_ms(row: Row) -> float:
+    """Time of a call without a graph: that of the device or, if it takes longer, that of the host, which the device waits for."""
+    return max(float(row["median_ms"]), float(row.get("host_ms", 0.0)))
+
+
+RATIOS = {  # measure: what its ratio to the fastest rival is called, and that rival
+    "median_ms": ("ratio_to_best_rival", "best_rival"),
+    "graph_ms": ("graph_ratio_to_best_rival", "best_rival_by_graph"),
+}
+
+
+def add_ratios(rows: list[Row], alike: Sequence[str]) -> None:
+    """Time of the fastest rival over a row's time, among rows that agree in `alike`; each measure has a fastest rival of its own.
+
+    Absent where no rival ran, or where the measure is missing.
+    """
+    for measure, (ratio, name) in RATIOS.items():
+        best: dict[tuple[Any, ...], Row] = {}
+
+        def time_of(row: Row, measure: str = measure) -> float:
+            return eager_ms(row) if measure == "median_ms" else float(row[measure])
+
+        for row in (row for row in rows if measure in row):
+            key = tuple(row[k] for k in alike)
+            if row["role"] == "rival" and (key not in best or time_of(row) < time_of(best[key])):
+                best[key] = row
+        for row in (row for row in rows if measure in row):
+            rival = best.get(tuple(row[k] for k in alike))
+            if rival is not None:
+                row[ratio] = time_of(rival) / time_of(row)
+                row[name] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
+
+
+def versus(row: Row, ratio: str, name: str) -> str:
+    """A ratio to the fastest rival and which that was, for a page."""
+    return f"{times(row, ratio)} `{row[name]}`" if ratio in row else "-"
+
+
 def unsteady(row: Row) -> bool:
     """Whether a median is unreliable because the samples scatter."""
     return bool(row.get("p80_ms", 0) > 2 * row.get("p20_ms", 0))

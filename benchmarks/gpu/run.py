@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_run.py --out gpu-out        (the same as make gpu)
     python benchmarks/gpu_run.py --only sanitizers    the sanitizers, which take ten minutes by themselves
+    python benchmarks/gpu_run.py --only rivals        every rival at every recommender size, which takes ten minutes, too
     python benchmarks/gpu_run.py --only tests tuner   some stages now, the others in another run
 
 The output folder then holds nine files: summary.json (status and seconds of every stage, and a profile of each kernel), tests.json,
@@ -50,6 +51,8 @@ BENCHMARKS = {  # name: (seconds, options of attn_bench.py); kernels are compile
 STAGES = {"tests": 260, "tuner": 60} | {name: seconds for name, (seconds, _) in BENCHMARKS.items()} | {"profile": 60}  # seconds
 ALL = tuple(STAGES)
 STAGES["sanitizers"] = TOTAL
+BENCHMARKS["rivals"] = (TOTAL, ["--preset", "recsys"])  # every provider, also those that compile for each shape
+STAGES["rivals"] = TOTAL
 TUNER, TUNED = "awrsr_kernels.tuning", ["--shapes", "512,2,50,32", "512,2,100,32", "512,2,200,32", "32,4,512,64"]
 
 
@@ -165,7 +168,7 @@ class Run:
         return status
 
     def run_all(self, only: Sequence[str] = ()) -> None:
-        """Run the named stages in order; without names, all except the sanitizers."""
+        """Run the named stages in order; without names, ALL."""
         work: dict[str, Callable[[float], dict[str, str] | str]] = {"tests": self.tests, "tuner": self.tuner}
         work |= {name: functools.partial(self.benchmark, name) for name in BENCHMARKS}
         work |= {"profile": self.profile, "sanitizers": self.sanitizers}
@@ -198,7 +201,11 @@ def main() -> int:
         help="number of processes that compile and test (default %(default)s)",
     )
     parser.add_argument(
-        "--only", nargs="+", choices=STAGES, default=[], help="stages to run, in this order (default: all except sanitizers)"
+        "--only",
+        nargs="+",
+        choices=STAGES,
+        default=[],
+        help="stages to run, in this order (default: all except sanitizers and rivals)",
     )
     options = parser.parse_args()
     import torch

@@ -12,7 +12,8 @@ from torch import Tensor
 from awrsr_kernels.tolerance import wrong_results
 from awrsr_kernels.tuning.clock import Clock, Span
 
-from ..common.clock import WrongResult, traced, turns, wait
+from ..common.clock import WrongResult, reason_of, traced, turns, wait
+from ..common.kernels import seen
 from .providers import Provider, ours
 from .workloads import COVARIANCES, Batch, Outputs
 
@@ -34,6 +35,8 @@ class Entrant:
     host_samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
     graph_ms: dict[str, float] = field(default_factory=dict)
     graph_reason: dict[str, str] = field(default_factory=dict)  # why a pass has no graph_ms
+    kernels: dict[str, list[str]] = field(default_factory=dict)  # names of what a pass ran; on a CPU of stock attention alone
+    kernels_reason: str = ""  # why there are none
 
 
 def gradients(out: Outputs, batch: Batch) -> tuple[Tensor, ...]:
@@ -95,6 +98,22 @@ def measure_memory(entrant: Entrant) -> None:
         peaks = {"fwd": fwd, "bwd": bwd, "fwd+bwd": max(fwd, bwd)}
         for p in PASSES:
             entrant.peak_mib[p] = max(entrant.peak_mib.get(p, 0.0), peaks[p] / 2**20)
+
+
+def name_kernels(entrant: Entrant, passes: list[str]) -> None:
+    """Fill in `kernels` of an entrant for each pass, from its first batch. After everything is timed: profiling costs time."""
+    batch = entrant.provider.view(entrant.batches[0])
+    forward, device = functools.partial(entrant.provider.call, batch), batch.q.device
+    try:
+        found = {"fwd": seen(forward, device)}
+        if passes != ["fwd"]:
+            out = forward()
+            found["bwd"] = seen(lambda: gradients(out, batch), device)
+            found["fwd+bwd"] = list(dict.fromkeys(found["fwd"] + found["bwd"]))
+    except Exception as error:  # a profiler that fails costs no row
+        entrant.kernels_reason = reason_of(error)
+        return
+    entrant.kernels = {p: found[p] for p in passes if found[p]}
 
 
 def _compute(call: Callable[[Batch], Outputs], batch: Batch) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -3,10 +3,15 @@
 textbook           as in a paper's code: L x L matrices, masked_fill, softmax (it also computes the padded rows)
 textbook+compile   the same through torch.compile
 reference          ours, backend="reference": the definition
-sdpa2              two stock attention calls with concatenated values
+sdpa2              two stock attention calls with concatenated values, by the kernel that torch chooses
 sdpa2-split        the same with one call per value block, each as wide as the queries: flash kernels, which want equal
                    widths, then take it, where the concatenated form falls back to a slower kernel (on a CPU to L x L matrices)
+sdpa2-flash, sdpa2-split-cudnn  sdpa2-split by this kernel alone, and sdpa2-efficient, sdpa2-cudnn, sdpa2-math sdpa2 by this kernel
+                   alone (`common/stock.py`); a CPU has flash and math
+sdpa2+compile      sdpa2 through torch.compile
 flex2              sdpa2 in FlexAttention, compiled; needs a GPU
+flex2-flash        sdpa2-split in FlexAttention by its FLASH backend; needs a GPU, half precision, and torch and flash-attn-4 as
+                   new as that backend
 varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a GPU, half precision, torch as new as that call
 sdpa               plain attention: the least that any of these could cost; another result, so not counted as a rival
 torch, triton      ours
@@ -24,9 +29,10 @@ Padding is on the side that is best for rivals: on the right, where is_causal al
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +47,10 @@ from awrsr_kernels import (
 )
 
 from ..common.pages import ROLES
+from ..common.stock import FORMS, Attend, Form, Tensors, by_stock, stock, two_calls
 from ..common.stosa import stosa
 from .wasserstein import FlashCpu, squares, tensors_of
 from .workloads import DOT, STOCHASTIC, Batch, Outputs
-
-Attend = Callable[..., Tensor]  # (q, k, v, scale, dropout_p) -> out, causal
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,29 @@ class Provider:
         return next((reason for applies, reason in self.limits if applies(batch)), None)
 
 
+def lacks_flash_flex(_: Batch | None = None) -> bool:
+    """Whether this torch's FlexAttention has no BACKEND="FLASH" (torch 2.11 and later have it)."""
+    try:
+        from torch.nn.attention.flex_attention import FlexKernelOptions
+    except ImportError:
+        return True
+    return "FLASH" not in str(get_type_hints(FlexKernelOptions).get("BACKEND"))
+
+
+def lacks_flash_attn(_: Batch | None = None) -> bool:
+    """Whether the package is missing whose kernels that backend calls."""
+    return importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None
+
+
 Limit = tuple[Callable[[Batch], object], str]  # which batches a provider cannot compute, and why
 NOT_PACKED: Limit = (lambda b: b.packed, "this call takes no packed batches")
 ONLY_PACKED: Limit = (lambda b: not b.packed, "for packed batches only (--lengths)")
 NEEDS_GPU: Limit = (lambda b: not b.q.is_cuda, "needs a GPU")
 NEEDS_CPU: Limit = (lambda b: b.q.is_cuda, "is made of the CPU's flash call (flex2-squares is the same on a GPU)")
+NOT_ON_CPU: Limit = (lambda b: not b.q.is_cuda, "needs a GPU: on a CPU stock attention has flash and math only")
+FLEX_HAS_FLASH: Limit = (lacks_flash_flex, "this torch's FlexAttention has no BACKEND=\"FLASH\"; torch 2.11 has it")
+FLASH_ATTN: Limit = (lacks_flash_attn, "needs flash_attn.cute, from the package flash-attn-4, which is not installed")
+HALF: Limit = (lambda b: b.q.dtype not in (torch.bfloat16, torch.float16), "takes bfloat16 and float16 only")
 NO_DROPOUT: Limit = (lambda b: b.dropout_p, "this call has no dropout")
 ONE_MASK: Limit = (
     lambda b: b.dropout_p and b.refinement == "additive",
@@ -80,6 +103,8 @@ ONE_MASK: Limit = (
 )
 OWN_MASKS: Limit = (lambda b: b.dropout_p, "attention calls draw a mask each; squared weights need that of the weights")
 OF_SQUARES = OWN_MASKS, NOT_PACKED
+OF_STOCK = ONE_MASK, NOT_PACKED
+OF_FLEX = NEEDS_GPU, NO_DROPOUT, NOT_PACKED
 
 
 def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
@@ -135,27 +160,33 @@ def _stosa(batch: Batch, function: Callable[..., Outputs] = stosa) -> Outputs:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch._dynamo.config.recompile_limit = 64  # a shape per bucket; beyond the limit torch would quietly run eagerly
-    return torch.compile(function, dynamic=False)
-
-
-def stock(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    torch._dynamo.config.recompile_limit = 64  # a shape per bucket
+    return torch.compile(function, dynamic=False, fullgraph=True)  # without fullgraph it would quietly run eagerly beyond the limit
 
 
 @functools.cache
-def _flex_tools(length: int, device: torch.device) -> tuple[Callable[..., Tensor], object]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _causal_blocks(length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
 
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
-    return torch.compile(flex_attention, dynamic=False), mask
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device=device)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
+def _flex_tools(length: int, device: torch.device) -> tuple[Callable[..., Any], Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return _compiled(flex_attention), _causal_blocks(length, device)
+
+
+FLEX_WIDTH = 16  # features that FlexAttention's kernels need at least
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0, **options: Any) -> Tensor:
+    """FlexAttention at every shape: too few features are padded with zeros. options: its `kernel_options`."""
     attention, mask = _flex_tools(q.shape[2], q.device)
-    return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    width = v.shape[-1]
+    q, k, v = (F.pad(x, (0, FLEX_WIDTH - x.shape[-1])) if x.shape[-1] < FLEX_WIDTH else x for x in (q, k, v))
+    out = attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options or None)
+    return out[..., :width]
 
 
 def flex_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -178,49 +209,48 @@ def varlen(batch: Batch) -> Attend:
     return attend
 
 
-def _equal_widths(attend: Attend, q: Tensor, k: Tensor, v: Tensor, scale: float, dropout_p: float = 0.0) -> Tensor:
-    """Attention with queries, keys and values padded with zeros to one width, if they are not of one width already."""
-    missing = v.shape[-1] - q.shape[-1]
-    if missing > 0:
-        q, k = F.pad(q, (0, missing)), F.pad(k, (0, missing))
-    return attend(q, k, F.pad(v, (0, -missing)) if missing < 0 else v, scale, dropout_p)[..., : v.shape[-1]]
-
-
 def two_stage(batch: Batch, attend: Attend = stock, split: bool = False) -> Tensor:
-    """P [W_q | W_k | V] in one attention, R V or R (P V) in the next; tables are expanded over batch and heads, not copied."""
-    q, k, v, tables = batch.q, batch.k, batch.v, [batch.w_q, batch.w_k]
-    scale, group, rank = q.shape[-1] ** -0.5, q.shape[1] // k.shape[1], batch.w_q.shape[-1]
-    if split:
-        attend = functools.partial(_equal_widths, attend)
-    if batch.refinement == "none":
-        return attend(q, k, v, scale, batch.dropout_p)
-    if not split:
-        tables = [torch.cat(tables, -1)]
-    if batch.packed:
-        tables = [w[batch.positions][:, None] for w in tables]
-    values = [w.expand(*k.shape[:-1], w.shape[-1]) for w in tables] + ([] if batch.refinement == "simple" else [v])
-    if split:
-        parts = [attend(q, k, x, scale) for x in values]
-    else:
-        joint = attend(q, k, values[0] if len(values) == 1 else torch.cat(values, -1), scale)
-        parts = list(joint.split([rank, rank, *(x.shape[-1] for x in values[1:])], -1))
-    second = parts[2] if batch.refinement == "value" else v if group == 1 else v.repeat_interleave(group, 1)
-    out = attend(parts[0], parts[1], second, rank**-0.5, batch.dropout_p)
-    return out if batch.refinement != "additive" else parts[2] + batch.gate.view(-1, *[1] * (q.dim() - 2)) * out
+    return two_calls(*_tensors(batch), batch.refinement, batch.dropout_p, attend=attend, split=split)
+
+
+def _by_stock(batch: Batch, form: Form) -> Tensor:
+    return by_stock(form, _tensors(batch), batch.refinement, batch.dropout_p)
+
+
+def _sdpa2_compiled(batch: Batch) -> Tensor:
+    out: Tensor = _compiled(two_calls)(*_tensors(batch), batch.refinement, batch.dropout_p)
+    return out
+
+
+def _tensors(batch: Batch) -> Tensors:
+    """The first arguments of `two_calls`: packed rows get the tables' rows of their places."""
+    w_q, w_k = batch.w_q, batch.w_k
+    if batch.packed and batch.refinement != "none":
+        w_q, w_k = (w[batch.positions][:, None] for w in (w_q, w_k))
+    return batch.q, batch.k, batch.v, w_q, w_k, batch.gate
+
+
+def _of_form(name: str, form: Form) -> Provider:
+    """The provider of one of stock attention's forms. Math computes in float32; on a CPU the joined form mostly runs as that."""
+    squares = (9, 12) if form.kernel == "MATH" else (0, 0) if form.split else (6, 0)
+    limits = OF_STOCK if form.on_cpu else (NOT_ON_CPU, *OF_STOCK)
+    return Provider(name, "rival", functools.partial(_by_stock, form=form), limits, squares)
 
 
 BOTH = DOT, STOCHASTIC
 GAUSSIAN = (STOCHASTIC,)
 OURS = {backend: functools.partial(ours, backend=backend) for backend in ("reference", "torch", "triton")}
+FLASH_FLEX = functools.partial(two_stage, attend=functools.partial(flex, BACKEND="FLASH"), split=True)
 JAGGED = {backend: functools.partial(call, jagged=True) for backend, call in OURS.items()}
 PROVIDERS = {
     p.name: p
     for p in (
         Provider("textbook", "rival", _textbook, (NOT_PACKED,), squares=(10, 10)),
         Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled(textbook)), (NOT_PACKED,), squares=(8, 8)),
-        Provider("sdpa2", "rival", two_stage, (ONE_MASK, NOT_PACKED), squares=(6, 0)),
-        Provider("sdpa2-split", "rival", functools.partial(two_stage, split=True), (ONE_MASK, NOT_PACKED)),
-        Provider("flex2", "rival", functools.partial(two_stage, attend=flex), (NEEDS_GPU, NO_DROPOUT, NOT_PACKED)),
+        *(_of_form(name, form) for name, form in FORMS.items()),
+        Provider("sdpa2+compile", "rival", _sdpa2_compiled, OF_STOCK, (6, 0)),
+        Provider("flex2", "rival", functools.partial(two_stage, attend=flex), OF_FLEX),
+        Provider("flex2-flash", "rival", FLASH_FLEX, (*OF_FLEX, HALF, FLEX_HAS_FLASH, FLASH_ATTN)),
         Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), (NEEDS_GPU, NO_DROPOUT, ONLY_PACKED)),
         Provider("sdpa", "floor", two_stage, (NOT_PACKED,), backbones=BOTH),
         Provider("reference", "ours", OURS["reference"], squares=(13, 13), backbones=BOTH),

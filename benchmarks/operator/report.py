@@ -1,7 +1,7 @@
 """The results of attn_bench.py: rows, ratios computed from them, and a table per problem."""
 
 from ..common.clock import quantiles
-from ..common.report import Column, Row, grid, spread, times
+from ..common.report import Column, Row, add_ratios, grid, spread, times
 from .measure import PASSES, Entrant
 from .roofline import Rates, shares
 from .workloads import Task
@@ -9,6 +9,7 @@ from .workloads import Task
 
 def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rates | None = None) -> list[Row]:
     """One row per entrant and pass. `ratio_to_best_rival` > 1: faster than the fastest rival of the task, in any layout.
+    `graph_ratio_to_best_rival` compares only times that were replayed from CUDA graphs.
 
     With `rates` a row says how far from the possible it is (`roofline.shares`).
     """
@@ -28,25 +29,13 @@ def make_rows(task: Task, entrants: list[Entrant], passes: list[str], rates: Rat
                 | ({"host_ms": quantiles(entrant.host_samples[p])[0]} if task.device == "cuda" else {})
                 | ({"graph_ms": entrant.graph_ms[p]} if p in entrant.graph_ms else {})
                 | ({"graph_reason": entrant.graph_reason[p]} if p in entrant.graph_reason else {})
+                | ({"kernels": entrant.kernels[p]} if p in entrant.kernels else {})
+                | ({"kernels_reason": entrant.kernels_reason} if entrant.kernels_reason else {})
                 | ({} if rates is None else shares(view, entrant.layout, p, median, rates))
                 | {"source": task.source, "batch_size": task.batch_size or s.B, "task": task.label}
             )
-    add_ratios(rows)
+    add_ratios(rows, ("task", "pass"))
     return rows
-
-
-def add_ratios(rows: list[Row]) -> None:
-    """Time of the fastest rival over a row's time, within each task and pass; absent where no rival ran."""
-    best: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        key = row["task"], row["pass"]
-        if row["role"] == "rival" and (key not in best or row["median_ms"] < best[key]["median_ms"]):
-            best[key] = row
-    for row in rows:
-        rival = best.get((row["task"], row["pass"]))
-        if rival is not None:
-            row["ratio_to_best_rival"] = rival["median_ms"] / row["median_ms"]
-            row["best_rival"] = rival["provider"] + ("" if rival["layout"] == "padded" else f" {rival['layout']}")
 
 
 def graph_reasons(rows: list[Row]) -> list[tuple[str, str]]:
@@ -77,6 +66,7 @@ COLUMNS: list[Column] = [
     ("matmul", 6, lambda r: percent(r, "matmul_share")),
     ("/floor", 7, lambda r: times(r, "to_floor", 1 if r.get("to_floor", 0) < 100 else 0)),
     ("vs rival", 8, lambda r: times(r, "ratio_to_best_rival")),
+    ("vs rival by graph", 17, lambda r: times(r, "graph_ratio_to_best_rival")),
     ("first ms", 9, lambda r: f"{r['first_call_ms']:.0f}"),
 ]
 
@@ -84,7 +74,8 @@ COLUMNS: list[Column] = [
 def table(rows: list[Row], wrong: list[Row]) -> str:
     """One task: a block per pass, the fastest first."""
     empty = set() if any(r["layout"] != "padded" for r in rows) else {"layout"}
-    empty |= {name for name in ("host ms", "graph ms") if not any(name.replace(" ", "_") in r for r in rows)}
+    optional = {"host ms": "host_ms", "graph ms": "graph_ms", "vs rival by graph": "graph_ratio_to_best_rival"}
+    empty |= {name for name, key in optional.items() if not any(key in r for r in rows)}
     columns = [c for c in COLUMNS if c[0] not in empty]
     ordered = [row for p in PASSES for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"])]
     lines = [rows[0]["task"] if rows else wrong[0]["task"], *grid(columns, ordered)] if rows or wrong else []

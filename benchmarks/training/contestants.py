@@ -4,8 +4,10 @@ packed      histories one after another, AWRSRNetwork.forward: the model's own
 bucketed    histories sorted by length, each batch padded to its longest, AWRSRNetwork.forward_padded
 padded      batches in random order, padded to the window
 
-Backend "stosa" is the rival of stochastic attention: the same model with attention as in STOSA's code, eager and padded.
-All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
+Backends that are rivals replace the model's call of attention alone. "stosa", for stochastic attention: as STOSA's code
+has it, eager and padded. FORMS: torch's own attention calls, `two_calls`. Those pad on the right, where causality alone
+hides padding and no mask keeps a kernel from running; in the layout "packed" only attention pads, and the rest of the model stays
+packed. All have identical parameters, sequences, targets and negatives; the loss is taken on real events alone in each of them.
 B sequences of a batch, L window, T real events, K negatives, E hidden size.
 """
 
@@ -13,13 +15,14 @@ import copy
 import functools
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from awrsr.config import NEGATIVES, AWRSRConfig
@@ -29,11 +32,15 @@ from awrsr.models import attention
 from awrsr.models.network import AWRSRNetwork
 from awrsr.training.batches import Batch, Batches, Windows
 from awrsr.training.losses import LOSSES, draw_negatives
+from awrsr_kernels import module
 
-from ..common.clock import WrongResult, traced, turns, wait
+from ..common.clock import WrongResult, reason_of, traced, turns, wait
+from ..common.kernels import seen
+from ..common.stock import FORMS, by_stock
 from ..common.stosa import stosa
 
 PASSES = ("train", "eval")
+RIVALS = ("stosa", *FORMS)
 LEARNING_RATE = 1e-3
 GATE_STEPS = 30
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}  # of the loss at every step, relative; Adam magnifies rounding
@@ -74,6 +81,7 @@ class Contestant:
     samples: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: {p: [] for p in PASSES})  # seconds, CPU seconds
     first_ms: dict[str, float] = field(default_factory=dict)
     peak_mib: dict[str, float] = field(default_factory=dict)
+    kernels: dict[str, list[str]] = field(default_factory=dict)  # that a step ran, of those with stock attention
 
     @property
     def name(self) -> str:
@@ -82,7 +90,7 @@ class Contestant:
 
 def contestant(task: TrainingTask, refinement: str, layout: str, backend: str, *, dropout: float | None = None) -> Contestant:
     """A contestant with the parameters that the task's seed gives. dropout: instead of the configuration's."""
-    changes: dict[str, Any] = {"refinement": refinement, "backend": "reference" if backend == "stosa" else backend}
+    changes: dict[str, Any] = {"refinement": refinement, "backend": "reference" if backend in RIVALS else backend}
     if dropout is not None:
         changes |= {"hidden_dropout": dropout, "attention_dropout": dropout}
     torch.manual_seed(task.seed)
@@ -100,19 +108,80 @@ def eager_attention(
     return stosa(items, tables, 1.0 if gate is None else gate, refinement, dropout_p, lengths)
 
 
+class RightPadded(NamedTuple):
+    """`attention.Padded` with padding on the right. x is (B, L, E)."""
+
+    lengths: Tensor  # (B,)
+
+    def places(self, x: Tensor, size: int) -> Tensor:
+        """(B, L) positions in a window of `size` that end with their history; padding has some position or other."""
+        return (torch.arange(size, size + x.shape[1], device=x.device) - self.lengths[:, None]).clamp(max=size - 1)
+
+
+def stock_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, w_q: Any, w_k: Any, refinement: str, gate: Any, refine_scale: float | None, causal: bool,
+    dropout_p: float, lengths: Tensor, form: str, padding_side: str, backend: str,
+) -> Tensor:  # fmt: skip
+    """One of FORMS under the operator's names, for items (B, H, L, D) that are padded on the right.
+
+    w_q, w_k: tables by position, (N, R) or (..., H, N, R). Each history's last item has their last row.
+    """
+    assert causal and refine_scale is None and not (dropout_p and refinement == "additive")
+
+    def by_item(w: Tensor) -> Tensor:
+        """(B, 1 or H, L, R)"""
+        w = w.view(-1, *w.shape[-2:]).transpose(0, 1)  # (N, 1 or H, R)
+        rows = RightPadded(lengths).places(q[:, 0, :, 0], len(w))
+        return F.embedding(rows, w.flatten(1)).unflatten(-1, w.shape[1:]).transpose(1, 2)
+
+    tables = (w_q, w_k) if refinement == "none" else (by_item(w_q), by_item(w_k))
+    return by_stock(FORMS[form], (q, k, v, *tables, 1.0 if gate is None else gate), refinement, dropout_p)
+
+
+def stock_attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, align: str, **options: Any
+) -> Tensor:
+    """The same for packed items (T, H, D), which are padded for it."""
+    lengths = cu_seqlens.diff()
+    sequence = torch.repeat_interleave(lengths, output_size=len(q))  # (T,)
+    shift = torch.arange(len(lengths), device=q.device) * max_seqlen - cu_seqlens[:-1]
+    cell = torch.arange(len(q), device=q.device) + shift[sequence]  # (T,) where each item is in the padded rows
+
+    def padded(x: Tensor) -> Tensor:
+        rows = x.new_zeros(len(lengths) * max_seqlen, *x.shape[1:]).index_copy(0, cell, x)
+        return rows.unflatten(0, (-1, max_seqlen)).transpose(1, 2)
+
+    out = stock_attention(padded(q), padded(k), padded(v), lengths=lengths, padding_side="right", **options)
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, cell)
+
+
+def replaced(it: Contestant) -> AbstractContextManager[Any]:
+    """Within it the contestant's model attends as its backend says."""
+    if it.backend == "stosa":
+        return mock.patch.object(attention, "stochastic_refined_attention", eager_attention)
+    if it.backend in FORMS:
+        packed = "refined_attention_varlen", stock_attention_varlen
+        name, call = packed if it.layout == "packed" else ("refined_attention", stock_attention)
+        return mock.patch.object(module, name, functools.partial(call, form=it.backend))  # type: ignore[operator]
+    return nullcontext()
+
+
 def hidden(it: Contestant, items: Tensor, cu_seqlens: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """(T, E) hidden states of the events, and (B,) where those of each history's last event are."""
     last = cu_seqlens[1:] - 1
     if it.layout == "packed":
-        return it.model(items, cu_seqlens, longest), last
+        with replaced(it):
+            return it.model(items, cu_seqlens, longest), last
     width = longest if it.layout == "bucketed" else it.task.config.max_len
     lengths = cu_seqlens.diff()
-    real = torch.arange(width, device=items.device) >= width - lengths[:, None]
+    right = it.backend in FORMS
+    columns = torch.arange(width, device=items.device)
+    real = columns < lengths[:, None] if right else columns >= width - lengths[:, None]
     padded = items.new_zeros(real.shape)
     padded[real] = items
-    patched = mock.patch.object(attention, "stochastic_refined_attention", eager_attention)
-    with patched if it.backend == "stosa" else nullcontext():
-        return it.model.forward_padded(padded, lengths)[real], last
+    with replaced(it):
+        where: Any = (RightPadded if right else attention.Padded)(lengths)
+        return it.model.encode(padded, where)[real], last
 
 
 def train_step(it: Contestant, batch: Batch, step: int) -> Tensor:
@@ -136,7 +205,8 @@ def rank_step(it: Contestant, chosen: np.ndarray) -> Tensor:
     it.model.eval()
     batch = it.task.targets.pack(chosen)
     if it.layout == "packed":
-        return rank_batch(it.model, batch)
+        with replaced(it):
+            return rank_batch(it.model, batch)
     (items, cu_seqlens, longest), targets, row, seen = batch
     device = it.task.device
     out, last = hidden(it, items.to(device), cu_seqlens.to(device), longest)
@@ -195,6 +265,23 @@ def measure_memory(it: Contestant, pass_: str, work: Work) -> None:
     it.optimizer.zero_grad()
     it.peak_mib[pass_] = traced([lambda _: one_step(it, pass_, largest, 0)], it.task.device)[0] / 2**20
     it.optimizer.zero_grad()
+
+
+def name_kernels(it: Contestant, pass_: str, work: Work) -> None:
+    """Fill in `kernels` from one step. After everything is timed: profiling costs time."""
+    chosen = work.batches(it, pass_)[0]
+    if it.backend in FORMS and (found := seen(lambda: one_step(it, pass_, chosen, 0), it.task.device)):
+        it.kernels[pass_] = found
+
+
+def cannot_run(task: TrainingTask, refinement: str, layout: str, backend: str) -> str | None:
+    """Why a contestant that is pinned to one of stock attention's kernels cannot take a training step; None if it can."""
+    it = contestant(task, refinement, layout, backend)
+    try:
+        train_step(it, next(iter(task.windows.batches(2, task.seed, 0))), 0)
+    except RuntimeError as error:
+        return reason_of(error)
+    return None
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
+from ..common import report
 from ..common.clock import quantiles
 from ..common.report import Column, Row, grid, spread, times
-from .contestants import PASSES, Contestant, Work
+from .contestants import PASSES, RIVALS, Contestant, Work
 
 
 def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list[Row]:
@@ -17,16 +18,18 @@ def make_rows(contestants: Sequence[Contestant], pass_: str, work: Work) -> list
         cpu = quantiles([cpu_seconds / steps * 1e3 for _, cpu_seconds in laps])[0]
         batch, loss = (p.batch_size, p.loss) if pass_ == "train" else (work.eval_batch, "")
         rows.append(
-            {"provider": it.backend, "role": "rival" if it.backend == "stosa" else "ours", "backbone": c.backbone}
+            {"provider": it.backend, "role": "rival" if it.backend in RIVALS else "ours", "backbone": c.backbone}
             | {"refinement": it.refinement, "layout": it.layout, "B": batch, "H": c.heads, "H_kv": c.heads, "L": c.max_len}
             | {"D": c.hidden // c.heads, "D_v": c.hidden // c.heads, "R": c.rank, "layers": c.layers, "dtype": "float32"}
             | {"dropout_p": c.attention_dropout, "hidden_dropout": c.hidden_dropout, "loss": loss, "pass": pass_}
             | {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "cpu_ms": cpu, "samples": len(laps), "steps": steps}
             | {"peak_mib": it.peak_mib[pass_], "first_call_ms": it.first_ms[pass_]}
             | {"seq_per_s": sequences / steps / median * 1e3, "seq_per_cpu_s": sequences / steps / max(cpu, 1e-9) * 1e3}
+            | ({"kernels": it.kernels[pass_]} if pass_ in it.kernels else {})
             | {"source": p.source, "batch_size": batch, "task": task_of(it, pass_)}
         )
     add_ratios(rows)
+    report.add_ratios(rows, ("task", "pass", "refinement"))
     return rows
 
 
@@ -51,7 +54,7 @@ def add_ratios(rows: list[Row]) -> None:
 
 COLUMNS: list[Column] = [
     ("pass", -5, lambda r: r["pass"]),
-    ("backend", -9, lambda r: r["provider"]),
+    ("backend", -17, lambda r: r["provider"]),
     ("layout", -8, lambda r: r["layout"]),
     ("refinement", -10, lambda r: r["refinement"]),
     ("ms/step", 9, lambda r: f"{r['median_ms']:.2f}"),
@@ -62,10 +65,12 @@ COLUMNS: list[Column] = [
     ("peak MiB", 9, lambda r: f"{r['peak_mib']:.1f}"),
     ("to plain", 8, lambda r: times(r, "ratio_to_plain")),
     ("CPU", 6, lambda r: times(r, "cpu_ratio_to_plain")),
+    ("vs rival", 8, lambda r: times(r, "ratio_to_best_rival")),
 ]
 
 
 def table(rows: list[Row]) -> str:
     """The rows of one task, the fastest first within each pass."""
     ordered = [row for p in PASSES for row in sorted((r for r in rows if r["pass"] == p), key=lambda r: r["median_ms"])]
-    return "\n".join([rows[0]["task"], *grid(COLUMNS, ordered)]) + "\n"
+    columns = [c for c in COLUMNS if c[0] != "vs rival" or any("ratio_to_best_rival" in r for r in rows)]
+    return "\n".join([rows[0]["task"], *grid(columns, ordered)]) + "\n"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from awrsr_kernels.tuning.clock import Clock
 from benchmarks import attn_bench
+from benchmarks.common import pages
 from benchmarks.common.clock import WrongResult, quantiles, traced
 from benchmarks.common.report import Row, finish
 from benchmarks.operator import report
@@ -70,6 +71,7 @@ def test_fixed_interface(backbone: str, tmp_path: Path) -> None:
     for row in rows:
         assert [row[k] for k in keys[:9]] == expected
         assert all(row[k] > 0 for k in keys[9:]) and all(x is not None for x in row.values())
+        assert ("kernels" in row) == (row["provider"] == "sdpa2")  # stock attention's alone, on a CPU
         assert row["to_floor"] == pytest.approx(row["median_ms"] / row["floor_ms"]) and 0 < row["copy_share"]
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "results.md"}
 
@@ -299,17 +301,41 @@ def make_row(provider: str, role: str, median_ms: float, layout: str = "padded")
     }  # fmt: skip
 
 
+ALIKE = ("task", "pass")
+
+
 def test_ratio_is_to_the_fastest_rival_in_any_layout() -> None:
     rows = [make_row("textbook", "rival", 9.0), make_row("sdpa2", "rival", 6.0), make_row("sdpa", "floor", 1.0)]
     rows += [make_row("sdpa2", "rival", 4.0, "bucketed"), make_row("torch", "ours", 2.0, "packed")]
-    report.add_ratios(rows)
+    report.add_ratios(rows, ALIKE)
     assert [r["ratio_to_best_rival"] for r in rows] == [4 / 9, 4 / 6, 4.0, 1.0, 2.0]
     assert {r["best_rival"] for r in rows} == {"sdpa2 bucketed"}
     lines = report.table(rows, [{"provider": "x", "layout": "padded", "reason": "dq is off"}]).splitlines()
     assert lines[0] == "a task" and lines[2].startswith("sdpa ") and "2.00x" in lines[3] and "WRONG" in lines[-1]
     alone = [make_row("torch", "ours", 2.0)]
-    report.add_ratios(alone)
+    report.add_ratios(alone, ALIKE)
     assert "ratio_to_best_rival" not in alone[0] and " - " in report.table(alone, [])
+
+
+def test_eager_and_graph_times_have_a_best_rival_each() -> None:
+    """The fastest called eagerly is slow by graph; what has no graph counts in neither."""
+    rows = [make_row("sdpa2", "rival", 3.0) | {"graph_ms": 2.0}, make_row("flex2", "rival", 6.0) | {"graph_ms": 1.0}]
+    rows += [make_row("textbook", "rival", 9.0), make_row("triton", "ours", 6.0) | {"graph_ms": 0.5}]
+    rows += [make_row("torch", "ours", 1.5)]
+    report.add_ratios(rows, ALIKE)
+    assert [r["ratio_to_best_rival"] for r in rows] == [1.0, 0.5, 1 / 3, 0.5, 2.0]
+    assert [r.get("graph_ratio_to_best_rival") for r in rows] == [0.5, 1.0, None, 2.0, None]
+    assert {r["best_rival"] for r in rows} == {"sdpa2"} and {r.get("best_rival_by_graph") for r in rows} == {"flex2", None}
+    head, *lines = report.table(rows, []).splitlines()[1:]
+    assert head.split("first ms")[0].rstrip().endswith("vs rival by graph")
+    ours = next(x for x in lines if x.startswith("triton"))
+    assert "0.50x" in ours and "2.00x" in ours
+    rows = [row | {"pass": "fwd+bwd", "host_ms": 1.0} for row in rows]
+    results = {"rows": rows, "device": "a GPU", "versions": {"torch": "x"}, "commit": "y"}
+    page = pages.markdown(results).splitlines()
+    assert page[-3].endswith("| vs rival | vs rival by graph |") and page[-1].endswith("| 0.50x `sdpa2` | 2.00x `flex2` |")
+    older = [{k: v for k, v in row.items() if "by_graph" not in k and "graph_ratio" not in k} for row in rows]
+    assert "vs rival" not in pages.markdown(results | {"rows": older})
 
 
 def test_flops_and_quantiles() -> None:

@@ -82,6 +82,43 @@ def test_stosa_beside_its_own_formulation(data: Path, capsys: pytest.CaptureFixt
         assert f"argument {wrong[0]}: was {wrong[1]}" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:Flash attention", "ignore:Both fused kernels")
+def test_stock_attention_in_the_same_model(data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Flash has no dropout on a CPU: pinned to it, the contestant is left out with torch's reason."""
+    options = ["--refinements", "simple", "--backends", "torch", "sdpa2", "sdpa2-flash", "--layouts", "packed", "padded"]
+    assert train_bench.main([*SMALL, *options, "--data", str(data), "--out", str(tmp_path)]) == 0, capsys.readouterr().err
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [s["provider"] for s in results["skipped"]] == ["sdpa2-flash"] and "dropout" in results["skipped"][0]["reason"].lower()
+    assert {(r["provider"], r["role"]) for r in results["rows"]} == {("torch", "ours"), ("sdpa2", "rival")}
+    for row in results["rows"]:
+        assert row["best_rival"] in ("sdpa2", "sdpa2 packed") and row["ratio_to_best_rival"] > 0
+        assert ("kernels" in row) == (row["provider"] == "sdpa2")
+    assert "| to plain | vs rival |" in (tmp_path / "results.md").read_text()
+    assert len(results["gate"]) == 2 * 2 * 2
+    assert train_bench.main([*SMALL, "--refinements", "simple", "--backends", "sdpa2-flash", "--data", str(data)]) == 1
+    assert "no backend can run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("refinement", ["none", "simple", "value", "additive"])
+def test_stock_attention_passes_the_gate(refinement: str, task: TrainingTask) -> None:
+    wanted = yardstick(task, refinement, batch_size=8)
+    for layout in pages.LAYOUTS:
+        for form in ("sdpa2", "sdpa2-flash"):
+            assert check(contestant(task, refinement, layout, form, dropout=0.0), wanted, torch.float64) < 1e-10
+
+
+def test_stock_attention_is_what_runs(task: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the reference nor another backend stands in for it, in any layout, and in evaluation too."""
+    for name in ("refined_attention", "refined_attention_varlen"):
+        monkeypatch.setattr(module, name, None)
+    work = Work(torch.arange(16).numpy(), torch.arange(16).numpy())
+    for layout in pages.LAYOUTS:
+        it = contestant(task, "simple", layout, "sdpa2-math")
+        for pass_ in training.PASSES:
+            training.name_kernels(it, pass_, work)
+        assert it.kernels == dict.fromkeys(training.PASSES, ["_scaled_dot_product_attention_math"])
+
+
 def test_a_wrong_formulation_is_refused(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(tensors: tuple[Tensor, ...], *rest: Any) -> tuple[Tensor, Tensor]:
         mean, cov = training_stosa(tensors, *rest)
@@ -189,6 +226,9 @@ ROW |= {"seq_per_cpu_s": 1234.0, "peak_mib": 5.0}
         ("--heads 3", "argument --heads: was 3, must divide --hidden, 64"),
         ("--batch-size 0", "argument --batch-size: was '0', must be a whole number of at least 1"),
         ("--layouts tall", "argument --layouts: invalid choice: 'tall'"),
+        ("--backends sdpa2-cudnn --refinements none --device cpu", "argument --backends: was sdpa2-cudnn, which needs a GPU"),
+        ("--backends sdpa2 --device cpu", "was sdpa2, which cannot drop weights of additive; set --attention-dropout 0"),
+        ("--backends sdpa2 --backbone stosa --device cpu", "argument --backends: was sdpa2, which is for --backbone sasrec"),
         ("--backends triton --device cpu", "argument --backends: was triton, which needs a GPU"),
     ],
 )
