@@ -13,73 +13,73 @@ SUITE = .guard/suite/$(or $(shell git describe --always --dirty --abbrev=40 '--e
 .PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study cost
 .PHONY: bench bench-stochastic bench-train track compile-report gpu docs screenshots
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^## / { print "\n" substr($$0, 4) } /^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 ## Working on the code
 
-lint: .venv/ready ## ruff and mypy
+lint: .venv/ready ## run ruff and mypy
 	$(BIN)/ruff check . && $(BIN)/mypy
 
-hooks: ## have git run ruff and mypy on what is staged, before each commit
+hooks: ## have git run ruff and mypy on staged files before each commit
 	git config core.hooksPath .githooks
 
-test: .venv/ready ## all tests, then those that time something, with nothing else running
+test: .venv/ready ## run all tests; those that measure time run last, with nothing else running
 	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist worksteal -m "not timing" --junitxml=$(SUITE)/tests.xml
 	$(PYTEST) -m timing tests/kernels/test_cost.py --junitxml=$(SUITE)/timing.xml
 
-test-fast: .venv/ready ## a selection from every test file, in two minutes
+test-fast: .venv/ready ## run a few tests of every test file, in two minutes
 	$(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --fast
 
 # The adapters, each against the real library. All three libraries agree on one environment.
-test-libraries: $(LIBRARIES) ## the adapters' tests against RecTools, RePlay and RecBole
+test-libraries: $(LIBRARIES) ## test the adapters with RecTools, RePlay and RecBole, in .venv-libraries
 
 $(LIBRARIES): test-%: .venv-libraries/ready
 	.venv-libraries/bin/python -m pytest -q tests/integrations/test_$*.py
 
-guard: .venv/ready ## quality, times, registers, tests and size against those of another commit (BASE=commit, DATA=folder)
+guard: .venv/ready ## compare quality, times, registers, tests and size with another commit (BASE=commit, DATA=folder)
 	$(BIN)/python -m benchmarks.guard $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) \
 	  $(if $(PATIENCE),--patience $(PATIENCE))
 
-docs: .venv/ready ## the pages under docs/, with a reference from the docstrings: docs/_build/index.html
+docs: .venv/ready ## build the pages under docs/, with a reference from the docstrings: docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build
 
-screenshots: docs ## every page at two widths as docs/_build/screenshots/*.png; needs chromium (Debian: apt install chromium)
+screenshots: docs ## save pictures of every page, at two widths, in docs/_build/screenshots/; needs chromium (Debian: apt install chromium)
 	$(BIN)/python docs/screenshots.py docs/_build
 
 ## Results
 
-train: .venv/ready ## a plain and a refined recommender on synthetic histories, and what each reaches
+train: .venv/ready ## train a plain and a refined recommender on synthetic histories, and compare them
 	$(BIN)/awrsr train
 
 # Runs what benchmarks/results/ lacks. BUDGET: minutes. DATA: folder with beauty.txt, lastfm.txt and wikipedia.txt, otherwise fetched.
-study: .venv/ready ## the study's missing runs, its tables and pictures: hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
+study: .venv/ready ## make the study's missing runs, tables and pictures; hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
 	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py
 
-cost: .venv/ready ## the pages and pictures of cost, from committed results
+cost: .venv/ready ## write the report on cost and its pictures, from committed results
 	$(BIN)/python -m benchmarks.operator.cost_report
 
-bench: .venv/ready ## the operator against its rivals, on the CPU and on a GPU where there is one
+bench: .venv/ready ## compare the operator with its rivals, on the GPU if there is one, else on the CPU
 	$(BIN)/python benchmarks/attn_bench.py --out bench-out
 
-bench-stochastic: .venv/ready ## the same for stochastic attention, against STOSA's formulation (DATA=file of histories)
+bench-stochastic: .venv/ready ## compare stochastic attention with STOSA's formulation (DATA=file of histories)
 	$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --budget 3 --out bench-out/stochastic
 	$(if $(DATA),$(BIN)/python benchmarks/attn_bench.py --backbone stochastic --refinement all --lengths $(DATA) \
 	  --budget 3 --out bench-out/stochastic-histories)
 
-bench-train: .venv/ready ## training and evaluation of the recommender, by layout and refinement (DATA=file of histories)
+bench-train: .venv/ready ## time training and evaluation of the recommender, by layout and refinement (DATA=file of histories)
 	$(BIN)/python benchmarks/train_bench.py $(if $(DATA),--data $(DATA)) --threads 1 --out bench-out/train
 
-track: .venv/ready ## times of a few calls, stored and compared with those of the run before
+track: .venv/ready ## time a few calls, store the times, and compare them with the previous run's
 	$(PYTEST) tests/kernels/test_track.py --benchmark-only --benchmark-autosave --benchmark-compare \
 	  --benchmark-group-by=name --benchmark-columns=min,median,iqr,rounds
 
-compile-report: .venv/ready ## what every kernel compiles to on every target, without a GPU: an hour the first time
+compile-report: .venv/ready ## compile every kernel for every target and report on it; needs no GPU; an hour the first time
 	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
 # With the torch and Triton that $(PYTHON) has; nothing is installed.
-gpu: ## GPU tests, tuner, benchmarks and profile, in under ten minutes (PYTHON=python3, OUT=gpu-out)
+gpu: ## run GPU tests, tuner, benchmarks and profile, in under ten minutes (PYTHON=python3, OUT=gpu-out)
 	$(PYTHON) benchmarks/gpu_run.py --out $(or $(OUT),gpu-out)
 
 .venv/ready: setup.py constraints.txt

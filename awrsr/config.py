@@ -119,9 +119,9 @@ class TrainingOptions:
     loss: str = option(
         "sampled_softmax",
         "Training loss. sampled_softmax: softmax over the target and a pool of negatives, which the batch shares; they are drawn "
-        "uniformly, and scores are not corrected for sampling. A pool as large as the catalogue is the whole catalogue. "
-        "cross_entropy: softmax over the whole catalogue. bce, bpr and gbce: negatives are drawn from all items except the "
-        "target. bce and gbce do not suit stosa, whose scores are never above 0.",
+        "uniformly, and scores are not corrected for sampling. If the pool is as large as the catalogue, it is the whole "
+        "catalogue. cross_entropy: softmax over the whole catalogue. bce, bpr and gbce: negatives are drawn from all items except "
+        "the target. bce and gbce do not suit stosa, whose scores are never above 0.",
         choices=tuple(NEGATIVES),
     )
     negatives: int = option(
@@ -148,7 +148,10 @@ class TrainingOptions:
         choices=("last", "all"),
     )
     batch_size: int = option(
-        128, "Number of sequences per step, over all processes; it varies a little if steps are made equally large.", least=1
+        128,
+        "Number of sequences per step, over all processes. All steps of an epoch are made equally large, so the number used may "
+        "differ a little from the one given.",
+        least=1,
     )
     learning_rate: float = option(1e-3, "Learning rate of AdamW.", least=1e-12)
     schedule: str = option(

@@ -5,13 +5,13 @@
     python -m awrsr_kernels.compile_report --backbone dot --refinement additive --dtype bfloat16 --length 64 --width 64
 
 Each kernel is a row: registers, bytes per thread spilled to local memory, shared memory, tensor-core instructions, loads from and
-stores to device memory by width, and the number of programs that a processor holds. `budget_ok` is true if the kernel compiles,
+stores to device memory by width, and how many programs a multiprocessor can hold. `budget_ok` is true if the kernel compiles,
 fits the chip, uses tensor cores where its products should, spills no more than `spill_budget` allows, and reads no register that
 was never set. The exit status is 1 if any row is not ok.
 
-Instead of launching, the report runs Triton's own warm-up, on tensors without memory and with a driver that reports the target GPU.
-It therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash of the
-kernels' sources.
+Instead of launching kernels, the report runs Triton's own warm-up on tensors without memory, with a driver that claims to be the
+target GPU. It therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash
+of the kernels' sources.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     The table was chosen for sm_90. On other targets, forward kernels keep at most 408 bytes in local memory. Backward kernels keep
     up to 1.1 KB on gfx942, 1.3 KB on sm_100 (256 features) and 1.8 KB on sm_80, whose tensor cores need in registers the operands
     of a 64-row tile that sm_90 reads from shared memory. Twice the warps spill as much there, so that is left to `python -m
-    awrsr_kernels.tuning`.
+    awrsr_kernels.tune`.
     """
     half = case.dtype != "float32"
     if case.length == STEP:
@@ -217,7 +217,8 @@ def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) 
     fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
     tensor_cores = case.length != STEP
-    row = {"kernel": kernel, "regime": regime if regime in ("short", "resident", "tiled") else "other", **case.columns(), "config": config}
+    regime = regime if regime in ("short", "resident", "tiled") else "other"
+    row = {"kernel": kernel, "regime": regime, **case.columns(), "config": config}
     row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
     expected = tensor_cores == (usage["tensor_core_instructions"] > 0)
     return row | {"spill_budget": budget, "budget_ok": fits and expected}
@@ -360,7 +361,8 @@ def main(argv: list[str] | None = None) -> int:
     add_filter("--refinement", STOCHASTIC_ATTENTION_REFINEMENTS, help="refinements to compile (default all)")
     add_filter("--backbone", backbones, help="dot-product or stochastic attention (default both)")
     add_filter("--dtype", DTYPES, help="data types to compile (default all)")
-    add_filter("--length", (*LENGTHS, RESIDENT, TILED, STEP), type=int, help="largest length; 0: tiled regime, 1: decoding (default all)")
+    lengths = (*LENGTHS, RESIDENT, TILED, STEP)
+    add_filter("--length", lengths, type=int, help="largest length; 0 means tiled, 1 decoding (default all)")
     add_filter("--width", WIDTHS, type=int, help="largest of D, D_v and R (default all)")
     add("--group", type=int, default=1, help="query heads per key head (default 1)")
     add("--jobs", type=int, default=os.cpu_count(), help="number of processes that compile (default: one per core)")

@@ -1,4 +1,4 @@
-"""`python -m awrsr_kernels.tune`: forwards to `python -m awrsr_kernels.tuning`."""
+"""The tuner's command, `python -m awrsr_kernels.tune`; its code is in `tuning/`."""
 
 import sys
 

@@ -4,7 +4,7 @@
                                 "config": [64, 64, 4, 1, 4], "source": "..."}, ...]}
 
 The file lies at $AWRSR_KERNELS_TUNED, or in the user's cache folder. Without it the table of `launch_config.py` decides alone.
-`python -m awrsr_kernels.tuning` writes it; `forced` tries a configuration without writing anything.
+`python -m awrsr_kernels.tune` writes it; `forced` tries a configuration without writing anything.
 """
 
 import contextlib
@@ -65,9 +65,9 @@ def read_entries(path: Path) -> list[Entry]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); it must be a file that awrsr_kernels.tuning writes") from None
+        raise ValueError(f"{path} cannot be read ({error.strerror}); it must be a file that awrsr_kernels.tune writes") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); it must be what awrsr_kernels.tuning writes: delete it") from None
+        raise ValueError(f"{path} is not JSON ({error}); it must be what awrsr_kernels.tune writes: delete it") from None
     if not isinstance(content, dict) or content.get("version") != VERSION or not isinstance(content.get("entries"), list):
         raise ValueError(f"{path} must be an object of version {VERSION} with entries; delete it and tune again")
     for number, entry in enumerate(content["entries"]):

@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("shared cores")
 pytest_plugins = ("tests.selection",)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ENGINES = ("torch", "short", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
+ENGINES = ("torch", "short", "resident", "tiled")  # whatever computes besides the reference: a backend, or a regime of the kernels
 
 
 def interpret_faster() -> None:
@@ -122,28 +122,33 @@ def short_config(problem: Any, kernel: str) -> Any:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """choose(engine) -> name of the backend to call; holds the kernels to that regime or both ("mixed"), with small tiles."""
+    """choose(engine) -> name of the backend to call; holds the kernels to that regime, or to two of them ("mixed", in causal
+    dot-product attention short and resident, otherwise short and tiled), with small tiles. What the resident regime does not take
+    is tiled."""
 
     def chosen(engine: str) -> str:
-        if engine not in ("short", "tiled", "mixed"):
+        if engine not in ("short", "resident", "tiled", "mixed"):
             return engine
         pytest.importorskip("triton", reason="needs Triton")
         from awrsr_kernels import launch_config
         from awrsr_kernels._triton import autograd, problem
 
         if engine != "mixed":
-            monkeypatch.setattr(autograd, {"short": "launch_tiled_forward", "tiled": "launch_short_forward"}[engine], refuse)
+            monkeypatch.setattr(autograd, "launch_tiled_forward" if engine == "short" else "launch_short_forward", refuse)
         monkeypatch.setattr(problem.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles
         if engine == "short" and DEVICE == "cpu":  # whatever the size of an element: the interpreter has room
             monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 64)
             monkeypatch.setattr(problem.Problem, "config", short_config)
-        if engine == "tiled":
+        if engine in ("resident", "tiled"):
+            tiles = {name: launch_config.Config(16, 16, 4, 1, programs=1) for name in launch_config.RESIDENT_KERNELS}
             monkeypatch.setattr(problem, "is_short", lambda *_: False)
-            monkeypatch.setattr(problem, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))
+            monkeypatch.setattr(problem, "choose", lambda key, *_: tiles.get(key.kernel, launch_config.Config(32, 16, 4, 1)))
+        if engine == "tiled":
+            monkeypatch.setattr(problem, "is_resident", lambda *_: False)
         if engine == "mixed":  # sequences of up to 16 items in the short regime, beside longer ones in the tiled one
             monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 16)
-            small = {True: launch_config.Config(32, 32, 1, 1, programs=1), False: launch_config.Config(32, 16, 4, 1)}
-            monkeypatch.setattr(problem, "choose", lambda key, *_: small[key.kernel in launch_config.SHORT_KERNELS])
+            small = {False: launch_config.Config(32, 32, 1, 1, programs=1), True: launch_config.Config(32, 16, 4, 1)}
+            monkeypatch.setattr(problem, "choose", lambda key, *_: small[key.kernel in launch_config.TILED_KERNELS])
         return "triton"
 
     return chosen

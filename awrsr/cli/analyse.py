@@ -16,7 +16,7 @@ def add_flags(to: ArgumentParser) -> None:
     add_data(to, f"File of histories, split as in the run {OWN_DATA}.")
     add_part(to)
     to.add_argument("--users", type=int, default=512, help="Number of histories whose attention is analysed.")
-    to.add_argument("--examples", type=int, default=3, help="Show this many histories that gained most, and as many that lost.")
+    to.add_argument("--examples", type=int, default=3, help="Show this many histories that gained most and as many that lost most.")
     to.add_argument("--output", type=str, default="", help="HTML file to write (default: analysis.html in the run folder).")
     to.add_argument("--json", type=str, default="", help="Also write the numbers to this JSON file.")
     add_filter_seen(to)
@@ -25,7 +25,7 @@ def add_flags(to: ArgumentParser) -> None:
 def run(options: Any) -> None:
     """Report what attention does over many histories and which predictions refinement
     changes. The report is one HTML page. It shows how many events the heads attend to
-    and how far back, from where to where refinement moves weight, and which
+    and how far back, between which events refinement moves weight, and which
     predictions differ from those of a baseline run. Without --baseline, the same
     model with its refinement switched off is the baseline.
 

@@ -13,7 +13,7 @@ def add_flags(to: ArgumentParser) -> None:
         "--user",
         type=str,
         default="",
-        help="Id of the user (default: the first with 12 events or more, or else with the longest history).",
+        help="Id of the user (default: the first user with 12 events or more, or else the one with the longest history).",
     )
     to.add_argument(
         "--history", nargs="+", type=str, default=[], help="Item ids of a history to explain, instead of a user's."

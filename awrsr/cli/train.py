@@ -43,7 +43,7 @@ def run(options: Any) -> None:
     results are the same as without the interruption. To train a finished run
     further, rerun the command with more --epochs.
 
-    Options of STOSA's authors, for that backbone:
+    Options that STOSA's authors use, for backbone stosa:
 
       --backbone stosa --refinement none --max-len 100 --layers 1 --heads 4
       --feedforward 4 --activation elu --norm post --init normal

@@ -27,32 +27,40 @@ class DataOptions:
 
     data: str = option(
         "",
-        "File of histories. Without one, synthetic histories are made; one refined layer learns them, one plain layer cannot.",
+        "File of histories. If none is given, synthetic histories are made, which one refined layer can learn and one plain layer "
+        "cannot.",
     )
-    format: str = option("auto", "Format of the file of histories; auto decides by the file's name and content.", choices=FORMATS)
-    user_column: str = option("", "Name of the column of users. If not given, the usual names are tried.")
-    item_column: str = option("", "Name of the column of items. If not given, the usual names are tried.")
+    format: str = option("auto", "Format of the file of histories. With auto, its name and content decide.", choices=FORMATS)
+    user_column: str = option("", "Name of the column that holds the users. If it is not given, the usual names are tried.")
+    item_column: str = option("", "Name of the column that holds the items. If it is not given, the usual names are tried.")
     time_column: str = option(
-        "", "Name of the column of times. If not given, the usual names are tried. none: the lines are in order of time already."
+        "",
+        "Name of the column that holds the times. If it is not given, the usual names are tried. The value none means that the "
+        "lines are already in order of time.",
     )
     min_user_events: int = option(
-        1, "Leave out users with fewer events. Together with min_item_events, repeated until nothing changes (k-core).", least=1
+        1,
+        "Users with fewer events are left out. If min_item_events is set too, both rules are applied in turn until nothing changes "
+        "(k-core).",
+        least=1,
     )
-    min_item_events: int = option(1, "Leave out items with fewer events, in the same way.", least=1)
-    collapse: bool = option(False, "Count consecutive events of a user with the same item as one event.")
+    min_item_events: int = option(1, "Items with fewer events are left out, in the same way.", least=1)
+    collapse: bool = option(False, "Consecutive events of a user with the same item count as one event.")
     split: str = option(
         "leave-one-out",
-        "Which events are held out. leave-one-out: each user's last event for test and the one before it for validation. last-n: "
-        "each user's last holdout events for test, and as many before them for validation. time: all events from test_from on for "
-        "test, and those from validation_from on for validation. none: nothing is held out or evaluated; training uses all "
-        "events and runs for all epochs.",
+        "Which events are held out. leave-one-out: each user's last event is held out for test, and the one before it for "
+        "validation. last-n: each user's last events are held out for test, and as many before them for validation; holdout sets "
+        "how many. time: all events from test_from on are held out for test, and those between validation_from and test_from for "
+        "validation. none: nothing is held out or evaluated; training uses all events and runs for all epochs.",
         choices=SPLITS,
     )
-    holdout: int = option(1, "Number of events of each user in validation, and in test; only with split last-n.", least=1)
-    validation_from: str = option(
-        "", "Time at which validation begins: a number, or a date such as 2014-05-31; only with split time."
+    holdout: int = option(
+        1, "Number of events of each user that are held out for validation, and as many for test. It needs split last-n.", least=1
     )
-    test_from: str = option("", "Time at which test begins, in the same form; only with split time.")
+    validation_from: str = option(
+        "", "Time at which validation begins: a number, or a date such as 2014-05-31. It needs split time."
+    )
+    test_from: str = option("", "Time at which test begins, in the same form. It needs split time.")
 
     def __post_init__(self) -> None:
         check(self)

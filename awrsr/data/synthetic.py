@@ -35,7 +35,9 @@ class RecallTask:
     length: int = option(40, "Number of events of each user.", least=1)
     noise: float = option(0.1, "Probability that an event breaks the rule.", least=0, most=1)
     popularity: float = option(0.0, "Exponent of the popularity law (Zipf); 0 makes all items equally popular.", least=0, most=10)
-    gap: int = option(4, "Number of latest events whose items are not drawn again, except by the rule.", least=1)
+    gap: int = option(
+        4, "Number of a user's latest events whose items are never drawn at random. The rule may still repeat these items.", least=1
+    )
     seed: int = option(0, "Random seed.", least=0)
 
     def __post_init__(self) -> None:

@@ -1,1 +1,1 @@
-"""The tuner, `python -m awrsr_kernels.tuning`: finds launch configurations for your GPU."""
+"""The tuner, `python -m awrsr_kernels.tune`: finds launch configurations for your GPU."""

@@ -1,18 +1,19 @@
 """Find launch configurations for your GPU, and store them where every later call looks for them.
 
-    python -m awrsr_kernels.tuning
+    python -m awrsr_kernels.tune
 
-The launch table, in `launch_config.py`, is not the best one for any particular GPU. For each of its rows that the given shapes use,
-the tuner measures other configurations of that one kernel; all other kernels keep theirs. Before a configuration is timed, output
-and gradients are checked against the definition. The row is kept unless another configuration is faster by more than 3 %.
+The launch table, in `launch_config.py`, is not the best one for any particular GPU. Each of its rows is the configuration of one
+kernel for a class of shapes. For every row that the given shapes use, the tuner measures other configurations of that kernel, while
+all other kernels keep theirs. Before a configuration is timed, output and gradients are checked against the definition. The row is
+kept unless another configuration is faster by more than 3 %.
 
 examples:
-  python -m awrsr_kernels.tuning                                    both presets in bfloat16; ten minutes
-  python -m awrsr_kernels.tuning --preset recsys --refinement simple additive --dropout 0.1
+  python -m awrsr_kernels.tune                                      both presets in bfloat16; ten minutes
+  python -m awrsr_kernels.tune --preset recsys --refinement simple additive --dropout 0.1
                                                                     as in your training; shapes of one row are judged together
-  python -m awrsr_kernels.tuning --shapes 256,2,50,64 1024,2,50,64 --kernel short_fwd short_bwd
-  python -m awrsr_kernels.tuning --shapes 8,4,1024,64,32 --dtype float16 --seconds 1800 --out tuned.json
-  python -m awrsr_kernels.tuning --list                             the launch table and what is tuned; needs no GPU
+  python -m awrsr_kernels.tune --shapes 256,2,50,64 1024,2,50,64 --kernel short_fwd short_bwd
+  python -m awrsr_kernels.tune --shapes 8,4,1024,64,32 --dtype float16 --seconds 1800 --out tuned.json
+  python -m awrsr_kernels.tune --list                               the launch table and what is tuned; needs no GPU
   AWRSR_KERNELS_TUNED=tuned.json python train.py                    use another file of tuned entries
 
 presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 512 and 2048 with H 4, D = R = 64.
@@ -121,21 +122,21 @@ def progress_bar(total: int) -> Any:
 def make_parser() -> argparse.ArgumentParser:
     description, examples = (__doc__ or "\n\nexamples:").split("\n\nexamples:")
     parser = argparse.ArgumentParser(
-        prog="python -m awrsr_kernels.tuning", usage="%(prog)s [options]; --help lists them with examples",
+        prog="python -m awrsr_kernels.tune", usage="%(prog)s [options]; --help lists them with examples",
         description=description, epilog=f"examples:{examples}", formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add, seconds = parser.add_argument, number(1, 1e9, "a number in [1, 1e+09)")
-    add("--preset", nargs="+", choices=tuple(PRESETS), help="shapes to tune for (default: both)")
-    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="sizes, not a preset's; R is D if left out")
+    add("--preset", nargs="+", choices=tuple(PRESETS), help="sets of shapes to tune for (default: both)")
+    add("--shapes", nargs="+", action="extend", type=sizes, metavar="B,H,L,D[,R]", help="shapes to tune for; R is D if left out")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="data type (default bfloat16)")
-    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="refinements, judged together (default simple)")
+    add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="refinements to tune for (default simple)")
     add("--dropout", type=number(0, 1, "a number in [0, 1)"), default=0.0, metavar="P", help="dropout rate (default 0)")
     add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="kernels to tune (default: all that the shapes use)")
-    add("--seconds", type=seconds, default=600.0, metavar="S", help="approximate seconds for all kernels (default 600)")
+    add("--seconds", type=seconds, default=600.0, metavar="S", help="approximate seconds in all (default 600)")
     cores = os.cpu_count() or 1
-    add("--processes", type=int, default=cores, metavar="N", help=f"processes that compile before timing begins (default {cores})")
+    add("--processes", type=int, default=cores, metavar="N", help=f"number of processes that compile (default {cores})")
     add("--out", type=Path, metavar="FILE", help=f"file of tuned entries (default {tuned_path()})")
-    add("--list", action="store_true", help="print the table and the tuned entries, and exit")
+    add("--list", action="store_true", help="print the launch table and the tuned entries, and exit")
     return parser
 
 

@@ -15,8 +15,8 @@ from awrsr_kernels.tolerance import wrong_results
 from ..conftest import DEVICE, ENGINES
 from .problems import KINDS, Kind, RandomCall, disagreements, random_calls
 
-LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "tiled": (1, 5, 17, 40)}
-EXAMPLES = {"torch": 14, "short": 3, "tiled": 2}  # the interpreter is slow, and a GPU's kernels are compiled for each
+LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "resident": (1, 5, 17, 40), "tiled": (1, 5, 17, 40)}
+EXAMPLES = {"torch": 14, "short": 3, "resident": 3, "tiled": 2}  # the interpreter is slow, and kernels compile for each
 EXAMPLES_ONLY = settings(  # shrinking a failure would take minutes of interpreted kernels
     phases=[Phase.generate],
     deadline=None,
@@ -35,12 +35,15 @@ def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, 
         pytest.skip("needs a GPU: Triton's interpreter gets bfloat16 products wrong")
     if engine != "torch" and dtype == torch.float64 and DEVICE != "cpu":
         pytest.skip("needs the interpreter, that is a machine without a GPU: the kernels have no float64 there")
+    if engine == "resident" and kind.stochastic:
+        pytest.skip("stochastic attention has no resident regime")
     backend = choose(engine)
     reach = 32 if engine == "short" and dtype == torch.float32 and DEVICE != "cpu" else 1000  # longer ones are tiled there
 
     @settings(EXAMPLES_ONLY, max_examples=-(-EXAMPLES[engine] // (1 + kind.stochastic)))
     @given(random_calls(tuple(n for n in LENGTHS[engine] if n <= reach)))
     def holds(case: RandomCall) -> None:
+        case = case._replace(causal=case.causal or engine == "resident")
         assert disagreements(case, kind, dtype, backend) == []
 
     holds()
@@ -51,12 +54,12 @@ def test_agrees_with_the_reference(engine: str, kind: Kind, dtype: torch.dtype, 
 def test_short_histories_beside_long_ones(
     engine: str, kind: Kind, choose: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one call short ones go to the short kernels and long ones to the tiled ones; lengths may be anything. Additive in
-    every layout, other refinements in two each: interpreted kernels are slow."""
+    """In one call short ones go to the short kernels and long ones to the resident or tiled ones; lengths may be anything.
+    Additive in every layout, other refinements in two each: interpreted kernels are slow."""
     backend, went = choose(engine), collections.Counter[str]()
     from awrsr_kernels._triton import autograd
 
-    for name in ("launch_short_forward", "launch_tiled_forward", "launch_short_backward", "launch_tiled_backward"):
+    for name in (f"launch_{regime}_{way}" for regime in ("short", "resident", "tiled") for way in ("forward", "backward")):
         run = getattr(autograd, name)
         monkeypatch.setattr(autograd, name, lambda *args, run=run, name=name: (went.update([name]), run(*args))[1])
     for seed, (kv_heads, table, padded, causal, side) in enumerate(
@@ -77,7 +80,9 @@ def test_short_histories_beside_long_ones(
         )  # fmt: skip
         went.clear()
         assert disagreements(case, kind, dtype, backend) == []
-        assert len(went) == (4 if kv_heads == 2 else 2)  # grouped queries: tiled alone
+        regimes = {name.split("_")[1] for name in went}
+        assert regimes == {"resident" if causal and not kind.stochastic else "tiled"} | ({"short"} if kv_heads == 2 else set())
+        assert len(went) == 2 * len(regimes)  # grouped queries are not shared between regimes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -154,7 +159,9 @@ def test_short_histories_share_windows(kind: Kind, table: str, causal: bool, mon
 @every_kind
 @pytest.mark.parametrize("engine", ["reference", *ENGINES])
 def test_gradcheck(kind: Kind, engine: str, choose: Callable[[str], str]) -> None:
-    if DEVICE != "cpu" and engine in ("short", "tiled"):
+    if engine == "resident" and kind.stochastic:
+        pytest.skip("stochastic attention has no resident regime")
+    if DEVICE != "cpu" and engine in ("short", "resident", "tiled"):
         pytest.skip("float64 kernels need the interpreter, that is a machine without a GPU")
     backend = choose(engine)
     tensors = kind.draw((1, 2, 4, 3), (4, 2), torch.float64)

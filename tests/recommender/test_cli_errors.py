@@ -192,7 +192,7 @@ def test_the_examples_of_help_are_commands_that_parse(
 
 
 def test_help_has_the_options_of_stosas_authors(stopped: Callable[..., tuple[int, str]]) -> None:
-    block = stopped("train", "--help")[1].split("Options of STOSA's authors, for that backbone:\n\n")[1].split("\n\n")[0]
+    block = stopped("train", "--help")[1].split("Options that STOSA's authors use, for backbone stosa:\n\n")[1].split("\n\n")[0]
     given = parser().parse_args(["train", "--data", "any.txt", *block.split()]).train
     assert AWRSRConfig(**{each.name: given[each.name] for each in fields(AWRSRConfig) if each.name in given}).backbone == "stosa"
     assert (given.loss, given.pvn_weight, given.learning_rate, given.hidden) == ("bpr", 0.005, 1e-3, 64)
