@@ -48,7 +48,7 @@ def misfit(key: Key, config: Config) -> str | None:
         return "num_warps must be a power of two, and num_stages at least 1"
     least = key.length if key.kernel in SHORT_KERNELS else 16  # a tile of the short regime holds whole sequences
     if key.length and not least <= block_m == block_n <= LENGTHS[-1]:
-        return f"block_m and block_n must be equal, from {least} to {LENGTHS[-1]}"
+        return f"block_m and block_n must be equal, from {least} to {LENGTHS[-1]} for this length class"
     if key.length and key.kernel != "resident_fwd" and programs < 1:
         return "programs must be at least 1"
     return None

@@ -17,7 +17,8 @@ examples:
   AWRSR_KERNELS_TUNED=tuned.json python train.py                    use another file of tuned entries
 
 presets: recsys is L 20, 50, 100 and 200 with H 2, D = R = 32 and 64; long is L 512 and 2048 with H 4, D = R = 64.
-kernels: short_* hold a whole head on chip (L up to 64); tiled_* compute all other lengths. The time of a kernel is that of its
+kernels: short_* hold a whole head on chip (L up to 64), resident_* walk over one (causal, L up to 256, up to 64 features), and
+tiled_* compute all other calls. The time of a kernel is that of its
 whole pass, forward or backward.
 
 Most of the time is spent on compiling, once per configuration, in several --processes. Triton caches what it compiled, so a second
@@ -45,7 +46,14 @@ import torch
 
 from .. import __version__
 from ..checks import REFINEMENTS
-from ..launch_config import SHORT_KERNELS, TABLE, TILED_KERNELS, Config, Key, choose, shared_memory, unsupported_reason
+from ..launch_config import (
+    TABLE,
+    Config,
+    Key,
+    choose,
+    shared_memory,
+    unsupported_reason,
+)
 from ..tuned import machine, merged, read_entries, tuned_entries, tuned_for, tuned_path, write_entries
 from .arguments import number, sizes
 from .search import Verdict, candidates, describe, search
@@ -131,7 +139,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="data type (default bfloat16)")
     add("--refinement", nargs="+", choices=REFINEMENTS, default=["simple"], help="refinements to tune for (default simple)")
     add("--dropout", type=number(0, 1, "a number in [0, 1)"), default=0.0, metavar="P", help="dropout rate (default 0)")
-    add("--kernel", nargs="+", choices=(*SHORT_KERNELS, *TILED_KERNELS), help="kernels to tune (default: all that the shapes use)")
+    kernels = list(dict.fromkeys(key.kernel for key in TABLE))
+    add("--kernel", nargs="+", choices=kernels, help="kernels to tune (default: all that the shapes use)")
     add("--seconds", type=seconds, default=600.0, metavar="S", help="approximate seconds in all (default 600)")
     cores = os.cpu_count() or 1
     add("--processes", type=int, default=cores, metavar="N", help=f"number of processes that compile (default {cores})")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..launch_config import LENGTHS, TABLE, TILED, Config, Key
+from ..launch_config import LENGTHS, RESIDENT_KERNELS, TABLE, TILED, Config, Key
 from ..tuned import misfit
 from .timing import Bench, TuningCase, guards
 
@@ -15,7 +15,7 @@ MARGIN = 0.03  # by which a configuration must win, lest noise choose
 CHECKING = 0.7  # share of a kernel's time after which no further candidate is compiled and checked
 SCREENING, FINALISTS, ROUNDS, FEWEST = 2, 6, 15, 5  # rounds of all, how many remain, rounds of those, however little time is left
 
-WARPS = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (2, 4, 8)}  # of the short regime, by the height of its tile
+WARPS = {16: (1, 2, 4), 32: (1, 2, 4, 8), 64: (2, 4, 8)}  # of the short and resident regimes, by the height of a tile
 PROGRAMS = (1, 2, 4, 8, 16)
 BLOCKS = (16, 32, 64, 128)
 LARGEST_SHARED = 232448  # bytes that a program may have on an H100, more than on any older GPU
@@ -26,6 +26,8 @@ def carried(key: Key, config: Config) -> int:
     sums = {
         "short_fwd": 0,
         "short_bwd": 2 * config.block_m,  # dW_q and dW_k
+        "resident_fwd": 3 * config.block_m,  # Q_A, K_A and the output
+        "resident_bwd": 3 * config.block_m,  # dk, dW_q and dW_k
         "tiled_fwd": 3 * config.block_m,  # Q_A, K_A and the output
         "tiled_bwd_rows": config.block_m,  # dq
         "tiled_bwd_columns": 2 * config.block_n,  # dk and dv
@@ -47,7 +49,10 @@ def candidates(key: Key) -> list[Config]:
     Without those whose sums alone outgrow the registers or whose operands outgrow any GPU's shared memory by far: what is that
     large may compile for a minute and more. What is a little too large remains, and fails when it is checked.
     """
-    if key.length != TILED:
+    if key.kernel in RESIDENT_KERNELS:
+        count = PROGRAMS[:4] if key.kernel == "resident_bwd" else (0,)
+        grid = [Config(b, b, warps, stages, n) for b in (16, 32, 64) for warps in WARPS[b] for stages in (1, 2) for n in count]
+    elif key.length != TILED:
         blocks = [size for size in LENGTHS if size >= key.length]  # a taller tile seats more sequences
         grid = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
     else:
@@ -65,7 +70,7 @@ def candidates(key: Key) -> list[Config]:
 
 def describe(config: Config) -> str:
     block_m, block_n, warps, stages, programs = config
-    more = f" programs {programs}" if programs else f" stages {stages}"
+    more = f" stages {stages}" * (stages > 1 or not programs) + f" programs {programs}" * (programs > 0)
     return f"{block_m}x{block_n} warps {warps}{more}"
 
 

@@ -13,13 +13,24 @@ from torch import Tensor
 
 from ..api import refined_attention
 from ..checks import REFINEMENTS
-from ..launch_config import LENGTHS, SHORT_KERNELS, TILED, TILED_KERNELS, Config, Key, is_short, key_of
+from ..launch_config import (
+    RESIDENT,
+    RESIDENT_KERNELS,
+    SHORT_KERNELS,
+    TILED,
+    TILED_KERNELS,
+    Config,
+    Key,
+    is_resident,
+    is_short,
+    key_of,
+)
 from ..tolerance import wrong_results
 from ..tuned import forced
 from .clock import Clock
 
 REFERENCE_BYTES = 2 << 30  # what the reference's L x L matrices may take
-LAUNCHED_FORWARD = ("short_fwd", "tiled_fwd")
+LAUNCHED_FORWARD = ("short_fwd", "resident_fwd", "tiled_fwd")
 SEED = 20410  # of the dropout mask
 FLUSHES = 16  # of the cache, ahead of a call: the host queues the call meanwhile
 SPANS = 5  # to a sample, on a GPU
@@ -51,14 +62,16 @@ class TuningCase(NamedTuple):
     def keys(self, shared: int) -> list[Key]:
         """The keys that configure a forward and a backward, on a GPU with `shared` bytes of shared memory."""
         size = self.length, self.features(), self.dtype.itemsize
-        kernels = SHORT_KERNELS if is_short(*size, shared) else TILED_KERNELS
+        length, features, itemsize = size
+        resident = is_resident(length, True, features, itemsize, shared, False)
+        kernels = SHORT_KERNELS if is_short(*size, shared) else RESIDENT_KERNELS if resident else TILED_KERNELS
         launched = [name for name in kernels if self.refinement != "none" or name != "tiled_bwd_tables"]
         return [key for name in launched if (key := key_of(name, *size)) is not None]
 
 
 def guards(key: Key, dtype: torch.dtype) -> list[TuningCase]:
     """Small calls that a configuration must also serve: the most demanding of the key, with every refinement."""
-    length = key.length if key.length != TILED else 3 * max(LENGTHS) + 7
+    length = key.length if key.length != TILED else RESIDENT + 7
     return [TuningCase(5, 4, length, key.width, key.width, dtype, name, 0.1, kv_heads=2, ragged=True) for name in REFINEMENTS]
 
 

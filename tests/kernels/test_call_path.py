@@ -25,6 +25,7 @@ TO_FUNCTION: list[Hop] = [
     ("launch_forward", "_triton/autograd.py"),
 ]
 FROM_BACKWARD: list[Hop] = [("TritonAttention.backward", "_triton/autograd.py"), ("launch_backward", "_triton/autograd.py")]
+RESIDENT, RESIDENT_BWD = "_triton/resident.py", "_triton/resident_bwd.py"
 TO_TILED_BACKWARD: list[Hop] = [*FROM_BACKWARD, ("launch_tiled_backward", "_triton/tiled_bwd.py")]
 PATHS: list[list[Hop]] = [
     *(
@@ -32,6 +33,8 @@ PATHS: list[list[Hop]] = [
         for call in CALLS
     ),
     [CALLS[0], *TO_FUNCTION, ("launch_tiled_forward", "_triton/tiled.py"), ("_tiled_fwd_kernel", "_triton/tiled.py")],
+    [CALLS[0], *TO_FUNCTION, ("launch_resident_forward", RESIDENT), ("_resident_fwd_kernel", RESIDENT)],
+    [*FROM_BACKWARD, ("launch_resident_backward", RESIDENT_BWD), ("_resident_bwd_kernel", RESIDENT_BWD)],
     [*FROM_BACKWARD, ("launch_short_backward", "_triton/short.py"), ("_short_bwd_kernel", "_triton/short.py")],
     *(
         [*TO_TILED_BACKWARD, (f"TiledBackward.{launcher}", "_triton/tiled_bwd.py"), (kernel, "_triton/tiled_bwd.py")]

@@ -25,7 +25,9 @@ def test_candidates_can_be_launched_and_hold_the_tables_rows(key: Key) -> None:
     for config in found:
         assert tuned.misfit(key, config) is None
         assert carried(key, config) <= 255 * 32 * config.num_warps
-        if key.length != TILED:
+        if key.kernel in launch_config.RESIDENT_KERNELS:
+            assert config.block_m == config.block_n <= 64 and (config.programs > 0) == (key.kernel == "resident_bwd")
+        elif key.length != TILED:
             assert key.length <= config.block_m == config.block_n <= 64 and 1 <= config.programs <= 16 and config.num_stages == 1
         else:
             assert config.programs == 0 and config.num_warps in (4, 8) and 1 <= config.num_stages <= 3
@@ -36,8 +38,9 @@ def test_candidates_can_be_launched_and_hold_the_tables_rows(key: Key) -> None:
 def test_a_case_knows_its_kernels() -> None:
     case = CASES[0]
     assert case.keys(H100) == [FORWARD, BACKWARD]
-    assert {key.kernel for key in case._replace(length=200).keys(H100)} == set(launch_config.TILED_KERNELS)
-    assert "tiled_bwd_tables" not in {key.kernel for key in case._replace(length=200, refinement="none").keys(H100)}
+    assert {key.kernel for key in case._replace(length=200).keys(H100)} == set(launch_config.RESIDENT_KERNELS)
+    assert {key.kernel for key in case._replace(length=300).keys(H100)} == set(launch_config.TILED_KERNELS)
+    assert "tiled_bwd_tables" not in {key.kernel for key in case._replace(length=300, refinement="none").keys(H100)}
     assert case._replace(rank=100, refinement="none").keys(H100)[0].width == 64  # the rank of no table
 
 
@@ -130,14 +133,14 @@ TINY = TuningCase(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """Kernels by name with the configuration that each is launched with."""
     pytest.importorskip("triton", reason="needs Triton")
-    from awrsr_kernels._triton import short, tiled, tiled_bwd
+    from awrsr_kernels._triton import resident, resident_bwd, short, tiled, tiled_bwd
 
     seen: list[tuple[str, Config]] = []
     inner = short.launch
-    for module in (short, tiled, tiled_bwd):
+    for module in (short, resident, resident_bwd, tiled, tiled_bwd):
 
         def launch(kernel, grid, config, device, **arguments) -> None:  # type: ignore[no-untyped-def]
-            block = arguments.get("BLOCK_L") or (arguments["BLOCK_M"], arguments["BLOCK_N"])
+            block = arguments.get("BLOCK_L") or arguments.get("BLOCK") or (arguments["BLOCK_M"], arguments["BLOCK_N"])
             assert block in (config.block_m, (config.block_m, config.block_n))
             seen.append((kernel.__name__.removeprefix("_").removesuffix("_kernel"), config))
             inner(kernel, grid, config, device, **arguments)
@@ -146,9 +149,16 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     return seen
 
 
-@pytest.mark.parametrize("kernel", [*launch_config.SHORT_KERNELS, *launch_config.TILED_KERNELS])
-def test_a_forced_configuration_is_launched_and_right(kernel: str, launches: list) -> None:
+@pytest.mark.parametrize("kernel", dict.fromkeys(key.kernel for key in TABLE))
+def test_a_forced_configuration_is_launched_and_right(
+    kernel: str, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = TINY if kernel.startswith("short") else TINY._replace(batch=2, length=70)
+    if kernel.startswith("tiled"):  # longer ones would take the interpreter long
+        from awrsr_kernels._triton import problem
+
+        for module in (timing, problem):
+            monkeypatch.setattr(module, "is_resident", lambda *_: False)
     key = next(key for key in case.keys(launch_config.shared_memory(torch.device(DEVICE))) if key.kernel == kernel)
     config = Config(32, 32, 4, 1, 3) if key.length else Config(16, 32, 8, 1)  # short: a taller tile than its class
     assert config not in [row.config for row in TABLE[key]]
