@@ -14,7 +14,7 @@ PARTS = ("ptr", "entry", "head", "row")
 
 # Triton must not specialise kernels for these numbers: other lengths or batch sizes would compile again.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
-RUNTIME += ["drop_threshold", "capacity"]
+RUNTIME += ["drop_threshold", "capacity", "own_entry", "own_head", "own_row"]
 
 
 def view_of(x: Tensor, packed: bool = False) -> View:

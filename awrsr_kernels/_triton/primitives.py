@@ -144,12 +144,9 @@ def tile_pointers(view, head, seat, columns):
 
 @triton.jit
 def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """[rows of the seat, BLOCK or 1] bool: rows that hold an item, and the first WIDTH columns."""
+    """[rows of the seat, BLOCK] bool: rows that hold an item, and the first WIDTH columns."""
     _, _, _, _, filled = seat
-    if WIDTH == BLOCK:
-        return filled[:, None]
-    else:
-        return filled[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
+    return filled[:, None] & (tl.arange(0, BLOCK) < WIDTH)[None, :]
 
 
 @triton.jit

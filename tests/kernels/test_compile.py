@@ -13,6 +13,8 @@ from awrsr_kernels import compile_report
 from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.compile_report import KINDS, TARGETS, cases, spill_budget
 from awrsr_kernels.launch_config import (
+    RESIDENT,
+    RESIDENT_KERNELS,
     SHORT_KERNELS,
     STEP,
     STEP_TABLE,
@@ -56,6 +58,7 @@ def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dic
     short = {(kernel, *kind) for kernel in SHORT_KERNELS for kind in KINDS}
     plain, refined = [kind for kind in KINDS if kind[0] == "none"], [kind for kind in KINDS if kind[0] != "none"]
     steps = {("decode_step", refinement, False) for refinement in REFINEMENTS}
+    short |= {(kernel, refinement, False) for kernel in RESIDENT_KERNELS for refinement in REFINEMENTS}
     assert found == short | steps | {(k, *kind) for k in tiled for kind in plain} | {(k, *kind) for k in stages for kind in refined}
     assert {row["target"] for row in sample} == set(TARGETS)
 
@@ -64,7 +67,7 @@ def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]
     rows = [row for row in sample if row["target"] == "sm_90"]
     forward = [row for row in rows if "fwd" in row["kernel"]]
     backward = [row for row in rows if row["kernel"] == "short_bwd" and not row["gaussian"]]
-    assert len(forward) == 11 + 14
+    assert len(forward) == 11 + 4 + 14
     assert not any(row["spill_bytes"] for row in rows if row["kernel"] == "decode_step")
     for row in forward:  # but where P is computed beside R
         beside = row["gaussian"] and row["refinement"] == "additive" and row["kernel"] == "tiled_fwd_stage2"
@@ -103,7 +106,7 @@ def test_the_report_leaves_out_no_row_of_the_table() -> None:
             if case.length == STEP:
                 steps.add((case.width, 4 if case.dtype == "float32" else 2))
                 continue
-            kernels = TILED_KERNELS if case.length == TILED else SHORT_KERNELS
+            kernels = {TILED: TILED_KERNELS, RESIDENT: RESIDENT_KERNELS}.get(case.length, SHORT_KERNELS)
             for kernel in kernels if case.refinement != "none" else kernels[:3]:
                 key = Key(kernel, case.length, case.width, 4 if case.dtype == "float32" else 2)
                 assert key_of(kernel, case.length or 1000, (case.width,) * 3, key.itemsize) == key
@@ -188,7 +191,8 @@ def test_lengths_and_batches_compile_nothing_anew() -> None:
     code = """
 from awrsr_kernels.compile_report import CompileCase, compile_case
 for refinement, length, sizes in (
-    ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((200, 4), (513, 1), (1024, 7))),
+    ("simple", 64, ((33, 4), (47, 1), (64, 70), (48, 16))), ("none", 0, ((300, 4), (513, 1), (1024, 7))),
+    ("additive", 256, ((70, 4), (200, 1), (256, 70))),
     ("value", 1, ((200, 4), (513, 1), (1024, 7))),
 ):
     case = CompileCase("sm_90", refinement, "bfloat16", True, length, 64)
@@ -197,4 +201,4 @@ for refinement, length, sizes in (
 """
     done = run(["-c", code])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "3", "3", "1", "1"]  # kernels of a call, and binaries for all calls together
+    assert done.stdout.split() == ["2", "2", "3", "3", "2", "2", "1", "1"]  # kernels of a call, and binaries for all calls together
