@@ -300,10 +300,12 @@ def _resident_bwd_kernel(
     higher_values = higher_values_ptr, out_entry, out_head, out_row  # O_R, or the output
     split, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     kv_head = head // GROUP
-    # The program's scratch: sums over columns, a number per row, and in "additive" what the higher-order weights give dV
+    # The program's scratch: sums over columns (those of the first block of rows never leave the registers), a number per row, and
+    # in "additive" what the higher-order weights give dV
     ROOM: tl.constexpr = BLOCK_D if BLOCK_D > BLOCK_R else BLOCK_R
     height = tl.cdiv(max_len, BLOCK) * BLOCK
-    sums_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (height * (ROOM + 1 + (BLOCK_DV if ADDITIVE else 0)))
+    size = height * (ROOM + 1 + (BLOCK_DV if ADDITIVE else 0)) - BLOCK * ROOM
+    sums_ptr = scratch_ptr + (tl.program_id(0).to(tl.int64) * size - BLOCK * ROOM)
     delta_ptr = sums_ptr + height * ROOM
     dvalues_ptr = delta_ptr + height
     gate = load_gate(gate_ptr, gate_stride, head, ACC)
@@ -375,8 +377,9 @@ def launch_resident_backward(problem: Problem, douts: list[Tensor], saved: list[
         partials = partial_tables(p, splits, p.call.max_len)
         dw_q, dw_k = partials
     dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
-    room = max(p.widths["BLOCK_D"], p.widths["BLOCK_R"]) + 1 + p.widths["BLOCK_DV"] * (p.call.refinement == "additive")
-    scratch = p.q.new_empty(splits * p.heads, ceil_div(p.call.max_len, block) * block, room, dtype=p.accumulator)
+    height, room = ceil_div(p.call.max_len, block) * block, max(p.widths["BLOCK_D"], p.widths["BLOCK_R"])
+    size = height * (room + 1 + p.widths["BLOCK_DV"] * (p.call.refinement == "additive")) - block * room
+    scratch = p.q.new_empty(splits * p.heads, size, dtype=p.accumulator)
     rows = {"dout": douts[0], "dq": dq, "dk": dk_heads, "dv": dv_heads, "dq_a": dq_a, "dk_a": dk_a}
     views = {name: p.view(x) for name, x in rows.items()}
     views |= {name: p.view(x, p.call.per_entry and p.call.varlen) for name, x in (("dw_q", dw_q), ("dw_k", dw_k))}
