@@ -16,8 +16,7 @@ gate C_2 is kept as well, and out_cov = C_P + gate C_R. Refinement "stochastic" 
 (POINTS).
 
 The backward needs O(L): Q_A, K_A, Y or O_P, O_R, their counterparts for covariances, and a log-sum-exp per row and stage, in units
-of log 2. In half precision their rounding errors are kept as well, as [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
-subtracts sums over them from sums over exact weights, and where a row sees only one column the difference must vanish.
+of log 2.
 
 If a batch with lengths also has short sequences, the short kernels run after these and write their rows; padding is written here.
 """
@@ -40,13 +39,11 @@ from .primitives import (
     load_rows,
     load_table,
     load_tile,
-    load_with_rest,
     locate_long,
     padded_seats,
     row_index,
     score_tile,
     seats,
-    store_rest,
     store_tile,
     table_start,
     visible_tile,
@@ -56,12 +53,12 @@ from .problem import Problem
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_fwd_kernel(
-    q, k, v, v_cov, w_q, w_k, added, added_cov, added_rest, q_a, k_a, weighted, weighted_cov, rest, out, out_cov, lse_ptr,
+    q, k, v, v_cov, w_q, w_k, added, added_cov, q_a, k_a, weighted, weighted_cov, out, out_cov, lse_ptr,
     other_q, other_k, other_lse_ptr, other_scale,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, HALF: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -137,7 +134,6 @@ def _tiled_fwd_kernel(
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
     share = (1.0 / total)[:, None]
     padded_seat = padded_seats(entry, start, rows, length, rows_total, not VARLEN)
-    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
         if POINTS:
@@ -145,12 +141,9 @@ def _tiled_fwd_kernel(
             k_a_sum = correlation_points(k_a_sum, R, BLOCK_R)
         store_tile(q_a, head, padded_seat, q_a_sum, R, BLOCK_R)
         store_tile(k_a, head, padded_seat, k_a_sum, R, BLOCK_R)
-        store_rest(rest, head, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
-        store_rest(rest, head, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
     if VALUES:
         sums = sums * (share * drop_scale)  # not applied to weights, which are rounded before the product
         store_tile(weighted, head, padded_seat, sums, DV, BLOCK_DV)
-        store_rest(rest, head, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
         if ADDED:
             gate = load_gate(gate_ptr, gate_stride, head, ACC)
             sums = load_tile(added, head, seat, DV, BLOCK_DV).to(ACC) + gate * sums
@@ -161,21 +154,16 @@ def _tiled_fwd_kernel(
         if other_q is not None:
             cross_sums = cross_sums * (share * drop_scale)
             cov_sums = cross_sums + gate * cov_sums
-            first_sums = load_with_rest(added_cov, added_rest, head, seat, HALF, ACC, DV, BLOCK_DV, 2 * R + DV)
+            first_sums = load_tile(added_cov, head, seat, DV, BLOCK_DV).to(ACC)
             first_sums += gate * cross_sums
             store_tile(added_cov, head, seat, first_sums, DV, BLOCK_DV)
-            store_rest(added_rest, head, seat, first_sums, HALF, DTYPE, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cov_sums
             store_tile(out_cov, head, padded_seat, first_sums, DV, BLOCK_DV)
         store_tile(weighted_cov, head, padded_seat, cov_sums, DV, BLOCK_DV)
-        store_rest(rest, head, seat, cov_sums, HALF, DTYPE, DV, BLOCK_DV, REST + DV)
 
 
-def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
-    """Features of the outputs, "out" and "out_cov", and of all that the backward needs (`keep`); None: a number per row.
-
-    Without `keep` there are no rounding errors, except those that stage 2 reads.
-    """
+def tiled_widths(problem: Problem) -> dict[str, int | None]:
+    """Features of the outputs, "out" and "out_cov", and of all that the backward needs; None: a number per row."""
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
     widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.stochastic else {})
@@ -187,11 +175,6 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
         widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
         widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; in other refinements these are the outputs
-    if p.q.dtype.itemsize == 2 and (keep or (p.call.stochastic and refinement == "additive")):
-        if refinement != "none":
-            widths["higher_rest"] = d_v * len(kinds)
-        meets_values = refinement in ("none", "value", "additive")
-        widths["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
     return widths
 
 
@@ -215,9 +198,6 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     views = dict(p.tensors)
     if not values:
         views["v_cov"] = None
-    rest = buffers.get("higher_rest" if higher else "first_rest")
-    views |= {"rest": views["q"] if rest is None else p.view(rest)}
-    arguments["HALF"] = rest is not None
     groups = {"K_GROUP": p.group, "V_GROUP": p.group}
     if higher:
         views |= {"q": p.view(buffers["q_a"]), "k": p.view(buffers["k_a"])}
@@ -245,7 +225,7 @@ def other_stage_arguments(
 def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
-    buffers = p.buffers(tiled_widths(p, keep))
+    buffers = p.buffers(tiled_widths(p))
     unused, out_cov = p.view(buffers["out"]), p.covariance_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
@@ -262,7 +242,6 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
             _tiled_fwd_kernel, (programs,), tile, p.q.device,
             added=p.view(buffers["first_values"]) if ADDED else unused,
             added_cov=p.covariance_view(buffers.get("first_cov")) if ADDED else None,
-            added_rest=p.covariance_view(buffers.get("first_rest")) if ADDED else None,
             weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), out=unused, out_cov=out_cov, ADDED=ADDED,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip

@@ -32,7 +32,6 @@ from .primitives import (
     load_rows,
     load_table,
     load_tile,
-    load_with_rest,
     locate_long,
     padded_seats,
     row_index,
@@ -48,12 +47,12 @@ from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_rows_kernel(
-    q, k, v, v_cov, w_q, w_k, q_a, k_a, weighted, weighted_cov, rest, dq_a, dk_a, dout, dout_cov, dq,
+    q, k, v, v_cov, w_q, w_k, q_a, k_a, weighted, weighted_cov, dq_a, dk_a, dout, dout_cov, dq,
     other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
     lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -64,7 +63,6 @@ def _tiled_bwd_rows_kernel(
     q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
@@ -80,21 +78,21 @@ def _tiled_bwd_rows_kernel(
     if TABLES:
         dq_a_tile = load_tile(dq_a, head, seat, R, BLOCK_R)  # [BLOCK_M, BLOCK_R]
         dk_a_tile = load_tile(dk_a, head, seat, R, BLOCK_R)
-        space = load_with_rest(q_a, rest, head, seat, HALF, ACC, R, BLOCK_R, 0)
+        space = load_tile(q_a, head, seat, R, BLOCK_R).to(ACC)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
-        space = load_with_rest(k_a, rest, head, seat, HALF, ACC, R, BLOCK_R, R)
+        space = load_tile(k_a, head, seat, R, BLOCK_R).to(ACC)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
         dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        saved = load_with_rest(weighted, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST)
+        saved = load_tile(weighted, head, seat, DV, BLOCK_DV).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
     if v_cov is not None:
         dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
-        saved = load_with_rest(weighted_cov, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST + DV)
+        saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
         delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
         tiles = tl.num_programs(0) // (batch * heads)
@@ -326,7 +324,6 @@ class TiledBackward:
         needed = p.call.stochastic and p.call.refinement == "additive"
         arguments = stage_arguments(p, saved, higher)
         arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
-        rest, half = arguments.pop("rest"), arguments.pop("HALF")
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.covariance_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
         dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
@@ -340,7 +337,7 @@ class TiledBackward:
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
+            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), dq=p.view(dq),
             dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
         )  # fmt: skip
 

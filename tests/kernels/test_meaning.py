@@ -208,22 +208,13 @@ def test_lengths_may_lie_anywhere_in_memory(engine: str, packed: bool, choose: C
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_forward_without_a_backward_gives_the_same(
-    engine: str, kind: Kind, choose: Choose, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tiled kernels then leave out what rounding lost, which only the backward asks for (and one forward, of squared sums)."""
+def test_a_forward_without_a_backward_gives_the_same(engine: str, kind: Kind, choose: Choose) -> None:
     given = kind.draw((2, 2, 20, 8), (20, 3), torch.float16) | {"lengths": torch.tensor([20, 11], device=DEVICE), "dropout_p": 0.2}
-    backend, made = choose(engine), []
-    if engine == "tiled":
-        from awrsr_kernels._triton import tiled
-
-        monkeypatch.setattr(tiled, "tiled_buffers", lambda *a, make=tiled.tiled_buffers: made.append(make(*a)) or made[-1])
+    backend = choose(engine)
     alone = kind.call(**given, dropout_seed=3, backend=backend)
     leaves = {name: x.requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in given.items()}
     beside = kind.call(**leaves, dropout_seed=3, backend=backend)
     assert all(torch.equal(x, beside[name]) and beside[name].requires_grad and not x.requires_grad for name, x in alone.items())
-    rests = [any(name.endswith("rest") for name in buffers) for buffers in made]
-    assert rests == ([kind == Kind("additive", True), True] if made else [])
 
 
 @every_own_engine
