@@ -137,6 +137,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         if engine == "short" and DEVICE == "cpu":  # whatever the size of an element: the interpreter has room
             monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 64)
             monkeypatch.setattr(problem.Problem, "config", short_config)
+        monkeypatch.setattr(problem, "is_resident", lambda *_: False)
         if engine == "tiled":
             monkeypatch.setattr(problem, "is_short", lambda *_: False)
             monkeypatch.setattr(problem, "choose", lambda *_: launch_config.Config(32, 16, 4, 1))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from ..launch_config import Config
 
-View = tuple[Tensor, int, int, int]  # tensor, strides of entries, heads and rows
+View = tuple[Tensor | None, int | None, int | None, int | None]  # tensor, strides of entries, heads and rows
 
 PARTS = ("ptr", "entry", "head", "row")
+NO_VIEW: View = (None, None, None, None)  # of a tensor that a call does not have
 
 # Triton must not specialise kernels for these numbers: other lengths or batch sizes would compile again.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
@@ -24,9 +25,12 @@ def view_of(x: Tensor, packed: bool = False) -> View:
     return x, 0 if packed or entries == 1 else entry, 0 if heads == 1 else head, row
 
 
-def flat(**views: View) -> dict[str, Any]:
-    """Views as kernels take them: NAME_ptr, and the strides NAME_entry, NAME_head and NAME_row."""
-    return {f"{name}_{part}": x for name, view in views.items() for part, x in zip(PARTS, view, strict=True)}
+def flat(**arguments: Any) -> dict[str, Any]:
+    """Arguments as kernels take them: a view NAME as NAME_ptr and the strides NAME_entry, NAME_head and NAME_row."""
+    flattened: dict[str, Any] = {}
+    for name, x in arguments.items():
+        flattened |= {f"{name}_{part}": y for part, y in zip(PARTS, x, strict=True)} if isinstance(x, tuple) else {name: x}
+    return flattened
 
 
 def with_rows(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..launch_config import is_short as is_short_call
 from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
 from ..tuned import tuned_for
-from .launch import View, allocate, ceil_div, view_of, with_rows
+from .launch import NO_VIEW, View, allocate, ceil_div, view_of, with_rows
 
 Result = TypeVar("Result")
 
@@ -110,14 +110,14 @@ class Problem:
         return view_of(x, self.call.varlen if packed is None else packed)
 
     @functools.cached_property
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, View]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
         return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.covariance_view(self.v_cov)}
 
-    def covariance_view(self, x: Tensor | None) -> View | None:
-        """A tensor of covariances; None where attention is not stochastic."""
-        return None if x is None or not self.call.stochastic else self.view(x)
+    def covariance_view(self, x: Tensor | None) -> View:
+        """A tensor of covariances; none where attention is not stochastic."""
+        return NO_VIEW if x is None or not self.call.stochastic else self.view(x)
 
     def scales(self) -> tuple[float, float]:
         """Scales of both stages. Kernels compute half a squared distance (`score_tile`), so its scale is doubled."""
@@ -184,7 +184,7 @@ class Problem:
         """Dtype of offsets within a tile of the short regime: int32 unless a tensor's strides are too large for it."""
         tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
         rows = block if self.bounds is None else max(block, self.rows)
-        widest = max(block * entry + rows * row for _, entry, _, row in map(self.view, tensors))
+        widest = max(block * (entry or 0) + rows * (row or 0) for _, entry, _, row in map(self.view, tensors))
         return tl.int64 if widest >= 2**31 else tl.int32
 
     def processors(self) -> int:

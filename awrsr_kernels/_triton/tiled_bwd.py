@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, allocate, ceil_div, launch
+from .launch import NO_VIEW, RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     before_points,
     dot,
@@ -47,9 +47,15 @@ from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_rows_kernel(
-    q, k, v, v_cov, w_q, w_k, q_a, k_a, weighted, weighted_cov, dq_a, dk_a, dout, dout_cov, dq,
-    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
-    lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, q_a_ptr, q_a_entry, q_a_head, q_a_row, k_a_ptr, k_a_entry, k_a_head, k_a_row,
+    weighted_ptr, weighted_entry, weighted_head, weighted_row,
+    weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dout_ptr, dout_entry, dout_head, dout_row,
+    dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dq_ptr, dq_entry, dq_head, dq_row,
+    other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
+    other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr,
@@ -60,7 +66,16 @@ def _tiled_bwd_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_ptr, _, _, _ = q
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    q_a, k_a = (q_a_ptr, q_a_entry, q_a_head, q_a_row), (k_a_ptr, k_a_entry, k_a_head, k_a_row)
+    weighted = weighted_ptr, weighted_entry, weighted_head, weighted_row
+    weighted_cov = weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dout, dout_cov = (dout_ptr, dout_entry, dout_head, dout_row), (dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row)
+    dq, other_q = (dq_ptr, dq_entry, dq_head, dq_row), (other_q_ptr, other_q_entry, other_q_head, other_q_row)
+    other_k = other_k_ptr, other_k_entry, other_k_head, other_k_row
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     pair = tl.program_id(0) % (batch * heads)
@@ -90,7 +105,7 @@ def _tiled_bwd_rows_kernel(
         dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         saved = load_tile(weighted, head, seat, DV, BLOCK_DV).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
         saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
         delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
@@ -99,7 +114,7 @@ def _tiled_bwd_rows_kernel(
         tl.store(dgate_ptr + pair.to(tl.int64) * tiles + tile, tl.sum(delta, 0))
     tl.store(delta_ptr + at, delta, mask=rows < length)
     lse = load_rows(lse_ptr, at, rows, length)
-    if other_q is not None:
+    if other_q_ptr is not None:
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
@@ -116,9 +131,9 @@ def _tiled_bwd_rows_kernel(
         if VALUES:
             v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
-            if v_cov is not None:
+            if v_cov_ptr is not None:
                 mixed = weights
-                if other_q is not None:
+                if other_q_ptr is not None:
                     other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
                     other = known_softmax_tile(
                         other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
@@ -145,9 +160,14 @@ def _tiled_bwd_rows_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_columns_kernel(
-    q, k, v, v_cov, w_q, w_k, dq_a, dk_a, dout, dout_cov, dv_added, dk, dv, dv_cov,
-    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
-    lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dout_ptr, dout_entry, dout_head, dout_row,
+    dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dv_added_ptr, dv_added_entry, dv_added_head, dv_added_row,
+    dk_ptr, dk_entry, dk_head, dk_row, dv_ptr, dv_entry, dv_head, dv_row, dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row,
+    other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
+    other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
@@ -158,6 +178,15 @@ def _tiled_bwd_columns_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dout, dout_cov = (dout_ptr, dout_entry, dout_head, dout_row), (dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row)
+    dv_added, dk = (dv_added_ptr, dv_added_entry, dv_added_head, dv_added_row), (dk_ptr, dk_entry, dk_head, dk_row)
+    dv, dv_cov = (dv_ptr, dv_entry, dv_head, dv_row), (dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row)
+    other_q = other_q_ptr, other_q_entry, other_q_head, other_q_row
+    other_k = other_k_ptr, other_k_entry, other_k_head, other_k_row
     owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v or both
     pair = tl.program_id(0) % (batch * owners)
     entry, owner = pair // owners, pair % owners
@@ -167,7 +196,6 @@ def _tiled_bwd_columns_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     first_row = (first_column // BLOCK_M) * BLOCK_M if CAUSAL else first_column * 0
@@ -180,7 +208,7 @@ def _tiled_bwd_columns_kernel(
             dv_sum += load_tile(dv_added, owner, column_seat, DV, BLOCK_DV)
     if DISTANCE:
         dscore_sums = tl.zeros((BLOCK_N,), ACC)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         dv_cov_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
         cov_tile = load_tile(v_cov, v_head, column_seat, DV, BLOCK_DV)
     for member in tl.range(GROUP):
@@ -190,7 +218,7 @@ def _tiled_bwd_columns_kernel(
         if TABLES:
             w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
             w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-        if other_q is not None:
+        if other_q_ptr is not None:
             other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
             other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
         if K_GROUP == 1:
@@ -209,9 +237,9 @@ def _tiled_bwd_columns_kernel(
                 dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
                 met = weights
-                if v_cov is not None:
+                if v_cov_ptr is not None:
                     mixed = weights
-                    if other_q is not None:
+                    if other_q_ptr is not None:
                         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
                         other_lse = load_rows(other_lse_ptr, at, rows, length)
                         other = known_softmax_tile(
@@ -225,10 +253,10 @@ def _tiled_bwd_columns_kernel(
                     kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
                     dweights = tl.where(kept, dweights * drop_scale, 0.0)
                     met = tl.where(kept, weights * drop_scale, 0.0)
-                    if dv_cov is not None:
+                    if dv_cov_ptr is not None:
                         mixed = tl.where(kept, mixed * drop_scale, 0.0)
                 dv_sum += dot(tl.trans((met * gate).to(DTYPE)), dout_tile, PRECISION)
-                if dv_cov is not None:
+                if dv_cov_ptr is not None:
                     dv_cov_sum += dot(tl.trans((mixed * mixed).to(DTYPE)), dcov_tile, PRECISION)
             if TABLES:
                 dweights += dot(load_tile(dq_a, head, seat, R, BLOCK_R), tl.trans(w_q_tile), PRECISION)
@@ -252,24 +280,29 @@ def _tiled_bwd_columns_kernel(
         store_tile(dk, owner, padded_seat, dk_sum, D, BLOCK_D)
     if VALUES:
         store_tile(dv, owner, padded_seat, dv_sum, DV, BLOCK_DV)
-    if dv_cov is not None:
+    if dv_cov_ptr is not None:
         store_tile(dv_cov, owner, padded_seat, dv_cov_sum, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_tables_kernel(
-    q, k, dq_a, dk_a, dw_q, dw_k, lse_ptr, bounds_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row,
+    dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
+    lse_ptr, bounds_ptr,
     rows_total, max_len, least, batch, heads, splits, score_scale,
     DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dw_q, dw_k = (dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row), (dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row)
     pair = tl.program_id(0) % (splits * heads)
     split, head = pair // heads, pair % heads
     first_column = (tl.program_id(0) // (splits * heads)) * BLOCK_N
     window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, from the window's first
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     SHIFTED: tl.constexpr = ALIGN_RIGHT and not PER_ENTRY and (VARLEN or bounds_ptr is not None)
@@ -337,8 +370,10 @@ class TiledBackward:
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), dq=p.view(dq),
-            dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            **flat(
+                weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), dq=p.view(dq),
+                dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            ),
         )  # fmt: skip
 
         tile = p.config("tiled_bwd_columns")
@@ -348,9 +383,11 @@ class TiledBackward:
         assert dv is not None
         launch(
             _tiled_bwd_columns_kernel, (tiles * p.batch * p.heads // group,), tile, p.q.device,
-            dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else None,
-            dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
-            GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
+            **flat(
+                dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else NO_VIEW,
+                dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
+                GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
+            ),
         )  # fmt: skip
 
     def launch_tables(self) -> list[Tensor]:
@@ -366,11 +403,13 @@ class TiledBackward:
             dw_q, dw_k = partials
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
-        shared = {name: value for name, value in stage_arguments(p, self.saved, higher=False).items() if name in used}
+        shared = {name: value for name, value in flat(**stage_arguments(p, self.saved, higher=False)).items() if name in used}
         launch(
             _tiled_bwd_tables_kernel, (tiles * splits * p.heads,), tile, p.q.device,
-            dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
-            splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
+            **flat(
+                dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
+                splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
+            ),
         )  # fmt: skip
         return [dw_q, dw_k] if per_entry else sum_tables(p, partials)
 
