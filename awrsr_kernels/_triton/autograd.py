@@ -41,9 +41,11 @@ def launch_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, ca
     problem = Problem(inputs, call)
     douts = [with_rows(dout) for dout in douts]
     if problem.is_short():
-        return launch_short_backward(problem, douts)
+        return launch_short_backward(problem, douts).summed()
     gradients = (launch_resident_backward if problem.is_resident() else launch_tiled_backward)(problem, douts, saved)
-    return launch_short_backward(problem, douts, gradients) if problem.short_reach() else gradients
+    if problem.short_reach():
+        launch_short_backward(problem, douts, gradients)
+    return gradients.summed()
 
 
 def _fake_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:

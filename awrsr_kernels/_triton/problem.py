@@ -24,6 +24,7 @@ from .launch import NO_VIEW, View, allocate, ceil_div, view_of, with_rows
 
 Result = TypeVar("Result")
 
+
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
     """functools.cache, except for symbolic sizes of torch.compile, which have no hash."""
     known = functools.lru_cache(1024)(function)
@@ -93,10 +94,6 @@ class Problem:
     def least(self) -> int:
         """Length of the shortest sequence that the tiled kernels compute."""
         return self.short_reach() + 1
-
-    def sum_dtype(self, like: Tensor) -> torch.dtype:
-        """Dtype of sums over sequences: that of `like`, or the accumulator's if both regimes run: their sums are added later."""
-        return self.accumulator if not self.is_short() and self.short_reach() else like.dtype
 
     def config(self, kernel: str) -> Config:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len

@@ -40,7 +40,7 @@ from .primitives import (
     visible_in_shared_tile,
 )
 from .problem import Problem
-from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
+from .reduce import Gradients
 
 
 @triton.jit
@@ -355,37 +355,25 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
     return outs
 
 
-def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those of the tiled kernels, to be completed."""
-    p = problem
+def launch_short_backward(problem: Problem, douts: list[Tensor], gradients: Gradients | None = None) -> Gradients:
+    """gradients: those in which the kernels of the other regime have written longer sequences."""
+    p, gradients = problem, gradients or Gradients(problem)
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
-    dv_cov = p.covariance_gradient() if tiled is None or not p.call.stochastic else tiled[-1]
-    dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
-    if p.w_q is None:
-        dw_q = dw_k = dq
-    elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients() if tiled is None else tiled[3:5]
-    else:
-        partials = partial_tables(p, splits, block)
-        dw_q, dw_k = partials
-    dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
+    dk, dv, dv_cov = gradients.per_query_head()
+    dw_q, dw_k = gradients.table_parts(splits, block)
     packed_tables = p.call.per_entry and p.call.varlen
+    assert dk is not None and dv is not None
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
         **flat(
             dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
-            dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.covariance_view(dv_cov_heads),
+            dq=p.view(gradients.dq), dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov),
             dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
-            dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
-            SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
+            dgate_ptr=gradients.gate_parts(splits), reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+            SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, BLOCK_L=block, OFFSET=p.offset_type(block, *douts),
             **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
         ),
     )  # fmt: skip
-    tables = [] if p.w_q is None else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
-    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
-    dv_cov = sum_query_heads(p, dv_cov_heads, dv_cov)
-    gradients = in_order(p, items, tables, None if dgate is None else dgate.sum(0), dv_cov)
-    return gradients if tiled is None else add_regimes(p, tiled, gradients)
+    return gradients

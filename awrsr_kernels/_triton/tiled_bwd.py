@@ -41,7 +41,7 @@ from .primitives import (
     table_start,
 )
 from .problem import Problem
-from .reduce import in_order, partial_tables, sum_tables
+from .reduce import Gradients
 from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 
@@ -110,8 +110,7 @@ def _tiled_bwd_rows_kernel(
         saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
         delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
-        tiles = tl.num_programs(0) // (batch * heads)
-        tl.store(dgate_ptr + pair.to(tl.int64) * tiles + tile, tl.sum(delta, 0))
+        tl.store(dgate_ptr + tile.to(tl.int64) * (batch * heads) + pair, tl.sum(delta, 0))
     tl.store(delta_ptr + at, delta, mask=rows < length)
     lse = load_rows(lse_ptr, at, rows, length)
     if other_q_ptr is not None:
@@ -343,10 +342,8 @@ class TiledBackward:
         p = self.problem = problem
         self.saved = dict(zip(tiled_widths(p), saved, strict=True))
         self.delta = p.row_numbers()
-        self.dq, self.dk, self.dv = p.gradients()
-        self.dv_cov = p.covariance_gradient()
-        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (self.dq, self.dq)
-        self.dgate = None
+        g = self.gradients = Gradients(p)
+        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (g.dq, g.dq)
 
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
@@ -359,12 +356,10 @@ class TiledBackward:
         arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.covariance_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
-        dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
+        dq, dk = (self.dq_a, self.dk_a) if higher else (self.gradients.dq, self.gradients.dk)
 
         tile = p.config("tiled_bwd_rows")
         tiles = ceil_div(p.call.max_len, tile.block_m)
-        if higher and p.gate is not None:
-            self.dgate = p.q.new_empty(p.batch, p.heads, tiles, dtype=p.accumulator)
         kept = "higher" if higher else "first"
         weighted, weighted_cov = saved.get(f"{kept}_values", saved["out"]), saved.get(f"{kept}_cov", saved.get("out_cov"))
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
@@ -372,7 +367,8 @@ class TiledBackward:
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
             **flat(
                 weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), dq=p.view(dq),
-                dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+                dgate_ptr=self.gradients.gate_parts(tiles * p.batch) if higher else None,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
             ),
         )  # fmt: skip
 
@@ -390,17 +386,13 @@ class TiledBackward:
             ),
         )  # fmt: skip
 
-    def launch_tables(self) -> list[Tensor]:
-        """dW_q and dW_k: per entry directly; shared ones as partials over splits of the batch, then summed in order."""
+    def launch_tables(self) -> None:
+        """dW_q and dW_k: per entry directly, shared ones as parts of splits of the batch."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
         tiles = ceil_div(p.call.max_len, tile.block_n)
         splits = p.batch if per_entry else p.splits(tiles * p.heads)
-        if per_entry:
-            dw_q, dw_k = p.table_gradients()
-        else:
-            partials = partial_tables(p, splits, p.call.max_len)
-            dw_q, dw_k = partials
+        dw_q, dw_k = self.gradients.table_parts(splits, p.call.max_len)
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
         shared = {name: value for name, value in flat(**stage_arguments(p, self.saved, higher=False)).items() if name in used}
@@ -411,14 +403,13 @@ class TiledBackward:
                 splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
             ),
         )  # fmt: skip
-        return [dw_q, dw_k] if per_entry else sum_tables(p, partials)
 
 
-def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `launch_tiled_forward` returned."""
+def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> Gradients:
+    """saved: what `launch_tiled_forward` returned."""
     p, refinement = problem, problem.call.refinement
     step = TiledBackward(p, saved)
-    dvs = [step.dv, step.dv_cov]
+    dvs = [step.gradients.dv, step.gradients.dv_cov]
     if refinement == "none":
         step.launch_stage(False, douts, dvs)
     elif refinement == "value":
@@ -432,6 +423,6 @@ def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Ten
     else:
         step.launch_stage(True, douts, dvs)
         step.launch_stage(False, douts, dvs)
-    tables = step.launch_tables() if p.w_q is not None else []
-    dgate = None if step.dgate is None else step.dgate.sum((0, 2))
-    return in_order(p, [step.dq, step.dk, step.dv], tables, dgate, step.dv_cov)
+    if p.w_q is not None:
+        step.launch_tables()
+    return step.gradients
