@@ -81,16 +81,21 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        one_gradient("triton", douts)
         tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: under activation checkpointing a second read fails
         inputs, saved = Inputs(*tensors[:size]), list(tensors[size:])
-        with without_autocast(inputs.q.device):
-            if must_dispatch(inputs) or must_dispatch(douts):
-                gradients = iter(backward_op(list(douts), saved, *inputs, *ctx.call))
-            else:
-                gradients = iter(launch_backward(list(douts), saved, inputs, ctx.call))
+        gradients = iter(gradients_of(list(douts), saved, inputs, ctx.call))
         differentiable = inputs._replace(bounds=None, seed=None)
         return *(None if x is None else next(gradients) for x in differentiable), None
+
+
+def gradients_of(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:
+    """`launch_backward`, through the operator where that must be seen."""
+    one_gradient("triton", douts)
+    with without_autocast(inputs.q.device):
+        if must_dispatch(inputs) or must_dispatch(douts) or must_dispatch(saved):
+            gradients: list[Tensor] = backward_op(douts, saved, *inputs, *call)
+            return gradients
+        return launch_backward(douts, saved, inputs, call)
 
 
 def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """Launching a kernel, the views of tensors that kernels take, and memory for results."""
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..launch_config import Config
 View = tuple[Tensor | None, int | None, int | None, int | None]  # tensor, strides of entries, heads and rows
 
 PARTS = ("ptr", "entry", "head", "row")
+recording = threading.local()  # .recorder: the `Recorder` of this thread, if it has one
 NO_VIEW: View = (None, None, None, None)  # of a tensor that a call does not have
 
 # Triton must not specialise kernels for these numbers: other lengths or batch sizes would compile again.
@@ -48,11 +50,14 @@ def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:
     """Run a kernel on `device` under a configuration's warps and stages. Fused multiply-add is pinned, as results depend on it."""
-    if 0 in grid:
-        return
+    recorder = getattr(recording, "recorder", None)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True)
+        if recorder is not None:
+            recorder.launch(kernel, grid, arguments, options)
+        elif 0 not in grid:
+            kernel[grid](**arguments, **options)
 
 
 def ceil_div(a: int, b: int) -> int:

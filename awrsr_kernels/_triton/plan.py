@@ -1,0 +1,192 @@
+"""The plan of a call: what its signature decides, and the way from the caller's tensors straight to the recorded launches.
+
+A `Plan` is made when a call has passed all checks (`backends.run`). Its first use runs the launchers under a `Recorder`, forward
+and backward; later ones repeat the launches (`record.py`). Tensors come and go as the caller has them, so that no view is made:
+results and gradients are allocated in the caller's form, and views in the package's form, (entries, heads, rows, features), are
+made only for the launchers. What cannot be recorded goes to the launchers each time, from here.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks
+from ..call import Call, Inputs
+from ..plans import NUMBERS, PLAIN, SEED, Sight
+from .autograd import gradients_of, launch_backward, launch_forward
+from .record import Launches, Recorder
+
+GATE = Inputs._fields.index("gate")
+BACKWARDS = 8  # recordings of a plan, by the strides of the gradient that comes in
+DIFFERENTIABLE = tuple(name not in ("bounds", "seed") for name in Inputs._fields)
+
+
+class Form(NamedTuple):
+    """How the caller's tensor lies in the package's: its size and strides there, and which of its dimensions are the caller's."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    def inside(self, x: Tensor) -> Tensor:
+        stride = list(self.stride)  # of dimensions that the caller does not have; the others may differ from call to call
+        for dim, own in zip(self.dims, x.stride(), strict=True):
+            stride[dim] = own
+        return x.as_strided(self.size, stride, x.storage_offset())
+
+
+def outside(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A tensor of the package in the caller's form; dimensions that the caller does not have are of size 1."""
+    size, stride = x.shape, x.stride()
+    return x.as_strided([size[d] for d in dims], [stride[d] for d in dims], x.storage_offset())
+
+
+def form_of(given: Tensor, x: Tensor, packed: bool) -> Form | None:
+    """The form of a caller's tensor that is `x` inside; None if x lies elsewhere. packed: x has a row per packed item."""
+    dims = (2, 1, 3) if packed else tuple(range(x.dim() - given.dim(), x.dim()))
+    form = Form(tuple(x.shape), x.stride(), dims)
+    if given.data_ptr() != x.data_ptr() or given.dtype != x.dtype or given.device != x.device:
+        return None
+    agrees = outside(x, dims).stride() == given.stride() and tuple(outside(x, dims).shape) == tuple(given.shape)
+    return form if agrees and given.numel() == x.numel() else None
+
+
+class Plan:
+    """What the signature of a call decides."""
+
+    def __init__(self, forms: list[Form], fields: list[int], call: Call, learns: bool) -> None:
+        self.forms, self.fields, self.call, self.learns = forms, fields, call, learns
+        self.forward: Launches | None = None
+        self.tried = False  # whether the forward was recorded, or cannot be
+        self.backwards: dict[Any, Launches | None] = {}
+        self.out: Form | None = None
+        self.differentiable = [DIFFERENTIABLE[field] for field in fields]
+
+    def __call__(self, sight: Sight) -> Tensor:
+        """The output for a call of this signature."""
+        tensors, pointers = sight.tensors, sight.pointers
+        if self.call.dropout_p:
+            tensors[SEED] = checks.seed(tensors[SEED], tensors[0].device)
+            pointers = [*pointers[:SEED], tensors[SEED].data_ptr()]
+        if tensors[GATE].__class__ in NUMBERS:
+            tensors[GATE] = checks.gate(tensors[GATE], "additive", self.forms[0].size[1], tensors[0])
+            pointers = [*pointers[:GATE], tensors[GATE].data_ptr(), *pointers[GATE + 1 :]]
+        given = [tensors[field] for field in self.fields]
+        addresses = [pointers[field] for field in self.fields]
+        if self.learns:
+            out: Tensor = PlannedAttention.apply(self, addresses, *given)
+            return out
+        return self.results(given, addresses)[0]
+
+    def inputs(self, given: Sequence[Tensor]) -> Inputs:
+        """Views of the caller's tensors in the package's form, each another object."""
+        inside = [form.inside(x) for form, x in zip(self.forms, given, strict=True)]
+        named = {Inputs._fields[field]: x for field, x in zip(self.fields, inside, strict=True)}
+        return Inputs(**{name: named.get(name) for name in Inputs._fields})  # type: ignore[arg-type]  # q, k, v are there
+
+    def results(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
+        """The output, in the caller's form, and what is kept for the backward."""
+        if self.forward is not None:
+            return self.forward.run(given, addresses)
+        inputs, dims = self.inputs(given), self.forms[0].dims
+        if self.tried:
+            out, *kept = launch_forward(inputs, self.call, self.learns)
+            return [outside(out, dims), *kept]
+        with Recorder([x for x in inputs if x is not None]) as recorder:
+            out, *kept = launch_forward(inputs, self.call, self.learns)
+        results = [outside(out, dims), *kept]
+        self.out = Form(tuple(out.shape), out.stride(), dims)
+        self.forward, self.tried = recorder.repeatable(results), True
+        return results
+
+    def gradients(self, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the caller's tensors that have one. saved: those tensors, then what was kept."""
+        everything = [dout, *saved]
+        plain = not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+        if not plain or not all(x.__class__ in PLAIN for x in everything):
+            return self.launch(dout, saved, gradients_of)
+        try:
+            addresses = [x.data_ptr() for x in everything]
+        except RuntimeError:  # a batch of gradients has no memory of its own
+            return self.launch(dout, saved, gradients_of)
+        if dout.is_neg():
+            return self.launch(dout.resolve_neg(), saved, gradients_of)
+        # Hooks on saved tensors may have brought them back in another layout.
+        key = tuple([x.stride() for x in everything] + [address & 15 for address in addresses])
+        known = self.backwards.get(key, self)
+        if known is None:
+            return self.launch(dout, saved, gradients_of)
+        if isinstance(known, Launches):
+            return known.run(everything, addresses)
+        return self.record(key, dout, saved)
+
+    def package_form(self, dout: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Inputs]:
+        assert self.out is not None
+        count = len(self.fields)
+        kept = [self.out.inside(x) if i == 0 else x for i, x in enumerate(saved[count:])]
+        return self.out.inside(dout), kept, self.inputs(saved[:count])
+
+    def launch(self, dout: Tensor, saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
+        """The gradients by the launchers."""
+        dout, kept, inputs = self.package_form(dout, saved)
+        gradients = backward([dout], kept, inputs, self.call)
+        return self.in_form(gradients)
+
+    def in_form(self, gradients: list[Tensor]) -> list[Tensor]:
+        forms = [form for form, has in zip(self.forms, self.differentiable, strict=True) if has]
+        return [outside(x, form.dims) for x, form in zip(gradients, forms, strict=True)]
+
+    def record(self, key: Any, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        dout, kept, inputs = self.package_form(dout, saved)
+        order = [dout, *(x for x in inputs if x is not None), *kept]
+        with Recorder(order) as recorder:
+            gradients = launch_backward([dout], kept, inputs, self.call)
+        results = self.in_form(gradients)
+        if len(self.backwards) >= BACKWARDS:
+            self.backwards.clear()
+        self.backwards[key] = recorder.repeatable(results)
+        return results
+
+
+class PlannedAttention(torch.autograd.Function):
+    """(plan, addresses of the tensors, the tensors of a call as its caller has them) -> output; differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, addresses: list[int], *given: Tensor) -> Tensor:
+        results = plan.results(given, addresses)
+        ctx.plan = plan
+        if len(results) > 1:
+            ctx.save_for_backward(*given, *results)
+        else:
+            ctx.save_for_backward(*given)
+        return results[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        plan = ctx.plan
+        gradients = iter(plan.gradients(dout, ctx.saved_tensors))  # read once: under activation checkpointing a second read fails
+        return None, None, *(next(gradients) if has else None for has in plan.differentiable)
+
+
+def plan_of(sight: Sight, inputs: Inputs, call: Call) -> Plan | None:
+    """The plan of a checked call, None if its tensors are not the caller's own."""
+    if call.stochastic or inputs.v_cov is not None:
+        return None
+    forms, fields = [], []
+    for field, (x, name) in enumerate(zip(inputs, Inputs._fields, strict=True)):
+        if x is None:
+            continue
+        given = sight.tensors[field]
+        if field == SEED or given.__class__ not in PLAIN:
+            given = x  # a seed, and a gate that is a number, become tensors in every call
+        packed = call.varlen and (name in ("q", "k", "v") or (name in ("w_q", "w_k") and call.per_entry))
+        form = form_of(given, x, packed)
+        if form is None:
+            return None
+        forms.append(form)
+        fields.append(field)
+    return Plan(forms, fields, call, inputs.need_gradient())
