@@ -8,7 +8,7 @@ A signature is everything that the checks and the launches depend on, apart from
 dtype, device, alignment and whether it requires a gradient; the options with their types; whether gradients are recorded; the
 generation of the tuner's results. Where the values of lengths can be read for nothing, which is on a CPU, they belong to it too.
 Whatever else may change what a call means sends it along the slow path, without a look: torch.compile, autocast, modes and
-subclasses that dispatch, transforms, forward-mode AD, tracing, tensors whose negation is pending.
+subclasses that dispatch, transforms, forward-mode AD, tracing, tensors whose negation is pending or that have no memory.
 """
 
 import os
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import tuned
 from .torch_state import readable
@@ -25,7 +26,7 @@ from .torch_state import readable
 MOST = 512  # plans that are kept, and as many again that no second call has used
 NUMBERS = (int, float)
 BOUNDS, SEED = 6, 7  # fields of `Inputs`
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, Parameter)
 
 _autocast, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 _transforms, _tracing = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
@@ -56,16 +57,17 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
     pointers = []
     try:
         for x in tensors:
-            kind = x.__class__
             if x is None:
                 parts.append(None)
                 pointers.append(0)
-            elif kind in PLAIN:
-                if x.is_neg():
-                    return None
+                continue
+            kind = x.__class__
+            if kind is Tensor or kind is Parameter:
                 pointer = x.data_ptr()
+                if not pointer or x.is_neg():
+                    return None
                 pointers.append(pointer)
-                parts += (x.shape, x.stride(), x.dtype, x.device, pointer & 15, x.requires_grad)
+                parts += (x.shape, x.stride(), x.dtype, x.get_device(), pointer & 15, x.requires_grad)
             elif kind in NUMBERS:
                 parts += (kind, x if len(pointers) < SEED else 0)  # a seed differs from call to call
                 pointers.append(0)

@@ -11,6 +11,7 @@ import triton
 from triton import knobs
 
 CONSTEXPR = "constexpr"
+_runtime = knobs.runtime
 
 
 class Handle(NamedTuple):
@@ -25,7 +26,7 @@ class Handle(NamedTuple):
 
 def hooked() -> bool:
     """Whether someone, such as a profiler, wants to hear of launches."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 

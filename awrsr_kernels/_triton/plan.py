@@ -7,6 +7,7 @@ made only for the launchers. What cannot be recorded goes to the launchers each 
 """
 
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .. import checks
 from ..call import Call, Inputs
 from ..plans import NUMBERS, PLAIN, SEED, Sight
 from .autograd import gradients_of, launch_backward, launch_forward
-from .record import Launches, Recorder
+from .record import Launches, Recorder, Slot, typed
 
 GATE = Inputs._fields.index("gate")
 BACKWARDS = 8  # recordings of a plan, by the strides of the gradient that comes in
@@ -44,6 +45,11 @@ def outside(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return x.as_strided([size[d] for d in dims], [stride[d] for d in dims], x.storage_offset())
 
 
+def numbered(first: int, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Slot]]:
+    """Tensors that are there, and their slots from `first` on."""
+    return [(x, Slot(first + i, 0, x.dtype)) for i, x in enumerate(x for x in tensors if x is not None)]
+
+
 def form_of(given: Tensor, x: Tensor, packed: bool) -> Form | None:
     """The form of a caller's tensor that is `x` inside; None if x lies elsewhere. packed: x has a row per packed item."""
     dims = (2, 1, 3) if packed else tuple(range(x.dim() - given.dim(), x.dim()))
@@ -63,7 +69,10 @@ class Plan:
         self.tried = False  # whether the forward was recorded, or cannot be
         self.backwards: dict[Any, Launches | None] = {}
         self.out: Form | None = None
+        self.kept: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []  # sizes, strides, dtype
+        self.take = itemgetter(*fields)
         self.differentiable = [DIFFERENTIABLE[field] for field in fields]
+        self.absent = [None] * self.differentiable.count(False)  # bounds and seed come last
 
     def __call__(self, sight: Sight) -> Tensor:
         """The output for a call of this signature."""
@@ -74,8 +83,7 @@ class Plan:
         if tensors[GATE].__class__ in NUMBERS:
             tensors[GATE] = checks.gate(tensors[GATE], "additive", self.forms[0].size[1], tensors[0])
             pointers = [*pointers[:GATE], tensors[GATE].data_ptr(), *pointers[GATE + 1 :]]
-        given = [tensors[field] for field in self.fields]
-        addresses = [pointers[field] for field in self.fields]
+        given, addresses = self.take(tensors), self.take(pointers)
         if self.learns:
             out: Tensor = PlannedAttention.apply(self, addresses, *given)
             return out
@@ -88,18 +96,19 @@ class Plan:
         return Inputs(**{name: named.get(name) for name in Inputs._fields})  # type: ignore[arg-type]  # q, k, v are there
 
     def results(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
-        """The output, in the caller's form, and what is kept for the backward."""
+        """The output, in the caller's form, and what is kept for the backward: tensors, or the one in which they lie."""
         if self.forward is not None:
             return self.forward.run(given, addresses)
         inputs, dims = self.inputs(given), self.forms[0].dims
         if self.tried:
             out, *kept = launch_forward(inputs, self.call, self.learns)
             return [outside(out, dims), *kept]
-        with Recorder([x for x in inputs if x is not None]) as recorder:
+        with Recorder(given, numbered(0, inputs)) as recorder:
             out, *kept = launch_forward(inputs, self.call, self.learns)
         results = [outside(out, dims), *kept]
         self.out = Form(tuple(out.shape), out.stride(), dims)
-        self.forward, self.tried = recorder.repeatable(results), True
+        self.kept = [(tuple(x.shape), x.stride(), x.dtype) for x in kept]
+        self.forward, self.tried = recorder.repeatable(results[:1], kept), True
         return results
 
     def gradients(self, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
@@ -121,13 +130,23 @@ class Plan:
             return self.launch(dout, saved, gradients_of)
         if isinstance(known, Launches):
             return known.run(everything, addresses)
+        if self.kept and not self.in_one_piece(saved):  # the call that recorded the forward
+            return self.launch(dout, saved, gradients_of)
         return self.record(key, dout, saved)
+
+    def in_one_piece(self, saved: Sequence[Tensor]) -> bool:
+        """Whether all that was kept, apart from the output, is one tensor of bytes, as repeated forwards keep it."""
+        return bool(self.kept) and saved[-1].dtype == torch.uint8
 
     def package_form(self, dout: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Inputs]:
         assert self.out is not None
         count = len(self.fields)
-        kept = [self.out.inside(x) if i == 0 else x for i, x in enumerate(saved[count:])]
-        return self.out.inside(dout), kept, self.inputs(saved[:count])
+        out, kept = saved[count : count + 1], list(saved[count + 1 :])
+        if self.in_one_piece(saved):
+            assert self.forward is not None
+            each = zip(self.kept, self.forward.kept, strict=True)
+            kept = [typed(kept[0], offset, dtype).as_strided(size, stride) for (size, stride, dtype), offset in each]
+        return self.out.inside(dout), [*(self.out.inside(x) for x in out), *kept], self.inputs(saved[:count])
 
     def launch(self, dout: Tensor, saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
         """The gradients by the launchers."""
@@ -140,10 +159,13 @@ class Plan:
         return [outside(x, form.dims) for x, form in zip(gradients, forms, strict=True)]
 
     def record(self, key: Any, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        dout, kept, inputs = self.package_form(dout, saved)
-        order = [dout, *(x for x in inputs if x is not None), *kept]
-        with Recorder(order) as recorder:
-            gradients = launch_backward([dout], kept, inputs, self.call)
+        inside, kept, inputs = self.package_form(dout, saved)
+        tensors, last = [dout, *saved], len(saved)
+        views = [(inside, Slot(0, 0, dout.dtype)), *numbered(1, inputs), *numbered(1 + len(self.fields), kept[:1])]
+        if self.forward is not None:
+            views += [(x, Slot(last, at, x.dtype)) for x, at in zip(kept[1:], self.forward.kept, strict=True)]
+        with Recorder(tensors, views) as recorder:
+            gradients = launch_backward([inside], kept, inputs, self.call)
         results = self.in_form(gradients)
         if len(self.backwards) >= BACKWARDS:
             self.backwards.clear()
@@ -165,11 +187,17 @@ class PlannedAttention(torch.autograd.Function):
         return results[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        plan = ctx.plan
-        gradients = iter(plan.gradients(dout, ctx.saved_tensors))  # read once: under activation checkpointing a second read fails
-        return None, None, *(next(gradients) if has else None for has in plan.differentiable)
+        return first_order_only(ctx, dout) if torch.is_grad_enabled() else planned_gradients(ctx, dout)
+
+
+def planned_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    """For the arguments of `PlannedAttention.forward`."""
+    gradients = ctx.plan.gradients(dout, ctx.saved_tensors)  # read once: under activation checkpointing a second read fails
+    return None, None, *gradients, *ctx.plan.absent
+
+
+first_order_only = once_differentiable(planned_gradients)  # where a graph of the gradients is asked for
 
 
 def plan_of(sight: Sight, inputs: Inputs, call: Call) -> Plan | None:

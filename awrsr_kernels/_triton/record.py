@@ -16,19 +16,23 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime import driver
 
 from .handles import Handle, handle_of, hooked
 from .launch import recording
 
+ALIGNMENT = 256  # of allocations that lie in one piece, in bytes
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 class Slot(NamedTuple):
-    number: int  # of an input, or after those of an allocation
+    """Where an argument comes from."""
+
+    number: int  # of a tensor, and after those of an allocation
     offset: int  # in bytes
+    dtype: torch.dtype
 
 
 class Launch(NamedTuple):
@@ -41,11 +45,17 @@ class Launch(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Records the launches of what runs inside, whose inputs are these tensors, of distinct identity."""
+    """Records the launches of what runs inside.
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    Args:
+        tensors: with which these launches can be repeated, later with others in their place.
+        inputs: what the launchers get, views of those, and where each lies among them. Views are told apart by identity, as they
+            may share memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Slot]]) -> None:
         super().__init__()
-        self.inputs = list(inputs)
+        self.tensors, self.inputs = tensors, inputs
         self.made: list[Tensor] = []
         self.launches: list[Launch] = []
         self.complete = True  # whether repeating the launches repeats everything
@@ -78,118 +88,132 @@ class Recorder(TorchDispatchMode):
         self.launches.append(Launch(kernel, grid, constants, known, options, compiled))
 
     def slot(self, x: Tensor) -> Slot | None:
-        """Inputs are told apart by identity, as they may share memory, and allocations by their memory."""
-        for number, each in enumerate(self.inputs):
+        """Where a tensor comes from. Allocations are numbered after the tensors."""
+        for each, slot in self.inputs:
             if x is each:
-                return Slot(number, 0)
-        for number, each in enumerate(self.made):
-            if x.untyped_storage()._cdata == each.untyped_storage()._cdata:
-                return Slot(len(self.inputs) + number, int(x.storage_offset()) * x.itemsize)
+                return slot
+        for number, made in enumerate(self.made):
+            if x.untyped_storage()._cdata == made.untyped_storage()._cdata:
+                return Slot(len(self.tensors) + number, int(x.storage_offset()) * x.itemsize, x.dtype)
         return None
 
-    def repeatable(self, results: Sequence[Tensor]) -> "Launches | None":
-        """What was recorded, to repeat; results: what it returns, in the form in which it is to be allocated."""
-        slots = [self.slot(x) for x in results]
-        own = [slot for slot in slots if slot is not None and slot.number >= len(self.inputs) and not slot.offset]
-        if not self.complete or not self.launches or len({slot.number for slot in own}) < len(results):
+    def repeatable(self, results: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> "Launches | None":
+        """What was recorded, to repeat, if that can be.
+
+        Args:
+            results: what it is to return, in the form in which this is to be allocated.
+            kept: what else is needed later. It lies in one allocation with all that is not, the last result.
+        """
+        slots = [self.slot(x) for x in [*results, *kept]]
+        own = [slot.number - len(self.tensors) for slot in slots if slot is not None and not slot.offset]
+        if not self.complete or not self.launches or len(set(own)) < len(slots) or min(own) < 0:
             return None
-        made = list(self.made)
-        for slot, x in zip(own, results, strict=True):
-            at = slot.number - len(self.inputs)
-            if x.numel() * x.itemsize != made[at].untyped_storage().nbytes():
-                return None
-            made[at] = x
-        return Launches(self.inputs, made, self.launches, [slot.number for slot in own])
+        if any(x.numel() * x.itemsize != self.made[n].untyped_storage().nbytes() for n, x in zip(own, results, strict=False)):
+            return None
+        return Launches(self, dict(zip(own, results, strict=False)), own[len(results) :])
 
 
 class Launches:
     """Allocations and launches, to be repeated with other tensors of the same shapes, strides, dtypes and alignment."""
 
-    def __init__(self, inputs: list[Tensor], made: list[Tensor], launches: list[Launch], results: list[int]) -> None:
-        device = inputs[0].device
+    def __init__(self, recorder: Recorder, results: dict[int, Tensor], kept: list[int]) -> None:
+        tensors, made = recorder.tensors, recorder.made
+        device, first = tensors[0].device, len(tensors)
         self.index = device.index if device.type == "cuda" else None
-        used = {slot.number for launch in launches for slot in launch.slots.values()} | set(results)
-        kept = [number for number in range(len(inputs) + len(made)) if number < len(inputs) or number in used]
-        place = {number: i for i, number in enumerate(kept)}
-        self.results = [place[number] - len(inputs) for number in results]
-        self.memory = [_allocation(x, inputs) for i, x in enumerate(made) if len(inputs) + i in place]
+        self.memory = [_allocation(x, tensors) for x in results.values()]
+        ran = [launch for launch in recorder.launches if 0 not in launch.grid]
+        # All other memory is one piece, with an offset for each allocation
+        used = {slot.number - first for launch in ran for slot in launch.slots.values()}
+        offsets, total = {}, 0
+        for number, x in enumerate(made):
+            if number not in results and (number in used or number in kept):
+                offsets[number] = total
+                total += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+        if total:
+            self.memory.append((None, partial(torch.empty_strided, (total,), (1,), dtype=torch.uint8, device=device)))
+        self.kept = [offsets[number] for number in kept]
+        self.returned = len(results) + bool(kept)
+        order = {number: first + i for i, number in enumerate(results)}
+
+        def place(slot: Slot) -> Slot:
+            number = slot.number - first
+            if number in offsets:
+                return slot._replace(number=first + len(results), offset=slot.offset + offsets[number])
+            return slot if number < 0 else slot._replace(number=order[number])
+
         self.launches = [
-            launch._replace(slots={name: Slot(place[at], offset) for name, (at, offset) in launch.slots.items()}, compiled=None)
-            for launch in launches
-            if 0 not in launch.grid
+            launch._replace(slots={name: place(slot) for name, slot in launch.slots.items()}, compiled=None) for launch in ran
         ]
         # One list of values serves every launch: addresses, then addresses with an offset, then constants
-        self.offsets = sorted({slot for launch in self.launches for slot in launch.slots.values() if slot.offset})
+        self.count = first + len(self.memory)
+        self.offsets = sorted({slot[:2] for launch in self.launches for slot in launch.slots.values() if slot.offset})
         self.constants: list[Any] = []
         self.handles: list[tuple[Handle, Callable[[list[Any]], tuple[Any, ...]]]] | None = None
-        ran = [launch.compiled for launch in launches if 0 not in launch.grid]
-        handles = [handle_of(launch.kernel, launch.grid, compiled) for launch, compiled in zip(self.launches, ran, strict=True)]
-        if all(handle is not None for handle in handles):
-            count = len(kept)
-            self.handles = [
-                (handle, self._pick(launch, handle.names, count))
-                for launch, handle in zip(self.launches, handles, strict=True)
-                if handle is not None
-            ]
+        handles = [handle_of(launch.kernel, launch.grid, launch.compiled) for launch in ran]
+        if None not in handles:
+            both = zip(self.launches, handles, strict=True)
+            self.handles = [(handle, self._pick(launch, handle.names)) for launch, handle in both if handle is not None]
+            self.stream_of, self.stream_index = driver.active.get_current_stream, driver.active.get_current_device()
 
-    def _pick(self, launch: Launch, names: Sequence[str], count: int) -> Callable[[list[Any]], tuple[Any, ...]]:
+    def _pick(self, launch: Launch, names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
         """A function that takes a launch's arguments out of the list of values."""
         places = []
         for name in names:
             if name in launch.slots:
                 slot = launch.slots[name]
-                places.append(count + self.offsets.index(slot) if slot.offset else slot.number)
+                places.append(self.count + self.offsets.index(slot[:2]) if slot.offset else slot.number)
             else:
-                places.append(count + len(self.offsets) + len(self.constants))
+                places.append(self.count + len(self.offsets) + len(self.constants))
                 self.constants.append(launch.constants[name])
         return itemgetter(*places)
 
     def run(self, tensors: Sequence[Tensor], pointers: Sequence[int]) -> list[Tensor]:
-        """The results for these inputs. pointers: their addresses."""
-        made = []
-        for like, allocate in self.memory:
-            made.append(allocate() if like is None else torch.empty_like(tensors[like]))
-        if self.index is not None and self.index != torch.cuda.current_device():
-            with torch.cuda.device(self.index):
-                self._run(tensors, pointers, made)
-        else:
-            self._run(tensors, pointers, made)
-        return [made[number] for number in self.results]
-
-    def _run(self, tensors: Sequence[Tensor], pointers: Sequence[int], made: list[Tensor]) -> None:
+        """The results for these tensors, which lie at `pointers`."""
+        made = [allocate() if like is None else empty_like(tensors[like]) for like, allocate in self.memory]
         if self.handles is None or hooked():
-            return self.run_by_grid([*tensors, *made])
-        values = [*pointers, *(x.data_ptr() for x in made)]
+            self.run_by_grid([*tensors, *made])
+        elif self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                self.run_by_handle(pointers, made)
+        else:
+            self.run_by_handle(pointers, made)
+        return made[: self.returned]
+
+    def run_by_handle(self, pointers: Sequence[int], made: list[Tensor]) -> None:
+        values = [*pointers, *[x.data_ptr() for x in made]]
         if self.offsets:
             values += [values[number] + offset for number, offset in self.offsets]
         values += self.constants
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device() if self.index is None else self.index)
-        for (call, grid, fixed, _, packed), pick in self.handles:
+        stream = self.stream_of(self.stream_index)
+        assert self.handles is not None
+        for (call, (x, y, z), fixed, _, packed), pick in self.handles:
             if packed:
-                call(*grid, stream, *fixed, pick(values))
+                call(x, y, z, stream, *fixed, pick(values))
             else:
-                call(*grid, stream, *fixed, *pick(values))
-        return None
+                call(x, y, z, stream, *fixed, *pick(values))
 
     def run_by_grid(self, tensors: Sequence[Tensor]) -> None:
         """The same launches by `kernel[grid]`, the path that always works."""
-        for launch in self.launches:
-            filled = {name: _at(tensors[number], offset) for name, (number, offset) in launch.slots.items()}
-            launch.kernel[launch.grid](**launch.constants, **filled, **launch.options)
+        elsewhere = self.index is not None and self.index != torch.cuda.current_device()
+        with torch.cuda.device(self.index) if elsewhere else contextlib.nullcontext():
+            for launch in self.launches:
+                filled = {name: typed(tensors[number], offset, dtype) for name, (number, offset, dtype) in launch.slots.items()}
+                launch.kernel[launch.grid](**launch.constants, **filled, **launch.options)
 
 
-def _at(x: Tensor, offset: int) -> Tensor:
-    """A tensor that begins so many bytes later; kernels only read its address and dtype."""
-    return x if not offset else x.as_strided((1,), (1,), x.storage_offset() + offset // x.itemsize)
+def typed(x: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that begins so many bytes later; of a kernel's argument only address and dtype matter."""
+    if x.dtype == dtype and not offset:
+        return x
+    flat = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).view(torch.uint8)
+    return flat[x.storage_offset() * x.itemsize + offset :].view(dtype)
 
 
-def _allocation(x: Tensor, inputs: list[Tensor]) -> tuple[int | None, Callable[[], Tensor]]:
-    """How to allocate memory like x: the number of an input that it is like, as this is fastest, or a function."""
+def _allocation(x: Tensor, tensors: Sequence[Tensor]) -> tuple[int | None, Callable[[], Tensor]]:
+    """How to allocate memory like x: the number of a tensor that it is like, as this is fastest, or a function."""
     size, stride, dtype = tuple(x.shape), x.stride(), x.dtype
-    for number, each in enumerate(inputs):
-        if each.dtype == dtype and tuple(each.shape) == size:
-            with contextlib.suppress(RuntimeError):
-                if torch.empty_like(each).stride() == stride:
-                    return number, partial(torch.empty_strided, size, stride, dtype=dtype, device=x.device)
-    return None, partial(torch.empty_strided, size, stride, dtype=dtype, device=x.device)
+    allocate = partial(torch.empty_strided, size, stride, dtype=dtype, device=x.device)
+    for number, each in enumerate(tensors):
+        if each.dtype == dtype and tuple(each.shape) == size and torch.empty_like(each).stride() == stride:
+            return number, allocate
+    return None, allocate
