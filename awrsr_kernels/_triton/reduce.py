@@ -174,16 +174,17 @@ class Gradients:
         """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov."""
         p, (w_q, w_k), gate = self.problem, (self.problem.w_q, self.problem.w_k), self.problem.gate
         if p.group > 1 and self.of_heads[0] is not self.dk:
-            self._sum_query_heads()
+            self.sum_query_heads()
         if w_q is not None and w_k is not None and not p.call.per_entry:
             self.tables = [w_q.new_empty(w_q.shape), w_k.new_empty(w_k.shape)]
         dgate = None if gate is None else gate.new_empty(gate.shape)
         if self.partials or dgate is not None:
-            self._sum_partials(dgate)
+            self.sum_partials(dgate)
         found = [self.dq, self.dk, self.dv, *self.tables, dgate, self.dv_cov]
         return [x for x in found if x is not None]
 
-    def _sum_partials(self, dgate: Tensor | None) -> None:
+    def sum_partials(self, dgate: Tensor | None) -> None:
+        """Sum the parts of shared tables and of the gate, of one regime or two, in one launch."""
         p, shared = self.problem, shares_tables(self.problem)
         parts, more = [*self.partials, None, None][:2]
         gates, more_gates = [*self.gates, None, None][:2]
@@ -202,7 +203,7 @@ class Gradients:
             DOUBLE=p.q.dtype.itemsize == 8, R=p.rank, PARTS=SUMS.block_m, BLOCK=SUMS.block_n,
         )  # fmt: skip
 
-    def _sum_query_heads(self) -> None:
+    def sum_query_heads(self) -> None:
         p, (dk, dv, dv_cov) = self.problem, self.of_heads
         assert dk is not None and dv is not None
         lines, block = self.dk.shape[0] * p.kv_heads * p.rows, 16
