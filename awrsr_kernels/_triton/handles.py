@@ -15,13 +15,17 @@ _runtime = knobs.runtime
 
 
 class Handle(NamedTuple):
-    """call(*grid, stream, *fixed, arguments), or with the arguments one by one if not `packed`; names: the arguments."""
+    """call(*grid, stream, *fixed, arguments), or with the arguments one by one if not `packed`.
+
+    names: the arguments. compiled: Triton unloads a kernel that nobody holds.
+    """
 
     call: Callable[..., Any]
     grid: tuple[int, int, int]
     fixed: tuple[Any, ...]
     names: tuple[str, ...]
     packed: bool
+    compiled: Any
 
 
 def hooked() -> bool:
@@ -53,7 +57,7 @@ def _handle_3_9(launcher: Any, compiled: Any, grid: tuple[int, int, int], names:
         None, None, None, None, None, annotations, launcher.kernel_signature,
     )  # fmt: skip
     names = tuple(name for name, runtime in zip(names, given, strict=True) if runtime)
-    return Handle(launcher.launch, grid, fixed, names, packed=True)
+    return Handle(launcher.launch, grid, fixed, names, packed=True, compiled=compiled)
 
 
 def _handle_3_6(launcher: Any, compiled: Any, grid: tuple[int, int, int], names: tuple[str, ...]) -> Handle:
@@ -62,4 +66,4 @@ def _handle_3_6(launcher: Any, compiled: Any, grid: tuple[int, int, int], names:
         compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None, compiled.packed_metadata,
         None, None, None,
     )  # fmt: skip
-    return Handle(launcher.launch, grid, fixed, names, packed=False)
+    return Handle(launcher.launch, grid, fixed, names, packed=False, compiled=compiled)

@@ -139,6 +139,7 @@ class Plan:
         return bool(self.kept) and saved[-1].dtype == torch.uint8
 
     def package_form(self, dout: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Inputs]:
+        """The gradient of the output, what was kept, and the inputs, as launchers take them."""
         assert self.out is not None
         count = len(self.fields)
         out, kept = saved[count : count + 1], list(saved[count + 1 :])
@@ -146,7 +147,12 @@ class Plan:
             assert self.forward is not None
             each = zip(self.kept, self.forward.kept, strict=True)
             kept = [typed(kept[0], offset, dtype).as_strided(size, stride) for (size, stride, dtype), offset in each]
-        return self.out.inside(dout), [*(self.out.inside(x) for x in out), *kept], self.inputs(saved[:count])
+        kept = [*map(self.out.inside, out), *kept]
+        strides = [self.out.stride, *(stride for _, stride, _ in self.kept)]  # launchers rely on them, hooks may have changed them
+        for i, (x, stride) in enumerate(zip(kept, strides, strict=False)):
+            if x.stride() != stride:
+                kept[i] = x.new_empty_strided(x.shape, stride).copy_(x)
+        return self.out.inside(dout), kept, self.inputs(saved[:count])
 
     def launch(self, dout: Tensor, saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
         """The gradients by the launchers."""

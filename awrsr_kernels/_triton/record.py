@@ -186,7 +186,7 @@ class Launches:
         values += self.constants
         stream = self.stream_of(self.stream_index)
         assert self.handles is not None
-        for (call, (x, y, z), fixed, _, packed), pick in self.handles:
+        for (call, (x, y, z), fixed, _, packed, _), pick in self.handles:
             if packed:
                 call(x, y, z, stream, *fixed, pick(values))
             else:
