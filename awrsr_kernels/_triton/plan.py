@@ -175,7 +175,8 @@ class Plan:
         results = self.in_form(gradients)
         if len(self.backwards) >= BACKWARDS:
             self.backwards.clear()
-        self.backwards[key] = recorder.repeatable(results)
+        copied = any(x.data_ptr() != out.data_ptr() for x, out in zip(kept[:1], saved[len(self.fields) :], strict=False))
+        self.backwards[key] = None if copied else recorder.repeatable(results)
         return results
 
 
