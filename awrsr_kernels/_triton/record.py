@@ -153,7 +153,8 @@ class Launches:
         if None not in handles:
             both = zip(self.launches, handles, strict=True)
             self.handles = [(handle, self._pick(launch, handle.names)) for launch, handle in both if handle is not None]
-            self.stream_of, self.stream_index = driver.active.get_current_stream, driver.active.get_current_device()
+            self.stream_of = driver.active.get_current_stream
+            self.stream_index = driver.active.get_current_device() if self.index is None else self.index
 
     def _pick(self, launch: Launch, names: Sequence[str]) -> Callable[[list[Any]], tuple[Any, ...]]:
         """A function that takes a launch's arguments out of the list of values."""

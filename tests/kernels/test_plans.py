@@ -90,8 +90,11 @@ def test_repeated_calls_give_the_bits_of_the_first(name: str, repeated: list[Lau
         again = results(work)
         assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, again, strict=True)), times
     assert len(repeated) >= 3 and len(set(map(id, repeated))) == 2
-    with torch.no_grad():
-        assert all(torch.equal(work[0](), first[0]) for _ in range(3))
+    for mode in (torch.no_grad, torch.inference_mode):
+        before = len(repeated)
+        with mode():
+            assert all(torch.equal(work[0](), first[0]) for _ in range(3))
+        assert len(repeated) > before
 
 
 def test_tensors_may_change_places_and_contents(repeated: list[Launches]) -> None:
