@@ -97,10 +97,9 @@ def _promoted(signature: Any) -> Any:
 
 
 def remember(signature: Any, plan: Any) -> None:
-    """Keep a plan for the next call of this signature; None: there cannot be one."""
-    if plan is not None:
-        with _lock:
-            _insert(_new, signature, plan)
+    """Keep a plan for the next call of this signature."""
+    with _lock:
+        _insert(_new, signature, plan)
 
 
 def _insert(plans: dict[Any, Any], signature: Any, plan: Any) -> None:

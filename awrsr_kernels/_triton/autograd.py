@@ -22,12 +22,13 @@ from .tiled import launch_tiled_forward, tiled_widths
 from .tiled_bwd import launch_tiled_backward
 
 
-def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
-    """The outputs, (entries, H, rows, D_v), then, with `keep` in the tiled regime, what its backward needs besides the inputs.
+def launch_forward(inputs: Inputs, call: Call, keep: bool, together: bool = False) -> list[Tensor]:
+    """The outputs, (entries, H, rows, D_v), then, with `keep`, what a tiled or resident backward needs besides the inputs.
 
+    With `together` all that is kept lies in one piece of memory, which an operator's results may not.
     A call whose lengths vary may run in both regimes: first long sequences in the tiled one, then short ones in the other.
     """
-    problem = Problem(inputs, call)
+    problem = Problem(inputs, call, together)
     if problem.is_short():
         return launch_short_forward(problem)
     results = (launch_resident_forward if problem.is_resident() else launch_tiled_forward)(problem, keep)

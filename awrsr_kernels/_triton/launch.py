@@ -43,9 +43,14 @@ def with_rows(x: Tensor) -> Tensor:
 def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised (entries, heads, rows, features) in the memory order of `like`: (heads, rows) or (rows, heads)."""
     entries, rows = like.shape[0], like.shape[2]
-    if varlen or like.stride(1) < like.stride(2):
+    if heads_inside(like, varlen):
         return like.new_empty(entries, rows, heads, features, dtype=dtype).transpose(1, 2)
     return like.new_empty(entries, heads, rows, features, dtype=dtype)
+
+
+def heads_inside(like: Tensor, varlen: bool) -> bool:
+    """Whether memory order is (rows, heads) rather than (heads, rows)."""
+    return varlen or like.stride(1) < like.stride(2)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.device, **arguments: Any) -> None:

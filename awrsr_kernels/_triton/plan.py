@@ -1,11 +1,12 @@
 """The plan of a call: what its signature decides, and the way from the caller's tensors straight to the recorded launches.
 
-A `Plan` is made when a call has passed all checks (`backends.run`). Its first use runs the launchers under a `Recorder`, forward
-and backward; later ones repeat the launches (`record.py`). Tensors come and go as the caller has them, so that no view is made:
-results and gradients are allocated in the caller's form, and views in the package's form, (entries, heads, rows, features), are
-made only for the launchers. What cannot be recorded goes to the launchers each time, from here.
+A `Plan` is made when a call has passed all checks (`backends.run`), and runs it. The second call runs the launchers under a
+`Recorder`, forward and backward; later ones repeat the launches (`record.py`). Tensors come and go as the caller has them, so that
+no view is made: results and gradients are allocated in the caller's form, and views in the package's form, (entries, heads, rows,
+features), are made only for the launchers. What cannot be recorded goes to the launchers each time, from here.
 """
 
+import contextlib
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from .. import checks
 from ..call import Call, Inputs
 from ..plans import NUMBERS, PLAIN, SEED, Sight
 from .autograd import gradients_of, launch_backward, launch_forward
-from .record import Launches, Recorder, Slot, typed
+from .record import Launches, Recorder, Slot, bytes_of, typed
 
 GATE = Inputs._fields.index("gate")
 BACKWARDS = 8  # recordings of a plan, by the strides of the gradient that comes in
@@ -37,6 +38,15 @@ class Form(NamedTuple):
         for dim, own in zip(self.dims, x.stride(), strict=True):
             stride[dim] = own
         return x.as_strided(self.size, stride, x.storage_offset())
+
+
+class Kept(NamedTuple):
+    """Where a tensor that the backward needs lies in the piece of memory that is kept."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int  # in bytes
 
 
 def outside(x: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -66,10 +76,10 @@ class Plan:
     def __init__(self, forms: list[Form], fields: list[int], call: Call, learns: bool) -> None:
         self.forms, self.fields, self.call, self.learns = forms, fields, call, learns
         self.forward: Launches | None = None
-        self.tried = False  # whether the forward was recorded, or cannot be
+        self.calls = 0  # so far: the first just runs, the second is recorded
         self.backwards: dict[Any, Launches | None] = {}
         self.out: Form | None = None
-        self.kept: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = []  # sizes, strides, dtype
+        self.kept: list[Kept] = []
         self.take = itemgetter(*fields)
         self.differentiable = [DIFFERENTIABLE[field] for field in fields]
         self.absent = [None] * self.differentiable.count(False)  # bounds and seed come last
@@ -96,19 +106,22 @@ class Plan:
         return Inputs(**{name: named.get(name) for name in Inputs._fields})  # type: ignore[arg-type]  # q, k, v are there
 
     def results(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
-        """The output, in the caller's form, and what is kept for the backward: tensors, or the one in which they lie."""
+        """The output, in the caller's form, and if the backward needs more than the inputs, a piece of memory with the rest.
+
+        It is so in every call of a signature, as activation checkpointing compares what is saved.
+        """
         if self.forward is not None:
             return self.forward.run(given, addresses)
-        inputs, dims = self.inputs(given), self.forms[0].dims
-        if self.tried:
-            out, *kept = launch_forward(inputs, self.call, self.learns)
-            return [outside(out, dims), *kept]
-        with Recorder(given, numbered(0, inputs)) as recorder:
-            out, *kept = launch_forward(inputs, self.call, self.learns)
-        results = [outside(out, dims), *kept]
-        self.out = Form(tuple(out.shape), out.stride(), dims)
-        self.kept = [(tuple(x.shape), x.stride(), x.dtype) for x in kept]
-        self.forward, self.tried = recorder.repeatable(results[:1], kept), True
+        inputs, self.calls = self.inputs(given), self.calls + 1
+        with Recorder(given, numbered(0, inputs)) if self.calls == 2 else contextlib.nullcontext() as recorder:
+            out, *kept = launch_forward(inputs, self.call, self.learns, together=True)
+        results = [outside(out, self.forms[0].dims)]
+        if kept:
+            results.append(bytes_of(kept[0]))
+        self.out = Form(tuple(out.shape), out.stride(), self.forms[0].dims)
+        self.kept = [Kept(tuple(x.shape), x.stride(), x.dtype, int(x.storage_offset()) * x.itemsize) for x in kept]
+        if recorder is not None:
+            self.forward = recorder.repeatable(results)
         return results
 
     def gradients(self, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
@@ -126,32 +139,22 @@ class Plan:
         # Hooks on saved tensors may have brought them back in another layout.
         key = tuple([x.stride() for x in everything] + [address & 15 for address in addresses])
         known = self.backwards.get(key, self)
-        if known is None:
+        if known is None or self.forward is None:
             return self.launch(dout, saved, gradients_of)
         if isinstance(known, Launches):
             return known.run(everything, addresses)
-        if self.kept and not self.in_one_piece(saved):  # the call that recorded the forward
-            return self.launch(dout, saved, gradients_of)
         return self.record(key, dout, saved)
 
-    def in_one_piece(self, saved: Sequence[Tensor]) -> bool:
-        """Whether all that was kept, apart from the output, is one tensor of bytes, as repeated forwards keep it."""
-        return bool(self.kept) and saved[-1].dtype == torch.uint8
-
     def package_form(self, dout: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Inputs]:
-        """The gradient of the output, what was kept, and the inputs, as launchers take them."""
+        """The gradient of the output, the output and the rest if they were kept, and the inputs, as launchers take them."""
         assert self.out is not None
         count = len(self.fields)
-        out, kept = saved[count : count + 1], list(saved[count + 1 :])
-        if self.in_one_piece(saved):
-            assert self.forward is not None
-            each = zip(self.kept, self.forward.kept, strict=True)
-            kept = [typed(kept[0], offset, dtype).as_strided(size, stride) for (size, stride, dtype), offset in each]
-        kept = [*map(self.out.inside, out), *kept]
-        strides = [self.out.stride, *(stride for _, stride, _ in self.kept)]  # launchers rely on them, hooks may have changed them
-        for i, (x, stride) in enumerate(zip(kept, strides, strict=False)):
-            if x.stride() != stride:
-                kept[i] = x.new_empty_strided(x.shape, stride).copy_(x)
+        kept = []
+        if self.kept:
+            out, piece = self.out.inside(saved[count]), saved[count + 1]
+            if out.stride() != self.out.stride:  # launchers take its layout for that of the rest, and hooks may have changed it
+                out = out.new_empty_strided(out.shape, self.out.stride).copy_(out)
+            kept = [out, *(typed(piece, x.offset, x.dtype).as_strided(x.size, x.stride) for x in self.kept)]
         return self.out.inside(dout), kept, self.inputs(saved[:count])
 
     def launch(self, dout: Tensor, saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
@@ -166,10 +169,9 @@ class Plan:
 
     def record(self, key: Any, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
         inside, kept, inputs = self.package_form(dout, saved)
-        tensors, last = [dout, *saved], len(saved)
+        tensors = [dout, *saved]
         views = [(inside, Slot(0, 0, dout.dtype)), *numbered(1, inputs), *numbered(1 + len(self.fields), kept[:1])]
-        if self.forward is not None:
-            views += [(x, Slot(last, at, x.dtype)) for x, at in zip(kept[1:], self.forward.kept, strict=True)]
+        views += [(x, Slot(len(saved), known.offset, known.dtype)) for x, known in zip(kept[1:], self.kept, strict=True)]
         with Recorder(tensors, views) as recorder:
             gradients = launch_backward([inside], kept, inputs, self.call)
         results = self.in_form(gradients)

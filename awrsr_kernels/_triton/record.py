@@ -22,8 +22,8 @@ from triton.runtime import driver
 
 from .handles import Handle, handle_of, hooked
 from .launch import recording
+from .problem import PIECE
 
-ALIGNMENT = 256  # of allocations that lie in one piece, in bytes
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
@@ -97,42 +97,36 @@ class Recorder(TorchDispatchMode):
                 return Slot(len(self.tensors) + number, int(x.storage_offset()) * x.itemsize, x.dtype)
         return None
 
-    def repeatable(self, results: Sequence[Tensor], kept: Sequence[Tensor] = ()) -> "Launches | None":
-        """What was recorded, to repeat, if that can be.
-
-        Args:
-            results: what it is to return, in the form in which this is to be allocated.
-            kept: what else is needed later. It lies in one allocation with all that is not, the last result.
-        """
-        slots = [self.slot(x) for x in [*results, *kept]]
+    def repeatable(self, results: Sequence[Tensor]) -> "Launches | None":
+        """What was recorded, to repeat, if that can be. results: what it returns, in the form in which this is to be allocated."""
+        slots = [self.slot(x) for x in results]
         own = [slot.number - len(self.tensors) for slot in slots if slot is not None and not slot.offset]
         if not self.complete or not self.launches or len(set(own)) < len(slots) or min(own) < 0:
             return None
-        if any(x.numel() * x.itemsize != self.made[n].untyped_storage().nbytes() for n, x in zip(own, results, strict=False)):
+        if any(x.numel() * x.itemsize != self.made[n].untyped_storage().nbytes() for n, x in zip(own, results, strict=True)):
             return None
-        return Launches(self, dict(zip(own, results, strict=False)), own[len(results) :])
+        return Launches(self, dict(zip(own, results, strict=True)))
 
 
 class Launches:
     """Allocations and launches, to be repeated with other tensors of the same shapes, strides, dtypes and alignment."""
 
-    def __init__(self, recorder: Recorder, results: dict[int, Tensor], kept: list[int]) -> None:
+    def __init__(self, recorder: Recorder, results: dict[int, Tensor]) -> None:
         tensors, made = recorder.tensors, recorder.made
         device, first = tensors[0].device, len(tensors)
         self.index = device.index if device.type == "cuda" else None
         self.memory = [_allocation(x, tensors) for x in results.values()]
+        self.returned = len(results)
         ran = [launch for launch in recorder.launches if 0 not in launch.grid]
-        # All other memory is one piece, with an offset for each allocation
+        # Scratch memory is one piece, with an offset for each allocation
         used = {slot.number - first for launch in ran for slot in launch.slots.values()}
         offsets, total = {}, 0
         for number, x in enumerate(made):
-            if number not in results and (number in used or number in kept):
+            if number not in results and number in used:
                 offsets[number] = total
-                total += -(-x.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT
+                total += -(-x.untyped_storage().nbytes() // PIECE) * PIECE
         if total:
             self.memory.append((None, partial(torch.empty_strided, (total,), (1,), dtype=torch.uint8, device=device)))
-        self.kept = [offsets[number] for number in kept]
-        self.returned = len(results) + bool(kept)
         order = {number: first + i for i, number in enumerate(results)}
 
         def place(slot: Slot) -> Slot:
@@ -204,10 +198,13 @@ class Launches:
 
 def typed(x: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
     """A tensor that begins so many bytes later; of a kernel's argument only address and dtype matter."""
-    if x.dtype == dtype and not offset:
-        return x
-    flat = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0).view(torch.uint8)
-    return flat[x.storage_offset() * x.itemsize + offset :].view(dtype)
+    return x if x.dtype == dtype and not offset else bytes_of(x)[offset:].view(dtype)
+
+
+def bytes_of(x: Tensor) -> Tensor:
+    """The memory of a tensor from its first element on, as bytes."""
+    count = x.untyped_storage().nbytes() // x.itemsize - int(x.storage_offset())
+    return x.as_strided((count,), (1,), x.storage_offset()).view(torch.uint8)
 
 
 def _allocation(x: Tensor, tensors: Sequence[Tensor]) -> tuple[int | None, Callable[[], Tensor]]:

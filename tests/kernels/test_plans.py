@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from awrsr_kernels import plans, refined_attention, refined_attention_varlen, tuned
 from awrsr_kernels.launch_config import TABLE, Key
@@ -242,6 +243,17 @@ def test_saved_tensors_that_come_back_in_another_layout() -> None:
         with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
             found = results(work)
         torch.testing.assert_close(found, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["short", "both", "tiled"])
+def test_checkpoints_from_the_first_call_on(name: str) -> None:
+    """Forward and recomputation save the same, whichever calls of a signature they are."""
+    call, inputs, dout = CALLS[name]()
+    found = []
+    for _ in range(3):
+        out = checkpoint(lambda *_: call(), *inputs, use_reentrant=False)
+        found.append(torch.autograd.grad(out, inputs, dout))
+    assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))
 
 
 def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before() -> None:
