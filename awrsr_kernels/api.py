@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from . import checks, habits, jagged
+from . import checks, habits, jagged, plans
 from .backends import run
 from .call import Call, Inputs
 from .reference import reference_weights
@@ -82,6 +82,14 @@ def refined_attention(
     """
     if unknown:
         habits.refuse(refined_attention, unknown)
+    decisive = (
+        "padded", refinement, causal.__class__, causal, padding_side, align, softmax_scale.__class__, softmax_scale,
+        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p,
+    )  # fmt: skip
+    sight = plans.look([q, k, v, w_q, w_k, gate, lengths, dropout_seed], backend, decisive)
+    if sight is not None and sight.plan is not None:
+        out: Tensor = sight.plan(sight)
+        return out
     padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
@@ -94,7 +102,7 @@ def refined_attention(
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
     call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, **options)
     gate = checks.gate(gate, refinement, q.shape[1], q)
-    return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend)[0]
+    return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend, sight)[0]
 
 
 @habits.own_signature
@@ -143,6 +151,14 @@ def refined_attention_varlen(
     """
     if unknown:
         habits.refuse(refined_attention_varlen, unknown)
+    decisive = (
+        "packed", refinement, causal.__class__, causal, align, padding_side, softmax_scale.__class__, softmax_scale,
+        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, max_seqlen.__class__, max_seqlen,
+    )  # fmt: skip
+    sight = plans.look([q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed], backend, decisive)
+    if sight is not None and sight.plan is not None:
+        out: Tensor = sight.plan(sight)
+        return out
     align = checks.side("align", align, "padding_side", padding_side, "right")
     checks.refinement(refinement)
     q, k, v = checks.packed(q, k, v)
@@ -153,7 +169,7 @@ def refined_attention_varlen(
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
-    return run(inputs, call, dropout_seed, backend)[0].squeeze(0).transpose(0, 1)
+    return run(inputs, call, dropout_seed, backend, sight)[0].squeeze(0).transpose(0, 1)
 
 
 @habits.own_signature

@@ -6,7 +6,7 @@ H query heads, D head dim, D_v value dim.
 import torch
 from torch import Tensor
 
-from . import checks, launch_config
+from . import checks, launch_config, plans
 from ._torch.attention import torch_attention
 from .call import Call, Inputs
 from .reference import reference_attention
@@ -15,8 +15,13 @@ from .torch_state import exports_any_size, without_autocast
 BACKENDS = ("auto", "triton", "torch", "reference")
 
 
-def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: str) -> tuple[Tensor, ...]:
-    """Run a checked call on its backend. Returns the output and, in stochastic attention, also that of the covariances."""
+def run(
+    inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: str, sight: plans.Sight | None = None
+) -> tuple[Tensor, ...]:
+    """Run a checked call on its backend. Returns the output and, in stochastic attention, also that of the covariances.
+
+    sight: the call as `plans.look` saw it; if the kernels run it, its signature gets a plan.
+    """
     q, rank = inputs.q, 1 if inputs.w_q is None else inputs.w_q.shape[-1]
     features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.stochastic, call.refinement)
     backend = choose_backend(backend, q, features)
@@ -36,6 +41,15 @@ def run(inputs: Inputs, call: Call, dropout_seed: int | Tensor | None, backend: 
             return torch_attention(inputs, call)
         from ._triton.autograd import triton_attention
 
+        if sight is not None:
+            from ._triton.plan import plan_of
+
+            plan = plan_of(sight, inputs, call)
+            if plan is not None:
+                plans.remember(sight.signature, plan)
+                sight.tensors[plans.SEED] = inputs.seed  # which is drawn already
+                out = plan(sight)
+                return (out.transpose(0, 1).unsqueeze(0) if call.varlen else out,)
         return triton_attention(inputs, call)
 
 

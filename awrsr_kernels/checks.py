@@ -353,7 +353,6 @@ def side(name: str, value: str | None, alias: str, other: str | None, default: s
 
 
 def absent(must: str, **arguments: Any) -> None:
-    """None of these arguments is given."""
     for name, value in arguments.items():
         if value is not None:
             refuse(name, "given", must)

@@ -1,17 +1,20 @@
-"""The tuner's results: a versioned JSON file per machine, which is read once and used by `launch_config.choose`.
+"""The tuner's results: a versioned JSON file per machine, which is used by `launch_config.choose`.
 
     {"version": 1, "entries": [{"gpu": "NVIDIA H200", "triton": "3.6.0", "key": ["short_fwd", 64, 64, 2],
                                 "config": [64, 64, 4, 1, 4], "source": "..."}, ...]}
 
 The file lies at $AWRSR_KERNELS_TUNED, or in the user's cache folder. Without it the table of `launch_config.py` decides alone.
-`python -m awrsr_kernels.tune` writes it; `forced` tries a configuration without writing anything.
+A file that changes is read again, a second later at most. `python -m awrsr_kernels.tune` writes it; `forced` tries a
+configuration without writing anything.
 """
 
 import contextlib
 import functools
 import json
+import math
 import os
 import tempfile
+import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +95,7 @@ def _numbers(value: Any, names: int, numbers: int) -> list[Any] | None:
 def write_entries(path: Path, entries: list[Entry]) -> None:
     lines = ",\n  ".join(json.dumps(entry) for entry in entries)
     replace_file(path, f'{{"version": {VERSION}, "entries": [\n  {lines}\n]}}\n')
-    _of.cache_clear()
+    _renew()
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -145,11 +148,13 @@ def forced(configs: Mapping[Key, Config]) -> Iterator[None]:
             raise ValueError(f"configs is {config} for {key}, which cannot run: {reason}")
     before = dict(_forced)
     _forced.update(configs)
+    _renew()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _renew()
 
 
 @functools.cache
@@ -157,7 +162,36 @@ def _of(device: torch.device) -> Tuned:
     return tuned_entries(read_entries(tuned_path()), *machine(device)) if device.type == "cuda" else {}
 
 
+_generation = 0  # of the results: another one when they may have changed
+_looked = -math.inf  # when the file was last looked at
+_state: tuple[Any, ...] = ()
+
+
+def generation() -> int:
+    """A number that changes with the results; the file is looked at once a second."""
+    global _looked, _state
+    now = time.monotonic()
+    if now - _looked > 1:
+        path = tuned_path()
+        try:
+            found = os.stat(path)
+            state: tuple[Any, ...] = (str(path), found.st_mtime_ns, found.st_size, found.st_ino)
+        except OSError:
+            state = (str(path),)
+        _looked, before, _state = now, _state, state
+        if before and state != before:
+            _renew()
+    return _generation
+
+
+def _renew() -> None:
+    global _generation
+    _generation += 1
+    _of.cache_clear()
+
+
 def tuned_for(device: torch.device) -> Tuned:
-    """Forced configurations, then those tuned for this GPU and the installed Triton. The file is read once per process."""
+    """Forced configurations, then those tuned for this GPU and the installed Triton."""
+    generation()
     tuned = _of(device)
     return {**tuned, **_forced} if _forced else tuned

@@ -93,6 +93,9 @@ if DEVICE == "cpu":
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Memory that torch.empty hands out holds NaN, so that nothing unwritten passes for a result."""
+    from awrsr_kernels import plans
+
+    plans.forget()  # those of another test, which may have replaced what a signature decides
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield
@@ -130,9 +133,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
         if engine not in ("short", "resident", "tiled", "mixed"):
             return engine
         pytest.importorskip("triton", reason="needs Triton")
-        from awrsr_kernels import launch_config
+        from awrsr_kernels import launch_config, plans
         from awrsr_kernels._triton import autograd, problem
 
+        plans.forget()
         if engine != "mixed":
             monkeypatch.setattr(autograd, "launch_tiled_forward" if engine == "short" else "launch_short_forward", refuse)
         monkeypatch.setattr(problem.Problem, "processors", lambda _: 1)  # few programs, so that sequences share tiles

@@ -20,7 +20,7 @@ FLOORS = {
         "torch_state tolerance habits",
         "checks dropout wasserstein launch_config",
         "call tuned",
-        "windows operators",
+        "windows operators plans",
         "reference _torch _triton",
         "backends",
         "jagged cache tables",

@@ -22,12 +22,13 @@ from .tiled import launch_tiled_forward, tiled_widths
 from .tiled_bwd import launch_tiled_backward
 
 
-def launch_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
-    """The outputs, (entries, H, rows, D_v), then, with `keep` in the tiled regime, what its backward needs besides the inputs.
+def launch_forward(inputs: Inputs, call: Call, keep: bool, together: bool = False) -> list[Tensor]:
+    """The outputs, (entries, H, rows, D_v), then, with `keep`, what a tiled or resident backward needs besides the inputs.
 
+    With `together` all that is kept lies in one piece of memory, which an operator's results may not.
     A call whose lengths vary may run in both regimes: first long sequences in the tiled one, then short ones in the other.
     """
-    problem = Problem(inputs, call)
+    problem = Problem(inputs, call, together)
     if problem.is_short():
         return launch_short_forward(problem)
     results = (launch_resident_forward if problem.is_resident() else launch_tiled_forward)(problem, keep)
@@ -41,9 +42,11 @@ def launch_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, ca
     problem = Problem(inputs, call)
     douts = [with_rows(dout) for dout in douts]
     if problem.is_short():
-        return launch_short_backward(problem, douts)
+        return launch_short_backward(problem, douts).summed()
     gradients = (launch_resident_backward if problem.is_resident() else launch_tiled_backward)(problem, douts, saved)
-    return launch_short_backward(problem, douts, gradients) if problem.short_reach() else gradients
+    if problem.short_reach():
+        launch_short_backward(problem, douts, gradients)
+    return gradients.summed()
 
 
 def _fake_forward(inputs: Inputs, call: Call, keep: bool) -> list[Tensor]:
@@ -79,16 +82,21 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        one_gradient("triton", douts)
         tensors, size = ctx.saved_tensors, len(Inputs._fields)  # read once: under activation checkpointing a second read fails
         inputs, saved = Inputs(*tensors[:size]), list(tensors[size:])
-        with without_autocast(inputs.q.device):
-            if must_dispatch(inputs) or must_dispatch(douts):
-                gradients = iter(backward_op(list(douts), saved, *inputs, *ctx.call))
-            else:
-                gradients = iter(launch_backward(list(douts), saved, inputs, ctx.call))
+        gradients = iter(gradients_of(list(douts), saved, inputs, ctx.call))
         differentiable = inputs._replace(bounds=None, seed=None)
         return *(None if x is None else next(gradients) for x in differentiable), None
+
+
+def gradients_of(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:
+    """`launch_backward`, through the operator where that must be seen."""
+    one_gradient("triton", douts)
+    with without_autocast(inputs.q.device):
+        if must_dispatch(inputs) or must_dispatch(douts) or must_dispatch(saved):
+            gradients: list[Tensor] = backward_op(douts, saved, *inputs, *call)
+            return gradients
+        return launch_backward(douts, saved, inputs, call)
 
 
 def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from ..launch_config import step_config
-from .launch import RUNTIME, View, launch, view_of, with_rows
+from .launch import RUNTIME, View, flat, launch, view_of, with_rows
 from .primitives import LOG2E, load_gate, load_table, load_tile, seats, store_tile
 
 
@@ -87,19 +87,29 @@ def sweep(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _decode_step_kernel(
-    q, new_k, new_v, new_w_q, new_w_k, gate_ptr, gate_stride, k, v, k_a, y, w_q, w_k, out, first_ptr, end_ptr,
+    q_ptr, q_entry, q_head, q_row, new_k_ptr, new_k_entry, new_k_head, new_k_row,
+    new_v_ptr, new_v_entry, new_v_head, new_v_row, new_w_q_ptr, new_w_q_entry, new_w_q_head, new_w_q_row,
+    new_w_k_ptr, new_w_k_entry, new_w_k_head, new_w_k_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    k_a_ptr, k_a_entry, k_a_head, k_a_row, y_ptr, y_entry, y_head, y_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, out_ptr, out_entry, out_head, out_row,
+    gate_ptr, gate_stride, first_ptr, end_ptr,
     heads, capacity, table_rows, softmax_scale, refine_scale,
     REFINEMENT: tl.constexpr, CONTENT: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    q, new_k = (q_ptr, q_entry, q_head, q_row), (new_k_ptr, new_k_entry, new_k_head, new_k_row)
+    new_v, new_w_q = (new_v_ptr, new_v_entry, new_v_head, new_v_row), (new_w_q_ptr, new_w_q_entry, new_w_q_head, new_w_q_row)
+    new_w_k, k = (new_w_k_ptr, new_w_k_entry, new_w_k_head, new_w_k_row), (k_ptr, k_entry, k_head, k_row)
+    v, k_a = (v_ptr, v_entry, v_head, v_row), (k_a_ptr, k_a_entry, k_a_head, k_a_row)
+    y, w_q = (y_ptr, y_entry, y_head, y_row), (w_q_ptr, w_q_entry, w_q_head, w_q_row)
+    w_k, out = (w_k_ptr, w_k_entry, w_k_head, w_k_row), (out_ptr, out_entry, out_head, out_row)
     entry, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     kv_head = head // GROUP
     end = tl.minimum(tl.maximum(tl.load(end_ptr + entry), 0), capacity).to(tl.int32)
     first = tl.minimum(tl.maximum(tl.load(first_ptr + entry), 0), end).to(tl.int32)
     room = tl.where(end < capacity, 1, 0)  # a full cache is left as it is
     lead = room * tl.where(head % GROUP == 0, 1, 0)  # one query head of each group appends the key head's rows
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
@@ -183,15 +193,17 @@ def launch_step(
     new_tables = [view(None if x is None else with_rows(x)) for x in (new_w_q, new_w_k)]
     launch(
         _decode_step_kernel, (batch * heads,), tile, q.device,
-        q=view(q), new_k=view(new_k), new_v=view(new_v), new_w_q=new_tables[0], new_w_k=new_tables[1],
-        gate_ptr=gate, gate_stride=0 if gate is None or gate.numel() == 1 else gate.stride(0),
-        k=view(k), v=view(v), k_a=view(k_a), y=view(y),
-        w_q=view(w_q) if content else new_tables[0], w_k=view(w_k) if content else new_tables[1], out=view(out),
-        first_ptr=first, end_ptr=end, heads=heads, capacity=k.shape[2],
-        table_rows=k.shape[2] if content or new_w_q is None else new_w_q.shape[2],
-        softmax_scale=softmax_scale, refine_scale=refine_scale,
-        REFINEMENT=refinement, CONTENT=content, GROUP=heads // k.shape[1], D=d, DV=d_v, R=rank, BLOCK_N=tile.block_n,
-        BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=triton.next_power_of_2(d_v), BLOCK_R=triton.next_power_of_2(rank),
+        **flat(
+            q=view(q), new_k=view(new_k), new_v=view(new_v), new_w_q=new_tables[0], new_w_k=new_tables[1],
+            gate_ptr=gate, gate_stride=0 if gate is None or gate.numel() == 1 else gate.stride(0),
+            k=view(k), v=view(v), k_a=view(k_a), y=view(y),
+            w_q=view(w_q) if content else new_tables[0], w_k=view(w_k) if content else new_tables[1], out=view(out),
+            first_ptr=first, end_ptr=end, heads=heads, capacity=k.shape[2],
+            table_rows=k.shape[2] if content or new_w_q is None else new_w_q.shape[2],
+            softmax_scale=softmax_scale, refine_scale=refine_scale,
+            REFINEMENT=refinement, CONTENT=content, GROUP=heads // k.shape[1], D=d, DV=d_v, R=rank, BLOCK_N=tile.block_n,
+            BLOCK_D=triton.next_power_of_2(d), BLOCK_DV=triton.next_power_of_2(d_v), BLOCK_R=triton.next_power_of_2(rank),
+        ),
     )  # fmt: skip
     return out
 

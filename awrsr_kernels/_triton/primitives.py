@@ -150,9 +150,9 @@ def tile_mask(seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
-    """[rows of the seat, BLOCK]: a head's WIDTH features from FIRST on; zero in empty rows and further columns."""
-    pointers = tile_pointers(view, head, seat, FIRST + tl.arange(0, BLOCK))
+def load_tile(view, head, seat, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """[rows of the seat, BLOCK]: a head's WIDTH features; zero in empty rows and further columns."""
+    pointers = tile_pointers(view, head, seat, tl.arange(0, BLOCK))
     return tl.load(pointers, mask=tile_mask(seat, WIDTH, BLOCK), other=0.0)
 
 
@@ -163,9 +163,9 @@ def load_table(view, head, seat, DTYPE: tl.constexpr, R: tl.constexpr, BLOCK_R: 
 
 
 @triton.jit
-def store_tile(view, head, seat, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr = 0):
+def store_tile(view, head, seat, tile, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Store a tile where `load_tile` would find it, in the dtype of the tensor."""
-    tl.store(tile_pointers(view, head, seat, FIRST + tl.arange(0, BLOCK)), tile, mask=tile_mask(seat, WIDTH, BLOCK))
+    tl.store(tile_pointers(view, head, seat, tl.arange(0, BLOCK)), tile, mask=tile_mask(seat, WIDTH, BLOCK))
 
 
 @triton.jit
@@ -192,27 +192,6 @@ def store_padding(
     for low in tl.range(length, total, BLOCK_L):
         rows = low + tl.arange(0, BLOCK_L)
         store_zeros(view, head, padded_seats(entry, start, rows, length, total, True), WIDTH, BLOCK)
-
-
-@triton.jit
-def store_rest(
-    view, head, seat, tile, HALF: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr
-):  # fmt: skip
-    """With HALF: store the rounding error of a tile, in the columns from FIRST on."""
-    if HALF:
-        store_tile(view, head, seat, tile - tile.to(DTYPE).to(tile.dtype), WIDTH, BLOCK, FIRST)
-
-
-@triton.jit
-def load_with_rest(
-    view, rest, head, seat,
-    HALF: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr,
-):  # fmt: skip
-    """[rows of the seat, BLOCK]: a tile plus the rounding error that `store_rest` kept of it."""
-    tile = load_tile(view, head, seat, WIDTH, BLOCK).to(ACC)
-    if HALF:
-        tile += load_tile(rest, head, seat, WIDTH, BLOCK, FIRST).to(ACC)
-    return tile
 
 
 @triton.jit

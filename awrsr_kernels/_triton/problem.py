@@ -4,6 +4,7 @@ B sequences, H query heads, H_kv key heads, N table rows, D, D_v, R features of 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -20,9 +21,11 @@ from ..launch_config import is_short as is_short_call
 from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
 from ..tuned import tuned_for
-from .launch import View, allocate, ceil_div, view_of, with_rows
+from .launch import NO_VIEW, View, allocate, ceil_div, heads_inside, view_of, with_rows
 
 Result = TypeVar("Result")
+PIECE = 256  # bytes, whose multiples buffers in one piece begin at
+
 
 def remembered(function: Callable[..., Result]) -> Callable[..., Result]:
     """functools.cache, except for symbolic sizes of torch.compile, which have no hash."""
@@ -49,12 +52,13 @@ def processors(device: torch.device) -> int:
 class Problem:
     """What kernels are launched for: tensors with a contiguous last dimension, sizes, and the arguments that kernels share."""
 
-    def __init__(self, inputs: Inputs, call: Call) -> None:
+    def __init__(self, inputs: Inputs, call: Call, together: bool = False) -> None:
+        """together: whether `buffers` allocates what is not an output in one piece."""
         self.q, self.k, self.v = with_rows(inputs.q), with_rows(inputs.k), with_rows(inputs.v)
         self.w_q = None if inputs.w_q is None else with_rows(inputs.w_q)
         self.w_k = None if inputs.w_k is None else with_rows(inputs.w_k)
         self.v_cov = None if inputs.v_cov is None else with_rows(inputs.v_cov)
-        self.gate, self.seed, self.call = inputs.gate, inputs.seed, call
+        self.gate, self.seed, self.call, self.together = inputs.gate, inputs.seed, call, together
         self.bounds = None if inputs.bounds is None else inputs.bounds.contiguous()  # kernels assume stride 1
         q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
@@ -94,10 +98,6 @@ class Problem:
         """Length of the shortest sequence that the tiled kernels compute."""
         return self.short_reach() + 1
 
-    def sum_dtype(self, like: Tensor) -> torch.dtype:
-        """Dtype of sums over sequences: that of `like`, or the accumulator's if both regimes run: their sums are added later."""
-        return self.accumulator if not self.is_short() and self.short_reach() else like.dtype
-
     def config(self, kernel: str) -> Config:
         length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
         key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
@@ -110,14 +110,14 @@ class Problem:
         return view_of(x, self.call.varlen if packed is None else packed)
 
     @functools.cached_property
-    def tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, View]:
         w_q, w_k = (self.q, self.q) if self.w_q is None or self.w_k is None else (self.w_q, self.w_k)
         views = {"q": self.q, "k": self.k, "v": self.v, "w_q": w_q, "w_k": w_k}
         return {name: self.view(x) for name, x in views.items()} | {"v_cov": self.covariance_view(self.v_cov)}
 
-    def covariance_view(self, x: Tensor | None) -> View | None:
-        """A tensor of covariances; None where attention is not stochastic."""
-        return None if x is None or not self.call.stochastic else self.view(x)
+    def covariance_view(self, x: Tensor | None) -> View:
+        """A tensor of covariances; none where attention is not stochastic."""
+        return NO_VIEW if x is None or not self.call.stochastic else self.view(x)
 
     def scales(self) -> tuple[float, float]:
         """Scales of both stages. Kernels compute half a squared distance (`score_tile`), so its scale is doubled."""
@@ -184,7 +184,7 @@ class Problem:
         """Dtype of offsets within a tile of the short regime: int32 unless a tensor's strides are too large for it."""
         tensors = [x for x in (self.q, self.k, self.v, self.v_cov, self.w_q, self.w_k, *more) if x is not None]
         rows = block if self.bounds is None else max(block, self.rows)
-        widest = max(block * entry + rows * row for _, entry, _, row in map(self.view, tensors))
+        widest = max(block * (entry or 0) + rows * (row or 0) for _, entry, _, row in map(self.view, tensors))
         return tl.int64 if widest >= 2**31 else tl.int32
 
     def processors(self) -> int:
@@ -194,9 +194,30 @@ class Problem:
 
     def buffers(self, widths: dict[str, int | None]) -> dict[str, Tensor]:
         """Uninitialised memory of so many features for each item and query head; None: a number per row."""
-        each = {name: width for name, width in widths.items() if width is not None}
-        made = {name: allocate(self.q, self.heads, width, self.call.varlen) for name, width in each.items()}
-        return {name: made[name] if name in made else self.row_numbers() for name in widths}
+        apart = [name for name in widths if not self.together or name.startswith("out")]
+        made = {name: self._buffer(widths[name]) for name in apart}
+        lie = {name: self._lie(width) for name, width in widths.items() if name not in apart}
+        bytes_of = [-(-math.prod(size) * dtype.itemsize // PIECE) * PIECE for size, _, dtype in lie.values()]
+        if lie:
+            piece, offset = self.q.new_empty(sum(bytes_of), dtype=torch.uint8), 0
+            for (name, (size, stride, dtype)), length in zip(lie.items(), bytes_of, strict=True):
+                made[name] = piece.narrow(0, offset, length).view(dtype).as_strided(size, stride)
+                offset += length
+        return {name: made[name] for name in widths}
+
+    def _buffer(self, width: int | None) -> Tensor:
+        return self.row_numbers() if width is None else allocate(self.q, self.heads, width, self.call.varlen)
+
+    def _lie(self, width: int | None) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+        """Size, strides and dtype of a buffer."""
+        entries, rows, heads = self.q.shape[0], self.rows, self.heads
+        if width is None:
+            return (entries, heads, rows), (heads * rows, rows, 1), self.accumulator
+        size = entries, heads, rows, width
+        outer = heads * rows * width
+        if heads_inside(self.q, self.call.varlen):
+            return size, (outer, width, heads * width, 1), self.q.dtype
+        return size, (outer, rows * width, width, 1), self.q.dtype
 
     def row_numbers(self) -> Tensor:
         """Uninitialised memory for a number per head and row, (entries, H, rows)."""

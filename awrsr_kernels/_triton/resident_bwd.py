@@ -40,7 +40,7 @@ from .primitives import (
     table_start,
 )
 from .problem import Problem
-from .reduce import in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
+from .reduce import Gradients
 from .resident import resident_arguments, resident_widths
 
 
@@ -358,36 +358,28 @@ def _resident_bwd_kernel(
         tl.store(dgate_ptr + tl.program_id(0), tl.sum(dgate, 0))
 
 
-def launch_resident_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate; saved: what `launch_resident_forward` returned."""
-    p, refined = problem, problem.call.refinement != "none"
+def launch_resident_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> Gradients:
+    """saved: what `launch_resident_forward` returned."""
+    p, gradients, refined = problem, Gradients(problem), problem.call.refinement != "none"
     buffers = dict(zip(resident_widths(p), saved, strict=True))
     config = p.config("resident_bwd")
     block, run = config.block_m, p.run(config.programs)
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients()
-    dk_heads, dv_heads = per_query_head(p, dk), per_query_head(p, dv)
+    dq, (dk, dv, _) = gradients.dq, gradients.per_query_head()
+    assert dk is not None and dv is not None
     fits = p.rank <= p.q.shape[-1]  # dQ_A and dK_A lie in the memory of dq and dk, which replace them
-    dq_a, dk_a = (dq, dk_heads) if fits or not refined else (allocate(p.q, p.heads, p.rank, p.call.varlen) for _ in range(2))
-    if not refined:
-        dw_q = dw_k = dq
-    elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients()
-    else:
-        partials = partial_tables(p, splits, p.call.max_len)
-        dw_q, dw_k = partials
-    dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
+    dq_a, dk_a = (dq, dk) if fits or not refined else (allocate(p.q, p.heads, p.rank, p.call.varlen) for _ in range(2))
+    dw_q, dw_k = gradients.table_parts(splits, p.call.max_len)
     height, room = ceil_div(p.call.max_len, block) * block, max(p.widths["BLOCK_D"], p.widths["BLOCK_R"])
     size = height * (room + 1 + p.widths["BLOCK_DV"] * (p.call.refinement == "additive")) - block * room
     scratch = p.q.new_empty(splits * p.heads, size, dtype=p.accumulator)
-    rows = {"dout": douts[0], "dq": dq, "dk": dk_heads, "dv": dv_heads, "dq_a": dq_a, "dk_a": dk_a}
+    rows = {"dout": douts[0], "dq": dq, "dk": dk, "dv": dv, "dq_a": dq_a, "dk_a": dk_a}
     views = {name: p.view(x) for name, x in rows.items()}
     views |= {name: p.view(x, p.call.per_entry and p.call.varlen) for name, x in (("dw_q", dw_q), ("dw_k", dw_k))}
     launch(
         _resident_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        **flat(**views), **resident_arguments(p, buffers, *rows.values()), scratch_ptr=scratch, dgate_ptr=dgate,
-        batch=p.batch, run=run, BLOCK=block, OFFSET=p.offset_type(p.call.max_len, *rows.values()), STAGES=config.num_stages,
+        **flat(**views), **resident_arguments(p, buffers, *rows.values()), scratch_ptr=scratch,
+        dgate_ptr=gradients.gate_parts(splits), batch=p.batch, run=run, BLOCK=block,
+        OFFSET=p.offset_type(p.call.max_len, *rows.values()), STAGES=config.num_stages,
     )  # fmt: skip
-    tables = [] if not refined else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
-    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
-    return in_order(p, items, tables, None if dgate is None else dgate.sum(0), None)
+    return gradients

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, allocate, ceil_div, launch
+from .launch import RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     correlation_points,
     dot,
@@ -40,7 +40,7 @@ from .primitives import (
     visible_in_shared_tile,
 )
 from .problem import Problem
-from .reduce import add_regimes, in_order, partial_tables, per_query_head, sum_query_heads, sum_tables
+from .reduce import Gradients
 
 
 @triton.jit
@@ -93,14 +93,14 @@ def correlation_gradients(
 
 @triton.jit
 def zero_gradients(
-    dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY: tl.constexpr,
+    dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, STOCHASTIC: tl.constexpr, PER_ENTRY: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Store zeros at padding, in every gradient that has a row per item."""
     store_zeros(dq, head, padding, D, BLOCK_D)
     store_zeros(dk, head, padding, D, BLOCK_D)
     store_zeros(dv, head, padding, DV, BLOCK_DV)
-    if dv_cov is not None:
+    if STOCHASTIC:
         store_zeros(dv_cov, head, padding, DV, BLOCK_DV)
     if PER_ENTRY:
         store_zeros(dw_q, head, padding, R, BLOCK_R)
@@ -109,7 +109,10 @@ def zero_gradients(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_fwd_kernel(
-    q, k, v, v_cov, w_q, w_k, out, out_cov,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, out_ptr, out_entry, out_head, out_row,
+    out_cov_ptr, out_cov_entry, out_cov_head, out_cov_row,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
@@ -122,7 +125,10 @@ def _short_fwd_kernel(
     head, kv_head = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP
     begin = (tl.program_id(0) // heads) * run
     last = tl.minimum(begin + run, batch)
-    q_ptr, _, _, _ = q
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    out, out_cov = (out_ptr, out_entry, out_head, out_row), (out_cov_ptr, out_cov_entry, out_cov_head, out_cov_row)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
 
     sequence = begin
@@ -174,8 +180,13 @@ def _short_fwd_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _short_bwd_kernel(
-    q, k, v, v_cov, w_q, w_k, dout, dout_cov, dq, dk, dv, dv_cov, dw_q, dw_k, dgate_ptr,
-    gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, dout_ptr, dout_entry, dout_head, dout_row,
+    dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dq_ptr, dq_entry, dq_head, dq_row,
+    dk_ptr, dk_entry, dk_head, dk_row, dv_ptr, dv_entry, dv_head, dv_row, dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row,
+    dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row, dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
+    dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -187,7 +198,13 @@ def _short_bwd_kernel(
     head, kv_head, split = tl.program_id(0) % heads, tl.program_id(0) % heads // GROUP, tl.program_id(0) // heads
     begin = split * run
     last = tl.minimum(begin + run, batch)
-    q_ptr, _, _, _ = q
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    dout, dout_cov = (dout_ptr, dout_entry, dout_head, dout_row), (dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row)
+    dq, dk = (dq_ptr, dq_entry, dq_head, dq_row), (dk_ptr, dk_entry, dk_head, dk_row)
+    dv, dv_cov = (dv_ptr, dv_entry, dv_head, dv_row), (dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row)
+    dw_q, dw_k = (dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row), (dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row)
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     POINTS: tl.constexpr = REFINEMENT == "stochastic"
@@ -303,7 +320,7 @@ def _short_bwd_kernel(
             padded = tl.full((), number, tl.int32)
             padding = padding_seats(bounds_ptr, padded, rows_total, max_len, VARLEN, ALIGN_RIGHT, BLOCK_L)
             zero_gradients(
-                dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, PER_ENTRY, D, DV, R, BLOCK_D, BLOCK_DV, BLOCK_R
+                dq, dk, dv, dv_cov, dw_q, dw_k, head, padding, STOCHASTIC, PER_ENTRY, D, DV, R, BLOCK_D, BLOCK_DV, BLOCK_R
             )
     if REFINEMENT != "none" and not PER_ENTRY:
         partial = seats(split, begin * 0, tl.arange(0, BLOCK_L), BLOCK_L)
@@ -328,43 +345,35 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
     run = p.run(config.programs)
     launch(
         _short_fwd_kernel, (p.heads * ceil_div(p.batch, run),), config, p.q.device,
-        out=p.view(outs[0]), out_cov=p.covariance_view(outs[-1]),
-        reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
-        BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
-        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **flat(
+            out=p.view(outs[0]), out_cov=p.covariance_view(outs[-1]),
+            reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+            BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
+            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        ),
     )  # fmt: skip
     return outs
 
 
-def launch_short_backward(problem: Problem, douts: list[Tensor], tiled: list[Tensor] | None = None) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov; tiled: those of the tiled kernels, to be completed."""
-    p = problem
+def launch_short_backward(problem: Problem, douts: list[Tensor], gradients: Gradients | None = None) -> Gradients:
+    """gradients: those in which the kernels of the other regime have written longer sequences."""
+    p, gradients = problem, gradients or Gradients(problem)
     config = p.config("short_bwd")
     run, block = p.run(config.programs), config.block_m
     splits = ceil_div(p.batch, run)
-    dq, dk, dv = p.gradients() if tiled is None else tiled[:3]
-    dv_cov = p.covariance_gradient() if tiled is None or not p.call.stochastic else tiled[-1]
-    dk_heads, dv_heads, dv_cov_heads = (per_query_head(p, x) for x in (dk, dv, dv_cov))
-    if p.w_q is None:
-        dw_q = dw_k = dq
-    elif p.call.per_entry:
-        dw_q, dw_k = p.table_gradients() if tiled is None else tiled[3:5]
-    else:
-        partials = partial_tables(p, splits, block)
-        dw_q, dw_k = partials
-    dgate = p.q.new_empty(splits, p.heads, dtype=p.accumulator) if p.gate is not None else None
+    dk, dv, dv_cov = gradients.per_query_head()
+    dw_q, dw_k = gradients.table_parts(splits, block)
     packed_tables = p.call.per_entry and p.call.varlen
+    assert dk is not None and dv is not None
     launch(
         _short_bwd_kernel, (p.heads * splits,), config, p.q.device,
-        dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
-        dq=p.view(dq), dk=p.view(dk_heads), dv=p.view(dv_heads), dv_cov=p.covariance_view(dv_cov_heads),
-        dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
-        dgate_ptr=dgate, reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group, BLOCK_L=block,
-        SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, OFFSET=p.offset_type(block, *douts),
-        **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        **flat(
+            dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
+            dq=p.view(gradients.dq), dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov),
+            dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
+            dgate_ptr=gradients.gate_parts(splits), reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+            SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, BLOCK_L=block, OFFSET=p.offset_type(block, *douts),
+            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+        ),
     )  # fmt: skip
-    tables = [] if p.w_q is None else [dw_q, dw_k] if p.call.per_entry else sum_tables(p, partials)
-    items = [dq, sum_query_heads(p, dk_heads, dk), sum_query_heads(p, dv_heads, dv)]
-    dv_cov = sum_query_heads(p, dv_cov_heads, dv_cov)
-    gradients = in_order(p, items, tables, None if dgate is None else dgate.sum(0), dv_cov)
-    return gradients if tiled is None else add_regimes(p, tiled, gradients)
+    return gradients

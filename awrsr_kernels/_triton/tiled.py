@@ -16,8 +16,7 @@ gate C_2 is kept as well, and out_cov = C_P + gate C_R. Refinement "stochastic" 
 (POINTS).
 
 The backward needs O(L): Q_A, K_A, Y or O_P, O_R, their counterparts for covariances, and a log-sum-exp per row and stage, in units
-of log 2. In half precision their rounding errors are kept as well, as [Q_A | K_A | Y or O_P | C_P] and [O_R | C_R]: the backward
-subtracts sums over them from sums over exact weights, and where a row sees only one column the difference must vanish.
+of log 2.
 
 If a batch with lengths also has short sequences, the short kernels run after these and write their rows; padding is written here.
 """
@@ -28,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, ceil_div, launch
+from .launch import NO_VIEW, RUNTIME, ceil_div, flat, launch
 from .primitives import (
     LOG2E,
     correlation_points,
@@ -40,13 +39,11 @@ from .primitives import (
     load_rows,
     load_table,
     load_tile,
-    load_with_rest,
     locate_long,
     padded_seats,
     row_index,
     score_tile,
     seats,
-    store_rest,
     store_tile,
     table_start,
     visible_tile,
@@ -56,12 +53,19 @@ from .problem import Problem
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_fwd_kernel(
-    q, k, v, v_cov, w_q, w_k, added, added_cov, added_rest, q_a, k_a, weighted, weighted_cov, rest, out, out_cov, lse_ptr,
-    other_q, other_k, other_lse_ptr, other_scale,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, added_ptr, added_entry, added_head, added_row,
+    added_cov_ptr, added_cov_entry, added_cov_head, added_cov_row, q_a_ptr, q_a_entry, q_a_head, q_a_row,
+    k_a_ptr, k_a_entry, k_a_head, k_a_row, weighted_ptr, weighted_entry, weighted_head, weighted_row,
+    weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row, out_ptr, out_entry, out_head, out_row,
+    out_cov_ptr, out_cov_entry, out_cov_head, out_cov_row, other_q_ptr, other_q_entry, other_q_head, other_q_row,
+    other_k_ptr, other_k_entry, other_k_head, other_k_row,
+    lse_ptr, other_lse_ptr, other_scale,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, HALF: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -69,6 +73,16 @@ def _tiled_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    added = added_ptr, added_entry, added_head, added_row
+    added_cov, q_a = (added_cov_ptr, added_cov_entry, added_cov_head, added_cov_row), (q_a_ptr, q_a_entry, q_a_head, q_a_row)
+    k_a, weighted = (k_a_ptr, k_a_entry, k_a_head, k_a_row), (weighted_ptr, weighted_entry, weighted_head, weighted_row)
+    weighted_cov = weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row
+    out, out_cov = (out_ptr, out_entry, out_head, out_row), (out_cov_ptr, out_cov_entry, out_cov_head, out_cov_row)
+    other_q = other_q_ptr, other_q_entry, other_q_head, other_q_row
+    other_k = other_k_ptr, other_k_entry, other_k_head, other_k_row
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     # In the causal case the last rows have the most columns, so they start first.
@@ -77,7 +91,6 @@ def _tiled_fwd_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     seat = seats(entry, start, rows, length)
     at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
 
@@ -90,9 +103,9 @@ def _tiled_fwd_kernel(
         k_a_sum = tl.zeros((BLOCK_M, BLOCK_R), ACC)
     if VALUES:
         sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         cov_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
-    if other_q is not None:
+    if other_q_ptr is not None:
         cross_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
         other_lse = load_rows(other_lse_ptr, at, rows, length)
@@ -122,10 +135,10 @@ def _tiled_fwd_kernel(
                 weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
             v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
-        if v_cov is not None:
+        if v_cov_ptr is not None:
             cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
             cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
-        if other_q is not None:
+        if other_q_ptr is not None:
             other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
             other = known_softmax_tile(
                 other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
@@ -137,7 +150,6 @@ def _tiled_fwd_kernel(
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
     share = (1.0 / total)[:, None]
     padded_seat = padded_seats(entry, start, rows, length, rows_total, not VARLEN)
-    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share
         if POINTS:
@@ -145,37 +157,29 @@ def _tiled_fwd_kernel(
             k_a_sum = correlation_points(k_a_sum, R, BLOCK_R)
         store_tile(q_a, head, padded_seat, q_a_sum, R, BLOCK_R)
         store_tile(k_a, head, padded_seat, k_a_sum, R, BLOCK_R)
-        store_rest(rest, head, seat, q_a_sum, HALF, DTYPE, R, BLOCK_R, 0)
-        store_rest(rest, head, seat, k_a_sum, HALF, DTYPE, R, BLOCK_R, R)
     if VALUES:
         sums = sums * (share * drop_scale)  # not applied to weights, which are rounded before the product
         store_tile(weighted, head, padded_seat, sums, DV, BLOCK_DV)
-        store_rest(rest, head, seat, sums, HALF, DTYPE, DV, BLOCK_DV, REST)
         if ADDED:
             gate = load_gate(gate_ptr, gate_stride, head, ACC)
             sums = load_tile(added, head, seat, DV, BLOCK_DV).to(ACC) + gate * sums
             store_tile(out, head, padded_seat, sums, DV, BLOCK_DV)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         share = share * drop_scale
         cov_sums = cov_sums * (share * share)
-        if other_q is not None:
+        if other_q_ptr is not None:
             cross_sums = cross_sums * (share * drop_scale)
             cov_sums = cross_sums + gate * cov_sums
-            first_sums = load_with_rest(added_cov, added_rest, head, seat, HALF, ACC, DV, BLOCK_DV, 2 * R + DV)
+            first_sums = load_tile(added_cov, head, seat, DV, BLOCK_DV).to(ACC)
             first_sums += gate * cross_sums
             store_tile(added_cov, head, seat, first_sums, DV, BLOCK_DV)
-            store_rest(added_rest, head, seat, first_sums, HALF, DTYPE, DV, BLOCK_DV, 2 * R + DV)
             first_sums += gate * cov_sums
             store_tile(out_cov, head, padded_seat, first_sums, DV, BLOCK_DV)
         store_tile(weighted_cov, head, padded_seat, cov_sums, DV, BLOCK_DV)
-        store_rest(rest, head, seat, cov_sums, HALF, DTYPE, DV, BLOCK_DV, REST + DV)
 
 
-def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
-    """Features of the outputs, "out" and "out_cov", and of all that the backward needs (`keep`); None: a number per row.
-
-    Without `keep` there are no rounding errors, except those that stage 2 reads.
-    """
+def tiled_widths(problem: Problem) -> dict[str, int | None]:
+    """Features of the outputs, "out" and "out_cov", and of all that the backward needs; None: a number per row."""
     p, refinement = problem, problem.call.refinement
     d_v = p.v.shape[-1]
     widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.stochastic else {})
@@ -187,11 +191,6 @@ def tiled_widths(problem: Problem, keep: bool = True) -> dict[str, int | None]:
         widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
     if refinement == "additive":
         widths |= {f"higher_{kind}": d_v for kind in kinds}  # O_R, C_R; in other refinements these are the outputs
-    if p.q.dtype.itemsize == 2 and (keep or (p.call.stochastic and refinement == "additive")):
-        if refinement != "none":
-            widths["higher_rest"] = d_v * len(kinds)
-        meets_values = refinement in ("none", "value", "additive")
-        widths["first_rest"] = d_v * len(kinds) * meets_values + 2 * p.rank * (refinement != "none")
     return widths
 
 
@@ -214,10 +213,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     }
     views = dict(p.tensors)
     if not values:
-        views["v_cov"] = None
-    rest = buffers.get("higher_rest" if higher else "first_rest")
-    views |= {"rest": views["q"] if rest is None else p.view(rest)}
-    arguments["HALF"] = rest is not None
+        views["v_cov"] = NO_VIEW
     groups = {"K_GROUP": p.group, "V_GROUP": p.group}
     if higher:
         views |= {"q": p.view(buffers["q_a"]), "k": p.view(buffers["k_a"])}
@@ -237,15 +233,18 @@ def other_stage_arguments(
     higher, here: the stage itself and its arguments.
     """
     there = stage_arguments(problem, buffers, not higher) if needed else here
-    other = {"other_q": "q", "other_k": "k", "other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
+    views = {"other_q": "q", "other_k": "k"}
+    other = {"other_lse_ptr": "lse_ptr", "other_gate_ptr": "gate_ptr", "other_scale": "score_scale"}
     widths = {"OTHER_GROUP": "K_GROUP", "OTHER_D": "D", "BLOCK_OTHER_D": "BLOCK_D", "OTHER_DISTANCE": "DISTANCE"}
-    return {name: there[x] if needed else None for name, x in other.items()} | {name: there[x] for name, x in widths.items()}
+    arguments = {name: there[x] if needed else NO_VIEW for name, x in views.items()}
+    arguments |= {name: there[x] if needed else None for name, x in other.items()}
+    return arguments | {name: there[x] for name, x in widths.items()}
 
 
 def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     """The outputs (entries, H, rows, D_v) and, if `keep`, what the backward needs, in the order of `tiled_widths`."""
     p = problem
-    buffers = p.buffers(tiled_widths(p, keep))
+    buffers = p.buffers(tiled_widths(p))
     unused, out_cov = p.view(buffers["out"]), p.covariance_view(buffers.get("out_cov"))
     tile = p.config("tiled_fwd")
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
@@ -260,10 +259,11 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
         del arguments["other_gate_ptr"]  # the gate of stage 1 is 1
         launch(
             _tiled_fwd_kernel, (programs,), tile, p.q.device,
-            added=p.view(buffers["first_values"]) if ADDED else unused,
-            added_cov=p.covariance_view(buffers.get("first_cov")) if ADDED else None,
-            added_rest=p.covariance_view(buffers.get("first_rest")) if ADDED else None,
-            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), out=unused, out_cov=out_cov, ADDED=ADDED,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            **flat(
+                added=p.view(buffers["first_values"]) if ADDED else unused,
+                added_cov=p.covariance_view(buffers.get("first_cov")) if ADDED else NO_VIEW,
+                weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), out=unused, out_cov=out_cov, ADDED=ADDED,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            ),
         )  # fmt: skip
     return list(buffers.values()) if keep else [buffers[name] for name in ("out", "out_cov") if name in buffers]

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RUNTIME, allocate, ceil_div, launch
+from .launch import NO_VIEW, RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     before_points,
     dot,
@@ -32,7 +32,6 @@ from .primitives import (
     load_rows,
     load_table,
     load_tile,
-    load_with_rest,
     locate_long,
     padded_seats,
     row_index,
@@ -42,18 +41,24 @@ from .primitives import (
     table_start,
 )
 from .problem import Problem
-from .reduce import in_order, partial_tables, sum_tables
+from .reduce import Gradients
 from .tiled import other_stage_arguments, stage_arguments, tiled_widths
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_rows_kernel(
-    q, k, v, v_cov, w_q, w_k, q_a, k_a, weighted, weighted_cov, rest, dq_a, dk_a, dout, dout_cov, dq,
-    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
-    lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, q_a_ptr, q_a_entry, q_a_head, q_a_row, k_a_ptr, k_a_entry, k_a_head, k_a_row,
+    weighted_ptr, weighted_entry, weighted_head, weighted_row,
+    weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dout_ptr, dout_entry, dout_head, dout_row,
+    dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dq_ptr, dq_entry, dq_head, dq_row,
+    other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
+    other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, HALF: tl.constexpr,
+    TABLES: tl.constexpr, VALUES: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -61,10 +66,18 @@ def _tiled_bwd_rows_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    q_ptr, _, _, _ = q
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    q_a, k_a = (q_a_ptr, q_a_entry, q_a_head, q_a_row), (k_a_ptr, k_a_entry, k_a_head, k_a_row)
+    weighted = weighted_ptr, weighted_entry, weighted_head, weighted_row
+    weighted_cov = weighted_cov_ptr, weighted_cov_entry, weighted_cov_head, weighted_cov_row
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dout, dout_cov = (dout_ptr, dout_entry, dout_head, dout_row), (dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row)
+    dq, other_q = (dq_ptr, dq_entry, dq_head, dq_row), (other_q_ptr, other_q_entry, other_q_head, other_q_row)
+    other_k = other_k_ptr, other_k_entry, other_k_head, other_k_row
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    REST: tl.constexpr = 2 * R if TABLES else 0  # first column of the values' rounding errors
     pair = tl.program_id(0) % (batch * heads)
     entry, head = pair // heads, pair % heads
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // (batch * heads)
@@ -80,28 +93,27 @@ def _tiled_bwd_rows_kernel(
     if TABLES:
         dq_a_tile = load_tile(dq_a, head, seat, R, BLOCK_R)  # [BLOCK_M, BLOCK_R]
         dk_a_tile = load_tile(dk_a, head, seat, R, BLOCK_R)
-        space = load_with_rest(q_a, rest, head, seat, HALF, ACC, R, BLOCK_R, 0)
+        space = load_tile(q_a, head, seat, R, BLOCK_R).to(ACC)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dq_a_tile.to(ACC) * space, 1)
-        space = load_with_rest(k_a, rest, head, seat, HALF, ACC, R, BLOCK_R, R)
+        space = load_tile(k_a, head, seat, R, BLOCK_R).to(ACC)
         if POINTS:
             space = before_points(space, R, BLOCK_R)
         delta += tl.sum(dk_a_tile.to(ACC) * space, 1)
     if VALUES:
         dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
-        saved = load_with_rest(weighted, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST)
+        saved = load_tile(weighted, head, seat, DV, BLOCK_DV).to(ACC)
         delta += tl.sum(dout_tile.to(ACC) * saved, 1)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
-        saved = load_with_rest(weighted_cov, rest, head, seat, HALF, ACC, DV, BLOCK_DV, REST + DV)
+        saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
         delta += 2 * tl.sum(dcov_tile.to(ACC) * saved, 1)
     if dgate_ptr is not None:
-        tiles = tl.num_programs(0) // (batch * heads)
-        tl.store(dgate_ptr + pair.to(tl.int64) * tiles + tile, tl.sum(delta, 0))
+        tl.store(dgate_ptr + tile.to(tl.int64) * (batch * heads) + pair, tl.sum(delta, 0))
     tl.store(delta_ptr + at, delta, mask=rows < length)
     lse = load_rows(lse_ptr, at, rows, length)
-    if other_q is not None:
+    if other_q_ptr is not None:
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
@@ -118,9 +130,9 @@ def _tiled_bwd_rows_kernel(
         if VALUES:
             v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
             dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
-            if v_cov is not None:
+            if v_cov_ptr is not None:
                 mixed = weights
-                if other_q is not None:
+                if other_q_ptr is not None:
                     other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
                     other = known_softmax_tile(
                         other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
@@ -147,9 +159,14 @@ def _tiled_bwd_rows_kernel(
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_columns_kernel(
-    q, k, v, v_cov, w_q, w_k, dq_a, dk_a, dout, dout_cov, dv_added, dk, dv, dv_cov,
-    other_q, other_k, other_lse_ptr, other_gate_ptr, other_scale,
-    lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
+    v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
+    w_k_ptr, w_k_entry, w_k_head, w_k_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dout_ptr, dout_entry, dout_head, dout_row,
+    dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dv_added_ptr, dv_added_entry, dv_added_head, dv_added_row,
+    dk_ptr, dk_entry, dk_head, dk_row, dv_ptr, dv_entry, dv_head, dv_row, dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row,
+    other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
+    other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
     score_scale, drop_threshold, drop_scale,
     TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
@@ -160,6 +177,15 @@ def _tiled_bwd_columns_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_OTHER_D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    v, v_cov = (v_ptr, v_entry, v_head, v_row), (v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row)
+    w_q, w_k = (w_q_ptr, w_q_entry, w_q_head, w_q_row), (w_k_ptr, w_k_entry, w_k_head, w_k_row)
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dout, dout_cov = (dout_ptr, dout_entry, dout_head, dout_row), (dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row)
+    dv_added, dk = (dv_added_ptr, dv_added_entry, dv_added_head, dv_added_row), (dk_ptr, dk_entry, dk_head, dk_row)
+    dv, dv_cov = (dv_ptr, dv_entry, dv_head, dv_row), (dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row)
+    other_q = other_q_ptr, other_q_entry, other_q_head, other_q_row
+    other_k = other_k_ptr, other_k_entry, other_k_head, other_k_row
     owners = heads // GROUP  # a program owns columns of GROUP query heads, which share k (if K_GROUP > 1), v or both
     pair = tl.program_id(0) % (batch * owners)
     entry, owner = pair // owners, pair % owners
@@ -169,7 +195,6 @@ def _tiled_bwd_columns_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
     column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     first_row = (first_column // BLOCK_M) * BLOCK_M if CAUSAL else first_column * 0
@@ -182,7 +207,7 @@ def _tiled_bwd_columns_kernel(
             dv_sum += load_tile(dv_added, owner, column_seat, DV, BLOCK_DV)
     if DISTANCE:
         dscore_sums = tl.zeros((BLOCK_N,), ACC)
-    if v_cov is not None:
+    if v_cov_ptr is not None:
         dv_cov_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
         cov_tile = load_tile(v_cov, v_head, column_seat, DV, BLOCK_DV)
     for member in tl.range(GROUP):
@@ -192,7 +217,7 @@ def _tiled_bwd_columns_kernel(
         if TABLES:
             w_q_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
             w_k_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-        if other_q is not None:
+        if other_q_ptr is not None:
             other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
             other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
         if K_GROUP == 1:
@@ -211,9 +236,9 @@ def _tiled_bwd_columns_kernel(
                 dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
                 met = weights
-                if v_cov is not None:
+                if v_cov_ptr is not None:
                     mixed = weights
-                    if other_q is not None:
+                    if other_q_ptr is not None:
                         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
                         other_lse = load_rows(other_lse_ptr, at, rows, length)
                         other = known_softmax_tile(
@@ -227,10 +252,10 @@ def _tiled_bwd_columns_kernel(
                     kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
                     dweights = tl.where(kept, dweights * drop_scale, 0.0)
                     met = tl.where(kept, weights * drop_scale, 0.0)
-                    if dv_cov is not None:
+                    if dv_cov_ptr is not None:
                         mixed = tl.where(kept, mixed * drop_scale, 0.0)
                 dv_sum += dot(tl.trans((met * gate).to(DTYPE)), dout_tile, PRECISION)
-                if dv_cov is not None:
+                if dv_cov_ptr is not None:
                     dv_cov_sum += dot(tl.trans((mixed * mixed).to(DTYPE)), dcov_tile, PRECISION)
             if TABLES:
                 dweights += dot(load_tile(dq_a, head, seat, R, BLOCK_R), tl.trans(w_q_tile), PRECISION)
@@ -254,24 +279,29 @@ def _tiled_bwd_columns_kernel(
         store_tile(dk, owner, padded_seat, dk_sum, D, BLOCK_D)
     if VALUES:
         store_tile(dv, owner, padded_seat, dv_sum, DV, BLOCK_DV)
-    if dv_cov is not None:
+    if dv_cov_ptr is not None:
         store_tile(dv_cov, owner, padded_seat, dv_cov_sum, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def _tiled_bwd_tables_kernel(
-    q, k, dq_a, dk_a, dw_q, dw_k, lse_ptr, bounds_ptr,
+    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
+    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row,
+    dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
+    lse_ptr, bounds_ptr,
     rows_total, max_len, least, batch, heads, splits, score_scale,
     DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
+    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
+    dw_q, dw_k = (dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row), (dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row)
     pair = tl.program_id(0) % (splits * heads)
     split, head = pair // heads, pair % heads
     first_column = (tl.program_id(0) // (splits * heads)) * BLOCK_N
     window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, from the window's first
-    q_ptr, _, _, _ = q
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     SHIFTED: tl.constexpr = ALIGN_RIGHT and not PER_ENTRY and (VARLEN or bounds_ptr is not None)
@@ -312,10 +342,8 @@ class TiledBackward:
         p = self.problem = problem
         self.saved = dict(zip(tiled_widths(p), saved, strict=True))
         self.delta = p.row_numbers()
-        self.dq, self.dk, self.dv = p.gradients()
-        self.dv_cov = p.covariance_gradient()
-        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (self.dq, self.dq)
-        self.dgate = None
+        g = self.gradients = Gradients(p)
+        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (g.dq, g.dq)
 
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
@@ -326,22 +354,22 @@ class TiledBackward:
         needed = p.call.stochastic and p.call.refinement == "additive"
         arguments = stage_arguments(p, saved, higher)
         arguments |= other_stage_arguments(p, saved, higher, arguments, needed=needed)
-        rest, half = arguments.pop("rest"), arguments.pop("HALF")
         arguments |= {"delta_ptr": self.delta, "dout": p.view(douts[0]), "dout_cov": p.covariance_view(douts[-1])}
         arguments |= {"dq_a": p.view(self.dq_a), "dk_a": p.view(self.dk_a)}
-        dq, dk = (self.dq_a, self.dk_a) if higher else (self.dq, self.dk)
+        dq, dk = (self.dq_a, self.dk_a) if higher else (self.gradients.dq, self.gradients.dk)
 
         tile = p.config("tiled_bwd_rows")
         tiles = ceil_div(p.call.max_len, tile.block_m)
-        if higher and p.gate is not None:
-            self.dgate = p.q.new_empty(p.batch, p.heads, tiles, dtype=p.accumulator)
         kept = "higher" if higher else "first"
         weighted, weighted_cov = saved.get(f"{kept}_values", saved["out"]), saved.get(f"{kept}_cov", saved.get("out_cov"))
         spaces = {name: p.view(saved.get(name, dq)) for name in ("q_a", "k_a")}
         launch(
             _tiled_bwd_rows_kernel, (tiles * p.batch * p.heads,), tile, p.q.device,
-            weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), rest=rest, HALF=half, dq=p.view(dq),
-            dgate_ptr=self.dgate if higher else None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            **flat(
+                weighted=p.view(weighted), weighted_cov=p.covariance_view(weighted_cov), dq=p.view(dq),
+                dgate_ptr=self.gradients.gate_parts(tiles * p.batch) if higher else None,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **spaces, **arguments,
+            ),
         )  # fmt: skip
 
         tile = p.config("tiled_bwd_columns")
@@ -351,38 +379,37 @@ class TiledBackward:
         assert dv is not None
         launch(
             _tiled_bwd_columns_kernel, (tiles * p.batch * p.heads // group,), tile, p.q.device,
-            dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else None,
-            dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
-            GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
+            **flat(
+                dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov) if arguments["VALUES"] else NO_VIEW,
+                dv_added=p.view(dv if dv_added is None else dv_added), ADDED=dv_added is not None,
+                GROUP=group, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **arguments,
+            ),
         )  # fmt: skip
 
-    def launch_tables(self) -> list[Tensor]:
-        """dW_q and dW_k: per entry directly; shared ones as partials over splits of the batch, then summed in order."""
+    def launch_tables(self) -> None:
+        """dW_q and dW_k: per entry directly, shared ones as parts of splits of the batch."""
         p, per_entry = self.problem, self.problem.call.per_entry
         tile = p.config("tiled_bwd_tables")
         tiles = ceil_div(p.call.max_len, tile.block_n)
         splits = p.batch if per_entry else p.splits(tiles * p.heads)
-        if per_entry:
-            dw_q, dw_k = p.table_gradients()
-        else:
-            partials = partial_tables(p, splits, p.call.max_len)
-            dw_q, dw_k = partials
+        dw_q, dw_k = self.gradients.table_parts(splits, p.call.max_len)
         packed = per_entry and p.call.varlen
         used = _tiled_bwd_tables_kernel.arg_names
-        shared = {name: value for name, value in stage_arguments(p, self.saved, higher=False).items() if name in used}
+        shared = {name: value for name, value in flat(**stage_arguments(p, self.saved, higher=False)).items() if name in used}
         launch(
             _tiled_bwd_tables_kernel, (tiles * splits * p.heads,), tile, p.q.device,
-            dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
-            splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
+            **flat(
+                dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
+                splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
+            ),
         )  # fmt: skip
-        return [dw_q, dw_k] if per_entry else sum_tables(p, partials)
 
 
-def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> list[Tensor]:
-    """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov; saved: what `launch_tiled_forward` returned."""
+def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> Gradients:
+    """saved: what `launch_tiled_forward` returned."""
     p, refinement = problem, problem.call.refinement
     step = TiledBackward(p, saved)
-    dvs = [step.dv, step.dv_cov]
+    dvs = [step.gradients.dv, step.gradients.dv_cov]
     if refinement == "none":
         step.launch_stage(False, douts, dvs)
     elif refinement == "value":
@@ -396,6 +423,6 @@ def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Ten
     else:
         step.launch_stage(True, douts, dvs)
         step.launch_stage(False, douts, dvs)
-    tables = step.launch_tables() if p.w_q is not None else []
-    dgate = None if step.dgate is None else step.dgate.sum((0, 2))
-    return in_order(p, [step.dq, step.dk, step.dv], tables, dgate, step.dv_cov)
+    if p.w_q is not None:
+        step.launch_tables()
+    return step.gradients

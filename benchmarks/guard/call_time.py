@@ -36,7 +36,8 @@ from torch import Tensor
 from awrsr_kernels import refined_attention, refined_attention_varlen
 
 SHAPES = ((128, 2, 50, 32), (128, 4, 100, 16))  # B, H, L, D
-HOST_LENGTHS = (50, 200)  # a short and a tiled call
+HOST_LENGTHS = (20, 50, 100, 200, 300)  # short, resident and tiled calls
+HOST_PACKED = (50, 200)  # of one regime, and of two
 SECONDS = 0.5  # of processor time, to take turns in, per figure
 Work = tuple[Callable[[], Tensor], list[Tensor]]  # a call, and the tensors whose gradients it has
 
@@ -106,14 +107,27 @@ def host(folder: Path) -> dict[str, list[float]]:
     pretend_gpu()
     measured: dict[str, list[float]] = {}
     tiny = stock(1, 2, 16, 32)  # so small that only the host's time counts
-    for length in HOST_LENGTHS:
-        for layout, call in ours("triton", [30, length], 2, 32, torch.bfloat16).items():
-            before = launches.value
-            call[0]()
-            if launches.value == before:
-                raise SystemExit(f"a {layout} call of length {length} launched no kernel on the stub driver: nothing to time")
-            measured |= ratios(f"{layout} {length}", call, tiny, repeats=20)
+    for name, call in host_calls().items():
+        before = launches.value
+        call[0]()
+        if launches.value == before:
+            raise SystemExit(f"the call {name} launched no kernel on the stub driver: nothing to time")
+        measured |= ratios(name, call, tiny, repeats=20)
     return measured
+
+
+def host_calls() -> dict[str, Work]:
+    """Calls of each regime, of two regimes at once (lengths in a window of 200), and with more arguments."""
+    calls: dict[str, Work] = {}
+    for length in HOST_LENGTHS:
+        each = ours("triton", [min(30, length), length], 2, 32, torch.bfloat16)
+        calls |= {f"{layout} {length}": call for layout, call in each.items() if layout == "padded" or length in HOST_PACKED}
+    options: dict[str, dict[str, Any]] = {"additive 50": {"refinement": "additive"}}
+    options |= {f"lengths {length}": {"lengths": torch.tensor([30, length])} for length in HOST_PACKED}
+    for name, more in options.items():
+        call, inputs = ours("triton", [30, int(name.split()[1])], 2, 32, torch.bfloat16)["padded"]
+        calls[name] = functools.partial(call, **more), inputs
+    return calls
 
 
 def install_stub(folder: Path) -> ctypes.CDLL:

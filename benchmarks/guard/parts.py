@@ -145,5 +145,5 @@ PARTS = (
     Part("Python", SIZE, 20, lines),
     Part("make test", SECONDS, 10, suite),
     Part("torch backend / two stock calls", RATIO, 70, functools.partial(timed_calls, "torch"), timed=True),
-    Part("host, kernel call / two stock calls", RATIO, 110, functools.partial(timed_calls, "host"), timed=True),
+    Part("host, kernel call / two stock calls", RATIO, 150, functools.partial(timed_calls, "host"), timed=True),
 )

@@ -24,8 +24,17 @@ TO_FUNCTION: list[Hop] = [
     ("TritonAttention.forward", "_triton/autograd.py"),
     ("launch_forward", "_triton/autograd.py"),
 ]
-FROM_BACKWARD: list[Hop] = [("TritonAttention.backward", "_triton/autograd.py"), ("launch_backward", "_triton/autograd.py")]
 RESIDENT, RESIDENT_BWD = "_triton/resident.py", "_triton/resident_bwd.py"
+FROM_BACKWARD: list[Hop] = [
+    ("TritonAttention.backward", "_triton/autograd.py"),
+    ("gradients_of", "_triton/autograd.py"),
+    ("launch_backward", "_triton/autograd.py"),
+]
+TO_SUMS: list[Hop] = [
+    *FROM_BACKWARD,
+    ("launch_short_backward", "_triton/short.py"),
+    ("Gradients.summed", "_triton/reduce.py"),
+]
 TO_TILED_BACKWARD: list[Hop] = [*FROM_BACKWARD, ("launch_tiled_backward", "_triton/tiled_bwd.py")]
 PATHS: list[list[Hop]] = [
     *(
@@ -44,6 +53,8 @@ PATHS: list[list[Hop]] = [
             ("launch_tables", "_tiled_bwd_tables_kernel"),
         )
     ),
+    [*TO_SUMS, ("Gradients.sum_partials", "_triton/reduce.py"), ("_sum_partials_kernel", "_triton/reduce.py")],
+    [*TO_SUMS, ("Gradients.sum_query_heads", "_triton/reduce.py"), ("_sum_query_heads_kernel", "_triton/reduce.py")],
     [
         ("refined_attention_step", "decoding.py"),
         ("triton_step", "_triton/decode.py"),
@@ -90,8 +101,26 @@ def test_each_hop_names_the_next(path: list[Hop]) -> None:
     for (name, file), (following, source) in zip(path, path[1:], strict=False):
         definition(following, source)
         first = following.split(".")[0]  # autograd finds a Function's forward and backward by itself
+        if name.split(".")[0] == first:  # another method
+            first = following.split(".")[1]
         assert first in names(definition(name, file)), f"{name} in {file} does not name {following}"
         assert file == source or imported(first, file, source), f"{file} does not import {first} from {source}"
+
+
+def test_the_planned_call_reaches_the_launches_by_name() -> None:
+    hops = [
+        CALLS[0],
+        ("look", "plans.py"),
+        ("Plan.__call__", "_triton/plan.py"),
+        ("PlannedAttention.forward", "_triton/plan.py"),
+        ("Plan.results", "_triton/plan.py"),
+        ("Launches.run", "_triton/record.py"),
+        ("Launches.run_by_handle", "_triton/record.py"),
+    ]
+    for (name, file), (following, _) in zip(hops, hops[1:], strict=False):
+        assert following == "Plan.__call__" or {*following.split(".")} & names(definition(name, file)), (name, following)
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert all(name in page for name, _ in hops)
 
 
 def test_contributing_lists_these_hops() -> None:

@@ -63,17 +63,18 @@ def test_time(
 
 @pytest.mark.benchmark(warmup=True, warmup_iterations=10)
 @pytest.mark.parametrize("pass_", ["fwd", "fwd+bwd"])
-@pytest.mark.parametrize("length, launches", [(50, 2), (200, 7)])
+@pytest.mark.parametrize("length, launches", [(50, 3), (200, 3), (300, 8)])
 def test_time_of_the_host(
     length: int, launches: int, pass_: str, benchmark: Callable[..., tuple[Tensor, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a call of the kernels keeps the host busy with, beside Triton's own launches: here these are only counted."""
-    from awrsr_kernels._triton import short, tiled, tiled_bwd
+    """What a planned call of the kernels keeps the host busy with, beside Triton's own launches: here these are only counted."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
 
     torch.use_deterministic_algorithms(False)
     launched: list[object] = []
-    for module in (short, tiled, tiled_bwd):
-        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    kind = InterpretedFunction if DEVICE == "cpu" else JITFunction
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: lambda **_: launched.append(kernel))
     batch = build(Task(Shape(1, 2, 2, length, 32, 32, 32), "simple", "float16", 0.0, DEVICE, None, 1), "padded")[0]
 
     def run() -> tuple[Tensor, ...]:
@@ -81,5 +82,7 @@ def test_time_of_the_host(
         out = PROVIDERS["triton"].call(batch)
         return (out, *gradients(out, batch)) if pass_ == "fwd+bwd" else (out,)
 
+    for _ in range(3):
+        run()
     benchmark(run)
-    assert len(launched) == (launches if pass_ == "fwd+bwd" else min(2, launches // 2))
+    assert len(launched) == (launches if pass_ == "fwd+bwd" else 1 + (length == 300))

@@ -1,0 +1,362 @@
+"""Plans: repeated calls give the bits of the first, nothing that a check refuses slips through, and plans stay small."""
+
+import functools
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from awrsr_kernels import plans, refined_attention, refined_attention_varlen, tuned
+from awrsr_kernels.launch_config import TABLE, Key
+
+from ..conftest import DEVICE
+
+pytest.importorskip("triton", reason="needs Triton")
+from awrsr_kernels._triton import plan as plan_module  # noqa: E402
+from awrsr_kernels._triton.record import Launches  # noqa: E402
+
+Work = tuple[Callable[[], Tensor], list[Tensor], Tensor]  # a call, tensors that have gradients, the gradient that comes in
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
+
+
+def padded(length: int = 12, kv_heads: int = 2, table: str = "shared", gate: Any = None, batch: int = 2, **options: Any) -> Work:
+    q = leaf(batch, length, 2, 8).transpose(1, 2).detach().requires_grad_()
+    k, v = (leaf(batch, kv_heads, length, 8) for _ in "kv")
+    shape = {"shared": (length, 5), "head": (2, length, 5), "entry": (batch, 2, length, 5)}[table]
+    given = [q, k, v, leaf(*shape), leaf(*shape)]
+    learned = given[: 3 if options.get("refinement") == "none" else 5] + ([gate] if isinstance(gate, Tensor) else [])
+    if "lengths" in options:
+        options["lengths"] = torch.tensor(options["lengths"], device=DEVICE)
+    call = functools.partial(refined_attention, *given, gate=gate, backend="triton", **options)
+    return call, learned, torch.randn(batch, 2, length, 8, device=DEVICE)
+
+
+def packed(table: str = "shared", **options: Any) -> Work:
+    bounds = torch.tensor([0, 5, 5, 20], device=DEVICE)
+    shape = {"shared": (17, 5), "entry": (20, 2, 5)}[table]
+    given = [*(leaf(20, 2, 8) for _ in "qkv"), leaf(*shape), leaf(*shape)]
+    call = functools.partial(refined_attention_varlen, *given, bounds, 15, backend="triton", **options)
+    return call, given, torch.randn(20, 2, 8, device=DEVICE)
+
+
+def results(work: Work) -> list[Tensor]:
+    call, inputs, dout = work
+    out = call()
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Launches]:
+    """What was repeated from here on."""
+    seen: list[Launches] = []
+    run = Launches.run
+    monkeypatch.setattr(Launches, "run", lambda self, *args: (seen.append(self), run(self, *args))[1])
+    return seen
+
+
+CALLS: dict[str, Callable[[], Work]] = {
+    "short": padded,
+    "value": lambda: padded(refinement="value", lengths=[3, 12], padding_side="right"),
+    "additive": lambda: padded(refinement="additive", gate=leaf(2), dropout_p=0.3, dropout_seed=3),
+    "number as gate": lambda: padded(refinement="additive", gate=0.5),
+    "scalar gate, table per entry": lambda: padded(refinement="additive", gate=leaf(), table="entry"),
+    "grouped": lambda: padded(kv_heads=1, table="head", lengths=[0, 7]),
+    "none": lambda: padded(refinement="none"),
+    "resident": lambda: padded(70),
+    "both": lambda: padded(70, lengths=[9, 70], refinement="additive", gate=leaf(1)),
+    "tiled": lambda: padded(70, causal=False, refinement="additive", gate=leaf(2)),
+    "tiled, grouped": lambda: padded(70, kv_heads=1, causal=False, batch=1),
+    "packed": packed,
+    "packed, content tables": lambda: packed("entry", align="left"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_repeated_calls_give_the_bits_of_the_first(name: str, repeated: list[Launches]) -> None:
+    work = CALLS[name]()
+    first = results(work)
+    for times in (1, 2, 3):
+        again = results(work)
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, again, strict=True)), times
+    assert len(repeated) >= 3 and len(set(map(id, repeated))) == 2
+    for mode in (torch.no_grad, torch.inference_mode):
+        before = len(repeated)
+        with mode():
+            assert all(torch.equal(work[0](), first[0]) for _ in range(3))
+        assert len(repeated) > before
+
+
+def test_tensors_may_change_places_and_contents(repeated: list[Launches]) -> None:
+    """One tensor for q, k and v, then others: slots are filled anew."""
+    one, w = torch.randn(3, 1, 2, 9, 8, device=DEVICE), torch.randn(2, 9, 5, device=DEVICE)
+    for q, k, v in [(0, 0, 0), (0, 0, 0), (0, 0, 0), (0, 1, 2), (2, 1, 1)]:
+        given = one[q], one[k], one[v], w[0], w[1]
+        plans_result = refined_attention(*given, backend="triton")
+        torch.testing.assert_close(plans_result, refined_attention(*given, backend="reference"))
+    assert len(repeated) == 3
+
+
+def test_a_seed_that_is_drawn_differs_each_time_and_follows_manual_seed(repeated: list[Launches]) -> None:
+    call, _, _ = padded(dropout_p=0.4)
+    for _ in range(2):
+        call()
+    torch.manual_seed(5)
+    one, two = call(), call()
+    torch.manual_seed(5)
+    assert torch.equal(one, call()) and not torch.equal(one, two) and len(repeated) == 3
+    plans.forget()
+    torch.manual_seed(5)
+    assert torch.equal(one, call())
+
+
+def test_seeds_and_gates_that_are_numbers(repeated: list[Launches]) -> None:
+    """A seed is no part of a signature, a gate is."""
+    q, k, v = (torch.randn(2, 2, 9, 8, device=DEVICE) for _ in "qkv")
+    w = torch.randn(9, 5, device=DEVICE)
+    call = functools.partial(refined_attention, q, k, v, w, w, refinement="additive")
+    for gate, seed in [(1, 1), (1, 1), (1, 2), (1, 3), (2, 1), (2, 2), (2, 3)]:
+        found, wanted = (call(gate=gate, dropout_p=0.4, dropout_seed=seed, backend=b) for b in ("triton", "reference"))
+        torch.testing.assert_close(found, wanted)
+    assert len(repeated) == 3
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+def test_what_is_refused_at_first_is_refused_later(seen: int) -> None:
+    given = [torch.randn(2, 2, 9, 8, device=DEVICE) for _ in "qkv"] + [torch.randn(9, 5, device=DEVICE)] * 2
+    lengths = torch.tensor([3, 9], device=DEVICE)
+    call = functools.partial(refined_attention, *given, backend="triton")
+    for _ in range(seen):
+        call(lengths=lengths, dropout_p=0.0, causal=True), call(dropout_p=0.5, dropout_seed=1)
+    wrong: list[tuple[type[Exception], dict[str, Any]]] = [
+        (TypeError, {"lengths": lengths, "causal": 1}),
+        (TypeError, {"lengths": lengths, "dropout_p": False}),
+        (TypeError, {"dropout_p": 0.5, "dropout_seed": True}),
+        (ValueError, {"dropout_p": 0.5, "dropout_seed": 2**70}),
+        (ValueError, {"lengths": lengths[:1]}),
+    ]
+    for kind, options in wrong:
+        with pytest.raises(kind):
+            call(**options)
+    if DEVICE == "cpu":
+        lengths[1] = 10  # the same tensor, with other contents
+        with pytest.raises(ValueError, match="lengths is 3 to 10"):
+            call(lengths=lengths, dropout_p=0.0, causal=True)
+
+
+def test_bounds_of_packed_sequences_are_read_each_time_on_a_cpu() -> None:
+    if DEVICE != "cpu":
+        pytest.skip("the values of a GPU's tensors are not read")
+    call, _, _ = packed()
+    bounds = call.args[5]  # type: ignore[attr-defined]
+    for _ in range(3):
+        call()
+    bounds[1:3] = torch.tensor([8, 4])
+    with pytest.raises(ValueError, match="nowhere falling"):
+        call()
+    bounds[1:3] = torch.tensor([8, 9])
+    given = call.args[:5]  # type: ignore[attr-defined]
+    torch.testing.assert_close(call(), refined_attention_varlen(*given, bounds, 15, backend="reference"))
+
+
+class Own(Tensor):
+    pass
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_slow_path_is_taken_where_it_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, inputs, _ = padded()
+    for _ in range(3):
+        call()
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("took the plan")
+
+    monkeypatch.setattr(plan_module.Plan, "__call__", refuse)
+    with pytest.raises(AssertionError, match="took the plan"):
+        call()
+    q, k, v, w_q, w_k = inputs
+    with torch.autocast(DEVICE, torch.float16):
+        assert call().dtype == torch.float16
+    with Watching():
+        call()
+    own = q.detach().as_subclass(Own)
+    for _ in range(3):
+        refined_attention(own, k, v, w_q, w_k, backend="triton")
+    negative = torch.complex(torch.zeros_like(q), -q.detach()).conj().imag
+    assert negative.is_neg()
+    for _ in range(3):
+        found = refined_attention(negative, k, v, w_q, w_k, backend="triton")
+        torch.testing.assert_close(found, refined_attention(q, k, v, w_q, w_k, backend="reference"))
+    with pytest.raises(ValueError, match="vmap"):
+        torch.func.vmap(lambda q: refined_attention(q, k, v, w_q, w_k, backend="triton"))(torch.stack([q.detach()] * 2))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(x.detach()) for x in inputs]
+        assert plans.look([*fakes, None, None, None], "triton", ()) is None
+    assert plans.look([x.to("meta") for x in inputs] + [None] * 3, "triton", ()) is None
+
+
+@pytest.mark.parametrize("length", [12, 70])
+def test_gradients_of_any_layout(length: int) -> None:
+    call, inputs, dout = padded(length)
+    for _ in range(3):
+        results((call, inputs, dout))
+    layouts = {
+        "transposed": dout.transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": dout[:1, :1, :1, :1].expand_as(dout),
+        "unaligned": torch.cat([dout.new_zeros(1), dout.flatten()])[1:].view_as(dout),
+        "negated": torch.complex(torch.zeros_like(dout), -dout).conj().imag,
+    }
+    for name, each in layouts.items():
+        found = [torch.autograd.grad(call(), inputs, each) for _ in range(3)]
+        plans.forget()
+        wanted = torch.autograd.grad(call(), inputs, each.clone())
+        for one in found:
+            assert all(map(torch.equal, one, wanted)), name
+        for _ in range(3):
+            results((call, inputs, dout))
+
+
+def test_saved_tensors_that_come_back_in_another_layout() -> None:
+    work = padded(70)
+    first = results(work)
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return x.detach().transpose(0, -1).contiguous().transpose(0, -1).contiguous() if x.dim() > 1 else x.clone()
+
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
+            found = results(work)
+        torch.testing.assert_close(found, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["short", "both", "tiled"])
+def test_checkpoints_from_the_first_call_on(name: str) -> None:
+    """Forward and recomputation save the same, whichever calls of a signature they are."""
+    call, inputs, dout = CALLS[name]()
+    found = []
+    for _ in range(3):
+        out = checkpoint(lambda *_: call(), *inputs, use_reentrant=False)
+        found.append(torch.autograd.grad(out, inputs, dout))
+    assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))
+
+
+def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before() -> None:
+    call, inputs, dout = padded()
+    for _ in range(3):
+        results((call, inputs, dout))
+    first = torch.autograd.grad(call(), inputs[0], dout, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        first.sum().backward()
+    with pytest.raises(ValueError, match="batch of gradients"):
+        torch.autograd.grad(call(), inputs[0], torch.stack([dout, dout]), is_grads_batched=True)
+
+
+def test_a_plan_keeps_no_tensor() -> None:
+    work = padded(70)
+    for _ in range(4):
+        kept = results(work)
+    held = [weakref.ref(x) for x in (*work[1], *kept, work[2])]
+    del work, kept
+    gc.collect()
+    assert plans._plans and not any(each() is not None for each in held)
+
+
+def test_plans_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "MOST", 4)
+    used = padded(3, batch=1)
+    with torch.no_grad():
+        for _ in range(3):
+            used[0]()
+        for length in range(4, 12):  # each once: they cannot push out what is used
+            padded(length, batch=1)[0]()
+    assert len(plans._new) == 4 and len(plans._plans) == 1
+    with torch.no_grad():
+        for length in range(4, 12):
+            call = padded(length, batch=1)[0]
+            call(), call()
+    assert len(plans._plans) == 4
+
+
+def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":  # one kernel at a time: the interpreter replaces functions of Triton while it runs one
+        from triton.runtime.interpreter import GridExecutor
+
+        run, one = GridExecutor.__call__, threading.Lock()
+
+        def alone(*args: Any, **kwargs: Any) -> None:
+            with one:
+                run(*args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", alone)
+    work = padded()
+    wanted, wrong = results(work), []
+
+    def several() -> None:
+        for _ in range(4):
+            found = results(work)
+            wrong.extend(i for i, (a, b) in enumerate(zip(found, wanted, strict=True)) if not torch.equal(a, b))
+
+    threads = [threading.Thread(target=several) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(plans._plans) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or DEVICE != "cpu", reason="needs os.fork, and no GPU in use")
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_a_forked_process_begins_without_plans() -> None:
+    call = padded()[0]
+    for _ in range(3):
+        call()
+    assert plans._plans
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if not plans._plans and not plans._new and not plans._lock.locked() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and plans._plans
+
+
+@pytest.fixture
+def tuner_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv("AWRSR_KERNELS_TUNED", str(path))
+    monkeypatch.setattr(tuned, "_looked", float("-inf"))
+    tuned.generation()
+    yield path
+
+
+def test_a_changed_tuner_file_is_noticed(tuner_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tuned.generation()
+    assert tuned.generation() == before
+    tuner_file.write_text('{"version": 1, "entries": []}')
+    monkeypatch.setattr(tuned, "_looked", float("-inf"))  # a second later
+    assert tuned.generation() != before
+
+
+def test_forced_configurations_are_not_hidden_by_a_plan(repeated: list[Launches]) -> None:
+    call = padded()[0]
+    for _ in range(3):
+        call()
+    key = Key("short_fwd", 16, 64, 4)
+    config = TABLE[key][0].config._replace(num_stages=2)
+    with tuned.forced({key: config}):
+        for _ in range(3):
+            call()
+    assert [each.launches[0].options["num_stages"] for each in repeated] == [1, 2]
