@@ -208,12 +208,19 @@ def load_rows(pointer, index, rows, length):
 
 
 @triton.jit
+def load_lse(pointer, index, rows, length):
+    """[len(rows)]: log-sum-exps per local row, infinite beyond the sequence, so that softmax is zero there."""
+    return tl.load(pointer + index, mask=rows < length, other=float("inf"))
+
+
+@triton.jit
 def visible_tile(rows, columns, length, CAUSAL: tl.constexpr):
-    """[len(rows), len(columns)] bool: whether a row may attend to a column."""
-    visible = (rows < length)[:, None] & (columns < length)[None, :]
+    """[len(rows), len(columns)] bool: whether a row of the sequence may attend to a column. Rows beyond it do not count: what they
+    see is thrown away, and `load_lse` gives them no weight. In the causal case only they see columns beyond it."""
     if CAUSAL:
-        visible = visible & (columns[None, :] <= rows[:, None])
-    return visible
+        return columns[None, :] <= rows[:, None]
+    else:
+        return (columns < length)[None, :]
 
 
 @triton.jit
@@ -284,11 +291,13 @@ def continue_softmax(scores, factor, peak, total):
 @triton.jit
 def known_softmax_tile(
     q_tile, k_tile, lse, rows, columns, length, scale,
-    DISTANCE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    DISTANCE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of softmax, from the rows' log-sum-exps in units of log 2; zero where a row may not attend."""
+    """A tile of softmax, from the rows' log-sum-exps in units of log 2; with MASKED zero where a row may not attend."""
     scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E) - lse[:, None]
-    return tl.exp2(tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf")))
+    if MASKED:
+        scores = tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf"))
+    return tl.exp2(scores)
 
 
 @triton.jit

@@ -36,7 +36,7 @@ from .primitives import (
     key_seats,
     known_softmax_tile,
     load_gate,
-    load_rows,
+    load_lse,
     load_table,
     load_tile,
     locate_long,
@@ -108,47 +108,49 @@ def _tiled_fwd_kernel(
     if other_q_ptr is not None:
         cross_sums = tl.zeros((BLOCK_M, BLOCK_DV), ACC)
         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
-        other_lse = load_rows(other_lse_ptr, at, rows, length)
+        other_lse = load_lse(other_lse_ptr, at, rows, length)
 
-    end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
-    for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
-        columns = low + tl.arange(0, BLOCK_N)
-        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-        k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)  # [BLOCK_M, BLOCK_N], like all weights
-        # After the scores: before them it would take up to 18 registers more.
-        visible = visible_tile(rows, columns, length, CAUSAL)
-        scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        total = total * decay + tl.sum(weights, 1)
-        peak = new_peak
-        if TABLES:
-            w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
-            q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
-            w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-            k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
-        if VALUES:
-            if seed_ptr is not None:
-                weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
-            v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
-        if v_cov_ptr is not None:
-            cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
-            cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
-        if other_q_ptr is not None:
-            other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_N, BLOCK_OTHER_D]
-            other = known_softmax_tile(
-                other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
-            )
-            cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
+    end = tl.where(first_row < length, tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length, 0)
+    SPLIT: tl.constexpr = seed_ptr is None  # first the tiles that need no mask; with dropout two loops would spill registers
+    diagonal = tl.minimum(first_row if CAUSAL else length, end) // BLOCK_N * BLOCK_N if SPLIT else 0
+    for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+        for low in range(diagonal if MASKED else 0, end if MASKED else diagonal, BLOCK_N):
+            columns = low + tl.arange(0, BLOCK_N)
+            column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+            k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (score_scale * LOG2E)  # [BLOCK_M, BLOCK_N], like all weights
+            if MASKED:
+                scores = tl.where(visible_tile(rows, columns, length, CAUSAL), scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1))  # finite: every row of a tile sees a column of it
+            weights = tl.exp2(scores - new_peak[:, None])
+            decay = tl.exp2(peak - new_peak)
+            total = total * decay + tl.sum(weights, 1)
+            peak = new_peak
+            if TABLES:
+                w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+                q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
+                w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+                k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
+            if VALUES:
+                if seed_ptr is not None:
+                    weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
+                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
+            if v_cov_ptr is not None:
+                cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
+                cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
+            if other_q_ptr is not None:
+                other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
+                other = known_softmax_tile(
+                    other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
+                    OTHER_DISTANCE, MASKED, CAUSAL, PRECISION,
+                )  # fmt: skip
+                cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing gets zeros and a finite log-sum-exp
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     tl.store(lse_ptr + at, shift + tl.log2(total), mask=rows < length)
-    share = (1.0 / total)[:, None]
+    share = tl.where(rows < length, 1.0 / total, 0.0)[:, None]  # zeros for the padding
     padded_seat = padded_seats(entry, start, rows, length, rows_total, not VARLEN)
     if TABLES:
         q_a_sum, k_a_sum = q_a_sum * share, k_a_sum * share

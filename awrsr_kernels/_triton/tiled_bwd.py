@@ -29,6 +29,7 @@ from .primitives import (
     key_seats,
     known_softmax_tile,
     load_gate,
+    load_lse,
     load_rows,
     load_table,
     load_tile,
@@ -112,44 +113,50 @@ def _tiled_bwd_rows_kernel(
     if dgate_ptr is not None:
         tl.store(dgate_ptr + tile.to(tl.int64) * (batch * heads) + pair, tl.sum(delta, 0))
     tl.store(delta_ptr + at, delta, mask=rows < length)
-    lse = load_rows(lse_ptr, at, rows, length)
+    lse = load_lse(lse_ptr, at, rows, length)
     if other_q_ptr is not None:
         gate = load_gate(gate_ptr, gate_stride, head, ACC)
         other_gate = load_gate(other_gate_ptr, gate_stride, head, ACC)
         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
-        other_lse = load_rows(other_lse_ptr, at, rows, length)
+        other_lse = load_lse(other_lse_ptr, at, rows, length)
 
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    end = tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length
-    for low in range(0, tl.where(first_row < length, end, 0), BLOCK_N):
-        columns = low + tl.arange(0, BLOCK_N)
-        column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
-        k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
-        dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-        if VALUES:
-            v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-            dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
-            if v_cov_ptr is not None:
-                mixed = weights
-                if other_q_ptr is not None:
-                    other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
-                    other = known_softmax_tile(
-                        other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale, OTHER_DISTANCE, CAUSAL, PRECISION
-                    )
-                    mixed = gate * weights + other_gate * other
-                cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
-                dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
-            if seed_ptr is not None:
-                kept = keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N)
-                dweights = tl.where(kept, dweights * drop_scale, 0.0)
-        if TABLES:
-            w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
-            dweights += dot(dq_a_tile, tl.trans(w_tile), PRECISION)
-            w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-            dweights += dot(dk_a_tile, tl.trans(w_tile), PRECISION)
-        dscores = weights * (dweights - delta[:, None])
-        dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
+    SPLIT: tl.constexpr = seed_ptr is None  # first the tiles that need no mask; with dropout two loops would spill registers
+    end = tl.where(first_row < length, tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length, 0)
+    diagonal = tl.minimum(first_row if CAUSAL else length, end) // BLOCK_N * BLOCK_N if SPLIT else 0
+    for MASKED in tl.static_range(0 if SPLIT else 1, 2):
+        for low in range(diagonal if MASKED else 0, end if MASKED else diagonal, BLOCK_N):
+            columns = low + tl.arange(0, BLOCK_N)
+            column_seat, table_seat = key_seats(entry, start, w_start, columns, length)
+            k_tile = load_tile(k, head // K_GROUP, column_seat, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+            weights = known_softmax_tile(
+                q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, MASKED, CAUSAL, PRECISION
+            )
+            dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+            if VALUES:
+                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
+                if v_cov_ptr is not None:
+                    mixed = weights
+                    if other_q_ptr is not None:
+                        other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
+                        other = known_softmax_tile(
+                            other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
+                            OTHER_DISTANCE, MASKED, CAUSAL, PRECISION,
+                        )  # fmt: skip
+                        mixed = gate * weights + other_gate * other
+                    cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
+                    dweights += mixed * dot(dcov_tile, tl.trans(cov_tile), PRECISION) * (2 * drop_scale)
+                if seed_ptr is not None:
+                    kept = keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N)
+                    dweights = tl.where(kept, dweights * drop_scale, 0.0)
+            if TABLES:
+                w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)  # [BLOCK_N, BLOCK_R]
+                dweights += dot(dq_a_tile, tl.trans(w_tile), PRECISION)
+                w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+                dweights += dot(dk_a_tile, tl.trans(w_tile), PRECISION)
+            dscores = weights * (dweights - delta[:, None])
+            dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
 
     dq_sum = dq_sum * (score_scale * load_gate(gate_ptr, gate_stride, head, ACC))
     if POINTS and not TABLES:
@@ -229,8 +236,10 @@ def _tiled_bwd_columns_kernel(
             seat = seats(entry, start, rows, length)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            lse = load_rows(lse_ptr, at, rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
+            lse = load_lse(lse_ptr, at, rows, length)
+            weights = known_softmax_tile(
+                q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, True, CAUSAL, PRECISION
+            )
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
                 dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
@@ -240,10 +249,10 @@ def _tiled_bwd_columns_kernel(
                     mixed = weights
                     if other_q_ptr is not None:
                         other_q_tile = load_tile(other_q, head, seat, OTHER_D, BLOCK_OTHER_D)  # [BLOCK_M, BLOCK_OTHER_D]
-                        other_lse = load_rows(other_lse_ptr, at, rows, length)
+                        other_lse = load_lse(other_lse_ptr, at, rows, length)
                         other = known_softmax_tile(
                             other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
-                            OTHER_DISTANCE, CAUSAL, PRECISION,
+                            OTHER_DISTANCE, True, CAUSAL, PRECISION,
                         )  # fmt: skip
                         mixed = gate * weights + other_gate * other
                     dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
@@ -320,8 +329,8 @@ def _tiled_bwd_tables_kernel(
             rows = low + tl.arange(0, BLOCK_M)
             seat = seats(entry, start, rows, length)
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            lse = load_rows(lse_ptr, row_index(entry, head, heads, start, rows, rows_total, VARLEN), rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, CAUSAL, PRECISION)
+            lse = load_lse(lse_ptr, row_index(entry, head, heads, start, rows, rows_total, VARLEN), rows, length)
+            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, True, CAUSAL, PRECISION)
             at_columns = tl.trans(weights.to(DTYPE))  # [BLOCK_N, BLOCK_M]
             dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
             dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
