@@ -5,9 +5,11 @@
     python -m awrsr_kernels.compile_report --backbone dot --refinement additive --dtype bfloat16 --length 64 --width 64
 
 Each kernel is a row: registers, bytes per thread spilled to local memory, shared memory, tensor-core instructions, loads from and
-stores to device memory by width, and how many programs a multiprocessor can hold. `budget_ok` is true if the kernel compiles,
-fits the chip, uses tensor cores where its products should, spills no more than `spill_budget` allows, and reads no register that
-was never set. The exit status is 1 if any row is not ok.
+stores to device memory by width, and how many programs a multiprocessor can hold. On sm_80 and sm_90 also, per causal head of full
+length: issue slots of a scheduler, and exponentials computed over those needed (`issue_slots.py`). The length is the largest of the
+class, in the resident class 200 and for `issue_slots_100` 100, in the tiled class 512. `budget_ok` is true if the kernel compiles,
+fits the chip, uses tensor cores where its products should, spills no more than `spill_budget` allows, reads no register that was
+never set, and is within its budgets of slots and exponentials. The exit status is 1 if any row is not ok.
 
 Instead of launching kernels, the report runs Triton's own warm-up on tensors without memory, with a driver that claims to be the
 target GPU. It therefore compiles what a real launch would compile, including the alignment of pointers. Rows are cached by a hash
@@ -32,8 +34,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from . import issue_slots
 from .checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
-from .launch_config import LENGTHS, RESIDENT, STEP, TABLE, TILED, WIDTHS, Key, is_resident, is_short
+from .launch_config import LENGTHS, RESIDENT, STEP, TABLE, TILED, WIDTHS, Config, Key, is_resident, is_short
 from .tuned import cache_folder, replace_file
 
 
@@ -216,6 +219,8 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
 def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) -> dict[str, Any]:
     target = TARGETS[case.target]
     usage = _amd(compiled) if target.backend == "hip" else _nvidia(compiled)
+    sass = usage.pop("sass", None)
+    counts = {} if sass is None else issue_slots.columns(sass, kernel, Config(**config), **case._asdict())
     usage["shared_bytes"] = compiled.metadata.shared
     budget = spill_budget(case, kernel)
     if target.backend == "hip" or target.architecture >= 100:  # these have other instructions
@@ -227,7 +232,7 @@ def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) 
     row = {"kernel": kernel, "regime": regime, **case.columns(), "config": config}
     row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
     expected = tensor_cores == (usage["tensor_core_instructions"] > 0)
-    return row | {"spill_budget": budget, "budget_ok": fits and expected}
+    return row | counts | {"spill_budget": budget, "budget_ok": fits and expected and not issue_slots.over_budget(counts)}
 
 
 def _occupancy(target: Target, usage: dict[str, Any], warps: int) -> int:
@@ -259,8 +264,9 @@ def _nvidia(compiled: Any) -> dict[str, Any]:
         return _counted(bytes_of[m[1]] if m else 4 for m in suffixes)
 
     tensor = len(re.findall(r"\b(?:HGMMA|HMMA|UTC\w*MMA)\b", sass))
-    counts = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
-    return {"unset_registers": len(unset_registers(sass))} | counts | {"loads": widths("LDG"), "stores": widths("STG")}
+    counts: dict[str, Any] = {"registers": registers, "spill_bytes": stack, "tensor_core_instructions": tensor}
+    counts |= {"unset_registers": len(unset_registers(sass)), "loads": widths("LDG"), "stores": widths("STG")}
+    return counts | {"sass": sass}
 
 
 def _counted(sizes: Iterable[int]) -> dict[str, int]:
@@ -310,7 +316,7 @@ def _source_hash() -> str:
     import triton
 
     root, digest = Path(__file__).parent, hashlib.sha256(triton.__version__.encode())
-    others = (root / f"{name}.py" for name in ("call", "dropout", "launch_config", "tuned"))
+    others = (root / f"{name}.py" for name in ("call", "dropout", "issue_slots", "launch_config", "tuned"))
     for path in sorted([*root.glob("_triton/*.py"), *others, Path(__file__)]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:20]
@@ -347,10 +353,15 @@ def _line(row: dict[str, Any]) -> str:
     tile = "x".join(str(row["config"][name]) for name in ("block_m", "block_n", "num_warps", "num_stages"))
     loads = " ".join(f"{size}:{count}" for size, count in row["loads"].items())
     text = f"{head}{row['kernel']:26}{tile:>12}{row['registers']:6}{row['spill_bytes']:7}{row['shared_bytes']:8}"
-    text += f"{row['tensor_core_instructions']:5}{row['programs_per_processor']:4}  {loads}"
+    text += f"{row['tensor_core_instructions']:5}{row['programs_per_processor']:4}"
+    for column, form in (("issue_slots", "8,.0f"), ("issue_slots_100", "8,.0f"), ("exponentials", "6.2f")):
+        value = row.get(column)
+        text += f"{'-':>{form[0]}}" if value is None else f"{value:{form}}"
+    text += f"  {loads}"
     if row.get("unset_registers"):
         return text + f"   MISASSEMBLED ({row['unset_registers']} reads of registers that were never set)"
-    return text if row["budget_ok"] else text + f"   OVER BUDGET (spill {row['spill_budget']})"
+    budgets = ", ".join([f"spill {row['spill_budget']}", *issue_slots.over_budget(row)])
+    return text if row["budget_ok"] else text + f"   OVER BUDGET ({budgets})"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -384,7 +395,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [c for c in wanted if c.refinement in options.refinement and c.dtype in options.dtype]
     wanted = [c for c in wanted if backbones[c.stochastic] in options.backbone]
     wanted = [c._replace(group=options.group) for c in wanted if c.length in options.length and c.width in options.width]
-    columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}  loads by bytes"
+    columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}"
+    columns += f"{'slots':>8}{'at 100':>8}{'exp':>6}  loads by bytes"
     print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")
     rows: list[dict[str, Any]] = []
     for of_case in compile_cases(wanted, options.jobs, options.cache):

@@ -19,7 +19,7 @@ FLOORS = {
     "awrsr_kernels": [
         "torch_state tolerance habits",
         "checks dropout wasserstein launch_config",
-        "call tuned",
+        "call tuned issue_slots",
         "windows operators plans",
         "reference _torch _triton",
         "backends",

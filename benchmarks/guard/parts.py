@@ -86,7 +86,10 @@ def compiled(checkout: Checkout, seconds: float) -> dict[str, float]:
 
 
 def read_report(text: str) -> dict[str, float]:
-    """Sum and worst of registers and spilled bytes, then both per kernel."""
+    """Sum and worst of registers, spilled bytes and issue slots per head, then all of them per kernel.
+
+    Reports of commits that did not count slots have none.
+    """
     figures: dict[str, float] = {}
     for row in json.loads(text):
         case = [row["target"], row["dtype"], f"L{row['length']}", row["refinement"] + " W2" * row["gaussian"]]
@@ -94,10 +97,12 @@ def read_report(text: str) -> dict[str, float]:
         if "error" in row:
             raise CannotMeasure(f"{name}: {row['error']}")
         figures |= {f"registers, {name}": row["registers"], f"spilled bytes, {name}": row["spill_bytes"]}
+        if row.get("issue_slots") is not None:
+            figures[f"issue slots, {name}"] = row["issue_slots"]
     totals: dict[str, float] = {}
-    for what in ("registers", "spilled bytes"):
-        values = [value for name, value in figures.items() if name.startswith(what)]
-        totals |= {f"{what}, sum": sum(values), f"{what}, worst": max(values)}
+    for what in ("registers", "spilled bytes", "issue slots"):
+        if values := [value for name, value in figures.items() if name.startswith(what)]:
+            totals |= {f"{what}, sum": sum(values), f"{what}, worst": max(values)}
     return totals | figures
 
 

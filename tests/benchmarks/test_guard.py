@@ -66,6 +66,8 @@ def test_the_report_of_compiled_kernels_is_read() -> None:
     figures = parts.read_report(json.dumps([row, row | {"kernel": "short_fwd", "registers": 96, "spill_bytes": 0}]))
     assert figures["registers, sum"] == 351 and figures["registers, worst"] == 255 and figures["spilled bytes, sum"] == 88
     assert figures["spilled bytes, sm_90 bfloat16 L64 simple W2 dropout short_bwd"] == 88 and len(figures) == 8
+    counted = parts.read_report(json.dumps([row | {"issue_slots": 700.0}, row | {"kernel": "decode_step"}]))
+    assert counted["issue slots, sum"] == 700 and len(counted) == 8 + 3
     with pytest.raises(CannotMeasure, match="fwd and bwd: out of registers"):
         parts.read_report(json.dumps([row | {"kernel": "fwd and bwd", "error": "out of registers"}]))
 

@@ -99,6 +99,18 @@ def test_the_table_says_what_the_kernels_take(sample: list[dict[str, Any]]) -> N
             assert row["config"] == entry.config._asdict() and row["shared_bytes"] <= entry.shared
 
 
+def test_issue_slots_and_exponentials_are_counted(sample: list[dict[str, Any]]) -> None:
+    for row in sample:
+        if row["target"] not in ("sm_80", "sm_90") or row["length"] == STEP:
+            assert not {"issue_slots", "exponentials"} & set(row), row
+            continue
+        assert ("issue_slots_100" in row) == (row["length"] == RESIDENT)
+        assert row["issue_slots"] > 100 and row.get("issue_slots_100", 0) < row["issue_slots"] / 2, row
+        assert 1 < row["exponentials"] < 3 and row["issue_slots_budget"] is None  # the sample has dropout
+        judged = row["exponentials_budget"]
+        assert row["exponentials"] <= judged if row["refinement"] != "stochastic" else judged is None, row
+
+
 def test_the_report_leaves_out_no_row_of_the_table() -> None:
     returned, steps = set(), set()
     for target, chip in TARGETS.items():
@@ -127,6 +139,11 @@ def test_a_row_over_its_budget_fails_the_report(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(compile_report, "find_spec", lambda _: True)
     assert compile_report.main([]) == 1
     printed = capsys.readouterr().out
+    row |= {"issue_slots": 1234.0, "issue_slots_budget": 1000, "exponentials": 2.5, "exponentials_budget": 1.25}
+    monkeypatch.setattr(compile_report, "compile_cases", lambda *_: iter([[row]]))
+    assert compile_report.main([]) == 1
+    counted = capsys.readouterr().out
+    assert "1,234" in counted and "OVER BUDGET (spill 0, issue_slots 1,000, exponentials 1.25)" in counted
     assert "OVER BUDGET (spill 0)" in printed and "Failed: it does" in printed and "2 over their budget" in printed
 
 
