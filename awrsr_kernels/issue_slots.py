@@ -35,27 +35,29 @@ SLOTS: dict[tuple[str, int, int], tuple[int, int]] = {
     ("resident_fwd", RESIDENT, 200): (7750, 9941),
     ("resident_bwd", RESIDENT, 100): (5550, 8799),
     ("resident_bwd", RESIDENT, 200): (14250, 22893),
-    ("tiled_fwd_stage1", TILED, 512): (25896, 33018),
-    ("tiled_fwd_stage2", TILED, 512): (22993, 27024),
-    ("tiled_bwd_rows_stage1", TILED, 512): (23542, 31063),
-    ("tiled_bwd_rows_stage2", TILED, 512): (20626, 25759),
-    ("tiled_bwd_columns_stage1", TILED, 512): (23667, 28813),
-    ("tiled_bwd_columns_stage2", TILED, 512): (24024, 29175),
-    ("tiled_bwd_tables", TILED, 512): (19045, 22136),
+    ("tiled_fwd_stage1", TILED, 512): (19997, 25788),
+    ("tiled_fwd_stage2", TILED, 512): (17381, 21320),
+    ("tiled_bwd_rows_stage1", TILED, 512): (18334, 25447),
+    ("tiled_bwd_rows_stage2", TILED, 512): (15675, 20231),
+    ("tiled_bwd_columns_stage1", TILED, 512): (20680, 25909),
+    ("tiled_bwd_columns_stage2", TILED, 512): (21096, 26246),
+    ("tiled_bwd_tables", TILED, 512): (16216, 19216),
 }
+SPLIT = ("tiled_fwd", "tiled_bwd_rows")  # kernels with a loop for tiles below the diagonal and one for those on it
 ARITHMETIC = re.compile(r"\b(FADD|FMUL|FFMA|DADD|DMUL|DFMA|HMMA|HGMMA|UTC\w*MMA)\b")
 RESCALING = 1.25  # exponentials of a kernel over the weights in its tiles, at most; see `most_exponentials`
 
 
 class Level(NamedTuple):
-    """The loops of one depth (depth 0: the code outside loops), without the loops inside them."""
+    """The loops of one depth (depth 0: the code outside loops), or one of them, without the loops inside."""
 
     instructions: int
     exponentials: int
 
 
-def nest(sass: str) -> list[Level]:
-    """The levels of a kernel, from the outermost, of the text that `cuobjdump -sass` prints."""
+def nest(sass: str, apart: bool = False) -> list[Level]:
+    """The levels of a kernel, from the outermost, of the text that `cuobjdump -sass` prints. apart: the loops of the innermost
+    depth are levels of their own, in the order of the code."""
     code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);", sass)]
     ends: dict[int, int] = {}  # of loops, by where they begin
     for number, (address, text) in enumerate(code):
@@ -72,13 +74,17 @@ def nest(sass: str) -> list[Level]:
         return [(begin, end) for begin, end in loops if begin <= address <= end]
 
     computing = {loop for address, text in code if ARITHMETIC.search(text) for loop in inside(address)}
-    levels: dict[int, Level] = {}
+    deepest = max((len(inside(begin)) for begin, _ in computing), default=0)
+    levels: dict[tuple[int, int], Level] = {}  # by depth and, where loops are kept apart, by where they begin
     for address, text in code:
         around = inside(address)
         if all(loop in computing for loop in around):
-            before = levels.get(len(around), Level(0, 0))
-            levels[len(around)] = Level(before.instructions + 1, before.exponentials + ("MUFU.EX2" in text))
-    return [levels.get(depth, Level(0, 0)) for depth in range(max(levels, default=-1) + 1)]
+            which = len(around), around[-1][0] if apart and around and len(around) == deepest else 0
+            before = levels.get(which, Level(0, 0))
+            levels[which] = Level(before.instructions + 1, before.exponentials + ("MUFU.EX2" in text))
+    for depth in range(deepest):
+        levels.setdefault((depth, 0), Level(0, 0))
+    return [level for _, level in sorted(levels.items(), key=lambda each: (each[0][0], each[1]))]
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -107,6 +113,9 @@ def trips(kernel: str, config: Config, length: int, levels: int) -> list[float] 
         runs = [*([0] if "bwd" in kernel else []), 1, blocks, every - blocks]
     elif "tables" in kernel:
         runs = [0, blocks, every]
+    elif levels == 3 and kernel.startswith(SPLIT):  # first the tiles that need no mask
+        masked = blocks * ceil_div(config.block_m, config.block_n)
+        runs = [blocks, every - masked, masked]
     else:  # grouped query heads, a loop between those, are not counted
         runs = [blocks, every]
     return runs if len(runs) == levels else None
@@ -130,7 +139,7 @@ class Count(NamedTuple):
 
 def count(sass: str, kernel: str, config: Config, length: int, refinement: str, stochastic: bool = False) -> Count | None:
     """What a kernel takes per head of `length` items; None if its loops are not those that its regime has."""
-    levels = nest(sass)
+    levels = nest(sass, apart=kernel.startswith(SPLIT))
     runs = trips(kernel, config, length, len(levels))
     if runs is None:
         return None

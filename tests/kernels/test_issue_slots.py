@@ -43,7 +43,15 @@ def test_a_nest_of_two_loops_by_hand() -> None:
     assert trips("resident_fwd", config, 100, 3) == [1, 2, 1] and trips("resident_bwd", config, 100, 3) is None
     found = count(NEST, "resident_fwd", config, 100, "simple")
     assert found == (2 * (3 + 2 * 4 + 3), (2 + 1) * 32 * 8, 2 * 5050)
-    assert count(NEST, "tiled_fwd_stage1", config, 100, "simple") is None  # one loop too many
+    assert count(NEST, "tiled_bwd_columns_stage1", config, 100, "simple") is None  # one loop too many
+
+
+def test_tiles_that_need_no_mask_have_a_loop_of_their_own() -> None:
+    """Three tiles of 64 x 64: one below the diagonal, two on it. Outside the loops two instructions, in them two and three."""
+    code = assemble(["MOV R1, R2", "FADD R1, R1, R1", "BRA 0x10", "FADD R1, R1, R1", "MUFU.EX2 R1, R1", "BRA 0x30", "EXIT"])
+    config = Config(64, 64, 4, 1)
+    assert nest(code) == [Level(2, 0), Level(5, 1)] and nest(code, apart=True) == [Level(2, 0), Level(2, 0), Level(3, 1)]
+    assert count(code, "tiled_bwd_rows_stage1", config, 100, "simple") == (2 * 2 + 1 * 2 + 2 * 3, 2 * 32 * 4, 5050)
 
 
 def test_trips_follow_from_regime_tile_and_length() -> None:
