@@ -79,7 +79,7 @@ compile-report: .venv/ready ## compile every kernel for every target and report 
 	$(BIN)/python -m awrsr_kernels.compile_report --target all --json compile-report.json
 
 # With the torch and Triton that $(PYTHON) has; nothing is installed.
-gpu: ## run GPU tests, tuner, benchmarks and profile, in under ten minutes (PYTHON=python3, OUT=gpu-out)
+gpu: ## run GPU tests, benchmarks, profile and tuner, in under ten minutes (PYTHON=python3, OUT=gpu-out)
 	$(PYTHON) benchmarks/gpu_run.py --out $(or $(OUT),gpu-out)
 
 .venv/ready: setup.py constraints.txt

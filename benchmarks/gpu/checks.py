@@ -19,7 +19,9 @@ STOPPED = 124  # exit status of what ran past its limit
 GRACE = 5  # seconds that it then has to write what it found
 SCRIPT = [sys.executable, "-m", "benchmarks.gpu.every_kernel"]
 SMALL = [*SCRIPT, "--batch", "12", "--processors", "1"]  # so that sequences share tiles, and programs take several
-LARGE = [*SCRIPT, "--backbone", "dot", "--batch", "256", "--windows", "50", "512", "--dim", "64"]
+RESIDENT = ["--backbone", "dot", "--windows", "100", "200", "--refinement", "simple", "additive", "--calls", "padded"]
+RACES = [*SCRIPT, "--batch", "4", "--processors", "1", *RESIDENT]
+LARGE = [*SCRIPT, "--backbone", "dot", "--batch", "256", "--windows", "50", "200", "512", "--dim", "64"]
 SANITIZERS = {  # tool: its line that says how it went
     "memcheck": r"ERROR SUMMARY: .*",
     "racecheck": r"RACECHECK SUMMARY: .*",
@@ -60,12 +62,12 @@ def run(command: list[str], log: Path, seconds: float, **environment: str) -> in
     return finish(start(command, log, **environment), seconds)
 
 
-def start_sanitizer(tool: str, folder: Path) -> "subprocess.Popen[bytes] | None":
+def start_sanitizer(tool: str, folder: Path, script: list[str] = SMALL) -> "subprocess.Popen[bytes] | None":
     """None where compute-sanitizer is not installed. Without torch's allocator every tensor is an allocation with bounds."""
     path = shutil.which("compute-sanitizer")
     if path is None:
         return None
-    command = [path, "--tool", tool, "--error-exitcode", "9", *SMALL]
+    command = [path, "--tool", tool, "--error-exitcode", "9", *script]
     return start(command, folder / f"{tool}.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
 
 

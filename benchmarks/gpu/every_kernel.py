@@ -1,11 +1,12 @@
 """Run every kernel once, for sanitizers and profilers.
 
-The calls run forward and backward, padded and packed, with dropout; a few steps are decoded. Stochastic attention is only
-packed, since both layouts use the same kernels and sanitizers are slow.
+The calls run forward and backward, with dropout, at a window for each of the regimes: short, resident and tiled. Sanitizers are
+slow, so there are few calls: every refinement padded, additive also packed, and one call with grouped queries. Stochastic
+attention, which has no resident regime, is only packed. A few steps are decoded.
 
     python -m benchmarks.gpu.every_kernel
     compute-sanitizer --tool racecheck python -m benchmarks.gpu.every_kernel --batch 12 --processors 1
-    python -m benchmarks.gpu.every_kernel --batch 512 --windows 50 512 --profile kernels.json
+    python -m benchmarks.gpu.every_kernel --batch 512 --windows 50 200 512 --profile kernels.json
 
 Without a GPU the kernels run in Triton's interpreter, which only shows that each of them is reached.
 """
@@ -26,28 +27,38 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.checks import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tuned import replace_file
 
 from ..common.arguments import make_parser
 from ..operator.measure import gradients
 from ..operator.providers import ours
-from ..operator.workloads import BACKBONES, DOT, OPERATOR, Shape, Task, build
+from ..operator.workloads import BACKBONES, DOT, OPERATOR, STOCHASTIC, Shape, Task, build
 
-WINDOWS = (20, 160)  # one for the short regime, one for the tiled
+WINDOWS = {DOT: (20, 160, 320), STOCHASTIC: (20, 160)}  # one for each regime
+CALLS = ("padded", "packed", "grouped", "decoding")
 
 
 def problems(
-    batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str, backbone: str = DOT
-) -> list[tuple[Task, str]]:
-    """A task and a layout for each regime, refinement and layout; histories of every length between nothing much and the window."""
+    batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str, backbone: str = DOT,
+    refinements: Sequence[str] = STOCHASTIC_ATTENTION_REFINEMENTS, calls: Sequence[str] = CALLS,
+) -> list[tuple[Task, str]]:  # fmt: skip
+    """Tasks and their layouts. Histories are of many lengths up to the window, in an order in which long and short ones mix."""
+
+    def task(window: int, refinement: str, query_heads: int) -> Task:
+        step = window * 5 // 8 | 1
+        users = tuple(1 + (step * i + window - 1) % window for i in range(batch))  # the first fills the window
+        shape = Shape(batch, query_heads, heads, window, dim, dim, dim)
+        return Task(shape, refinement, dtype, 0.1, device, users=users, batch_size=batch, backbone=backbone)
+
     found = []
-    for window in windows:
-        users = tuple(1 + (7 * i + window - 1) % window for i in range(batch))  # the first fills the window
-        for refinement in OPERATOR[backbone]:
-            shape = Shape(batch, heads, heads, window, dim, dim, dim)
-            task = Task(shape, refinement, dtype, 0.1, device, users=users, batch_size=batch, backbone=backbone)
-            found += [(task, layout) for layout in (("padded", "packed") if backbone == DOT else ("packed",))]
+    for window, refinement in itertools.product(windows, OPERATOR[backbone]):
+        layouts = {"padded": backbone == DOT, "packed": backbone == STOCHASTIC or refinement == "additive"}
+        chosen = [layout for layout, needed in layouts.items() if needed and layout in calls and refinement in refinements]
+        found += [(task(window, refinement, heads), layout) for layout in chosen]
+    if backbone == DOT and "grouped" in calls:
+        window = sorted(windows)[len(windows) // 2]  # of three, the resident one; tiled kernels sum over query heads themselves
+        found.append((task(window, "simple", 2 * heads), "padded"))
     return found
 
 
@@ -98,8 +109,20 @@ def main() -> int:
     parser.add_argument("--backbone", nargs="+", choices=BACKBONES, default=list(BACKBONES), help="backbones to run (default both)")
     parser.add_argument("--batch", type=int, default=3, help="number of sequences (default 3)")
     parser.add_argument(
-        "--windows", type=int, nargs="+", default=WINDOWS, metavar="L", help="windows of the calls (default 20 and 160)"
+        "--windows",
+        type=int,
+        nargs="+",
+        metavar="L",
+        help="windows of the calls (default 20, 160 and 320; stochastic attention 20 and 160)",
     )
+    parser.add_argument(
+        "--refinement",
+        nargs="+",
+        choices=STOCHASTIC_ATTENTION_REFINEMENTS,
+        default=list(STOCHASTIC_ATTENTION_REFINEMENTS),
+        help="refinements of padded and packed calls (default all)",
+    )
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS), help="kinds of calls (default all)")
     parser.add_argument("--heads", type=int, default=2, help="number of query heads and of key heads (default 2)")
     parser.add_argument("--dim", type=int, default=32, help="value of D, D_v and R (default 32)")
     parser.add_argument(
@@ -123,8 +146,12 @@ def main() -> int:
 
     if options.profile and device == "cpu":
         parser.error("argument --profile: needs a GPU, and torch finds none here")
-    sizes = options.batch, options.windows, options.heads, options.dim, dtype, device
-    todo = [problem for name in options.backbone for problem in problems(*sizes, BACKBONES[name])]
+    sizes = options.heads, options.dim, dtype, device
+    todo = []
+    for backbone in (BACKBONES[name] for name in options.backbone):
+        windows = options.windows or WINDOWS[backbone]
+        todo += problems(options.batch, windows, *sizes, backbone, options.refinement, options.calls)
+    steps = [functools.partial(decode, options.batch, *sizes)] if "decoding" in options.calls else []
     pretend(options.processors)
     if options.processes > 1:
         workers = min(options.processes, len(todo))
@@ -133,13 +160,15 @@ def main() -> int:
     else:
         for problem in todo:
             run(problem)
-    decode(options.batch, options.heads, options.dim, dtype, device)
-    print(f"{len(todo)} calls, forward and backward, and steps of decoding")
+    for step in steps:
+        step()
+    print(f"{len(todo)} calls, forward and backward{', and steps of decoding' * len(steps)}")
     if options.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for problem in todo:
                 run(problem)
-            decode(options.batch, options.heads, options.dim, dtype, device)
+            for step in steps:
+                step()
             torch.cuda.synchronize()
         replace_file(options.profile, json.dumps(kernel_times(profile), indent=1))
     return 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from awrsr_kernels import refined_attention
 from awrsr_kernels._torch import packing
+from awrsr_kernels.checks import REFINEMENTS
 from awrsr_kernels.tolerance import wrong_results
 
 from ..conftest import DEVICE, ENGINES
@@ -83,6 +84,22 @@ def test_short_histories_beside_long_ones(
         regimes = {name.split("_")[1] for name in went}
         assert regimes == {"resident" if causal and not kind.stochastic else "tiled"} | ({"short"} if kv_heads == 2 else set())
         assert len(went) == 2 * len(regimes)  # grouped queries are not shared between regimes
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("refinement", REFINEMENTS)
+def test_resident_tiles_of_the_launch_table(refinement: str, padded: bool) -> None:
+    """In half precision, on the two and three blocks of rows that histories of 65 to 192 items fill."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels.launch_config import RESIDENT, Key, choose, shared_memory
+
+    assert choose(Key("resident_bwd", RESIDENT, 32, 2), shared_memory(torch.device(DEVICE))).block_m == 64
+    case = RandomCall(
+        heads=2, kv_heads=2, lengths=[130] if padded else [70, 20, 129], padded=padded, ragged=False, extra_rows=0,
+        widths=(32, 24, 32), table="shared", gate="head", side="right", causal=True, dropout_p=0.2 * padded, wide_tables=False,
+        seed=REFINEMENTS.index(refinement),
+    )  # fmt: skip
+    assert disagreements(case, Kind(refinement), torch.float16 if DEVICE == "cpu" else torch.bfloat16, "triton") == []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
