@@ -121,7 +121,8 @@ def _tiled_bwd_rows_kernel(
         other_lse = load_lse(other_lse_ptr, at, rows, length)
 
     dq_sum = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    SPLIT: tl.constexpr = seed_ptr is None  # first the tiles that need no mask; with dropout two loops would spill registers
+    # First the tiles that need no mask; with dropout or covariances two loops would spill registers
+    SPLIT: tl.constexpr = seed_ptr is None and v_cov_ptr is None
     end = tl.where(first_row < length, tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length, 0)
     diagonal = tl.minimum(first_row if CAUSAL else length, end) // BLOCK_N * BLOCK_N if SPLIT else 0
     for MASKED in tl.static_range(0 if SPLIT else 1, 2):

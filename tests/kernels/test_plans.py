@@ -354,7 +354,7 @@ def test_forced_configurations_are_not_hidden_by_a_plan(repeated: list[Launches]
     call = padded()[0]
     for _ in range(3):
         call()
-    key = Key("short_fwd", 16, 64, 4)
+    key = Key("short_fwd", 16, 32, 4)
     config = TABLE[key][0].config._replace(num_stages=2)
     with tuned.forced({key: config}):
         for _ in range(3):
