@@ -346,6 +346,25 @@ def keep_tile(seed_ptr, entry, head, rows, column, threshold, BLOCK: tl.constexp
 
 
 @triton.jit
+def keep_first(seed_ptr, entry, head, threshold):
+    """Scalar bool: whether dropout keeps the weight of a sequence's first column in its first row."""
+    zero = tl.full((), 0, tl.int32)
+    word, _, _, _ = tl.philox(tl.load(seed_ptr), zero, zero + head.to(tl.int32), zero, zero + entry.to(tl.int32), PHILOX_ROUNDS)
+    return (word & 0xFFFF).to(tl.int32) >= threshold
+
+
+@triton.jit
+def first_product(a, a_head, b, b_head, entry, start, length, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Scalar: the product of the first rows that a sequence has in two tensors.
+
+    For rows that see one column: what dropout's scale makes of a value is rounded before it is kept, and would not cancel.
+    """
+    seat = entry, start, 0, tl.arange(0, 1).to(tl.int64), tl.arange(0, 1) < length
+    product = load_tile(a, a_head, seat, WIDTH, BLOCK).to(DTYPE) * load_tile(b, b_head, seat, WIDTH, BLOCK).to(DTYPE)
+    return tl.sum(tl.sum(product, 1), 0)
+
+
+@triton.jit
 def keep_word(seed_ptr, entry, head, local, first, threshold, BLOCK: tl.constexpr):
     """[BLOCK] int64: bit c of a row says whether dropout keeps its column c, in a tile of up to 64 rows that sequences share.
 

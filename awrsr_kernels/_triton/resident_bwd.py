@@ -27,6 +27,8 @@ from .primitives import (
     block_seats,
     diagonal,
     dot,
+    first_product,
+    keep_first,
     keep_tile,
     load_gate,
     load_rows,
@@ -115,7 +117,7 @@ def store_scratch(pointer, rows, tile, WIDTH: tl.constexpr, ROOM: tl.constexpr):
 @triton.jit
 def higher_gradients(
     v, q_a, k_a, first_values, dout, dv, dq_a, dk_a, higher_lse_ptr, sums_ptr, delta_ptr, dvalues_ptr, height,
-    entry, head, kv_head, heads, start, length, rows_total, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
+    entry, head, kv_head, heads, start, length, rows_total, alone, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, ROOM: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -162,7 +164,10 @@ def higher_gradients(
             delta += tl.sum(dvalues.to(DTYPE).to(ACC) * values.to(ACC), 1)
         if REFINEMENT == "additive":
             saved = load_tile(first_values, head, seat, DV, BLOCK_DV)
-            delta += tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
+            met_values = tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
+            if seed_ptr is not None:
+                met_values = tl.where(columns == 0, alone, met_values)
+            delta += met_values
             store_scratch(dvalues_ptr, columns, dvalues, BLOCK_DV, BLOCK_DV)
         else:
             store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
@@ -322,11 +327,17 @@ def _resident_bwd_kernel(
         entry = tl.full((), number, tl.int32)
         start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
+        alone = 0.0  # rowsum(dO*O) of the first row, which sees itself alone
+        if seed_ptr is not None:
+            alone = first_product(dout, head, v, kv_head, entry, start, length, ACC, DV, BLOCK_DV) * drop_scale
+            alone = tl.where(keep_first(seed_ptr, entry, head, drop_threshold), alone, 0.0)
         for low in tl.range(0, length, BLOCK, disable_licm=True):
             rows = low + tl.arange(0, BLOCK)
             seat = block_seats(entry, start, rows, length, OFFSET)
             saved = load_tile(higher_values, head, seat, DV, BLOCK_DV)
             delta = tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
+            if seed_ptr is not None:
+                delta = tl.where(rows == 0, alone, delta)
             tl.store(delta_ptr + rows, delta)
             if dgate_ptr is not None:
                 dgate += delta
@@ -335,7 +346,8 @@ def _resident_bwd_kernel(
         if REFINEMENT != "none":
             higher_gradients(
                 v, q_a, k_a, first_values, dout, dv, dq_a, dk_a, higher_lse_ptr, sums_ptr, delta_ptr, dvalues_ptr, height,
-                entry, head, kv_head, heads, start, length, rows_total, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
+                entry, head, kv_head, heads, start, length, rows_total, alone,
+                refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
                 REFINEMENT, VARLEN, DTYPE, DV, R, BLOCK, BLOCK_DV, BLOCK_R, ROOM, OFFSET, STAGES, PRECISION,
             )  # fmt: skip
         fresh = (number == begin) & (bounds_ptr is None)

@@ -25,6 +25,8 @@ from .launch import NO_VIEW, RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     before_points,
     dot,
+    first_product,
+    keep_first,
     keep_tile,
     key_seats,
     known_softmax_tile,
@@ -105,7 +107,12 @@ def _tiled_bwd_rows_kernel(
     if VALUES:
         dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         saved = load_tile(weighted, head, seat, DV, BLOCK_DV).to(ACC)
-        delta += tl.sum(dout_tile.to(ACC) * saved, 1)
+        through_values = tl.sum(dout_tile.to(ACC) * saved, 1)
+        if seed_ptr is not None:
+            alone = first_product(dout, head, v, head // V_GROUP, entry, start, length, ACC, DV, BLOCK_DV) * drop_scale
+            alone = tl.where(keep_first(seed_ptr, entry, head, drop_threshold), alone, 0.0)
+            through_values = tl.where((rows == 0) & (CAUSAL | (length == 1)), alone, through_values)
+        delta += through_values
     if v_cov_ptr is not None:
         dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
         saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
