@@ -289,6 +289,13 @@ def continue_softmax(scores, factor, peak, total):
 
 
 @triton.jit
+def score_factor(rows, length, factor, CAUSAL: tl.constexpr):
+    """[len(rows), 1]: what the gradient of a row's scores is multiplied by; zero for a row that sees one column, whose softmax is
+    constant: there the rounding of a saved output would not cancel."""
+    return tl.where((rows == 0) & (CAUSAL | (length == 1)), 0.0, factor)[:, None]
+
+
+@triton.jit
 def known_softmax_tile(
     q_tile, k_tile, lse, rows, columns, length, scale,
     DISTANCE: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -343,25 +350,6 @@ def keep_tile(seed_ptr, entry, head, rows, column, threshold, BLOCK: tl.constexp
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (rows.shape[0], BLOCK)).to(tl.int32) >= threshold
-
-
-@triton.jit
-def keep_first(seed_ptr, entry, head, threshold):
-    """Scalar bool: whether dropout keeps the weight of a sequence's first column in its first row."""
-    zero = tl.full((), 0, tl.int32)
-    word, _, _, _ = tl.philox(tl.load(seed_ptr), zero, zero + head.to(tl.int32), zero, zero + entry.to(tl.int32), PHILOX_ROUNDS)
-    return (word & 0xFFFF).to(tl.int32) >= threshold
-
-
-@triton.jit
-def first_product(a, a_head, b, b_head, entry, start, length, DTYPE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Scalar: the product of the first rows that a sequence has in two tensors.
-
-    For rows that see one column: what dropout's scale makes of a value is rounded before it is kept, and would not cancel.
-    """
-    seat = entry, start, 0, tl.arange(0, 1).to(tl.int64), tl.arange(0, 1) < length
-    product = load_tile(a, a_head, seat, WIDTH, BLOCK).to(DTYPE) * load_tile(b, b_head, seat, WIDTH, BLOCK).to(DTYPE)
-    return tl.sum(tl.sum(product, 1), 0)
 
 
 @triton.jit

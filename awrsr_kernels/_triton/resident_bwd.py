@@ -27,8 +27,6 @@ from .primitives import (
     block_seats,
     diagonal,
     dot,
-    first_product,
-    keep_first,
     keep_tile,
     load_gate,
     load_rows,
@@ -47,6 +45,13 @@ from .resident import resident_arguments, resident_widths
 
 
 @triton.jit
+def zero_first_row(tile, rows):
+    """A tile [columns, rows] of score gradients, zero in a sequence's first row, which sees itself alone: what dropout's scale
+    makes of a value is rounded when the output is saved, and would not cancel. Without dropout nothing is rounded there."""
+    return tl.where((rows == 0)[None, :], 0.0, tile)
+
+
+@triton.jit
 def higher_tile(
     k_a_tile, values, q_a_tile, dout_tile, lse, delta, factor, seed_ptr, entry, head, rows, low, drop_threshold, drop_scale,
     DIAGONAL: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,7 +67,10 @@ def higher_tile(
         kept = tl.trans(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK))
         dweights = tl.where(kept, dweights * drop_scale, 0.0)
         met = tl.where(kept, weights, 0.0)
-    return met.to(k_a_tile.dtype), (weights * (dweights - delta[None, :])).to(k_a_tile.dtype)
+    dscores = weights * (dweights - delta[None, :])
+    if DIAGONAL and seed_ptr is not None:
+        dscores = zero_first_row(dscores, rows)
+    return met.to(k_a_tile.dtype), dscores.to(k_a_tile.dtype)
 
 
 @triton.jit
@@ -89,8 +97,10 @@ def first_tile(
             dweights = dot(w_q_tile, tl.trans(dq_a_tile), PRECISION, dweights)
     if REFINEMENT != "none":
         dweights = dot(w_k_tile, tl.trans(dk_a_tile), PRECISION, dweights)
-    dscores = (weights * (dweights - delta[None, :])).to(k_tile.dtype)
-    return weights.to(k_tile.dtype), met.to(k_tile.dtype), dscores
+    dscores = weights * (dweights - delta[None, :])
+    if DIAGONAL and seed_ptr is not None:
+        dscores = zero_first_row(dscores, rows)
+    return weights.to(k_tile.dtype), met.to(k_tile.dtype), dscores.to(k_tile.dtype)
 
 
 @triton.jit
@@ -117,7 +127,7 @@ def store_scratch(pointer, rows, tile, WIDTH: tl.constexpr, ROOM: tl.constexpr):
 @triton.jit
 def higher_gradients(
     v, q_a, k_a, first_values, dout, dv, dq_a, dk_a, higher_lse_ptr, sums_ptr, delta_ptr, dvalues_ptr, height,
-    entry, head, kv_head, heads, start, length, rows_total, alone, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
+    entry, head, kv_head, heads, start, length, rows_total, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, VARLEN: tl.constexpr, DTYPE: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, ROOM: tl.constexpr, OFFSET: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -164,10 +174,7 @@ def higher_gradients(
             delta += tl.sum(dvalues.to(DTYPE).to(ACC) * values.to(ACC), 1)
         if REFINEMENT == "additive":
             saved = load_tile(first_values, head, seat, DV, BLOCK_DV)
-            met_values = tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
-            if seed_ptr is not None:
-                met_values = tl.where(columns == 0, alone, met_values)
-            delta += met_values
+            delta += tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
             store_scratch(dvalues_ptr, columns, dvalues, BLOCK_DV, BLOCK_DV)
         else:
             store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
@@ -327,17 +334,11 @@ def _resident_bwd_kernel(
         entry = tl.full((), number, tl.int32)
         start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
         w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
-        alone = 0.0  # rowsum(dO*O) of the first row, which sees itself alone
-        if seed_ptr is not None:
-            alone = first_product(dout, head, v, kv_head, entry, start, length, ACC, DV, BLOCK_DV) * drop_scale
-            alone = tl.where(keep_first(seed_ptr, entry, head, drop_threshold), alone, 0.0)
         for low in tl.range(0, length, BLOCK, disable_licm=True):
             rows = low + tl.arange(0, BLOCK)
             seat = block_seats(entry, start, rows, length, OFFSET)
             saved = load_tile(higher_values, head, seat, DV, BLOCK_DV)
             delta = tl.sum(load_tile(dout, head, seat, DV, BLOCK_DV).to(ACC) * saved.to(ACC), 1)
-            if seed_ptr is not None:
-                delta = tl.where(rows == 0, alone, delta)
             tl.store(delta_ptr + rows, delta)
             if dgate_ptr is not None:
                 dgate += delta
@@ -346,8 +347,7 @@ def _resident_bwd_kernel(
         if REFINEMENT != "none":
             higher_gradients(
                 v, q_a, k_a, first_values, dout, dv, dq_a, dk_a, higher_lse_ptr, sums_ptr, delta_ptr, dvalues_ptr, height,
-                entry, head, kv_head, heads, start, length, rows_total, alone,
-                refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
+                entry, head, kv_head, heads, start, length, rows_total, refine_scale, gate, seed_ptr, drop_threshold, drop_scale,
                 REFINEMENT, VARLEN, DTYPE, DV, R, BLOCK, BLOCK_DV, BLOCK_R, ROOM, OFFSET, STAGES, PRECISION,
             )  # fmt: skip
         fresh = (number == begin) & (bounds_ptr is None)

@@ -25,8 +25,6 @@ from .launch import NO_VIEW, RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     before_points,
     dot,
-    first_product,
-    keep_first,
     keep_tile,
     key_seats,
     known_softmax_tile,
@@ -38,6 +36,7 @@ from .primitives import (
     locate_long,
     padded_seats,
     row_index,
+    score_factor,
     seats,
     slope_of_points,
     store_tile,
@@ -107,12 +106,7 @@ def _tiled_bwd_rows_kernel(
     if VALUES:
         dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
         saved = load_tile(weighted, head, seat, DV, BLOCK_DV).to(ACC)
-        through_values = tl.sum(dout_tile.to(ACC) * saved, 1)
-        if seed_ptr is not None:
-            alone = first_product(dout, head, v, head // V_GROUP, entry, start, length, ACC, DV, BLOCK_DV) * drop_scale
-            alone = tl.where(keep_first(seed_ptr, entry, head, drop_threshold), alone, 0.0)
-            through_values = tl.where((rows == 0) & (CAUSAL | (length == 1)), alone, through_values)
-        delta += through_values
+        delta += tl.sum(dout_tile.to(ACC) * saved, 1)
     if v_cov_ptr is not None:
         dcov_tile = load_tile(dout_cov, head, seat, DV, BLOCK_DV)
         saved = load_tile(weighted_cov, head, seat, DV, BLOCK_DV).to(ACC)
@@ -166,7 +160,7 @@ def _tiled_bwd_rows_kernel(
             dscores = weights * (dweights - delta[:, None])
             dq_sum += dot(dscores.to(DTYPE), k_tile, PRECISION)
 
-    dq_sum = dq_sum * (score_scale * load_gate(gate_ptr, gate_stride, head, ACC))
+    dq_sum = dq_sum * score_factor(rows, length, score_scale * load_gate(gate_ptr, gate_stride, head, ACC), CAUSAL)
     if POINTS and not TABLES:
         dq_sum = dq_sum * slope_of_points(q_tile.to(ACC), R, BLOCK_R)
     store_tile(dq, head, padded_seats(entry, start, rows, length, rows_total, not VARLEN), dq_sum, D, BLOCK_D)
@@ -278,7 +272,7 @@ def _tiled_bwd_columns_kernel(
                 dweights += dot(load_tile(dq_a, head, seat, R, BLOCK_R), tl.trans(w_q_tile), PRECISION)
                 dweights += dot(load_tile(dk_a, head, seat, R, BLOCK_R), tl.trans(w_k_tile), PRECISION)
             delta = load_rows(delta_ptr, at, rows, length)
-            dscores = (weights * (dweights - delta[:, None]) * (score_scale * gate)).to(DTYPE)
+            dscores = (weights * (dweights - delta[:, None]) * score_factor(rows, length, score_scale * gate, CAUSAL)).to(DTYPE)
             dk_sum += dot(tl.trans(dscores), q_tile, PRECISION)
             if DISTANCE:
                 dscore_sums += tl.sum(dscores.to(ACC), 0)
