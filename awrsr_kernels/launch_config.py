@@ -26,17 +26,17 @@ class Config(NamedTuple):
     """The launch parameters of a kernel."""
 
     block_m: int  # rows of a tile
-    block_n: int  # columns of a tile; in the short regime as many as rows
+    block_n: int  # columns of a tile; in the short and resident regimes as many as rows
     num_warps: int
     num_stages: int
-    programs: int = 0  # short: how many of them per processor share a batch
+    programs: int = 0  # short, and resident backward: how many of them per processor share a batch
 
 
 class Key(NamedTuple):
     """The class of calls that a configuration is chosen for."""
 
     kernel: str
-    length: int  # class in LENGTHS, or TILED
+    length: int  # class in LENGTHS, RESIDENT, or TILED
     width: int  # class in WIDTHS
     itemsize: int  # bytes of an element, 4 for float64, too
 
@@ -168,9 +168,8 @@ def shared_memory(device: torch.device) -> int:
 
 def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: int) -> Key | None:
     """The class of a call; None if the kernel has no class for it. features: D, D_v and R."""
-    lengths = LENGTHS if kernel in SHORT_KERNELS else (RESIDENT,) if kernel in RESIDENT_KERNELS else (max_len,)
-    length = next((size for size in lengths if max_len <= size), None)
-    length = TILED if kernel in TILED_KERNELS else length
+    lengths = LENGTHS if kernel in SHORT_KERNELS else (RESIDENT,)
+    length = TILED if kernel in TILED_KERNELS else next((size for size in lengths if max_len <= size), None)
     width = next((size for size in WIDTHS if max(features) <= size), None)
     if length is None or width is None:
         return None
@@ -179,7 +178,7 @@ def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: 
 
 
 def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, stochastic: bool = False) -> bool:
-    """Whether a call runs in the short regime, which holds every matrix of a head on chip; the tiled regime takes all others.
+    """Whether a call runs in the short regime, which holds every matrix of a head on chip.
 
     shared: bytes of shared memory that a program may have.
     """

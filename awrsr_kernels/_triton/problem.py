@@ -195,8 +195,8 @@ class Problem:
     def buffers(self, widths: dict[str, int | None]) -> dict[str, Tensor]:
         """Uninitialised memory of so many features for each item and query head; None: a number per row."""
         apart = [name for name in widths if not self.together or name.startswith("out")]
-        made = {name: self._buffer(widths[name]) for name in apart}
-        lie = {name: self._lie(width) for name, width in widths.items() if name not in apart}
+        made = {name: self._buffer(name, widths[name]) for name in apart}
+        lie = {name: self._lie(name, width) for name, width in widths.items() if name not in apart}
         bytes_of = [-(-math.prod(size) * dtype.itemsize // PIECE) * PIECE for size, _, dtype in lie.values()]
         if lie:
             piece, offset = self.q.new_empty(sum(bytes_of), dtype=torch.uint8), 0
@@ -205,10 +205,17 @@ class Problem:
                 offset += length
         return {name: made[name] for name in widths}
 
-    def _buffer(self, width: int | None) -> Tensor:
-        return self.row_numbers() if width is None else allocate(self.q, self.heads, width, self.call.varlen)
+    def _dtype(self, name: str) -> torch.dtype:
+        """Of a buffer. Stage 2 of "additive" adds to the covariances of stage 1, with either sign, before they become an output."""
+        full = name == "first_cov" and self.call.refinement == "additive"
+        return self.accumulator if full else self.q.dtype
 
-    def _lie(self, width: int | None) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+    def _buffer(self, name: str, width: int | None) -> Tensor:
+        if width is None:
+            return self.row_numbers()
+        return allocate(self.q, self.heads, width, self.call.varlen, self._dtype(name))
+
+    def _lie(self, name: str, width: int | None) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
         """Size, strides and dtype of a buffer."""
         entries, rows, heads = self.q.shape[0], self.rows, self.heads
         if width is None:
@@ -216,8 +223,8 @@ class Problem:
         size = entries, heads, rows, width
         outer = heads * rows * width
         if heads_inside(self.q, self.call.varlen):
-            return size, (outer, width, heads * width, 1), self.q.dtype
-        return size, (outer, rows * width, width, 1), self.q.dtype
+            return size, (outer, width, heads * width, 1), self._dtype(name)
+        return size, (outer, rows * width, width, 1), self._dtype(name)
 
     def row_numbers(self) -> Tensor:
         """Uninitialised memory for a number per head and row, (entries, H, rows)."""

@@ -186,7 +186,7 @@ def resident_arguments(problem: Problem, buffers: dict[str, Tensor], *more: Tens
     own |= {f"{name}_ptr": buffers.get(name, out) for name in ("first_values", "higher_values")}
     units = dict(zip(("own_entry", "own_head", "own_row"), (x // out.shape[-1] for x in p.view(out)[1:]), strict=True))
     names = ("q", "k", "v", "w_q", "w_k")
-    refinement = {name: x for name, x in p.refinement().items() if name not in ("STOCHASTIC",)}
+    refinement = {name: x for name, x in p.refinement().items() if name != "STOCHASTIC"}
     shared = {"heads": p.heads, "least": p.least(), "GROUP": p.group}
     shared["ALIKE"] = alike([p.q, p.k, p.v, *buffers.values(), *more], p.w_q, p.w_k)
     return own | units | flat(**{name: p.tensors[name] for name in names}) | sequences | p.dropout | refinement | p.widths | shared
