@@ -5,7 +5,7 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -55,6 +55,16 @@ def results(work: Work) -> list[Tensor]:
     call, inputs, dout = work
     out = call()
     return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+@pytest.fixture(autouse=True)
+def tuner_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A tuner's file of the test's own, which has been looked at: no other test's file changes the generation meanwhile."""
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv("AWRSR_KERNELS_TUNED", str(path))
+    monkeypatch.setattr(tuned, "_looked", float("-inf"))
+    tuned.generation()
+    return path
 
 
 @pytest.fixture
@@ -333,15 +343,6 @@ def test_a_forked_process_begins_without_plans() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and plans._plans
 
 
-@pytest.fixture
-def tuner_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    path = tmp_path / "tuned.json"
-    monkeypatch.setenv("AWRSR_KERNELS_TUNED", str(path))
-    monkeypatch.setattr(tuned, "_looked", float("-inf"))
-    tuned.generation()
-    yield path
-
-
 def test_a_changed_tuner_file_is_noticed(tuner_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = tuned.generation()
     assert tuned.generation() == before
@@ -352,12 +353,12 @@ def test_a_changed_tuner_file_is_noticed(tuner_file: Any, monkeypatch: pytest.Mo
 
 def test_forced_configurations_are_not_hidden_by_a_plan(repeated: list[Launches]) -> None:
     call = padded()[0]
-    for _ in range(4):  # one more than a plan takes, as the tuner's file may be noticed meanwhile
+    for _ in range(3):
         call()
     key = Key("short_fwd", 16, 32, 4)
     config = TABLE[key][0].config._replace(num_stages=2)
     with tuned.forced({key: config}):
-        for _ in range(4):
+        for _ in range(3):
             call()
     stages = [each.launches[0].options["num_stages"] for each in repeated]
     assert set(stages) == {1, 2} and stages == sorted(stages)
