@@ -6,13 +6,14 @@ rank, N table rows.
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from . import checks, habits, jagged, plans
 from .backends import run
 from .call import Call, Inputs
 from .reference import reference_weights
-from .torch_state import without_autocast
+from .torch_state import own_tensor, without_autocast
 
 
 @habits.own_signature
@@ -169,7 +170,8 @@ def refined_attention_varlen(
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
-    return run(inputs, call, dropout_seed, backend, sight)[0].squeeze(0).transpose(0, 1)
+    out = run(inputs, call, dropout_seed, backend, sight)[0].squeeze(0).transpose(0, 1)
+    return out if torch.is_grad_enabled() else own_tensor(out)
 
 
 @habits.own_signature

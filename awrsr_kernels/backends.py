@@ -10,7 +10,7 @@ from . import checks, launch_config, plans
 from ._torch.attention import torch_attention
 from .call import Call, Inputs
 from .reference import reference_attention
-from .torch_state import exports_any_size, without_autocast
+from .torch_state import exports_any_size, saveable, without_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -34,6 +34,8 @@ def run(
         inputs = Inputs._make(x if x is None else x.view_as(x) for x in inputs)
     if call.dropout_p:
         inputs = inputs._replace(seed=checks.seed(dropout_seed, q.device))
+    if inputs.need_gradient():
+        inputs = inputs._replace(bounds=saveable(inputs.bounds), seed=saveable(inputs.seed))
     with without_autocast(q.device):
         if backend == "reference":
             return reference_attention(inputs, call)
@@ -56,6 +58,11 @@ def run(
 def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
     """The backend for "auto" or for a name. features: numbers of features of q, v and the tables."""
     checks.choice("backend", backend, BACKENDS)
+    if torch._C._get_tracing_state() is not None:
+        if backend == "triton":
+            must = "torch or reference under torch.jit.trace, which records the definition; torch.export records the kernels"
+            checks.refuse("backend", '"triton"', must)
+        return "reference"
     if backend == "auto" and not q.is_cuda:
         return "torch"
     if backend not in ("auto", "triton"):

@@ -4,15 +4,17 @@ Shapes, dtypes, devices and Python numbers are checked always. The values inside
 that is free: on the CPU, outside torch.compile and torch.func.
 """
 
-import math
 from collections.abc import Callable, Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from .torch_state import autocast, batched, readable, transformed
+from .values import divisor, flag, number, plain, probability, refuse, scale, whole
+
+__all__ = ["divisor", "flag", "number", "probability", "refuse", "scale", "whole"]  # callers find all checks here
 
 Names = tuple[str, str, str]  # of queries, keys and values
 Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or packed item, has its own
@@ -173,10 +175,7 @@ def max_seqlen(value: int | None, bounds: Tensor, total: int, table_rows: int | 
     table_rows: of tables by position, None if rows come with the `total` items.
     """
     if value is not None:
-        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            refuse("max_seqlen", type(value).__name__, "an int or None", TypeError)
-        if value < 0:
-            refuse("max_seqlen", str(value), "0 or more")
+        value = whole("max_seqlen", value, 0)
         if table_rows is None and torch.compiler.is_compiling():
             return max(1, value)  # a graph for it serves any total
     window = total if table_rows is None else table_rows
@@ -267,43 +266,9 @@ def indices(name: str, value: Tensor, count: int, like: Tensor) -> None:
         refuse(name, f"{int(value.min())} to {int(value.max())}", f"within 0..{count - 1}, the entries there are")
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        refuse(name, type(value).__name__, "an int", TypeError)
-    if value < low or (high is not None and value > high):
-        refuse(name, str(value), f"{low} or more" if high is None else f"in {low}..{high}")
-    return value  # type: ignore[return-value]  # torch.SymInt stands for an int
-
-
-def divisor(name: str, value: Any, of: int) -> int:
-    if of % whole(name, value, 1):
-        refuse(name, str(value), f"a divisor of {of} heads")
-    return value
-
-
 def dtype(name: str, value: torch.dtype) -> None:
     if value not in DTYPES:
         refuse(name, str(value), "float32, bfloat16, float16 or float64", TypeError)
-
-
-def number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        refuse(name, type(value).__name__, "a number", TypeError)
-    if not -math.inf < value < math.inf:
-        refuse(name, str(value), "finite")
-    return float(value)
-
-
-def scale(name: str, value: float | None, features: int) -> float:
-    return features**-0.5 if value is None else number(name, value)
-
-
-def probability(name: str, value: float) -> float:
-    """The probability, or 0 where it rounds to 0."""
-    p = number(name, value)
-    if not 0 <= p < 1:
-        refuse(name, str(value), "in [0, 1)")
-    return p if p * 65536 > 0.5 else 0.0  # as `dropout.quantise` rounds, and torch.compile can follow
 
 
 def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
@@ -318,17 +283,12 @@ def seed(value: int | Tensor | None, device: torch.device) -> Tensor:
         if value.device != device:
             refuse("dropout_seed", f"on {value.device}", f"on q's device, {device}")
         return value.reshape(())
+    value = plain("dropout_seed", value)
     if isinstance(value, bool) or not isinstance(value, int):
         refuse("dropout_seed", type(value).__name__, "an int or an int64 tensor of one element", TypeError)
     if not -(2**63) <= value < 2**63:
         refuse("dropout_seed", str(value), "within 64 bits")
     return torch.full((), value, dtype=torch.int64, device=device)
-
-
-def flag(name: str, value: bool) -> bool:
-    if not isinstance(value, bool):
-        refuse(name, repr(value), "True or False", TypeError)
-    return value
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -356,10 +316,6 @@ def absent(must: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None:
             refuse(name, "given", must)
-
-
-def refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
-    raise kind(f"{name} is {was}; it must be {must}")
 
 
 def _shape(x: Any) -> str:

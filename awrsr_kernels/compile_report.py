@@ -168,6 +168,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
 
     from ._triton import decode, resident, resident_bwd, short, tiled, tiled_bwd
     from ._triton.problem import Problem
+    from ._triton.ptxas import sound_ptxas
     from .call import Call, Inputs
 
     _claim_gpu(case.target)
@@ -175,7 +176,8 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
 
     def compile_only(kernel: Any, grid: tuple[int, ...], config: Any, device: Any, **arguments: Any) -> None:
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-        compiled = kernel.warmup(grid=grid, **arguments, **options)
+        with sound_ptxas():
+            compiled = kernel.warmup(grid=grid, **arguments, **options)
         stage = ("_stage1" if arguments["TABLES"] else "_stage2") if "TABLES" in arguments and table is not None else ""
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
         rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})

@@ -23,7 +23,7 @@ from .backends import choose_backend, run
 from .cache import RefinedCache
 from .call import Call, Inputs
 from .launch_config import table_features
-from .reference import masked_softmax
+from .reference import arithmetic_dtype, masked_softmax
 from .torch_state import without_autocast
 
 
@@ -264,24 +264,25 @@ def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: Refi
 
 def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
     """Arithmetic over all N rows, of which the new row sees those from first to end."""
+    dtype = arithmetic_dtype(q.dtype)
     at = torch.arange(cache.capacity, device=q.device)
     visible = ((at >= cache.first[:, None]) & (at <= cache.end[:, None]))[:, None, None]
 
     def per_query(x: Tensor) -> Tensor:
-        return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+        return x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(dtype)
 
     def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        return masked_softmax(scale * queries @ per_query(keys).transpose(-1, -2), visible)
+        return masked_softmax(scale * queries.to(dtype) @ per_query(keys).transpose(-1, -2), visible)
 
     def meet(weights: Tensor, values: Tensor) -> Tensor:
         return weights @ per_query(values)
 
     def meet_tables(weights: Tensor, *tables: Tensor) -> list[Tensor]:
         item = (at - cache.first[:, None]).clamp(0, tables[0].shape[2] - 1)
-        return [weights @ w[0][:, item].transpose(0, 1).to(q.dtype) for w in tables]
+        return [weights @ w[0][:, item].transpose(0, 1).to(q.dtype).to(dtype) for w in tables]
 
     def add(p: Tensor, r: Tensor) -> Tensor:
-        return p + (1.0 if gate is None else gate.to(q.dtype).view(-1, 1, 1)) * r
+        return p + (1.0 if gate is None else gate.to(dtype).view(-1, 1, 1)) * r
 
     return softmax, meet, meet_tables, add
 

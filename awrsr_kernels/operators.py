@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from .call import Call, Inputs
 
@@ -56,11 +58,40 @@ def define_operators(
     def unpacked_backward(douts: list[Tensor], saved: list[Tensor], *arguments: Any) -> list[Tensor]:
         return backward(douts, saved, *split_arguments(arguments))
 
-    custom_op, name = torch.library.custom_op, f"awrsr_kernels::{name}"
+    custom_op, short, name = torch.library.custom_op, name, f"awrsr_kernels::{name}"
     schema = f"({_INPUTS}, {_CALL}, bool keep) -> Tensor[]"
     forward_op = custom_op(name, unpacked_forward, mutates_args=(), schema=schema)
     schema = f"(Tensor[] douts, Tensor[] saved, {_INPUTS}, {_CALL}) -> Tensor[]"
     backward_op = custom_op(f"{name}_backward", unpacked_backward, mutates_args=(), schema=schema)
     forward_op.register_fake(lambda *arguments: fake_forward(*split_arguments(arguments[:-1]), arguments[-1]))
     backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split_arguments(arguments)))
+    _register_flops(short, _forward_flops)
+    _register_flops(f"{short}_backward", _backward_flops)
     return forward_op, backward_op
+
+
+def _register_flops(name: str, formula: Callable[..., int]) -> None:
+    packet = getattr(torch.ops.awrsr_kernels, name)
+    register_flop_formula(packet)(formula)
+    for mode in _get_current_dispatch_mode_stack():  # a counter that is active copied the formulas when it was made
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, FlopCounterMode):
+            counter.flop_registry[packet] = flop_registry[packet]
+
+
+def _forward_flops(*arguments: Any, **_: Any) -> int:
+    """Floating-point operations of the definition's matrix products, as `FlopCounterMode` counts those of the reference.
+
+    Like torch's formulas of attention it counts whole windows, whatever is masked or computed again. Tensors come as their shapes.
+    """
+    inputs, call = split_arguments(arguments[:-1])
+    (entries, heads, rows, d), d_v = inputs.q, inputs.v[-1]
+    rank = 0 if inputs.w_q is None else inputs.w_q[-1]
+    pairs = (inputs.bounds[0] - 1) * heads * call.max_len**2 if call.varlen else entries * heads * rows**2  # type: ignore[index]
+    out = d_v * (1 + call.stochastic) * (1 + (call.refinement == "value"))
+    return int(2 * pairs * (d + 3 * rank + out))
+
+
+def _backward_flops(douts: Any, saved: Any, *arguments: Any, **_: Any) -> int:
+    """Two products for each of the forward."""
+    return 2 * _forward_flops(*arguments, False)

@@ -21,7 +21,6 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import tuned
-from .torch_state import readable
 
 MOST = 512  # plans that are kept, and as many again that no second call has used
 NUMBERS = (int, float)
@@ -76,7 +75,9 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
         if q.dtype is torch.float32:
             parts.append(torch.backends.cuda.matmul.fp32_precision)
         bounds = tensors[BOUNDS]
-        if bounds is not None and readable(bounds):
+        if bounds is not None and bounds.is_inference() and parts[0]:  # a backward cannot keep it
+            return None
+        if bounds is not None and bounds.device.type == "cpu":
             parts.append(tuple(bounds.tolist()))
         signature = tuple(parts)
         plan = _plans.get(signature) or _promoted(signature)
@@ -97,7 +98,9 @@ def _promoted(signature: Any) -> Any:
 
 
 def remember(signature: Any, plan: Any) -> None:
-    """Keep a plan for the next call of this signature."""
+    """Keep a plan for the next call of this signature. An option in a tensor, such as a scale, could change unseen: no plan."""
+    if any(isinstance(part, Tensor) for part in signature):
+        return
     with _lock:
         _insert(_new, signature, plan)
 

@@ -22,7 +22,12 @@ Attention for Sequential Recommendation* (Liu, Liu, Liu; RecSys 2024). It is sta
 paper's equations.
 
 Plain torch, any dtype, any device, differentiable any number of times, O(L^2) memory; in stochastic attention in float64 O(L^2 D).
+Half precision is computed in float32 and rounded once, on the way out, as by the other backends; `rounded_at_every_step` is the
+yardstick of `tolerance.py`.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -31,6 +36,24 @@ from .call import Call, Inputs
 from .dropout import scaled_mask
 from .wasserstein import correlation_points, squared_distances
 from .windows import Windows, gather_windows, make_windows, scatter_windows, table_window, visibility
+
+_every_step = False
+
+
+@contextlib.contextmanager
+def rounded_at_every_step() -> Iterator[None]:
+    """Inside, in the whole process, the reference computes in the dtype of its inputs, and rounds the result of every operation."""
+    global _every_step
+    before, _every_step = _every_step, True
+    try:
+        yield
+    finally:
+        _every_step = before
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which the reference computes for inputs of `dtype`."""
+    return dtype if _every_step else torch.promote_types(dtype, torch.float32)
 
 
 def masked_softmax(scores: Tensor, visible: Tensor | None) -> Tensor:
@@ -57,8 +80,9 @@ def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor
 
 def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list[Tensor], Windows | None]:
     """P and, without dropout, the weights that multiply the values (R; "additive" M), each (B, H, L, L); what they multiply, V and,
-    in stochastic attention, V_cov, (B, H, L, D_v) each, zero where there is no item; and the windows. In q's dtype."""
+    in stochastic attention, V_cov, (B, H, L, D_v) each, zero where there is no item; and the windows."""
     q, group = inputs.q, inputs.q.shape[1] // inputs.k.shape[1]
+    dtype = arithmetic_dtype(q.dtype)
     windows = None if inputs.bounds is None else make_windows(call, inputs.bounds, q.shape[2])
 
     def windowed(x: Tensor) -> Tensor:
@@ -69,17 +93,17 @@ def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list
         return torch.where(windows.valid[:, None, :, None], x, 0)
 
     def table(w: Tensor) -> Tensor:
-        return (windowed(w) if call.per_entry else table_window(w, call)).to(q.dtype)
+        return (windowed(w) if call.per_entry else table_window(w, call)).to(inputs.q.dtype).to(dtype)
 
     values = [inputs.v] if inputs.v_cov is None else [inputs.v, inputs.v_cov]
-    q, k, *values = (windowed(x) for x in (q, inputs.k, *values))
+    q, k, *values = (windowed(x).to(dtype) for x in (q, inputs.k, *values))
     k, *values = (x.repeat_interleave(group, dim=1) for x in (k, *values))
     visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
     first = weights = first_weights(q, k, visible, call)
     if inputs.w_q is not None and inputs.w_k is not None:
         weights = correlation_weights(first, table(inputs.w_q), table(inputs.w_k), visible, call)
     if call.refinement == "additive":
-        weights = first + (1.0 if inputs.gate is None else inputs.gate.to(q.dtype).view(-1, 1, 1)) * weights
+        weights = first + (1.0 if inputs.gate is None else inputs.gate.to(dtype).view(-1, 1, 1)) * weights
     return first, weights, values, windows
 
 
@@ -94,7 +118,7 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     powers = [weights, weights.square()] if call.stochastic else [weights]
     if call.refinement == "value":
         values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
-    outs = [x @ v for x, v in zip(powers, values, strict=True)]
+    outs = [(x @ v).to(inputs.q.dtype) for x, v in zip(powers, values, strict=True)]
 
     if windows is None:
         return tuple(outs)
@@ -104,6 +128,7 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
 
 
 def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
-    """(P, M), each (B, H, L, L). The values are not used."""
+    """(P, M), each (B, H, L, L), in q's dtype. The values are not used."""
     first, weights, *_ = weights_and_values(inputs, call)
-    return first, weights @ first if call.refinement == "value" else weights
+    weights = weights @ first if call.refinement == "value" else weights
+    return first.to(inputs.q.dtype), weights.to(inputs.q.dtype)

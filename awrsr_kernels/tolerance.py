@@ -10,8 +10,8 @@ FEW = 8  # numbers of a result whose own error says little
 def allowed_errors(exact: dict[str, Tensor], in_dtype: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
     """Largest absolute error of each result of a call in `dtype`: `OUTPUTS`, and gradients under any other name.
 
-    exact: the reference in float64. in_dtype: the reference in `dtype`. A result may err by twice (a gradient: three times) what
-    the reference itself errs in that dtype, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in it, plus 32 eps of the
+    exact: the reference in float64. in_dtype: the reference in `dtype`, `rounded_at_every_step`. A result may err by twice (a
+    gradient: three times) what the latter errs, plus 2 max|(exact + 0.3 - 0.3) - exact| evaluated in `dtype`, plus 32 eps of the
     accumulation dtype (float32, for float64 float64, where this term stands alone) times the largest magnitude among the outputs,
     or among all gradients: without it a gradient that is truly zero would fail by rounding. A gradient of few numbers (the gate's)
     may come out right in the reference by luck: its own error counts as no less, relative to its magnitude, than that of the worst

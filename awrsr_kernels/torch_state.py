@@ -4,16 +4,47 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 # Kinds of devices that autocast knows, found here because torch 2.11 cannot trace the question.
 AUTOCASTS = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 _BATCHED = torch._C._dispatch_key_parse("Batched")
 
 
 def readable(x: Tensor) -> bool:
-    """Whether reading the values of a tensor costs nothing."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    """Whether the values of a tensor are there, and reading them costs nothing and ties no recorded program to them."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed() and not traced(x)
+
+
+def traced(x: Tensor) -> bool:
+    """Whether an operation on x is recorded (make_fx, torch.jit.trace) or has no values to work on (FakeTensorMode)."""
+    if isinstance(x, FakeTensor) or torch._C._get_tracing_state() is not None:
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
+
+
+def materialised(x: Tensor) -> Tensor:
+    """x with its values in memory: torch negates some tensors, and fills some with zeros, only when its operations read them."""
+    if x._is_zerotensor():
+        return torch.zeros_like(x)
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def own_tensor(x: Tensor) -> Tensor:
+    """x over the same memory, but not as a view. Autograd refuses to change results in place that are views made in a Function or
+    under no_grad."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x._base is None or torch._C._len_torch_dispatch_stack():
+        return x
+    if transformed() or traced(x):
+        return x
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
+def saveable(x: Tensor | None) -> Tensor | None:
+    """A tensor of integers that a backward can keep, also if torch.inference_mode made it."""
+    return x.clone() if x is not None and not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def transformed() -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..call import Call, Inputs
 from ..operators import must_dispatch
+from ..torch_state import own_tensor
 from .autograd import RefinedAttention, RefinedAttentionOperator
 from .forward import forward_pass
 from .operator import forward_op
@@ -27,7 +28,8 @@ def torch_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     if call.stochastic:  # -scale |x_i - x_j|^2 is, in a softmax, 2 scale (x_i.x_j - |x_j|^2 / 2)
         factor = 1 + (call.refinement == "stochastic")
         call = call._replace(softmax_scale=2 * call.softmax_scale, refine_scale=factor * call.refine_scale)
-    if has_stock_kernel(inputs, call):
+    watched = torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()  # by a mode, which sees the operator
+    if has_stock_kernel(inputs, call) and not watched:
         return (stock_attention(inputs, call),)
     learns, exports = inputs.need_gradient(), torch.compiler.is_exporting()
     if must_dispatch(inputs) and not exports:
@@ -38,4 +40,4 @@ def torch_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     if exports:  # what is written in place must have no gradient, wherever the program runs
         inputs = Inputs._make(x if x is None else x.detach() for x in inputs)
     plan = Plan(inputs, call)
-    return forward_pass(plan, inputs, plan.load_inputs(inputs), keep=False)[0]
+    return tuple(map(own_tensor, forward_pass(plan, inputs, plan.load_inputs(inputs), keep=False)[0]))

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from ..call import Inputs
 from ..checks import one_gradient
 from ..operators import split_arguments
-from ..torch_state import without_autocast
+from ..torch_state import own_tensor, without_autocast
 from .backward import backward_pass
 from .chunks import Products
 from .forward import forward_pass
@@ -32,7 +32,7 @@ class RefinedAttention(torch.autograd.Function):
         # Rows once brought into windows stay; of the caller's tensors shapes and dtypes are enough
         ctx.plan, ctx.like = plan, Inputs._make(None if x is None else torch.empty_like(x, device="meta") for x in inputs)
         ctx.save_for_backward(*loaded, *products)
-        return outs
+        return tuple(map(own_tensor, outs))
 
     @staticmethod
     @once_differentiable

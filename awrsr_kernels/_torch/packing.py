@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..torch_state import readable
+
 LANES = 16  # floats of a vector: torch is slow over rows that do not fill whole ones
 _SHARED_ITEMS = 64  # sequences of at most so many share windows; longer ones rarely fit together
 _BLOCK_ROWS = (3 * LANES, 8 * LANES)  # fewest and most rows whose weights exist at a time
@@ -98,7 +100,7 @@ def _pack(lengths: list[int], length: int) -> list[list[int]]:
 def find_windows(items: Tensor, max_len: int) -> list[Windows]:
     """Windows for sequences of so many items, (B,), none longer than max_len: a `Windows` for each window length."""
     device = items.device
-    if device.type != "cpu" or torch.compiler.is_compiling():  # nobody can read lengths: every sequence has a window
+    if not readable(items):  # every sequence has a window
         position = torch.arange(max_len, device=device).expand(items.shape[0], -1)
         sequence = torch.arange(items.shape[0], device=device)[:, None].expand_as(position)
         return [Windows(sequence, position, items[:, None].expand_as(position), shared=False, read=False)]

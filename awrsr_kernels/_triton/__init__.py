@@ -2,8 +2,8 @@
 
 from .autograd import TritonAttention, triton_attention
 from .decode import triton_step
-from .ptxas import prefer_newer_ptxas
+from .ptxas import install
 
 __all__ = ["TritonAttention", "triton_attention", "triton_step"]
 
-prefer_newer_ptxas()
+install()

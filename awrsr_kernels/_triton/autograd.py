@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from ..call import Call, Inputs
 from ..checks import one_gradient
 from ..operators import define_operators, must_dispatch
-from ..torch_state import without_autocast
+from ..torch_state import own_tensor, without_autocast
 from .launch import with_rows
 from .problem import Problem
 from .resident import launch_resident_forward, resident_widths
@@ -77,7 +77,7 @@ class TritonAttention(torch.autograd.Function):
         dispatched = must_dispatch(inputs)
         results = forward_op(*inputs, *ctx.call, True) if dispatched else launch_forward(inputs, ctx.call, True)
         ctx.save_for_backward(*tensors, *(results if len(results) > outputs else ()))
-        return tuple(results[:outputs])
+        return tuple(map(own_tensor, results[:outputs]))
 
     @staticmethod
     @once_differentiable
@@ -104,4 +104,6 @@ def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     if inputs.need_gradient():
         outputs: tuple[Tensor, ...] = TritonAttention.apply(*inputs, call)
         return outputs
-    return tuple(forward_op(*inputs, *call, False) if must_dispatch(inputs) else launch_forward(inputs, call, False))
+    if must_dispatch(inputs):
+        return tuple(forward_op(*inputs, *call, False))
+    return tuple(map(own_tensor, launch_forward(inputs, call, False)))

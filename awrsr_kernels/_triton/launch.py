@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..launch_config import Config
+from ..torch_state import materialised
+from .ptxas import sound_ptxas
 
 View = tuple[Tensor | None, int | None, int | None, int | None]  # tensor, strides of entries, heads and rows
 
@@ -36,7 +38,8 @@ def flat(**arguments: Any) -> dict[str, Any]:
 
 
 def with_rows(x: Tensor) -> Tensor:
-    """`x` with a contiguous last dimension; a copy only if needed."""
+    """`x` with a contiguous last dimension and its values in memory; a copy only if needed."""
+    x = materialised(x)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -62,7 +65,13 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
         if recorder is not None:
             recorder.launch(kernel, grid, arguments, options)
         elif 0 not in grid:
-            kernel[grid](**arguments, **options)
+            run_kernel(kernel, grid, **arguments, **options)
+
+
+def run_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Any:
+    """`kernel[grid]`, which compiles it where that is new, with the assembler that is right for our kernels."""
+    with sound_ptxas():
+        return kernel[grid](**arguments)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from .. import checks
 from ..call import Call, Inputs
 from ..plans import NUMBERS, PLAIN, SEED, Sight
+from ..torch_state import own_tensor
 from .autograd import gradients_of, launch_backward, launch_forward
 from .record import Launches, Recorder, Slot, bytes_of, typed
 
@@ -115,7 +116,7 @@ class Plan:
         inputs, self.calls = self.inputs(given), self.calls + 1
         with Recorder(given, numbered(0, inputs)) if self.calls == 2 else contextlib.nullcontext() as recorder:
             out, *kept = launch_forward(inputs, self.call, self.learns, together=True)
-        results = [outside(out, self.forms[0].dims)]
+        results = [own_tensor(outside(out, self.forms[0].dims))]
         if kept:
             results.append(bytes_of(kept[0]))
         self.out = Form(tuple(out.shape), out.stride(), self.forms[0].dims)

@@ -20,6 +20,7 @@ from ..launch_config import is_resident as is_resident_call
 from ..launch_config import is_short as is_short_call
 from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
+from ..torch_state import materialised
 from ..tuned import tuned_for
 from .launch import NO_VIEW, View, allocate, ceil_div, heads_inside, view_of, with_rows
 
@@ -58,8 +59,9 @@ class Problem:
         self.w_q = None if inputs.w_q is None else with_rows(inputs.w_q)
         self.w_k = None if inputs.w_k is None else with_rows(inputs.w_k)
         self.v_cov = None if inputs.v_cov is None else with_rows(inputs.v_cov)
-        self.gate, self.seed, self.call, self.together = inputs.gate, inputs.seed, call, together
-        self.bounds = None if inputs.bounds is None else inputs.bounds.contiguous()  # kernels assume stride 1
+        self.gate, self.seed, bounds = (None if x is None else materialised(x) for x in (inputs.gate, inputs.seed, inputs.bounds))
+        self.bounds = None if bounds is None else bounds.contiguous()  # kernels assume stride 1
+        self.call, self.together = call, together
         q, k, v, bounds = self.q, self.k, self.v, self.bounds
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads

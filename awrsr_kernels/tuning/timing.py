@@ -25,6 +25,7 @@ from ..launch_config import (
     is_short,
     key_of,
 )
+from ..reference import rounded_at_every_step
 from ..tolerance import wrong_results
 from ..tuned import forced
 from .clock import Clock
@@ -121,7 +122,8 @@ class Workload:
         lengths, results = None if self.lengths is None else self.lengths[self.index], []
         for dtype in (torch.float64, self.case.dtype):
             leaves = {name: self._excerpt(name, x).detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}
-            out = self.forward(leaves, lengths, "reference")
+            with rounded_at_every_step():
+                out = self.forward(leaves, lengths, "reference")
             results.append({"out": out.detach()} | _gradients(out, leaves, self.dout[self.index].to(dtype)))
         return results
 

@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from awrsr_kernels import compile_report
 from awrsr_kernels.checks import REFINEMENTS
@@ -21,6 +23,7 @@ from awrsr_kernels.launch_config import (
     TABLE,
     TILED,
     TILED_KERNELS,
+    Config,
     Key,
     choose,
     key_of,
@@ -186,22 +189,44 @@ for refinement, width, stochastic in (("none", 32, True), ("none", 16, False), (
 @pytest.mark.parametrize(
     "usual,newer,taken", [("12.8", "12.9", True), ("12.9", "13.4", False), ("12.8", "12.8", False), ("9.0", "13.0", True)]
 )
-def test_the_newer_assembler_is_taken_where_the_usual_one_errs(
+def test_the_newer_assembler_takes_our_kernels_where_the_usual_one_errs_and_no_others(
     usual: str, newer: str, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     knobs = pytest.importorskip("triton.knobs", reason="needs Triton")
-    from awrsr_kernels._triton.ptxas import prefer_newer_ptxas
+    from triton.backends.nvidia import compiler
+
+    from awrsr_kernels._triton import ptxas
 
     tools = SimpleNamespace(
         ptxas=SimpleNamespace(version=usual, path="usual"), ptxas_blackwell=SimpleNamespace(version=newer, path="newer")
     )
     monkeypatch.setattr(knobs, "nvidia", tools)
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
-    assert prefer_newer_ptxas() is None and os.environ["TRITON_PTXAS_PATH"] == "mine"
-    monkeypatch.delenv("TRITON_PTXAS_PATH")
-    assert prefer_newer_ptxas() == ("newer" if taken else None)
-    assert os.environ.get("TRITON_PTXAS_PATH") == ("newer" if taken else None)
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")  # so that it is put back as it was
+    monkeypatch.setattr(ptxas, "_version_of", lambda path: path)
+    monkeypatch.setattr(compiler, "get_ptxas", lambda arch: tools.ptxas)
+    monkeypatch.setattr(compiler, "get_ptxas_version", lambda arch=80: "usual")
+
+    def assemblers() -> list[str]:
+        return [compiler.get_ptxas(90).path, compiler.get_ptxas_version(90)]
+
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    ptxas.install()
+    assert assemblers() == ["usual"] * 2 and "TRITON_PTXAS_PATH" not in os.environ
+    with ptxas.sound_ptxas(), ThreadPoolExecutor(1) as other:
+        assert assemblers() == ["newer" if taken else "usual"] * 2
+        assert other.submit(assemblers).result() == ["usual"] * 2  # somebody's kernels, compiled meanwhile
+        monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
+        assert assemblers() == ["usual"] * 2  # which reads the variable
+    assert os.environ["TRITON_PTXAS_PATH"] == "mine"
+
+
+def test_every_launch_of_ours_is_assembled_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels._triton import launch, ptxas
+
+    seen: list[int] = []
+    kernel = {(1,): lambda **arguments: seen.append(ptxas._ours.depth)}
+    launch.launch(kernel, (1,), Config(16, 16, 1, 1), torch.device("cpu"))
+    assert seen == [1] and ptxas._ours.depth == 0
 
 
 def test_lengths_and_batches_compile_nothing_anew() -> None:
