@@ -71,10 +71,11 @@ def refined_attention(
             that AOTInductor cannot package; import awrsr_kernels._triton before you load such a program.
 
     Returns:
-        (B, H, L, D_v) in v's dtype; jagged if q is. "triton" and "torch" are differentiable once. Entries are independent of each
-        other, and with `causal` earlier items are independent of later ones. One exception: "triton" and, with lengths, "torch"
-        let short entries share a tile. There, a NaN or Inf in a real item of one entry reaches the others, and with "torch" also
-        earlier items of its own entry.
+        (B, H, L, D_v) in v's dtype; jagged if q is. "triton" and "torch" are differentiable once. Entries do not depend on each
+        other, nor, with `causal`, earlier items on later ones, whatever finite numbers these hold. Since 0 * NaN is NaN, a NaN or
+        Inf can reach earlier items of its entry: from v and the tables on every backend, as in torch's own attention; from q and k
+        with refinement "value", and on "torch". Where short entries share a tile (on "triton" and, with lengths, on "torch"), it
+        can also reach the others in the tile. What stands in padding never has an effect.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
@@ -170,8 +171,7 @@ def refined_attention_varlen(
     )  # fmt: skip
     gate = checks.gate(gate, refinement, q.shape[1], q)
     inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
-    out = run(inputs, call, dropout_seed, backend, sight)[0].squeeze(0).transpose(0, 1)
-    return out if torch.is_grad_enabled() else own_tensor(out)
+    return as_packed(run(inputs, call, dropout_seed, backend, sight)[0])
 
 
 @habits.own_signature
@@ -215,3 +215,9 @@ def attention_weights(
 def as_rows(x: Tensor) -> Tensor:
     """(T, H, F) as (1, H, T, F)."""
     return x.transpose(0, 1).unsqueeze(0)
+
+
+def as_packed(out: Tensor) -> Tensor:
+    """(1, H, T, F) as (T, H, F)."""
+    out = out.squeeze(0).transpose(0, 1)
+    return out if torch.is_grad_enabled() else own_tensor(out)

@@ -133,6 +133,7 @@ def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -
         refuse("gate", "given", f'None unless refinement is "additive"; refinement is "{refinement}"')
     if not isinstance(value, Tensor):
         return torch.full((1,), number("gate", value), device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    _tensor("gate", value)
     if not value.is_floating_point():
         refuse("gate", str(value.dtype), "a floating-point tensor", TypeError)
     if value.dim() > 1 or value.numel() not in (1, heads):
@@ -347,6 +348,9 @@ def _tensor(name: str, x: Any) -> None:
         refuse(name, type(x).__name__, "a torch.Tensor", TypeError)
     if x.is_nested:
         refuse(name, "nested", "a dense tensor, or the first tensor of the call jagged, too", TypeError)
+    if type(x).__name__ == "DTensor":  # not imported to look, which takes long
+        must = "a torch.Tensor: map the call over shards of entries or heads with torch.distributed.tensor.experimental.local_map"
+        refuse(name, "a DTensor", f"{must} (docs/pytorch.md shows how)", TypeError)
 
 
 def _same_device(name: str, x: Tensor, q: Tensor) -> None:

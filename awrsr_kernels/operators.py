@@ -4,19 +4,21 @@ An operator is a node of its own in the graphs of torch.compile. Its fake says w
 therefore the same for any length.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from .call import Call, Inputs
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Forward = Callable[[Inputs, Call, bool], list[Tensor]]
 Backward = Callable[[list[Tensor], list[Tensor], Inputs, Call], list[Tensor]]
+
+_flops: dict[Any, Callable[..., int]] = {}  # formulas for `FlopCounterMode`, by operator
 
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? w_q, Tensor? w_k, Tensor? gate, Tensor? bounds, Tensor? seed, Tensor? v_cov"
 _CALL = "str refinement, bool causal, bool varlen, bool align_right, SymInt max_len, bool per_entry"
@@ -27,7 +29,10 @@ _CALL += ", float softmax_scale, float refine_scale, float dropout_p, bool gauss
 def must_dispatch(tensors: Iterable[Tensor | None]) -> bool:
     """Whether torch.compile, a dispatch mode or a subclass of Tensor must see the operator. In eager mode this is not so, and a
     direct call of the implementation takes a fraction of the dispatcher's time."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._len_torch_dispatch_stack():
+        _give_flops()
         return True
     return not all(x is None or type(x) in PLAIN for x in tensors)
 
@@ -65,18 +70,22 @@ def define_operators(
     backward_op = custom_op(f"{name}_backward", unpacked_backward, mutates_args=(), schema=schema)
     forward_op.register_fake(lambda *arguments: fake_forward(*split_arguments(arguments[:-1]), arguments[-1]))
     backward_op.register_fake(lambda douts, saved, *arguments: fake_backward(douts, saved, *split_arguments(arguments)))
-    _register_flops(short, _forward_flops)
-    _register_flops(f"{short}_backward", _backward_flops)
+    _flops[getattr(torch.ops.awrsr_kernels, short)] = _forward_flops
+    _flops[getattr(torch.ops.awrsr_kernels, f"{short}_backward")] = _backward_flops
     return forward_op, backward_op
 
 
-def _register_flops(name: str, formula: Callable[..., int]) -> None:
-    packet = getattr(torch.ops.awrsr_kernels, name)
-    register_flop_formula(packet)(formula)
+def _give_flops() -> None:
+    """Give counters of floating-point operations the formulas. Their module is not imported for that, as it imports Triton."""
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    for packet in _flops.keys() - module.flop_registry.keys():
+        module.register_flop_formula(packet)(_flops[packet])
     for mode in _get_current_dispatch_mode_stack():  # a counter that is active copied the formulas when it was made
         counter = getattr(mode, "counter", None)
-        if isinstance(counter, FlopCounterMode):
-            counter.flop_registry[packet] = flop_registry[packet]
+        if isinstance(counter, module.FlopCounterMode):
+            counter.flop_registry.update({packet: module.flop_registry[packet] for packet in _flops})
 
 
 def _forward_flops(*arguments: Any, **_: Any) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from . import checks, habits, jagged
-from .api import as_rows
+from .api import as_packed, as_rows
 from .backends import run
 from .call import Call, Inputs
 from .reference import reference_weights
@@ -149,7 +149,7 @@ def stochastic_refined_attention_varlen(
     with without_autocast(q.device):
         x_q, x_k = as_rows(points(q, q_cov)), as_rows(points(k, k_cov))
     inputs = Inputs(x_q, x_k, as_rows(v), w_q, w_k, gate, cu_seqlens, v_cov=as_rows(v_cov))
-    mean, cov = (x.squeeze(0).transpose(0, 1) for x in run(inputs, call, dropout_seed, backend))
+    mean, cov = map(as_packed, run(inputs, call, dropout_seed, backend))
     return mean, cov
 
 

@@ -86,6 +86,7 @@ def _softmax(chunk: Chunk, block: Block, queries: Tensor, keys: Tensor, term: Te
     scores.baddbmm_(queries[:, first:end], right, beta=int(term is not None), alpha=scale)
     hidden = chunk.hidden(block)
     if hidden is not None:
+        # masked_fill_, which would hide a NaN, too, takes ten times as long, as long as the softmax
         scores.unflatten(0, (-1, chunk.heads))[..., columns - hidden.shape[-1] :].add_(hidden)
     return torch.softmax(scores, -1)  # in place it is slower
 

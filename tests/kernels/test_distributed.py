@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import local_map
 from torch.nn.parallel import DistributedDataParallel
 
 from awrsr_kernels import refined_attention
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+MAPPED = {"entries": 0, "heads": 1}
 SECONDS = 240  # after which two processes that wait for each other are ended
 
 
@@ -81,6 +85,23 @@ WRAPPERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def mapped(dim: int) -> dict[str, Tensor]:
+    """Gradients of DTensors that are sharded by entries (0) or heads (1), through the call that docs/pytorch.md shows."""
+    mesh, items, tables = init_device_mesh("cpu", (2,)), [Shard(dim)], [Replicate()]
+    attention = local_map(
+        refined_attention, out_placements=items, in_placements=(items, items, items, tables, tables),
+        in_grad_placements=(items, items, items, [Partial()], [Partial()]), device_mesh=mesh,
+    )  # fmt: skip
+    leaves = [distribute_tensor(x, mesh, [Shard(dim)] if x.dim() == 4 else tables).requires_grad_() for x in tensors()]
+    attention(*leaves).square().sum().backward()
+    return {str(i): x.grad for i, x in enumerate(leaves) if x.grad is not None}
+
+
+def tensors() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator) for shape in [(4, 2, 6, 8)] * 3 + [(6, 5)] * 2]
+
+
 def work(rank: int, port: int, folder: str) -> None:
     """One of the two processes: its half of the batch through every wrapper; the first one writes the gradients."""
     torch.set_num_threads(1)
@@ -92,6 +113,8 @@ def work(rank: int, port: int, folder: str) -> None:
     for name, wrap in WRAPPERS.items():
         grads = gradients(wrap(), x, lengths)
         found[name] = {key: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for key, grad in grads.items()}
+    for name, dim in MAPPED.items():
+        found[name] = {key: grad.full_tensor() for key, grad in mapped(dim).items()}  # type: ignore[attr-defined]
     if rank == 0:
         torch.save(found, Path(folder) / "gradients.pt")
     dist.destroy_process_group()
@@ -112,6 +135,26 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
             pytest.fail(f"not done after {SECONDS} seconds")
     loaded: dict[str, dict[str, Tensor]] = torch.load(folder / "gradients.pt")
     return loaded
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_sharded_tensors_are_mapped_over(name: str, found: dict[str, dict[str, Tensor]]) -> None:
+    leaves = [x.requires_grad_() for x in tensors()]
+    refined_attention(*leaves).square().sum().backward()
+    for i, x in enumerate(leaves):
+        torch.testing.assert_close(found[name][str(i)], x.grad)
+
+
+def test_sharded_tensors_are_refused_with_advice() -> None:
+    class DTensor(Tensor):
+        pass
+
+    x, w = torch.randn(2, 2, 6, 8), torch.randn(6, 4)
+    for name in ("q", "v", "w_q", "lengths", "gate"):
+        given: dict[str, Any] = {"q": x, "k": x, "v": x, "w_q": w, "w_k": w, "lengths": torch.tensor([3, 6]), "gate": torch.ones(2)}
+        given[name] = given[name].as_subclass(DTensor)
+        with pytest.raises(TypeError, match=f"^{name} is a DTensor; it must be a torch.Tensor: map the call .*local_map"):
+            refined_attention(**given, refinement="additive", backend="torch")
 
 
 @pytest.mark.parametrize("name", WRAPPERS)

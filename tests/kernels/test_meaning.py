@@ -1,5 +1,6 @@
 """What the operator means, on every backend and regime: hand-worked values, causality, padding, packing, dropout, determinism."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -160,6 +161,20 @@ def test_nan_in_padding_does_not_leak(engine: str, kind: Kind, side: str, choose
             assert torch.isfinite(x).all() and (x != 0).any(), name
             if x.dim() == 4:
                 assert (x.masked_select(~kept) == 0).all() and (x[0, :, real] != 0).any(), name
+
+
+@pytest.mark.parametrize("engine", ["reference", "short", "resident", "tiled"])
+@pytest.mark.parametrize("refinement", ["none", "simple", "additive"])
+def test_later_queries_and_keys_reach_no_earlier_item_even_as_nan(engine: str, refinement: str, choose: Choose) -> None:
+    """docs/support.md says what a NaN reaches elsewhere."""
+    backend, kind = choose(engine), Kind(refinement)
+    given = kind.draw((2, 2, 20, 8), (20, 5))
+    expected = kind.call(**given, backend=backend)["out"]
+    for name, value in itertools.product(("q", "k"), (math.nan, math.inf, -math.inf)):
+        changed = {n: x.clone() for n, x in given.items()}
+        changed[name][:, :, 17:, 3] = value
+        found = kind.call(**changed, backend=backend)["out"]
+        assert torch.equal(found[:, :, :17], expected[:, :, :17]) and not found[:, :, 17:].isfinite().all()
 
 
 @every_engine

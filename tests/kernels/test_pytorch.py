@@ -1,5 +1,8 @@
-"""The operator inside PyTorch: torch.func, checkpoints, autocast, CUDA graphs, deterministic mode."""
+"""The operator inside PyTorch: torch.func, checkpoints, autocast, CUDA graphs, deterministic mode, counters, tracing."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from awrsr_kernels import refined_attention
 
@@ -168,6 +172,62 @@ def test_the_reference_is_mapped_and_differentiated_by_torch_func(kind: Kind) ->
         leaves = {name: x.clone().requires_grad_() for name, x in given.items()}
         for name, grad in zip(leaves, gradients(function(leaves, each), leaves), strict=True):
             torch.testing.assert_close(found[name][i], grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["plain", "lengths", "packed"])
+@pytest.mark.parametrize("kind", OPERATORS, ids=str)
+def test_operations_are_counted_alike_on_every_backend(kind: Kind, layout: str) -> None:
+    """The products of the definition. Plain attention is long enough here for torch's own kernel."""
+    pytest.importorskip("triton", reason="needs Triton")
+    given, bounds = draw(kind, layout, 40 if kind.refinement == "none" else 6)
+    longest: dict[str, Any] = {"max_seqlen": 40 if kind.refinement == "none" else 6} if layout == "packed" else {}
+    counts = []
+    for backend in ("reference", "torch", "triton"):
+        with FlopCounterMode(display=False) as forward:
+            loss = summed(kind, given, **bounds, **longest, backend=backend)
+        with FlopCounterMode(display=False) as backward:
+            gradients(loss, given)
+        with torch.no_grad(), FlopCounterMode(display=False) as inference:
+            summed(kind, given, **bounds, **longest, backend=backend)
+        counts.append((forward.get_total_flops(), backward.get_total_flops(), inference.get_total_flops()))
+    assert counts[0][0] > 0 and counts[0][1] == 2 * counts[0][0] and counts[0][2] == counts[0][0]
+    assert len(set(counts)) == 1, counts
+
+
+def test_a_counter_sees_the_first_call_of_a_process() -> None:
+    pytest.importorskip("triton", reason="needs Triton")
+    code = """
+import torch
+from awrsr_kernels import refined_attention
+from torch.utils.flop_counter import FlopCounterMode
+x, w = torch.randn(1, 2, 6, 8), torch.randn(6, 4)
+for backend in ("triton", "torch", "reference"):
+    with FlopCounterMode(display=False) as counter:
+        refined_attention(x, x, x, w, w, backend=backend)
+    print(counter.get_total_flops())
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.split() == [str(2 * 2 * 36 * (8 + 3 * 4 + 8))] * 3
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer, about sizes
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference", "triton"])
+def test_jit_trace_records_the_definition_for_any_lengths(backend: str) -> None:
+    given, bounds = draw(Kind("additive"), "lengths")
+    tensors = [*given.values(), bounds["lengths"]]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return refined_attention(*tensors[:5], lengths=tensors[5], refinement="additive", backend=backend)
+
+    if backend == "triton":
+        with pytest.raises(ValueError, match='backend is "triton"; it must be torch or reference under torch.jit.trace'):
+            torch.jit.trace(function, tensors)
+        return
+    program = torch.jit.trace(function, tensors)
+    tensors[-1] = torch.tensor([1, 5], device=DEVICE)
+    torch.testing.assert_close(program(*tensors), function(*tensors))
+    assert len(gradients(program(*tensors).square().sum(), given)) == 5
 
 
 @pytest.mark.parametrize("engine,compiled", [("torch", False), ("torch", True), ("short", True), ("tiled", False)])
