@@ -10,7 +10,7 @@ from . import checks, launch_config, plans
 from ._torch.attention import torch_attention
 from .call import Call, Inputs
 from .reference import reference_attention
-from .torch_state import exports_any_size, saveable, without_autocast
+from .torch_state import exports_any_size, jit_tracing, saveable, without_autocast
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 
@@ -58,7 +58,7 @@ def run(
 def choose_backend(backend: str, q: Tensor, features: tuple[int, int, int]) -> str:
     """The backend for "auto" or for a name. features: numbers of features of q, v and the tables."""
     checks.choice("backend", backend, BACKENDS)
-    if torch._C._get_tracing_state() is not None:
+    if jit_tracing():
         if backend == "triton":
             must = "torch or reference under torch.jit.trace, which records the definition; torch.export records the kernels"
             checks.refuse("backend", '"triton"', must)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from . import checks, habits, jagged
+from . import checks, habits, jagged, multihead
 from .api import attention_weights, refined_attention, refined_attention_varlen
 from .cache import RefinedCache
 from .decoding import refined_attention_prefill, refined_attention_step
@@ -48,6 +48,8 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: whether the linear maps have a bias.
         num_kv_heads: H_kv, a divisor of H (grouped-query attention); default H.
         causal: whether a position attends only to itself and earlier positions.
+        batch_first: layout of the call module(x, x, x), which is that of torch.nn.MultiheadAttention: (B, L, E), or with False
+            (L, B, E). The call module(x) is always batch first.
         align: which rows of position tables a sequence of n items uses, and where `lengths` expects padding. "right" (the
             default): the last n rows, so that a row stands for a distance from the end (recommenders; padding on the left).
             "left": the first n rows, so that a row stands for an absolute position (language models, decoding; padding on the
@@ -86,6 +88,7 @@ class RefinedMultiheadAttention(RefinedLayer):
         bias: bool = True,
         num_kv_heads: int | None = None,
         causal: bool = True,
+        batch_first: bool = True,
         align: str | None = None,
         padding_side: str | None = None,
         table_std: float = 1.0,
@@ -115,6 +118,7 @@ class RefinedMultiheadAttention(RefinedLayer):
             refine_scale=refine_scale, learned_scale=learned_scale, backend=backend, causal=causal, align=align, **factory,
         )  # fmt: skip
         self.embed_dim, self.num_kv_heads, self.head_dim = embed_dim, num_kv_heads, head_dim
+        self.batch_first = checks.flag("batch_first", batch_first)
         self.qkv = nn.Linear(embed_dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=bias, **factory)
         self.out = nn.Linear(embed_dim, embed_dim, bias=bias, **factory)
         self.reset_parameters()
@@ -134,90 +138,149 @@ class RefinedMultiheadAttention(RefinedLayer):
         cls, mha: nn.MultiheadAttention, *, max_len: int | None = None, refinement: str, tables: str = "position",
         rank: int | None = None, causal: bool = True, **options: Any,
     ) -> "RefinedMultiheadAttention":  # fmt: skip
-        """A new module with a copy of the weights of a torch.nn.MultiheadAttention.
+        """A new module with a copy of the weights of a torch.nn.MultiheadAttention, which can stand in its place.
 
-        With refinement "none", and with "additive" while its learned gate is 0, the module computes the same as `mha` in
-        self-attention of a batch-first x (with a causal mask, if causal). Other refinements change the result at once.
+        With refinement "none", and with "additive" while its learned gate is 0, module(x, x, x) returns what mha(x, x, x) returns
+        (with a causal mask, if causal). Other refinements change the result at once.
 
         Args:
-            mha: a module whose keys and values have the width of its queries, without bias_k, bias_v and add_zero_attn. The new
-                module is batch first, whatever mha.batch_first is. Weights that do not require a gradient stay so.
-            options: further arguments of this class, except those that `mha` determines: bias, num_kv_heads, device, dtype.
+            mha: a module whose keys and values have the width of its queries, without bias_k, bias_v, add_zero_attn, forward hooks
+                and a forward of its own. Weights that do not require a gradient stay so. A bias that only one of its linear maps
+                has is zero in the other, without a gradient.
+            options: further arguments of this class, except those that `mha` determines: bias, num_kv_heads, batch_first, device,
+                dtype.
 
         Raises:
             ValueError: `mha` has a feature that this class lacks, or an option does not fit it; the message says which.
         """
-        if not isinstance(mha, nn.MultiheadAttention):
-            checks.refuse("mha", type(mha).__name__, "a torch.nn.MultiheadAttention", TypeError)
-        own = {"kdim and vdim": mha._qkv_same_embed_dim, "bias_k": mha.bias_k is None, "add_zero_attn": not mha.add_zero_attn}
-        for name, fits in own.items():
-            if not fits:
-                checks.refuse("mha", f"with {name}", "without it: this module computes self-attention only")
-        for name in ("bias", "num_kv_heads", "device", "dtype"):
+        multihead.check_replaceable(mha)
+        for name in ("bias", "num_kv_heads", "batch_first", "device", "dtype"):
             if name in options:
                 checks.refuse(name, str(options[name]), "left out: it comes from mha")
         weight: Tensor = mha.in_proj_weight
-        biased = mha.in_proj_bias is not None
+        biased = mha.in_proj_bias is not None or mha.out_proj.bias is not None
         arguments: dict[str, Any] = {"max_len": max_len, "refinement": refinement, "tables": tables, "rank": rank, "causal": causal}
         arguments |= {"dropout": mha.dropout, "bias": biased, "device": weight.device, "dtype": weight.dtype}
+        arguments["batch_first"] = mha.batch_first
         module = cls(mha.embed_dim, mha.num_heads, **arguments | options)
-        pairs = [(module.qkv.weight, weight), (module.out.weight, mha.out_proj.weight)]
-        pairs += [(module.qkv.bias, mha.in_proj_bias), (module.out.bias, mha.out_proj.bias)] if biased else []
-        for mine, its in pairs:
-            mine.requires_grad_(its.requires_grad).data.copy_(its.detach())
+        multihead.copy_weights(mha, module.qkv, module.out)
         return module.train(mha.training)
 
     @habits.own_signature
     def forward(
         self,
-        x: Tensor,
-        *others: NoReturn,
-        lengths: Tensor | None = None,
+        x: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
         key_padding_mask: Tensor | None = None,
+        need_weights: bool | None = None,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool | None = None,
+        is_causal: bool | None = None,
+        *,
+        query: Tensor | None = None,
+        lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         **unknown: NoReturn,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Attend among the positions of each sequence.
 
+        The module can be called in two ways: module(x), and in place of torch.nn.MultiheadAttention as module(x, x, x), with the
+        arguments and results of that class.
+
         Args:
-            x: (B, L, E); packed (T, E) with cu_seqlens; or jagged (B, j, E), layout torch.jagged.
+            x: (B, L, E); packed (T, E) with cu_seqlens; or jagged (B, j, E), layout torch.jagged. In module(x, x, x): (B, L, E),
+                without batch_first (L, B, E), or (L, E); it may be named query.
+            key, value: x itself, in calls in place of torch.nn.MultiheadAttention.
             lengths: (B,) integers in 0..L, the number of real items per sequence. Padding is on the left if align is "right",
                 otherwise on the right.
             key_padding_mask: (B, L) bool, True at padding, instead of lengths. Padding may be on either side, but the items of a
                 sequence must be one run. A mask with holes raises an error where reading it costs nothing (CPU, not compiled).
             cu_seqlens: (B + 1,) integers from 0 to T: sequence b holds rows cu_seqlens[b] .. cu_seqlens[b+1] - 1.
             max_seqlen: only with cu_seqlens: length of the longest sequence, or an upper bound on it.
+            attn_mask, is_causal: only in module(x, x, x), and as in torch. They must say what the module does: if it is causal, the
+                causal mask (which is looked at where that costs nothing) or is_causal=True; otherwise nothing.
+            need_weights, average_attn_weights: only in module(x, x, x), and as in torch: both are True unless you say otherwise.
 
         Returns:
-            A tensor of x's form. Attention is 0 at padding, so the result there is the bias of the last linear map.
+            module(x): a tensor of x's form. Attention is 0 at padding, so the result there is the bias of the last linear map.
+            module(x, x, x): a tensor of x's form, and the weights that multiply the values, without dropout, (B, L, L), each
+            head's (B, H, L, L), or None.
 
         Raises:
             ValueError, TypeError: an argument does not fit, or a sequence is longer than max_len.
         """
-        if others:
-            was, must = f"followed by {len(others)} more without a name", "alone: the module makes queries, keys and values of it"
-            checks.refuse("x", was, must, TypeError)
         if unknown:
             habits.refuse(RefinedMultiheadAttention.forward, unknown)
+        in_place: dict[str, Any] = {"need_weights": need_weights, "average_attn_weights": average_attn_weights}
+        in_place |= {"attn_mask": attn_mask, "is_causal": is_causal}
+        if key is not None or value is not None or query is not None:
+            checks.absent("None beside key and value", lengths=lengths, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+            if query is not None:
+                checks.absent("None beside query, its other name", x=x)
+            return self._in_place(x if query is None else query, key, value, key_padding_mask, **in_place)
+        checks.absent("left out unless module(x, x, x) is called in place of torch.nn.MultiheadAttention", **in_place)
+        if x is None:
+            raise TypeError("RefinedMultiheadAttention.forward is missing its argument x")
         if jagged.is_nested(x):
             unused = {"lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
             checks.absent("None: x is jagged and knows its lengths", **unused)
-            rows = jagged.rows("x", x, "x", x, ragged=1)
-            self._check_width(rows)
-            return jagged.unpacked(self._packed(rows, **jagged.bounds(x)), x)
+            return self._jagged(x)
         if cu_seqlens is not None:
             checks.absent("None beside cu_seqlens", lengths=lengths, key_padding_mask=key_padding_mask)
             self._check(x, "(T, E)", 2)
             return self._packed(x, cu_seqlens, max_seqlen)
         checks.absent("None without cu_seqlens", max_seqlen=max_seqlen)
         self._check(x, "(B, L, E)", 3)
-        alignment = self._alignment(x, lengths, key_padding_mask)
-        rows = x if alignment.turn is None else _turned(x, alignment.turn)
-        q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
-        out = refined_attention(q, k, v, lengths=alignment.lengths, **self._padded_options(rows), **self._run_options())
-        out = self.out(out.transpose(1, 2).flatten(-2))
-        return out if alignment.turn is None else _turned(out, -alignment.turn)
+        return self._padded(x, self._alignment(x, lengths, key_padding_mask))
+
+    def _in_place(
+        self, x: Any, key: Any, value: Any, key_padding_mask: Tensor | None, need_weights: bool | None, attn_mask: Tensor | None,
+        average_attn_weights: bool | None, is_causal: bool | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The call in place of torch.nn.MultiheadAttention."""
+        multihead.check_self_attention(x, key, value)
+        weighs = True if need_weights is None else checks.flag("need_weights", need_weights)
+        if isinstance(x, Tensor) and x.is_nested:
+            checks.absent("None: query is nested", key_padding_mask=key_padding_mask, attn_mask=attn_mask)
+            if weighs:
+                checks.refuse("need_weights", "True", "False: query is nested")
+            multihead.check_visibility(None, is_causal, self.causal, self.num_heads, x)
+            return (self._jagged if x.layout is torch.jagged else self._nested)(x), None
+        alone, turned = (isinstance(x, Tensor) and x.dim() == dims for dims in (2, 3))
+        turned = turned and not self.batch_first
+        if alone:
+            x, key_padding_mask = x[None], None if key_padding_mask is None else key_padding_mask[None]
+        elif turned:
+            x = x.transpose(0, 1)
+        self._check(x, "(B, L, E)" if self.batch_first else "(L, B, E)", 3)
+        multihead.check_visibility(attn_mask, is_causal, self.causal, self.num_heads, x)
+        alignment = self._alignment(x, None, multihead.padding(key_padding_mask))
+        out, weights = self._padded(x, alignment), None
+        if weighs:
+            rows = x if alignment.turn is None else _turned(x, alignment.turn)
+            weights = self.weights(rows, lengths=alignment.lengths)[1]
+            weights = weights if alignment.turn is None else multihead.turned_weights(weights, -alignment.turn)
+            averages = average_attn_weights is None or checks.flag("average_attn_weights", average_attn_weights)
+            weights = weights.mean(1) if averages else weights
+        if alone:
+            return out[0], None if weights is None else weights[0]
+        return out.transpose(0, 1) if turned else out, weights
+
+    batch_first: bool
+    _qkv_same_embed_dim = True  # torch's encoder layers ask for these names before they call self_attn
+    in_proj_bias = None  # so that they do not compute the attention themselves
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """(E + 2 H_kv D, E): qkv.weight by the name that torch's layers know."""
+        return self.qkv.weight
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The last linear map by the name that torch's layers know."""
+        return self.out
 
     @habits.own_signature
     def weights(self, x: Tensor, *, lengths: Tensor | None = None, **unknown: NoReturn) -> tuple[Tensor, Tensor]:
@@ -283,6 +346,27 @@ class RefinedMultiheadAttention(RefinedLayer):
         options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
         out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
         return self.out(out.transpose(1, 2).flatten(-2))
+
+    def _padded(self, x: Tensor, alignment: _Alignment) -> Tensor:
+        rows = x if alignment.turn is None else _turned(x, alignment.turn)
+        q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
+        out = refined_attention(q, k, v, lengths=alignment.lengths, **self._padded_options(rows), **self._run_options())
+        out = self.out(out.transpose(1, 2).flatten(-2))
+        return out if alignment.turn is None else _turned(out, -alignment.turn)
+
+    def _nested(self, x: Tensor) -> Tensor:
+        """Of nested tensors in the layout that torch's encoders make of padded ones, (B, j, E)."""
+        sequences = x.unbind()
+        counts = [len(sequence) for sequence in sequences]
+        rows = torch.cat(sequences)
+        self._check_width(rows)
+        ends = torch.tensor([0, *counts], device=x.device).cumsum(0)
+        return torch.nested.as_nested_tensor(list(self._packed(rows, ends, max(counts, default=0)).split(counts)))
+
+    def _jagged(self, x: Tensor) -> Tensor:
+        rows = jagged.rows("x", x, "x", x, ragged=1)
+        self._check_width(rows)
+        return jagged.unpacked(self._packed(rows, **jagged.bounds(x)), x)
 
     def _packed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, projected: Tensor | None = None) -> Tensor:
         q, k, v = self._split(self.qkv(x) if projected is None else projected)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .call import Call, Inputs
+from .torch_state import watched
 
 PLAIN = (Tensor, torch.nn.Parameter)
 Forward = Callable[[Inputs, Call, bool], list[Tensor]]
@@ -31,7 +32,7 @@ def must_dispatch(tensors: Iterable[Tensor | None]) -> bool:
     direct call of the implementation takes a fraction of the dispatcher's time."""
     if torch.compiler.is_compiling():
         return True
-    if torch._C._len_torch_dispatch_stack():
+    if watched():
         _give_flops()
         return True
     return not all(x is None or type(x) in PLAIN for x in tensors)

@@ -18,9 +18,19 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed() and not traced(x)
 
 
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace records."""
+    return not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None
+
+
+def watched() -> bool:
+    """Whether a dispatch mode sees the operations of eager code."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def traced(x: Tensor) -> bool:
     """Whether an operation on x is recorded (make_fx, torch.jit.trace) or has no values to work on (FakeTensorMode)."""
-    if isinstance(x, FakeTensor) or torch._C._get_tracing_state() is not None:
+    if isinstance(x, FakeTensor) or jit_tracing():
         return True
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
@@ -35,9 +45,9 @@ def materialised(x: Tensor) -> Tensor:
 def own_tensor(x: Tensor) -> Tensor:
     """x over the same memory, but not as a view. Autograd refuses to change results in place that are views made in a Function or
     under no_grad."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x._base is None or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x._base is None:
         return x
-    if transformed() or traced(x):
+    if watched() or transformed() or traced(x):
         return x
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .torch_state import readable
+from .torch_state import jit_tracing, readable
 
 
 def refuse(name: str, was: str, must: str, kind: type[Exception] = ValueError) -> NoReturn:
@@ -26,7 +26,7 @@ def plain(name: str, value: Any) -> Any:
     if value.requires_grad:
         was = "a tensor that requires a gradient"
         refuse(name, was, "a number, as it would get none here (multiply q or w_q by a learned scale)", TypeError)
-    if not readable(value) and torch._C._get_tracing_state() is None:  # torch.jit.trace has sizes as tensors
+    if not readable(value) and not jit_tracing():  # torch.jit.trace has sizes as tensors
         was = f"a tensor on {value.device}" if value.device.type != "cpu" else "a tensor that cannot be read while tracing"
         refuse(name, was, "a number, or a tensor on the CPU outside torch.compile: its value decides what runs", TypeError)
     return value.item()

@@ -18,12 +18,13 @@ PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import 
 FLOORS = {
     "awrsr_kernels": [
         "torch_state tolerance habits",
+        "values",
         "checks dropout wasserstein launch_config",
         "call tuned issue_slots",
         "windows operators plans",
         "reference _torch _triton",
         "backends",
-        "jagged cache tables",
+        "jagged cache tables multihead",
         "api",
         "stochastic decoding",
         "module",

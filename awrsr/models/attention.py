@@ -68,7 +68,8 @@ class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:  # type: ignore[override]
         """x (..., E) -> (..., E)."""
-        return super().forward(x, **where._asdict())
+        out: Tensor = super().forward(x, **where._asdict())  # type: ignore[assignment]  # without weights, as only x is given
+        return out
 
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """First-order weights P and the refined weights M that multiply the values, (B, H, L, L) each."""

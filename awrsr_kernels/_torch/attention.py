@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..call import Call, Inputs
 from ..operators import must_dispatch
-from ..torch_state import own_tensor
+from ..torch_state import own_tensor, watched
 from .autograd import RefinedAttention, RefinedAttentionOperator
 from .forward import forward_pass
 from .operator import forward_op
@@ -28,8 +28,7 @@ def torch_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
     if call.stochastic:  # -scale |x_i - x_j|^2 is, in a softmax, 2 scale (x_i.x_j - |x_j|^2 / 2)
         factor = 1 + (call.refinement == "stochastic")
         call = call._replace(softmax_scale=2 * call.softmax_scale, refine_scale=factor * call.refine_scale)
-    watched = torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling()  # by a mode, which sees the operator
-    if has_stock_kernel(inputs, call) and not watched:
+    if has_stock_kernel(inputs, call) and not watched():  # counters of operations know the operator by one formula
         return (stock_attention(inputs, call),)
     learns, exports = inputs.need_gradient(), torch.compiler.is_exporting()
     if must_dispatch(inputs) and not exports:

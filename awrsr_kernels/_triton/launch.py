@@ -65,10 +65,10 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, device: torch.dev
         if recorder is not None:
             recorder.launch(kernel, grid, arguments, options)
         elif 0 not in grid:
-            run_kernel(kernel, grid, **arguments, **options)
+            start(kernel, grid, **arguments, **options)
 
 
-def run_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Any:
+def start(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> Any:
     """`kernel[grid]`, which compiles it where that is new, with the assembler that is right for our kernels."""
     with sound_ptxas():
         return kernel[grid](**arguments)

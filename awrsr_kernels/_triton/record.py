@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import driver
 
 from .handles import Handle, handle_of, hooked
-from .launch import recording, run_kernel
+from .launch import recording, start
 from .problem import PIECE
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -80,7 +80,7 @@ class Recorder(TorchDispatchMode):
     def launch(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: dict[str, Any]) -> None:
         tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
         with _disable_current_modes():
-            compiled = run_kernel(kernel, grid, **arguments, **options) if 0 not in grid else None
+            compiled = start(kernel, grid, **arguments, **options) if 0 not in grid else None
             slots = {name: self.slot(x) for name, x in tensors.items()}
         known = {name: slot for name, slot in slots.items() if slot is not None}
         self.complete = self.complete and len(known) == len(slots)
@@ -193,7 +193,7 @@ class Launches:
         with torch.cuda.device(self.index) if elsewhere else contextlib.nullcontext():
             for launch in self.launches:
                 filled = {name: typed(tensors[number], offset, dtype) for name, (number, offset, dtype) in launch.slots.items()}
-                run_kernel(launch.kernel, launch.grid, **launch.constants, **filled, **launch.options)
+                start(launch.kernel, launch.grid, **launch.constants, **filled, **launch.options)
 
 
 def typed(x: Tensor, offset: int, dtype: torch.dtype) -> Tensor:

@@ -53,7 +53,6 @@ OF_CALLS: dict[str, dict[str, str]] = {
     "refined_attention_prefill": {"causal": "always causal", "attn_mask": "give lengths and padding_side"},
     "refined_attention_step": {"is_causal": "always causal", "past_key_value": "called cache", "lengths": "the cache knows"},
     "RefinedMultiheadAttention": {
-        "batch_first": "always batch first",
         "is_causal": "called causal",
         "dropout_p": "called dropout",
         "scale": r"1 / sqrt\(embed_dim / num_heads\)",
@@ -63,10 +62,8 @@ OF_CALLS: dict[str, dict[str, str]] = {
         "alibi_slopes": NO_BIAS,
     },
     "RefinedMultiheadAttention.forward": {
-        "need_weights": "its method weights",
-        "average_attn_weights": "its method weights",
-        "attn_mask": "give key_padding_mask, True at padding, or lengths",
-        "is_causal": "causal is an argument of RefinedMultiheadAttention itself",
+        "return_attention": "its method weights",
+        "src_mask": "give key_padding_mask, True at padding, or lengths",
         "bias": "bias is an argument of RefinedMultiheadAttention itself",
         "cu_seqlens_q": "as cu_seqlens",
         "backend": "is an argument of RefinedMultiheadAttention itself",
@@ -169,17 +166,21 @@ def test_sizes_of_a_cache_by_another_name_are_told_though_their_own_are_missing(
             call(max_length=1)
 
 
-def test_a_module_called_like_torchs_is_told_that_x_comes_alone() -> None:
+def test_arguments_of_the_call_in_torchs_place_are_refused_in_the_call_of_x_alone() -> None:
     module, x = RefinedMultiheadAttention(8, 2, max_len=4), torch.randn(1, 4, 8)
-    with pytest.raises(TypeError, match="x is followed by 2 more without a name; it must be alone"):
-        module(x, x, x)
-    with pytest.raises(TypeError, match=r"RefinedMultiheadAttention.forward has no argument need_weights"):
-        module(x, need_weights=False)
+    for name, value in (("need_weights", False), ("attn_mask", torch.zeros(4, 4)), ("is_causal", True)):
+        with pytest.raises(ValueError, match=rf"{name} is given; it must be left out unless module\(x, x, x\) is called"):
+            module(x, **{name: value})
+    with pytest.raises(TypeError, match="missing its argument x"):
+        module(lengths=torch.tensor([3]))
 
 
 def test_options_of_from_multihead_are_told_too() -> None:
-    with pytest.raises(TypeError, match="RefinedMultiheadAttention has no argument batch_first"):
-        RefinedMultiheadAttention.from_multihead(torch.nn.MultiheadAttention(8, 2), refinement="none", batch_first=True)
+    mha = torch.nn.MultiheadAttention(8, 2)
+    with pytest.raises(TypeError, match="RefinedMultiheadAttention has no argument kdim"):
+        RefinedMultiheadAttention.from_multihead(mha, refinement="none", kdim=8)
+    with pytest.raises(ValueError, match="batch_first is True; it must be left out: it comes from mha"):
+        RefinedMultiheadAttention.from_multihead(mha, refinement="none", batch_first=True)
 
 
 @pytest.mark.parametrize("call", CALLS)
