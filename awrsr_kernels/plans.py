@@ -21,11 +21,12 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import tuned
+from .call import Inputs
 from .torch_state import readable
 
 MOST = 512  # plans that are kept, and as many again that no second call has used
 NUMBERS = (int, float)
-BOUNDS, SEED = 6, 7  # fields of `Inputs`
+GATE, BOUNDS, SEED = (Inputs._fields.index(name) for name in ("gate", "bounds", "seed"))
 PLAIN = (Tensor, Parameter)
 
 _autocast, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
@@ -40,7 +41,7 @@ class Sight(NamedTuple):
     """A call whose signature is known; plan: None where there is none yet."""
 
     signature: Any
-    tensors: list[Any]  # as the caller gave them, by the fields of `Inputs`: a gate may be a number, a seed too
+    tensors: list[Any]  # as the caller gave them, by the fields of `Inputs` and then others: a gate may be a number, a seed too
     pointers: list[int]
     plan: Any
 
@@ -69,7 +70,7 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
                 pointers.append(pointer)
                 parts += (x.shape, x.stride(), x.dtype, x.get_device(), pointer & 15, x.requires_grad)
             elif kind in NUMBERS:
-                parts += (kind, x if len(pointers) < SEED else 0)  # a seed differs from call to call
+                parts += (kind, x if len(pointers) != SEED else 0)  # a seed differs from call to call
                 pointers.append(0)
             else:
                 return None
