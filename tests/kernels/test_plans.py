@@ -182,6 +182,8 @@ def test_what_stochastic_attention_refuses_at_first_is_refused_later(seen: int) 
     call, learned, _ = stochastic()
     for _ in range(seen):
         call()
+    with torch.autocast(DEVICE, torch.float16):
+        assert [x.dtype for x in tuple_of(call())] == [torch.float16] * 2
     items, tables = learned[:6], learned[6:]
     wrong: list[tuple[str, list[Any], dict[str, Any]]] = [
         ("v_cov is of shape", [*items[:5], items[5][:1]], {}),
@@ -280,22 +282,25 @@ def test_checkpoints_from_the_first_call_on(name: str) -> None:
     assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))
 
 
-def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before() -> None:
-    call, inputs, dout = padded()
+@pytest.mark.parametrize("name", ["short", "stochastic"])
+def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before(name: str) -> None:
+    call, inputs, douts = CALLS[name]()
     for _ in range(3):
-        results((call, inputs, dout))
-    first = torch.autograd.grad(call(), inputs[0], dout, create_graph=True)[0]
+        results((call, inputs, douts))
+    first = torch.autograd.grad(call(), inputs[0], douts, create_graph=True)[0]
     with pytest.raises(RuntimeError):
         first.sum().backward()
     with pytest.raises(ValueError, match="batch of gradients"):
-        torch.autograd.grad(call(), inputs[0], torch.stack([dout, dout]), is_grads_batched=True)
+        batches = [torch.stack([dout, dout]) for dout in tuple_of(douts)]
+        torch.autograd.grad(tuple_of(call()), inputs[0], batches, is_grads_batched=True)
 
 
-def test_a_plan_keeps_no_tensor() -> None:
-    work = padded(70)
+@pytest.mark.parametrize("name", ["resident", "stochastic", "step"])
+def test_a_plan_keeps_no_tensor(name: str) -> None:
+    work = CALLS[name]()
     for _ in range(4):
         kept = results(work)
-    held = [weakref.ref(x) for x in (*work[1], *kept, work[2])]
+    held = [weakref.ref(x) for x in (*work[1], *kept, *(tuple_of(work[2]) if work[1] else ()))]
     del work, kept
     gc.collect()
     assert plans._plans and not any(each() is not None for each in held)
@@ -317,7 +322,8 @@ def test_plans_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch
     assert len(plans._plans) == 4
 
 
-def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["short", "stochastic"])
+def test_threads_share_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # one kernel at a time: the interpreter replaces functions of Triton while it runs one
         from triton.runtime.interpreter import GridExecutor
 
@@ -328,7 +334,7 @@ def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
                 run(*args, **kwargs)
 
         monkeypatch.setattr(GridExecutor, "__call__", alone)
-    work = padded()
+    work = CALLS[name]()
     wanted, wrong = results(work), []
 
     def several() -> None:
@@ -346,8 +352,9 @@ def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork") or DEVICE != "cpu", reason="needs os.fork, and no GPU in use")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_forked_process_begins_without_plans() -> None:
-    call = padded()[0]
+@pytest.mark.parametrize("name", ["short", "stochastic", "step"])
+def test_a_forked_process_begins_without_plans(name: str) -> None:
+    call = CALLS[name]()[0]
     for _ in range(3):
         call()
     assert plans._plans
