@@ -90,7 +90,7 @@ def refined_attention(
     )  # fmt: skip
     sight = plans.look([q, k, v, w_q, w_k, gate, lengths, dropout_seed], backend, decisive)
     if sight is not None and sight.plan is not None:
-        out: Tensor = sight.plan(sight)
+        out: Tensor = sight.plan(sight)[0]
         return out
     padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
@@ -159,7 +159,7 @@ def refined_attention_varlen(
     )  # fmt: skip
     sight = plans.look([q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed], backend, decisive)
     if sight is not None and sight.plan is not None:
-        out: Tensor = sight.plan(sight)
+        out: Tensor = sight.plan(sight)[0]
         return out
     align = checks.side("align", align, "padding_side", padding_side, "right")
     checks.refinement(refinement)

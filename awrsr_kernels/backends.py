@@ -50,8 +50,7 @@ def run(
             if plan is not None:
                 plans.remember(sight.signature, plan)
                 sight.tensors[plans.SEED] = inputs.seed  # which is drawn already
-                out = plan(sight)
-                return (out.transpose(0, 1).unsqueeze(0) if call.varlen else out,)
+                return tuple(x.transpose(0, 1).unsqueeze(0) if call.varlen else x for x in plan(sight))
         return triton_attention(inputs, call)
 
 

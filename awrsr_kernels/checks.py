@@ -4,7 +4,7 @@ Shapes, dtypes, devices and Python numbers are checked always. The values inside
 that is free: on the CPU, outside torch.compile and torch.func.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -100,24 +100,6 @@ def packed_tables(
     if w_q.dim() == 4 and tuple(w_q.shape[:2]) == (1, heads):
         return w_q, w_k, False
     refuse(names[0], _shape(w_q), f"(N, R), (H, N, R), (1, H, N, R) or (T, H, R) with H = {heads}, T = {total}")
-
-
-def stochastic_tables(
-    check: Callable[..., Tables], w: tuple[Tensor | None, Tensor | None], w_cov: tuple[Tensor | None, Tensor | None],
-    q: Tensor, refinement: str,
-) -> Tables:  # fmt: skip
-    """W_q and W_k as `check` has them; for "stochastic" the columns of the covariances come after those of the means."""
-    w_q, w_k, per_entry = check(*w, q, refinement)
-    names = ("w_q_cov", "w_k_cov")
-    if refinement != "stochastic":
-        must = f'None unless refinement is "stochastic"; refinement is "{refinement}"'
-        absent(must, **dict(zip(names, w_cov, strict=True)))
-        return w_q, w_k, per_entry
-    w_q_cov, w_k_cov, _ = check(*w_cov, q, refinement, names)
-    assert w_q is not None and w_k is not None and w_q_cov is not None and w_k_cov is not None
-    if w_q_cov.shape != w_q.shape or w_q_cov.dtype != w_q.dtype:
-        refuse(names[0], f"{_shape(w_cov[0])}, {w_q_cov.dtype}", f"like w_q {_shape(w[0])}, {w_q.dtype}")
-    return torch.cat([w_q, w_q_cov], -1), torch.cat([w_k, w_k_cov], -1), per_entry
 
 
 def refinement(value: str, stochastic: bool = False) -> None:
@@ -245,10 +227,10 @@ def cached_tables(w_q: Tensor | None, w_k: Tensor | None, q: Tensor, cache: Any,
 
 def enough_rows(w_q: Tensor, items: int) -> None:
     """A position table has a row for every item that the cache may hold."""
-    if w_q.shape[2] < items:
+    if w_q.shape[-2] < items:
         end = "a cache ends where its position tables do; content tables do not end"
         must = f"of a row for each of up to {items} items ({end}){ROWS}"
-        refuse("w_q", f"of {w_q.shape[2]} rows", must)
+        refuse("w_q", f"of {w_q.shape[-2]} rows", must)
 
 
 def inference(arguments: dict[str, Any]) -> None:

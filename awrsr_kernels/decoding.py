@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import checks, habits
+from . import checks, habits, plans
 from .backends import choose_backend, run
 from .cache import RefinedCache
 from .call import Call, Inputs
@@ -129,23 +129,59 @@ def refined_attention_step(
     """
     if unknown:
         habits.refuse(refined_attention_step, unknown)
-    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend, one=True)
-    table_rows = None
-    if inputs.w_q is not None and cache.tables == "position":
-        checks.enough_rows(inputs.w_q, cache.length_bound + 1)
-        table_rows = inputs.w_q.shape[2]
-    cache.make_room(1, table_rows)
-    with without_autocast(inputs.q.device):
-        if backend != "triton":
-            out = _step(inputs, scales, backend, cache)
-        else:
-            from ._triton.decode import triton_step
-
-            kept = cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end
-            out = triton_step(*inputs[:6], *kept, cache.refinement, *scales)
-        cache.end.add_(1)
+    scales = softmax_scale, refine_scale
+    sight = _look(q, k, v, w_q, w_k, cache, align, gate, *scales, backend)
+    if sight is not None and sight.plan is not None:
+        if w_q is not None and cache.tables == "position" and cache.refinement != "none":
+            checks.enough_rows(w_q, cache.length_bound + 1)
+        out: Tensor = sight.plan(sight)
+    else:
+        inputs, settled, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, *scales, backend, one=True)
+        table_rows = None
+        if inputs.w_q is not None and cache.tables == "position":
+            checks.enough_rows(inputs.w_q, cache.length_bound + 1)
+            table_rows = inputs.w_q.shape[2]
+        cache.make_room(1, table_rows)
+        with without_autocast(inputs.q.device):
+            out = _kernel_step(inputs, settled, cache, sight) if backend == "triton" else _step(inputs, settled, backend, cache)
+    cache.end.add_(1)
     cache.end_bound += 1
     cache.length_bound += 1
+    return out
+
+
+def _look(
+    q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
+    gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str,
+) -> plans.Sight | None:  # fmt: skip
+    """A step as `plans.look` sees it; None too if its cache must grow, and has other tensors afterwards."""
+    if not isinstance(cache, RefinedCache) or cache.end_bound >= cache.capacity:
+        return None
+    decisive = (
+        "step", cache.refinement, cache.tables, cache.heads, align, softmax_scale.__class__, softmax_scale,
+        refine_scale.__class__, refine_scale,
+    )  # fmt: skip
+    return plans.look([q, k, v, w_q, w_k, gate, None, None, *_tensors(cache)], backend, decisive)
+
+
+def _tensors(cache: RefinedCache) -> tuple[Tensor | None, ...]:
+    """Those of a cache, as a step on the kernel takes them."""
+    return cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end
+
+
+def _kernel_step(inputs: Inputs, scales: tuple[float, float], cache: RefinedCache, sight: plans.Sight | None) -> Tensor:
+    """The step in one launch. If it has a sight, its signature gets a plan."""
+    from ._triton.decode import triton_step
+
+    tensors, options = (*inputs[:6], *_tensors(cache)), (cache.refinement, *scales)
+    if sight is not None:
+        from ._triton.step_plan import step_plan_of
+
+        plan = step_plan_of(sight, tensors, options)
+        if plan is not None:
+            plans.remember(sight.signature, plan)
+            return plan(sight)
+    out: Tensor = triton_step(*tensors, *options)
     return out
 
 

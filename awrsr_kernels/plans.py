@@ -1,8 +1,8 @@
 """Plans of calls, remembered by signature: what a call's shapes, strides, dtypes and options decide is found once.
 
 A plan (`_triton/plan.py`) holds the launches of a checked call, with slots where tensors go. The public calls `look` for one before
-they check anything. A signature comes with a plan only after a call of it has passed all checks and has run on the kernels; its
-first call leaves the plan, the second records the launches, all later ones repeat them.
+they check anything. A signature comes with a plan only after a call of it has passed all checks; its first call leaves the plan,
+the second records the launches, all later ones repeat them.
 
 A signature is everything that the checks and the launches depend on, apart from what tensors hold: for each tensor shape, strides,
 dtype, device, alignment and whether it requires a gradient; the options with their types; whether gradients are recorded; the
@@ -21,10 +21,11 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from . import tuned
+from .call import Inputs
 
 MOST = 512  # plans that are kept, and as many again that no second call has used
 NUMBERS = (int, float)
-BOUNDS, SEED = 6, 7  # fields of `Inputs`
+GATE, BOUNDS, SEED = (Inputs._fields.index(name) for name in ("gate", "bounds", "seed"))
 PLAIN = (Tensor, Parameter)
 
 _autocast, _modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
@@ -39,7 +40,7 @@ class Sight(NamedTuple):
     """A call whose signature is known; plan: None where there is none yet."""
 
     signature: Any
-    tensors: list[Any]  # as the caller gave them, by the fields of `Inputs`: a gate may be a number, a seed too
+    tensors: list[Any]  # as the caller gave them, by the fields of `Inputs` and then others: a gate may be a number, a seed too
     pointers: list[int]
     plan: Any
 
@@ -51,7 +52,7 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
         return None
     if _autocast() or _modes() or _tracing() or forward_ad._current_level >= 0 or _transforms() is not None:
         return None
-    parts: list[Any] = [torch.is_grad_enabled(), tuned.generation(), backend]
+    parts: list[Any] = [torch.is_grad_enabled(), *state(q.dtype), backend]
     parts += options
     pointers = []
     try:
@@ -67,13 +68,11 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
                     return None
                 pointers.append(pointer)
                 parts += (x.shape, x.stride(), x.dtype, x.get_device(), pointer & 15, x.requires_grad)
-            elif kind in NUMBERS:
-                parts += (kind, x if len(pointers) < SEED else 0)  # a seed differs from call to call
+            elif kind in NUMBERS and len(pointers) in (GATE, SEED):
+                parts += (kind, x if len(pointers) == GATE else 0)  # a seed differs from call to call
                 pointers.append(0)
             else:
                 return None
-        if q.dtype is torch.float32:
-            parts.append(torch.backends.cuda.matmul.fp32_precision)
         bounds = tensors[BOUNDS]
         if bounds is not None and bounds.is_inference() and parts[0]:  # a backward cannot keep it
             return None
@@ -84,6 +83,11 @@ def look(tensors: list[Any], backend: str, options: tuple[Any, ...]) -> Sight | 
     except (RuntimeError, TypeError, ValueError):  # a tensor without memory, an option that cannot be hashed
         return None
     return Sight(signature, tensors, pointers, plan)
+
+
+def state(dtype: torch.dtype) -> tuple[Any, ...]:
+    """What decides launches beside the arguments, for queries of `dtype`: forward and backward each look at it when they run."""
+    return tuned.generation(), torch.backends.cuda.matmul.fp32_precision if dtype is torch.float32 else None
 
 
 def _promoted(signature: Any) -> Any:

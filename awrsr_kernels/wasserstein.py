@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .torch_state import transformed
+
 # Smaller covariances are read as this one and get no gradient, so that the root's stays finite: at most 512. Its own root, 2^-10,
 # is exact in every dtype. ELU + 1 reaches 0 in float32 for inputs below about -17.
 SMALLEST = 2.0**-20
@@ -36,9 +38,29 @@ class _Points(torch.autograd.Function):
         return d_mean, torch.where(above, 0.5 * d_root / output.chunk(2, -1)[1], 0)
 
 
+class _PlainPoints(torch.autograd.Function):
+    """`_Points` in the form that torch.func cannot transform. A call takes a fraction of the time: no names are bound."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, cov: Tensor) -> Tensor:
+        output = _Points.forward(mean, cov)
+        _Points.setup_context(ctx, (mean, cov), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return _Points.backward(ctx, grad)
+
+
 def points(mean: Tensor, cov: Tensor) -> Tensor:
     """(..., D) means and covariances -> (..., 2 D) [mean | deviation]; covariances are read as at least `SMALLEST`."""
-    return _Points.apply(mean, cov)
+    plain = not torch.compiler.is_compiling() and not transformed()
+    return _PlainPoints.apply(mean, cov) if plain else _Points.apply(mean, cov)
+
+
+def side_by_side(w: Tensor, w_cov: Tensor) -> Tensor:
+    """Tables of means and of covariances, (..., R) each, as one (..., 2 R), in the form that `correlation_points` takes."""
+    return torch.cat([w, w_cov], -1)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:

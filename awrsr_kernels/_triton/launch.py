@@ -51,6 +51,13 @@ def allocate(like: Tensor, heads: int, features: int, varlen: bool, dtype: torch
     return like.new_empty(entries, heads, rows, features, dtype=dtype)
 
 
+def gradient_of(x: Tensor) -> Tensor:
+    """Uninitialised memory for the gradient of a tensor with a contiguous last dimension, which is contiguous there, too: of rows
+    that overlap, as of sliding windows, `empty_like` orders the dimensions otherwise."""
+    like = torch.empty_like(x)
+    return like if like.stride(-1) == 1 or x.shape[-1] == 1 else x.new_empty(x.shape)
+
+
 def heads_inside(like: Tensor, varlen: bool) -> bool:
     """Whether memory order is (rows, heads) rather than (heads, rows)."""
     return varlen or like.stride(1) < like.stride(2)

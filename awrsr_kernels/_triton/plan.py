@@ -1,14 +1,11 @@
 """The plan of a call: what its signature decides, and the way from the caller's tensors straight to the recorded launches.
 
 A `Plan` is made when a call has passed all checks (`backends.run`), and runs it. The second call runs the launchers under a
-`Recorder`, forward and backward; later ones repeat the launches (`record.py`). Tensors come and go as the caller has them, so that
-no view is made: results and gradients are allocated in the caller's form, and views in the package's form, (entries, heads, rows,
-features), are made only for the launchers. What cannot be recorded goes to the launchers each time, from here.
+`Recorder`, forward and backward; later ones repeat the launches (`repeat.py`, `record.py`). What cannot be recorded goes to the
+launchers each time, from here. In stochastic attention the caller's tensors are points, made of means and covariances before.
 """
 
-import contextlib
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,28 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks
 from ..call import Call, Inputs
-from ..plans import NUMBERS, PLAIN, SEED, Sight
-from ..torch_state import own_tensor
+from ..plans import PLAIN, SEED, Sight, state
 from .autograd import gradients_of, launch_backward, launch_forward
 from .record import Launches, Recorder, Slot, bytes_of, typed
+from .repeat import Form, Repeated, dims_of, form_of, numbered, outside
 
-GATE = Inputs._fields.index("gate")
-BACKWARDS = 8  # recordings of a plan, by the strides of the gradient that comes in
-DIFFERENTIABLE = tuple(name not in ("bounds", "seed") for name in Inputs._fields)
-
-
-class Form(NamedTuple):
-    """How the caller's tensor lies in the package's: its size and strides there, and which of its dimensions are the caller's."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dims: tuple[int, ...]
-
-    def inside(self, x: Tensor) -> Tensor:
-        stride = list(self.stride)  # of dimensions that the caller does not have; the others may differ from call to call
-        for dim, own in zip(self.dims, x.stride(), strict=True):
-            stride[dim] = own
-        return x.as_strided(self.size, stride, x.storage_offset())
+UNKNOWN = object()
+BACKWARDS = 8  # recordings of a plan, by the strides of the gradients that come in
+NOT_LEARNED = ("bounds", "seed")
+IN_ORDER = (*(name for name in Inputs._fields if name not in NOT_LEARNED), *NOT_LEARNED)  # of the tensors that a plan takes
 
 
 class Kept(NamedTuple):
@@ -50,160 +34,129 @@ class Kept(NamedTuple):
     offset: int  # in bytes
 
 
-def outside(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A tensor of the package in the caller's form; dimensions that the caller does not have are of size 1."""
-    size, stride = x.shape, x.stride()
-    return x.as_strided([size[d] for d in dims], [stride[d] for d in dims], x.storage_offset())
+class Plan(Repeated):
+    """What the signature of a call decides. Its tensors are the fields of `Inputs` that the call has, in the order `IN_ORDER`."""
 
-
-def numbered(first: int, tensors: Sequence[Tensor | None]) -> list[tuple[Tensor, Slot]]:
-    """Tensors that are there, and their slots from `first` on."""
-    return [(x, Slot(first + i, 0, x.dtype)) for i, x in enumerate(x for x in tensors if x is not None)]
-
-
-def form_of(given: Tensor, x: Tensor, packed: bool) -> Form | None:
-    """The form of a caller's tensor that is `x` inside; None if x lies elsewhere. packed: x has a row per packed item."""
-    dims = (2, 1, 3) if packed else tuple(range(x.dim() - given.dim(), x.dim()))
-    form = Form(tuple(x.shape), x.stride(), dims)
-    if given.data_ptr() != x.data_ptr() or given.dtype != x.dtype or given.device != x.device:
-        return None
-    agrees = outside(x, dims).stride() == given.stride() and tuple(outside(x, dims).shape) == tuple(given.shape)
-    return form if agrees and given.numel() == x.numel() else None
-
-
-class Plan:
-    """What the signature of a call decides."""
-
-    def __init__(self, forms: list[Form], fields: list[int], call: Call, learns: bool) -> None:
-        self.forms, self.fields, self.call, self.learns = forms, fields, call, learns
-        self.forward: Launches | None = None
-        self.calls = 0  # so far: the first just runs, the second is recorded
+    def __init__(self, forms: list[Form], names: list[str], call: Call, learns: bool) -> None:
+        super().__init__(forms, [Inputs._fields.index(name) for name in names])
+        self.names, self.call, self.learns = names, call, learns
+        self.outputs = 1 + call.stochastic
         self.backwards: dict[Any, Launches | None] = {}
-        self.out: Form | None = None
+        self.outs: list[Form] = []
         self.kept: list[Kept] = []
-        self.take = itemgetter(*fields)
-        self.differentiable = [DIFFERENTIABLE[field] for field in fields]
-        self.absent = [None] * self.differentiable.count(False)  # bounds and seed come last
+        self.learned = sum(name not in NOT_LEARNED for name in names)
+        self.absent = [None] * (len(names) - self.learned)
 
-    def __call__(self, sight: Sight) -> Tensor:
-        """The output for a call of this signature."""
-        tensors, pointers = sight.tensors, sight.pointers
+    def __call__(self, sight: Sight) -> tuple[Tensor, ...]:
+        """The outputs for a call of this signature: one, in stochastic attention two."""
         if self.call.dropout_p:
-            tensors[SEED] = checks.seed(tensors[SEED], tensors[0].device)
-            pointers = [*pointers[:SEED], tensors[SEED].data_ptr()]
-        if tensors[GATE].__class__ in NUMBERS:
-            tensors[GATE] = checks.gate(tensors[GATE], "additive", self.forms[0].size[1], tensors[0])
-            pointers = [*pointers[:GATE], tensors[GATE].data_ptr(), *pointers[GATE + 1 :]]
-        given, addresses = self.take(tensors), self.take(pointers)
+            sight.tensors[SEED] = checks.seed(sight.tensors[SEED], sight.tensors[0].device)
+            sight.pointers[SEED] = sight.tensors[SEED].data_ptr()
+        given, addresses = self.taken(sight)
         if self.learns:
-            out: Tensor = PlannedAttention.apply(self, addresses, *given)
-            return out
-        return self.results(given, addresses)[0]
+            outs: tuple[Tensor, ...] = PlannedAttention.apply(self, addresses, *given)
+            return outs
+        return tuple(self.results(given, addresses)[: self.outputs])
 
-    def inputs(self, given: Sequence[Tensor]) -> Inputs:
-        """Views of the caller's tensors in the package's form, each another object."""
-        inside = [form.inside(x) for form, x in zip(self.forms, given, strict=True)]
-        named = {Inputs._fields[field]: x for field, x in zip(self.fields, inside, strict=True)}
+    def inputs(self, views: Sequence[Tensor]) -> Inputs:
+        named = dict(zip(self.names, views, strict=True))
         return Inputs(**{name: named.get(name) for name in Inputs._fields})  # type: ignore[arg-type]  # q, k, v are there
 
-    def results(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
-        """The output, in the caller's form, and if the backward needs more than the inputs, a piece of memory with the rest.
+    def launched(self, views: list[Tensor]) -> list[Tensor]:
+        """The outputs, in the caller's form, and if the backward needs more than the inputs, a piece of memory with the rest.
 
         It is so in every call of a signature, as activation checkpointing compares what is saved.
         """
-        if self.forward is not None:
-            return self.forward.run(given, addresses)
-        inputs, self.calls = self.inputs(given), self.calls + 1
-        with Recorder(given, numbered(0, inputs)) if self.calls == 2 else contextlib.nullcontext() as recorder:
-            out, *kept = launch_forward(inputs, self.call, self.learns, together=True)
-        results = [own_tensor(outside(out, self.forms[0].dims))]
-        if kept:
-            results.append(bytes_of(kept[0]))
-        self.out = Form(tuple(out.shape), out.stride(), self.forms[0].dims)
+        made, dims = launch_forward(self.inputs(views), self.call, self.learns, together=True), self.forms[0].dims
+        outs, kept = made[: self.outputs], made[self.outputs :]
+        self.outs = [Form(tuple(out.shape), out.stride(), dims) for out in outs]
         self.kept = [Kept(tuple(x.shape), x.stride(), x.dtype, int(x.storage_offset()) * x.itemsize) for x in kept]
-        if recorder is not None:
-            self.forward = recorder.repeatable(results)
-        return results
+        return [outside(out, dims) for out in outs] + [bytes_of(x) for x in kept[:1]]
 
-    def gradients(self, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self, douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the caller's tensors that have one. saved: those tensors, then what was kept."""
-        everything = [dout, *saved]
+        everything = [*douts, *saved]
         plain = not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
         if not plain or not all(x.__class__ in PLAIN for x in everything):
-            return self.launch(dout, saved, gradients_of)
+            return self.launch(douts, saved, gradients_of)
         try:
             addresses = [x.data_ptr() for x in everything]
         except RuntimeError:  # a batch of gradients has no memory of its own
-            return self.launch(dout, saved, gradients_of)
-        if dout.is_neg():
-            return self.launch(dout.resolve_neg(), saved, gradients_of)
-        # Hooks on saved tensors may have brought them back in another layout.
-        key = tuple([x.stride() for x in everything] + [address & 15 for address in addresses])
-        known = self.backwards.get(key, self)
-        if known is None or self.forward is None:
-            return self.launch(dout, saved, gradients_of)
+            return self.launch(douts, saved, gradients_of)
+        if any(dout.is_neg() for dout in douts):
+            return self.launch([dout.resolve_neg() for dout in douts], saved, gradients_of)
+        # Hooks on saved tensors may have brought them back in another layout or dtype.
+        if self.kept and (addresses[-1] % 16 or not saved[-1].is_contiguous()):
+            return self.launch(douts, [*saved[:-1], saved[-1].clone(memory_format=torch.contiguous_format)], gradients_of)
+        key = (
+            *state(saved[0].dtype), *[(x.shape, x.stride(), x.dtype) for x in everything], *[address & 15 for address in addresses],
+        )  # fmt: skip
+        known = self.backwards.get(key, UNKNOWN)
+        if known is None or self.launches is None:
+            return self.launch(douts, saved, gradients_of)
         if isinstance(known, Launches):
             return known.run(everything, addresses)
-        return self.record(key, dout, saved)
+        return self.record(key, douts, saved)
 
-    def package_form(self, dout: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], Inputs]:
-        """The gradient of the output, the output and the rest if they were kept, and the inputs, as launchers take them."""
-        assert self.out is not None
+    def package_form(
+        self, douts: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The gradients of the outputs, the outputs and the rest if they were kept, and the inputs, as launchers take them."""
         count = len(self.fields)
         kept = []
         if self.kept:
-            out, piece = self.out.inside(saved[count]), saved[count + 1]
-            if out.stride() != self.out.stride:  # launchers take its layout for that of the rest, and hooks may have changed it
-                out = out.new_empty_strided(out.shape, self.out.stride).copy_(out)
-            kept = [out, *(typed(piece, x.offset, x.dtype).as_strided(x.size, x.stride) for x in self.kept)]
-        return self.out.inside(dout), kept, self.inputs(saved[:count])
+            for form, own in zip(self.outs, saved[count:], strict=False):
+                out = form.inside(own)
+                if out.stride() != form.stride:  # launchers take it for that of the rest, and hooks may have changed it
+                    out = out.new_empty_strided(out.shape, form.stride).copy_(out)
+                kept.append(out)
+            kept += [typed(saved[-1], x.offset, x.dtype).as_strided(x.size, x.stride) for x in self.kept]
+        return [form.inside(dout) for form, dout in zip(self.outs, douts, strict=True)], kept, self.views(saved[:count])
 
-    def launch(self, dout: Tensor, saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
+    def launch(self, douts: Sequence[Tensor], saved: Sequence[Tensor], backward: Any) -> list[Tensor]:
         """The gradients by the launchers."""
-        dout, kept, inputs = self.package_form(dout, saved)
-        gradients = backward([dout], kept, inputs, self.call)
-        return self.in_form(gradients)
+        inside, kept, views = self.package_form(douts, saved)
+        return self.in_form(backward(inside, kept, self.inputs(views), self.call))
 
     def in_form(self, gradients: list[Tensor]) -> list[Tensor]:
-        forms = [form for form, has in zip(self.forms, self.differentiable, strict=True) if has]
-        return [outside(x, form.dims) for x, form in zip(gradients, forms, strict=True)]
+        return [outside(x, form.dims) for x, form in zip(gradients, self.forms[: self.learned], strict=True)]
 
-    def record(self, key: Any, dout: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        inside, kept, inputs = self.package_form(dout, saved)
-        tensors = [dout, *saved]
-        views = [(inside, Slot(0, 0, dout.dtype)), *numbered(1, inputs), *numbered(1 + len(self.fields), kept[:1])]
-        views += [(x, Slot(len(saved), known.offset, known.dtype)) for x, known in zip(kept[1:], self.kept, strict=True)]
-        with Recorder(tensors, views) as recorder:
-            gradients = launch_backward([inside], kept, inputs, self.call)
+    def record(self, key: Any, douts: Sequence[Tensor], saved: Sequence[Tensor]) -> list[Tensor]:
+        inside, kept, views = self.package_form(douts, saved)
+        outs, rest, first = kept[: self.outputs], kept[self.outputs :], len(douts) + len(views)
+        slots = numbered(0, inside) + numbered(len(douts), views) + numbered(first, outs)
+        slots += [(x, Slot(first + len(outs), known.offset, known.dtype)) for x, known in zip(rest, self.kept, strict=True)]
+        with Recorder([*douts, *saved], slots) as recorder:
+            gradients = launch_backward(inside, kept, self.inputs(views), self.call)
         results = self.in_form(gradients)
         if len(self.backwards) >= BACKWARDS:
             self.backwards.clear()
-        copied = any(x.data_ptr() != out.data_ptr() for x, out in zip(kept[:1], saved[len(self.fields) :], strict=False))
+        copied = any(x.data_ptr() != out.data_ptr() for x, out in zip(outs, saved[len(views) :], strict=False))
         self.backwards[key] = None if copied else recorder.repeatable(results)
         return results
 
 
 class PlannedAttention(torch.autograd.Function):
-    """(plan, addresses of the tensors, the tensors of a call as its caller has them) -> output; differentiable once."""
+    """(plan, addresses of the tensors, the tensors of a call as its caller has them) -> outputs; differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, addresses: list[int], *given: Tensor) -> Tensor:
+    def forward(ctx: Any, plan: Plan, addresses: list[int], *given: Tensor) -> tuple[Tensor, ...]:
         results = plan.results(given, addresses)
         ctx.plan = plan
-        if len(results) > 1:
+        if len(results) > plan.outputs:
             ctx.save_for_backward(*given, *results)
         else:
             ctx.save_for_backward(*given)
-        return results[0]
+        return tuple(results[: plan.outputs])
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return first_order_only(ctx, dout) if torch.is_grad_enabled() else planned_gradients(ctx, dout)
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        return first_order_only(ctx, *douts) if torch.is_grad_enabled() else planned_gradients(ctx, *douts)
 
 
-def planned_gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def planned_gradients(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
     """For the arguments of `PlannedAttention.forward`."""
-    gradients = ctx.plan.gradients(dout, ctx.saved_tensors)  # read once: under activation checkpointing a second read fails
+    gradients = ctx.plan.gradients(douts, ctx.saved_tensors)  # read once: under activation checkpointing a second read fails
     return None, None, *gradients, *ctx.plan.absent
 
 
@@ -211,20 +164,22 @@ first_order_only = once_differentiable(planned_gradients)  # where a graph of th
 
 
 def plan_of(sight: Sight, inputs: Inputs, call: Call) -> Plan | None:
-    """The plan of a checked call, None if its tensors are not the caller's own."""
-    if call.stochastic or inputs.v_cov is not None:
-        return None
-    forms, fields = [], []
-    for field, (x, name) in enumerate(zip(inputs, Inputs._fields, strict=True)):
+    """The plan of a checked call, None if its tensors are not the caller's own. The sight gets those that the call has made."""
+    made = ["q", "k"] * call.stochastic + ["w_q", "w_k"] * (call.refinement == "stochastic")
+    forms, names = [], []
+    for name in IN_ORDER:
+        x, field = getattr(inputs, name), Inputs._fields.index(name)
         if x is None:
             continue
         given = sight.tensors[field]
+        packed = call.varlen and (name in ("q", "k", "v", "v_cov") or (name in ("w_q", "w_k") and call.per_entry))
         if field == SEED or given.__class__ not in PLAIN:
             given = x  # a seed, and a gate that is a number, become tensors in every call
-        packed = call.varlen and (name in ("q", "k", "v") or (name in ("w_q", "w_k") and call.per_entry))
+        elif name in made:
+            given = sight.tensors[field] = outside(x, dims_of(given, x, packed))
         form = form_of(given, x, packed)
         if form is None:
             return None
         forms.append(form)
-        fields.append(field)
-    return Plan(forms, fields, call, inputs.need_gradient())
+        names.append(name)
+    return Plan(forms, names, call, inputs.need_gradient())

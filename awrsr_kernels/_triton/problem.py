@@ -22,7 +22,7 @@ from ..launch_config import key_of as key_of_call
 from ..launch_config import shared_memory as shared_memory_of
 from ..torch_state import materialised
 from ..tuned import tuned_for
-from .launch import NO_VIEW, View, allocate, ceil_div, heads_inside, view_of, with_rows
+from .launch import NO_VIEW, View, allocate, ceil_div, gradient_of, heads_inside, view_of, with_rows
 
 Result = TypeVar("Result")
 PIECE = 256  # bytes, whose multiples buffers in one piece begin at
@@ -233,11 +233,11 @@ class Problem:
         return self.q.new_empty(self.q.shape[0], self.heads, self.rows, dtype=self.accumulator)
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(self.q), torch.empty_like(self.k), torch.empty_like(self.v)
+        return gradient_of(self.q), gradient_of(self.k), gradient_of(self.v)
 
     def covariance_gradient(self) -> Tensor | None:
-        return None if self.v_cov is None else torch.empty_like(self.v_cov)
+        return None if self.v_cov is None else gradient_of(self.v_cov)
 
     def table_gradients(self) -> tuple[Tensor, Tensor]:
         assert self.w_q is not None and self.w_k is not None
-        return torch.empty_like(self.w_q), torch.empty_like(self.w_k)
+        return gradient_of(self.w_q), gradient_of(self.w_k)

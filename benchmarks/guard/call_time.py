@@ -33,13 +33,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from awrsr_kernels import refined_attention, refined_attention_varlen
+from awrsr_kernels import (
+    RefinedCache,
+    refined_attention,
+    refined_attention_step,
+    refined_attention_varlen,
+    stochastic_refined_attention,
+)
 
 SHAPES = ((128, 2, 50, 32), (128, 4, 100, 16))  # B, H, L, D
 HOST_LENGTHS = (20, 50, 100, 200, 300)  # short, resident and tiled calls
 HOST_PACKED = (50, 200)  # of one regime, and of two
 SECONDS = 0.5  # of processor time, to take turns in, per figure
-Work = tuple[Callable[[], Tensor], list[Tensor]]  # a call, and the tensors whose gradients it has
+Work = tuple[Callable[[], Any], list[Tensor]]  # a call, and the tensors whose gradients it has: none if it has no backward
 
 
 def random_tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -78,12 +84,14 @@ def ratios(name: str, mine: Work, theirs: Work, repeats: int) -> dict[str, list[
             work()
         return time.process_time() - began
 
-    def both(call: Callable[[], Tensor], inputs: list[Tensor]) -> Callable[[], Any]:
-        dout = torch.randn_like(call())
-        return lambda: torch.autograd.grad(call(), inputs, dout)
+    def both(call: Callable[[], Any], inputs: list[Tensor]) -> Callable[[], Any]:
+        outs = call()
+        douts = [torch.randn_like(out) for out in ([outs] if isinstance(outs, Tensor) else outs)]
+        return lambda: torch.autograd.grad(call(), inputs, douts)
 
     measured: dict[str, list[float]] = {}
-    for part, one, other in (("fwd", mine[0], theirs[0]), ("fwd+bwd", both(*mine), both(*theirs))):
+    parts = [("fwd", mine[0], theirs[0])] + ([("fwd+bwd", both(*mine), both(*theirs))] if mine[1] else [])
+    for part, one, other in parts:
         timed(one), timed(other)  # the first turn compiles, allocates and fills caches
         end, turns = time.process_time() + SECONDS, measured.setdefault(f"{name}, {part}", [])
         while time.process_time() < end or len(turns) < 5:
@@ -127,7 +135,23 @@ def host_calls() -> dict[str, Work]:
     for name, more in options.items():
         call, inputs = ours("triton", [30, int(name.split()[1])], 2, 32, torch.bfloat16)["padded"]
         calls[name] = functools.partial(call, **more), inputs
-    return calls
+    for length in HOST_PACKED:
+        inputs = random_tensors(*6 * [(2, 2, length, 32)], *2 * [(length, 32)], dtype=torch.bfloat16)
+        calls[f"stochastic {length}"] = functools.partial(stochastic_refined_attention, *inputs, backend="triton"), inputs
+    return calls | {"step": (one_step(), [])}
+
+
+def one_step() -> Callable[[], Tensor]:
+    """A step of decoding, always the same."""
+    q, k, v = (torch.randn(2, 2, 1, 32, dtype=torch.bfloat16) for _ in "qkv")
+    w_q, w_k = (torch.randn(64, 32, dtype=torch.bfloat16) for _ in "qk")
+    cache = RefinedCache(2, 64, heads=2, head_dim=32, rank=32, dtype=torch.bfloat16)
+
+    def step() -> Tensor:
+        cache.end_bound = cache.length_bound = 9
+        return refined_attention_step(q, k, v, w_q, w_k, cache, backend="triton")
+
+    return step
 
 
 def install_stub(folder: Path) -> ctypes.CDLL:

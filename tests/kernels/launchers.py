@@ -52,7 +52,13 @@ def watch(version: str) -> None:
 
 
 def calls() -> dict[str, Any]:
-    from awrsr_kernels import refined_attention, refined_attention_varlen
+    from awrsr_kernels import (
+        RefinedCache,
+        refined_attention,
+        refined_attention_step,
+        refined_attention_varlen,
+        stochastic_refined_attention,
+    )
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.bfloat16).requires_grad_()
@@ -67,6 +73,16 @@ def calls() -> dict[str, Any]:
         dout = torch.randn(60, 2, 32, dtype=torch.bfloat16)
         return lambda: (refined_attention_varlen(*inputs, bounds, length, backend="triton"), inputs, dout)
 
+    def stochastic(length: int, **options: Any) -> Any:
+        items, tables = [drawn(2, 2, length, 32) for _ in range(6)], [drawn(length, 32) for _ in range(4)]
+        douts = [torch.randn(2, 2, length, 32, dtype=torch.bfloat16) for _ in "mc"]
+        return lambda: (stochastic_refined_attention(*items, *tables, backend="triton", **options), [*items, *tables], douts)
+
+    def step() -> Any:
+        q, k, v, w = (torch.randn(2, 2, 1, 32, dtype=torch.bfloat16) for _ in "qkvw")
+        cache = RefinedCache(2, 64, heads=2, head_dim=32, rank=32, tables="content", refinement="value", dtype=torch.bfloat16)
+        return lambda: (refined_attention_step(q, k, v, w, w, cache, backend="triton"), [], None)
+
     lengths = torch.tensor([30, 200])
     return {
         "short": padded(20),
@@ -76,6 +92,9 @@ def calls() -> dict[str, Any]:
         "tiled": padded(80, causal=False),
         "both": padded(200, lengths=lengths),
         "packed": packed(50),
+        "stochastic": stochastic(20, refinement="stochastic"),
+        "stochastic, tiled": stochastic(200, refinement="stochastic"),
+        "step": step(),
     }
 
 
@@ -115,9 +134,10 @@ def main(folder: Path) -> dict[str, Any]:
             return run(launches, tensors, pointers)
 
         Launches.run = twice  # type: ignore[method-assign]
-        for _ in range(4):
+        for _ in range(5):
             out, inputs, dout = call()
-            torch.autograd.grad(out, inputs, dout)
+            if inputs:
+                torch.autograd.grad(out, inputs, dout)
         Launches.run = run  # type: ignore[method-assign]
         found[name] = pairs
     return found

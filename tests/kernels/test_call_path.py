@@ -57,6 +57,7 @@ PATHS: list[list[Hop]] = [
     [*TO_SUMS, ("Gradients.sum_query_heads", "_triton/reduce.py"), ("_sum_query_heads_kernel", "_triton/reduce.py")],
     [
         ("refined_attention_step", "decoding.py"),
+        ("_kernel_step", "decoding.py"),
         ("triton_step", "_triton/decode.py"),
         ("launch_step", "_triton/decode.py"),
         ("_decode_step_kernel", "_triton/decode.py"),
@@ -113,7 +114,7 @@ def test_the_planned_call_reaches_the_launches_by_name() -> None:
         ("look", "plans.py"),
         ("Plan.__call__", "_triton/plan.py"),
         ("PlannedAttention.forward", "_triton/plan.py"),
-        ("Plan.results", "_triton/plan.py"),
+        ("Repeated.results", "_triton/repeat.py"),
         ("Launches.run", "_triton/record.py"),
         ("Launches.run_by_handle", "_triton/record.py"),
     ]

@@ -5,7 +5,6 @@ import gc
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,46 +14,17 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from awrsr_kernels import plans, refined_attention, refined_attention_varlen, tuned
+from awrsr_kernels import plans, refined_attention, refined_attention_varlen, stochastic_refined_attention, tuned
 from awrsr_kernels.launch_config import TABLE, Key
 
 from ..conftest import DEVICE
+from .decoding import sequences
+from .planned_calls import CALLS, packed, padded, results, stochastic, tuple_of
 
 pytest.importorskip("triton", reason="needs Triton")
 from awrsr_kernels._triton import plan as plan_module  # noqa: E402
-from awrsr_kernels._triton.record import Launches  # noqa: E402
-
-Work = tuple[Callable[[], Tensor], list[Tensor], Tensor]  # a call, tensors that have gradients, the gradient that comes in
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_()
-
-
-def padded(length: int = 12, kv_heads: int = 2, table: str = "shared", gate: Any = None, batch: int = 2, **options: Any) -> Work:
-    q = leaf(batch, length, 2, 8).transpose(1, 2).detach().requires_grad_()
-    k, v = (leaf(batch, kv_heads, length, 8) for _ in "kv")
-    shape = {"shared": (length, 5), "head": (2, length, 5), "entry": (batch, 2, length, 5)}[table]
-    given = [q, k, v, leaf(*shape), leaf(*shape)]
-    learned = given[: 3 if options.get("refinement") == "none" else 5] + ([gate] if isinstance(gate, Tensor) else [])
-    if "lengths" in options:
-        options["lengths"] = torch.tensor(options["lengths"], device=DEVICE)
-    call = functools.partial(refined_attention, *given, gate=gate, backend="triton", **options)
-    return call, learned, torch.randn(batch, 2, length, 8, device=DEVICE)
-
-
-def packed(table: str = "shared", **options: Any) -> Work:
-    bounds = torch.tensor([0, 5, 5, 20], device=DEVICE)
-    shape = {"shared": (17, 5), "entry": (20, 2, 5)}[table]
-    given = [*(leaf(20, 2, 8) for _ in "qkv"), leaf(*shape), leaf(*shape)]
-    call = functools.partial(refined_attention_varlen, *given, bounds, 15, backend="triton", **options)
-    return call, given, torch.randn(20, 2, 8, device=DEVICE)
-
-
-def results(work: Work) -> list[Tensor]:
-    call, inputs, dout = work
-    out = call()
-    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+from awrsr_kernels._triton.problem import Problem  # noqa: E402
+from awrsr_kernels._triton.record import Launches, Recorder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -76,21 +46,49 @@ def repeated(monkeypatch: pytest.MonkeyPatch) -> list[Launches]:
     return seen
 
 
-CALLS: dict[str, Callable[[], Work]] = {
-    "short": padded,
-    "value": lambda: padded(refinement="value", lengths=[3, 12], padding_side="right"),
-    "additive": lambda: padded(refinement="additive", gate=leaf(2), dropout_p=0.3, dropout_seed=3),
-    "number as gate": lambda: padded(refinement="additive", gate=0.5),
-    "scalar gate, table per entry": lambda: padded(refinement="additive", gate=leaf(), table="entry"),
-    "grouped": lambda: padded(kv_heads=1, table="head", lengths=[0, 7]),
-    "none": lambda: padded(refinement="none"),
-    "resident": lambda: padded(70),
-    "both": lambda: padded(70, lengths=[9, 70], refinement="additive", gate=leaf(1)),
-    "tiled": lambda: padded(70, causal=False, refinement="additive", gate=leaf(2)),
-    "tiled, grouped": lambda: padded(70, kv_heads=1, causal=False, batch=1),
-    "packed": packed,
-    "packed, content tables": lambda: packed("entry", align="left"),
-}
+def test_a_backward_follows_the_state_in_which_it_runs(repeated: list[Launches], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the forward, or of an earlier call: the precision of products, and the tuner's results."""
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(Problem, "precision", lambda self: "tf32" if matmul.fp32_precision == "tf32" else "ieee")
+    (call, inputs, dout), before = padded(), matmul.fp32_precision
+    try:
+        for precision in ("ieee", "ieee", "tf32", "ieee", "tf32", "ieee"):
+            matmul.fp32_precision = "ieee"
+            out = call()
+            matmul.fp32_precision = precision
+            torch.autograd.grad(out, inputs, dout)
+    finally:
+        matmul.fp32_precision = before
+    used = [each.launches[0].constants["PRECISION"] for each in repeated if "dq_ptr" in each.launches[0].slots]
+    assert used == ["ieee", "tf32", "ieee"]  # the third, fifth and sixth: the others were recorded
+
+
+def test_rows_that_overlap_get_their_gradients() -> None:
+    """As of sliding windows, whose memory torch lays out otherwise."""
+    for name in ("q", "k", "v"):
+        base, (call, inputs, _) = torch.randn(60, device=DEVICE), padded(6)
+        given = dict(zip(("q", "k", "v", "w_q", "w_k"), (x.detach() for x in inputs), strict=True))
+        given[name] = base.as_strided((2, 2, 6, 8), (28, 14, 1, 1)).requires_grad_()
+        found = []
+        for backend in ("reference", *["triton"] * 4):
+            found.append(torch.autograd.grad(refined_attention(**given, backend=backend).square().sum(), given[name])[0])
+        for x in found[1:]:
+            torch.testing.assert_close(x, found[0])
+
+
+def test_a_recording_that_fails_is_made_later(repeated: list[Launches], monkeypatch: pytest.MonkeyPatch) -> None:
+    call, inputs, dout = padded()
+    call()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Recorder, "launch", raise_interrupt)
+        call()
+    for _ in range(3):
+        torch.autograd.grad(call(), inputs, dout)
+    assert len(repeated) == 4  # the last two calls and their backwards
+
+
+def raise_interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -100,11 +98,14 @@ def test_repeated_calls_give_the_bits_of_the_first(name: str, repeated: list[Lau
     for times in (1, 2, 3):
         again = results(work)
         assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, again, strict=True)), times
-    assert len(repeated) >= 3 and len(set(map(id, repeated))) == 2
+    backward = bool(work[1])
+    assert len(repeated) >= 2 + backward and len(set(map(id, repeated))) == 1 + backward
     for mode in (torch.no_grad, torch.inference_mode):
         before = len(repeated)
         with mode():
-            assert all(torch.equal(work[0](), first[0]) for _ in range(3))
+            for _ in range(3):
+                outs = tuple_of(work[0]())
+                assert all(map(torch.equal, outs, first[: len(outs)]))
         assert len(repeated) > before
 
 
@@ -153,6 +154,7 @@ def test_what_is_refused_at_first_is_refused_later(seen: int) -> None:
         (TypeError, {"lengths": lengths, "causal": 1}),
         (TypeError, {"lengths": lengths, "dropout_p": False}),
         (TypeError, {"dropout_p": 0.5, "dropout_seed": True}),
+        (TypeError, {"lengths": 3}),
         (ValueError, {"dropout_p": 0.5, "dropout_seed": 2**70}),
         (ValueError, {"lengths": lengths[:1]}),
     ]
@@ -178,6 +180,67 @@ def test_bounds_of_packed_sequences_are_read_each_time_on_a_cpu() -> None:
     bounds[1:3] = torch.tensor([8, 9])
     given = call.args[:5]  # type: ignore[attr-defined]
     torch.testing.assert_close(call(), refined_attention_varlen(*given, bounds, 15, backend="reference"))
+
+
+def test_a_cache_that_steps_change_grows_and_ends_where_its_tables_do(repeated: list[Launches]) -> None:
+    """Steps from an empty cache, by plans and as the definition takes them; they count as changes of the cache's tensors."""
+    given = sequences("value", "shared", [0, 0], 9, heads=2, dtype=torch.float32)
+    given = given._replace(**{name: getattr(given, name).contiguous() for name in ("w_q", "w_k")})
+    cache, other = given.cache(2), given.cache(16)
+    for i in range(9):
+        kept, version = cache.k, cache.k._version
+        out = given.step(cache, i, backend="triton")
+        torch.testing.assert_close(out, given.step(other, i, backend="reference"))
+        assert cache.k is not kept or cache.k._version > version
+    assert cache.capacity == 9 and len(repeated) >= 1
+    short = given._replace(w_q=given.w_q[:4], w_k=given.w_k[:4])
+    cache = given.cache(8)
+    for i in range(4):
+        short.step(cache, i, backend="triton")
+    before = cache.end.clone()
+    with pytest.raises(ValueError, match="of a row for each of up to 5 items"):
+        short.step(cache, 4, backend="triton")
+    assert torch.equal(cache.end, before) and cache.end_bound == 4
+
+
+def test_a_step_that_would_need_a_gradient_is_refused_when_its_plan_is_known() -> None:
+    given = sequences("simple", "shared", [0], 5, heads=2, dtype=torch.float32)
+    learned = given._replace(w_q=given.w_q.clone().requires_grad_())
+    cache = given.cache(8)
+    with torch.no_grad():
+        for i in range(3):
+            learned.step(cache, i, backend="triton")
+    with pytest.raises(ValueError, match="w_q is a tensor that requires a gradient"):
+        learned.step(cache, 3, backend="triton")
+
+
+def test_tables_of_means_and_covariances_in_two_forms() -> None:
+    """Of one head, (L, R) and (1, L, R) fit each other; they cannot lie side by side as they are."""
+    items = [torch.rand(2, 1, 9, 8, device=DEVICE) + 0.1 for _ in range(6)]
+    w, w_cov = torch.randn(9, 5, device=DEVICE), torch.randn(1, 9, 5, device=DEVICE)
+    call = functools.partial(stochastic_refined_attention, *items, w, w, refinement="stochastic", backend="triton")
+    wanted = call(w_cov[0], w_cov[0])
+    for _ in range(3):
+        assert all(map(torch.equal, call(w_cov, w_cov), wanted))
+
+
+@pytest.mark.parametrize("seen", [1, 3])
+def test_what_stochastic_attention_refuses_at_first_is_refused_later(seen: int) -> None:
+    call, learned, _ = stochastic()
+    for _ in range(seen):
+        call()
+    with torch.autocast(DEVICE, torch.float16):
+        assert [x.dtype for x in tuple_of(call())] == [torch.float16] * 2
+    items, tables = learned[:6], learned[6:]
+    wrong: list[tuple[str, list[Any], dict[str, Any]]] = [
+        ("v_cov is of shape", [*items[:5], items[5][:1]], {}),
+        ("q_cov is float", [items[0], 0.5, *items[2:]], {}),
+        ("w_q_cov is given", items, {"w_q_cov": tables[0]}),
+        ("gate is given", items, {"gate": 1.0}),
+    ]
+    for message, given, options in wrong:
+        with pytest.raises((ValueError, TypeError), match=message):
+            stochastic_refined_attention(*given, *tables, backend="triton", **options)
 
 
 class Own(Tensor):
@@ -255,7 +318,7 @@ def test_saved_tensors_that_come_back_in_another_layout() -> None:
         torch.testing.assert_close(found, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["short", "both", "tiled"])
+@pytest.mark.parametrize("name", ["short", "both", "tiled", "stochastic", "stochastic, tiled, covariances alone"])
 def test_checkpoints_from_the_first_call_on(name: str) -> None:
     """Forward and recomputation save the same, whichever calls of a signature they are."""
     call, inputs, dout = CALLS[name]()
@@ -266,22 +329,25 @@ def test_checkpoints_from_the_first_call_on(name: str) -> None:
     assert all(torch.equal(a, b) for each in found[1:] for a, b in zip(found[0], each, strict=True))
 
 
-def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before() -> None:
-    call, inputs, dout = padded()
+@pytest.mark.parametrize("name", ["short", "stochastic"])
+def test_a_second_derivative_and_batches_of_gradients_are_refused_as_before(name: str) -> None:
+    call, inputs, douts = CALLS[name]()
     for _ in range(3):
-        results((call, inputs, dout))
-    first = torch.autograd.grad(call(), inputs[0], dout, create_graph=True)[0]
+        results((call, inputs, douts))
+    first = torch.autograd.grad(call(), inputs[0], douts, create_graph=True)[0]
     with pytest.raises(RuntimeError):
         first.sum().backward()
     with pytest.raises(ValueError, match="batch of gradients"):
-        torch.autograd.grad(call(), inputs[0], torch.stack([dout, dout]), is_grads_batched=True)
+        batches = [torch.stack([dout, dout]) for dout in tuple_of(douts)]
+        torch.autograd.grad(tuple_of(call()), inputs[0], batches, is_grads_batched=True)
 
 
-def test_a_plan_keeps_no_tensor() -> None:
-    work = padded(70)
+@pytest.mark.parametrize("name", ["resident", "stochastic", "step"])
+def test_a_plan_keeps_no_tensor(name: str) -> None:
+    work = CALLS[name]()
     for _ in range(4):
         kept = results(work)
-    held = [weakref.ref(x) for x in (*work[1], *kept, work[2])]
+    held = [weakref.ref(x) for x in (*work[1], *kept, *(tuple_of(work[2]) if work[1] else ()))]
     del work, kept
     gc.collect()
     assert plans._plans and not any(each() is not None for each in held)
@@ -303,7 +369,8 @@ def test_plans_are_bounded_and_those_in_use_stay(monkeypatch: pytest.MonkeyPatch
     assert len(plans._plans) == 4
 
 
-def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["short", "stochastic"])
+def test_threads_share_plans(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":  # one kernel at a time: the interpreter replaces functions of Triton while it runs one
         from triton.runtime.interpreter import GridExecutor
 
@@ -314,7 +381,7 @@ def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
                 run(*args, **kwargs)
 
         monkeypatch.setattr(GridExecutor, "__call__", alone)
-    work = padded()
+    work = CALLS[name]()
     wanted, wrong = results(work), []
 
     def several() -> None:
@@ -332,8 +399,9 @@ def test_threads_share_plans(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork") or DEVICE != "cpu", reason="needs os.fork, and no GPU in use")
 @pytest.mark.filterwarnings("ignore:.*fork.*")
-def test_a_forked_process_begins_without_plans() -> None:
-    call = padded()[0]
+@pytest.mark.parametrize("name", ["short", "stochastic", "step"])
+def test_a_forked_process_begins_without_plans(name: str) -> None:
+    call = CALLS[name]()[0]
     for _ in range(3):
         call()
     assert plans._plans
