@@ -66,7 +66,7 @@ def test_a_backward_follows_the_state_in_which_it_runs(repeated: list[Launches],
 def test_rows_that_overlap_get_their_gradients() -> None:
     """As of sliding windows, whose memory torch lays out otherwise."""
     for name in ("q", "k", "v"):
-        base, (call, inputs, _) = torch.randn(60, device=DEVICE), padded(6)
+        base, (_, inputs, _) = torch.randn(60, device=DEVICE), padded(6)
         given = dict(zip(("q", "k", "v", "w_q", "w_k"), (x.detach() for x in inputs), strict=True))
         given[name] = base.as_strided((2, 2, 6, 8), (28, 14, 1, 1)).requires_grad_()
         found = []
