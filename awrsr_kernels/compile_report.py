@@ -116,9 +116,10 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     at the same time as the sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients are written in
     float32, which takes a few registers as well. In stochastic attention, the squares and their gradient take another 48
     registers. 64 rows then spill 88 bytes (refinement "simple") to 632 bytes ("stochastic", which also holds its points); twice the
-    warps would halve that, but also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and
-    spills 32 to 88 bytes. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more
-    launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256 features, with any tile.
+    warps would halve that, but also the programs of a processor. The tiled forward of "additive", which holds the tiles of P and R
+    in stage 2, is two words short in float32. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost
+    occupancy or more launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256
+    features, with any tile.
 
     The resident backward holds tiles of both weights, their gradients, and up to four sums: it spills up to 300 bytes with 32
     features and 1.1 KB with 64. Twice the warps would spill less, but compute every exponential twice.
@@ -137,7 +138,7 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
         in_forward = 64 if case.refinement == "additive" and case.dropout and case.width > 32 else 0
         return in_forward if "fwd" in kernel else 320 if case.width <= 32 else 1152
     if "fwd" in kernel and case.width <= 128:
-        return 128 if case.stochastic and case.refinement == "additive" and "tiled" in kernel else 0
+        return 0 if half or not (case.stochastic and case.refinement == "additive" and "tiled" in kernel) else 8
     if "fwd" in kernel:
         return 512
     if "short" in kernel and half and case.width <= 64:
