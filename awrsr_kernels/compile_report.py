@@ -104,6 +104,7 @@ def sample() -> list[CompileCase]:
     chosen = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     chosen += [CompileCase("sm_90", r, "bfloat16", True, RESIDENT, 32) for r in REFINEMENTS]
     chosen += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
+    chosen += [CompileCase("sm_90", "none", "bfloat16", False, 16, 64, 2, True)]  # grouped queries have a sum of their own
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return chosen + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
 
@@ -116,9 +117,10 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     at the same time as the sums for the tables, which take 64; they are spilled once a tile. Grouped-query gradients are written in
     float32, which takes a few registers as well. In stochastic attention, the squares and their gradient take another 48
     registers. 64 rows then spill 88 bytes (refinement "simple") to 632 bytes ("stochastic", which also holds its points); twice the
-    warps would halve that, but also the programs of a processor. The tiled stage 2 of "additive" holds the tiles of P and R and
-    spills 32 to 88 bytes. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost occupancy or more
-    launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256 features, with any tile.
+    warps would halve that, but also the programs of a processor. The tiled forward of "additive", which holds the tiles of P and R
+    in stage 2, is two words short in float32. Wider or float32 tiles hold twice as much on chip; there, less spilling would cost
+    occupancy or more launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256
+    features, with any tile. The sums over parts of gradients (`_triton/reduce.py`) spill nothing anywhere.
 
     The resident backward holds tiles of both weights, their gradients, and up to four sums: it spills up to 300 bytes with 32
     features and 1.1 KB with 64. Twice the warps would spill less, but compute every exponential twice.
@@ -129,6 +131,8 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     awrsr_kernels.tune`.
     """
     half = case.dtype != "float32"
+    if kernel.startswith("sum"):
+        return 0
     if case.length == STEP:
         return 0 if half or case.width <= 128 else 8
     if case.target != "sm_90":
@@ -137,7 +141,7 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
         in_forward = 64 if case.refinement == "additive" and case.dropout and case.width > 32 else 0
         return in_forward if "fwd" in kernel else 320 if case.width <= 32 else 1152
     if "fwd" in kernel and case.width <= 128:
-        return 128 if case.stochastic and case.refinement == "additive" and "tiled" in kernel else 0
+        return 0 if half or not (case.stochastic and case.refinement == "additive" and "tiled" in kernel) else 8
     if "fwd" in kernel:
         return 512
     if "short" in kernel and half and case.width <= 64:
@@ -166,7 +170,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
     """
     import torch
 
-    from ._triton import decode, resident, resident_bwd, short, tiled, tiled_bwd
+    from ._triton import decode, reduce, resident, resident_bwd, short, tiled, tiled_bwd
     from ._triton.problem import Problem
     from ._triton.ptxas import sound_ptxas
     from .call import Call, Inputs
@@ -182,7 +186,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
         rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})
 
-    for module in (decode, short, resident, resident_bwd, tiled, tiled_bwd):
+    for module in (decode, reduce, short, resident, resident_bwd, tiled, tiled_bwd):
         module.launch = compile_only  # type: ignore[attr-defined]
     dtype, heads = getattr(torch, case.dtype), 2 * case.group
     length = window or (512 if case.length in (TILED, STEP) else case.length)
@@ -210,11 +214,12 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
     problem.shared = TARGETS[case.target].shared
     if problem.is_short():
         short.launch_short_forward(problem)
-        short.launch_short_backward(problem, douts)
+        gradients = short.launch_short_backward(problem, douts)
     elif problem.is_resident():
-        resident_bwd.launch_resident_backward(problem, douts, resident.launch_resident_forward(problem))
+        gradients = resident_bwd.launch_resident_backward(problem, douts, resident.launch_resident_forward(problem))
     else:
-        tiled_bwd.launch_tiled_backward(problem, douts, tiled.launch_tiled_forward(problem))
+        gradients = tiled_bwd.launch_tiled_backward(problem, douts, tiled.launch_tiled_forward(problem))
+    gradients.summed()
     return rows
 
 
@@ -229,7 +234,7 @@ def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) 
         usage["unset_registers"] = 0
     fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
-    tensor_cores = case.length != STEP
+    tensor_cores = case.length != STEP and not kernel.startswith("sum")
     regime = regime if regime in ("short", "resident", "tiled") else "other"
     row = {"kernel": kernel, "regime": regime, **case.columns(), "config": config}
     row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}
@@ -396,7 +401,8 @@ def main(argv: list[str] | None = None) -> int:
     wanted = sample() if options.sample else [case for target in targets for case in cases(target)]
     wanted = [c for c in wanted if c.refinement in options.refinement and c.dtype in options.dtype]
     wanted = [c for c in wanted if backbones[c.stochastic] in options.backbone]
-    wanted = [c._replace(group=options.group) for c in wanted if c.length in options.length and c.width in options.width]
+    wanted = [c for c in wanted if c.length in options.length and c.width in options.width]
+    wanted = [c._replace(group=max(c.group, options.group)) for c in wanted]  # the sample has grouped queries of its own
     columns = f"{'kernel':26}{'tile':>12}{'regs':>6}{'spill':>7}{'shared':>8}{'mma':>5}{'fit':>4}"
     columns += f"{'slots':>8}{'at 100':>8}{'exp':>6}  loads by bytes"
     print(f"{'target':7}{'dtype':9}{'L':>4}{'D':>4} {'refinement':19}{columns}")

@@ -164,12 +164,12 @@ def columns(
 ) -> dict[str, float | None]:  # fmt: skip
     """The columns of the compile report, each with its budget, which is None where there is none.
 
-    There are none for a step of decoding, which has no exponentials to repeat, for grouped query heads, and on sm_100, whose code
+    There are none for a step of decoding and for sums over parts of gradients, for grouped query heads, and on sm_100, whose code
     peels loops and waits out of line, which these rules would miscount. Exponentials have no budget in float32 and with more than
     64 features, where the sums take more warps than a tile has rows for, and for the refinement "stochastic", whose points take
     exponentials as well.
     """
-    if length == STEP or group > 1 or target not in COUNTED:
+    if length == STEP or kernel.startswith("sum") or group > 1 or target not in COUNTED:
         return {}
     plain = target == "sm_90" and dtype == "bfloat16" and refinement == "simple" and not (dropout or stochastic)
     row: dict[str, float | None] = {}

@@ -132,21 +132,23 @@ def _tiled_fwd_kernel(
                 q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
                 w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
                 k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
-            if VALUES:
-                if seed_ptr is not None:
-                    weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
-                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-                sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
-            if v_cov_ptr is not None:
-                cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
-                cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
-            if other_q_ptr is not None:
+            if VALUES and seed_ptr is not None:
+                weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
+            if other_q_ptr is not None:  # before the other products, so that the tile of the other weights is soon free again
+                cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 other_k_tile = load_tile(other_k, head // OTHER_GROUP, column_seat, OTHER_D, BLOCK_OTHER_D)
                 other = known_softmax_tile(
                     other_q_tile, other_k_tile, other_lse, rows, columns, length, other_scale,
                     OTHER_DISTANCE, MASKED, CAUSAL, PRECISION,
                 )  # fmt: skip
                 cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
+            if VALUES:
+                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
+            if v_cov_ptr is not None:
+                if other_q_ptr is None:
+                    cov_tile = load_tile(v_cov, head // V_GROUP, column_seat, DV, BLOCK_DV)
+                cov_sums = cov_sums * (decay * decay)[:, None] + dot((weights * weights).to(DTYPE), cov_tile, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that sees nothing gets zeros and a finite log-sum-exp
     shift = tl.where(peak == float("-inf"), 0.0, peak)

@@ -327,7 +327,8 @@ def _tiled_bwd_tables_kernel(
         k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         first_row = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else length * 0
         reached = (first_column < offset + length) & (first_column + BLOCK_N > offset)
-        for low in range(first_row, tl.where(reached, length, 0), BLOCK_M):
+        # Hoisted, |k|^2 would be spilled next to tiles of that height
+        for low in tl.range(first_row, tl.where(reached, length, 0), BLOCK_M, disable_licm=DISTANCE and BLOCK_M > 64):
             rows = low + tl.arange(0, BLOCK_M)
             seat = seats(entry, start, rows, length)
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]

@@ -118,6 +118,24 @@ def test_resident_tiles_of_the_launch_table(refinement: str, padded: bool) -> No
     assert disagreements(case, Kind(refinement), torch.float16 if DEVICE == "cpu" else torch.bfloat16, "triton") == []
 
 
+@every_kind
+def test_tiled_tiles_of_the_launch_table(kind: Kind) -> None:
+    """In half precision with 65 to 128 features, where the backward's tiles have more rows than columns: two blocks of rows."""
+    pytest.importorskip("triton", reason="needs Triton")
+    from awrsr_kernels.launch_config import TILED, TILED_KERNELS, Key, choose, shared_memory
+
+    for kernel in TILED_KERNELS[1:]:
+        tile = choose(Key(kernel, TILED, 128, 2), shared_memory(torch.device(DEVICE)))
+        assert DEVICE != "cpu" or tile.block_m == 128 > tile.block_n
+    padded = KINDS.index(kind) % 2 == 0
+    case = RandomCall(
+        heads=2, kv_heads=1 + padded, lengths=[150] if padded else [131, 20, 70], padded=padded, ragged=False, extra_rows=0,
+        widths=(33, 20, 40) if kind.stochastic else (66, 40, 60), table="shared", gate="head", side="right", causal=True,
+        dropout_p=0.2 * padded, wide_tables=False, seed=KINDS.index(kind),
+    )  # fmt: skip
+    assert disagreements(case, kind, torch.float16 if DEVICE == "cpu" else torch.bfloat16, "triton") == []
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("causal", [True, False])
 def test_stock_attention_where_the_torch_backend_takes_it(causal: bool, dtype: torch.dtype) -> None:

@@ -30,6 +30,7 @@ from awrsr_kernels.launch_config import (
     step_config,
 )
 
+SUMS = ("sum_partials", "sum_query_heads")  # over parts of gradients, after a backward
 COLUMNS = "kernel regime refinement dtype dropout config target registers spill_bytes shared_bytes tensor_core_instructions"
 
 
@@ -51,30 +52,31 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_kernel_and_refinement_compiles_within_its_budget(sample: list[dict[str, Any]]) -> None:
     for row in sample:
         assert set(COLUMNS.split()) | {"tensor_cores_expected", "budget_ok"} <= set(row), row
-        assert row["budget_ok"] and row["tensor_cores_expected"] == (row["kernel"] != "decode_step")
+        assert row["budget_ok"] and row["tensor_cores_expected"] == (row["kernel"] not in ("decode_step", *SUMS))
         assert row["tensor_cores_expected"] == (row["tensor_core_instructions"] > 0)
         assert row["unset_registers"] == 0
-        assert 0 < row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
+        assert row["shared_bytes"] <= TARGETS[row["target"]].shared and row["programs_per_processor"] > 0
+        assert row["shared_bytes"] > 0 or row["kernel"] in SUMS
+        assert row["spill_bytes"] == 0 or row["kernel"] not in SUMS
     found = {(row["kernel"], row["refinement"], row["gaussian"]) for row in sample if row["target"] == "sm_90"}
     tiled = {"tiled_fwd", "tiled_bwd_rows", "tiled_bwd_columns"}
     stages = {f"{kernel}_stage{i}" for kernel in tiled for i in (1, 2)} | {"tiled_bwd_tables"}
     short = {(kernel, *kind) for kernel in SHORT_KERNELS for kind in KINDS}
     plain, refined = [kind for kind in KINDS if kind[0] == "none"], [kind for kind in KINDS if kind[0] != "none"]
     steps = {("decode_step", refinement, False) for refinement in REFINEMENTS}
+    steps |= {("sum_partials", *kind) for kind in refined} | {("sum_query_heads", "none", True)}
     short |= {(kernel, refinement, False) for kernel in RESIDENT_KERNELS for refinement in REFINEMENTS}
     assert found == short | steps | {(k, *kind) for k in tiled for kind in plain} | {(k, *kind) for k in stages for kind in refined}
     assert {row["target"] for row in sample} == set(TARGETS)
 
 
 def test_half_precision_stays_in_registers_on_sm_90(sample: list[dict[str, Any]]) -> None:
-    rows = [row for row in sample if row["target"] == "sm_90"]
+    rows = [row for row in sample if row["target"] == "sm_90" and row["group"] == 1]
     forward = [row for row in rows if "fwd" in row["kernel"]]
     backward = [row for row in rows if row["kernel"] == "short_bwd" and not row["gaussian"]]
     assert len(forward) == 11 + 4 + 14
     assert not any(row["spill_bytes"] for row in rows if row["kernel"] == "decode_step")
-    for row in forward:  # but where P is computed beside R
-        beside = row["gaussian"] and row["refinement"] == "additive" and row["kernel"] == "tiled_fwd_stage2"
-        assert row["spill_bytes"] <= 64 * beside, row
+    assert not any(row["spill_bytes"] for row in forward)
     assert {row["refinement"]: row["spill_bytes"] <= 64 * (row["refinement"] == "additive") for row in backward} == dict.fromkeys(
         REFINEMENTS, True
     )
@@ -84,7 +86,7 @@ def test_rows_are_read_and_written_16_bytes_at_a_time(sample: list[dict[str, Any
     for row in sample:
         if row["kernel"] == "decode_step":  # 16 bytes, but for the few new numbers
             assert row["loads"]["16"] > sum(row["loads"].values()) / 2, row
-        if row["target"] == "sm_90" and row["regime"] == "short":
+        if row["target"] == "sm_90" and row["regime"] == "short" and row["group"] == 1:
             tensors = 3 + 2 * (row["refinement"] != "none") + ("bwd" in row["kernel"])  # values of Gaussians are two halves
             tile = 2 if row["gaussian"] and row["refinement"] == "additive" else 4  # its q, k and tables are half as wide, too
             values = 1 + ("bwd" in row["kernel"])  # pairs, of halves each; a tile of 64 x 64 takes 128 threads four loads each
@@ -96,7 +98,7 @@ def test_the_table_says_what_the_kernels_take(sample: list[dict[str, Any]]) -> N
     for row in sample:
         if row["length"] == STEP:
             assert row["config"] == step_config((row["width"],) * 3, 2)._asdict() and row["shared_bytes"] < 4096
-        elif row["target"] == "sm_90":
+        elif row["target"] == "sm_90" and row["kernel"] not in SUMS:
             kernel = row["kernel"].split("_stage")[0]
             entry = TABLE[Key(kernel, row["length"], row["width"], 2)][0]
             assert row["config"] == entry.config._asdict() and row["shared_bytes"] <= entry.shared
@@ -104,7 +106,7 @@ def test_the_table_says_what_the_kernels_take(sample: list[dict[str, Any]]) -> N
 
 def test_issue_slots_and_exponentials_are_counted(sample: list[dict[str, Any]]) -> None:
     for row in sample:
-        if row["target"] not in ("sm_80", "sm_90") or row["length"] == STEP:
+        if row["target"] not in ("sm_80", "sm_90") or row["length"] == STEP or row["kernel"] in SUMS or row["group"] > 1:
             assert not {"issue_slots", "exponentials"} & set(row), row
             continue
         assert ("issue_slots_100" in row) == (row["length"] == RESIDENT)
@@ -243,4 +245,4 @@ for refinement, length, sizes in (
 """
     done = run(["-c", code])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "3", "3", "2", "2", "1", "1"]  # kernels of a call, and binaries for all calls together
+    assert done.stdout.split() == ["3", "3", "3", "3", "3", "3", "1", "1"]  # kernels of a call, and binaries for all calls together
