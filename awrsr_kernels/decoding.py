@@ -24,7 +24,7 @@ from .cache import RefinedCache
 from .call import Call, Inputs
 from .launch_config import table_features
 from .reference import arithmetic_dtype, masked_softmax
-from .torch_state import without_autocast
+from .torch_state import own_tensor, without_autocast
 
 
 @habits.own_signature
@@ -86,7 +86,7 @@ def refined_attention_prefill(
     cache.first.copy_(length - real) if left else cache.first.zero_()
     cache.end.copy_(cache.first + real)
     with without_autocast(inputs.q.device):
-        return _prefill(inputs._replace(bounds=lengths), scales, backend, cache, left)
+        return own_tensor(_prefill(inputs._replace(bounds=lengths), scales, backend, cache, left))
 
 
 @habits.own_signature
@@ -295,7 +295,7 @@ def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: Refi
         elif cache.refinement == "additive":
             r = add(p, r)
         out = meet(r, cache.v if cache.y is None else cache.y)
-    return out.to(q.dtype).view(*q.shape[:3], v.shape[-1])
+    return own_tensor(out.to(q.dtype).view(*q.shape[:3], v.shape[-1]))
 
 
 def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:

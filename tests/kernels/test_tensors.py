@@ -130,6 +130,31 @@ def test_results_can_be_changed_in_place(
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+def test_results_of_decoding_can_be_changed_in_place(backend: str) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    given, weight = [torch.randn(2, 2, 3, 8, device=DEVICE) for _ in range(5)], torch.randn((), requires_grad=True, device=DEVICE)
+    cache = RefinedCache(2, 4, heads=2, kv_heads=2, head_dim=8, rank=8, refinement="value", tables="content", device=DEVICE)
+    outs = [refined_attention_prefill(*given, cache, backend=backend)]
+    outs += [refined_attention_step(*(x[:, :, :1] for x in given), cache, backend=backend) for _ in range(4)]
+    for out in outs:
+        out += weight  # a gradient for what decoding itself has none of
+    assert torch.autograd.grad(sum((out.sum() for out in outs), torch.zeros(())), weight)[0] == sum(out.numel() for out in outs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("lengths", [None, [3, 1]])
+def test_decoding_without_values_has_shapes(lengths: list[int] | None, backend: str) -> None:
+    with FakeTensorMode(), torch.no_grad():
+        x, w = torch.randn(2, 2, 3, 8, device=DEVICE), torch.randn(6, 8, device=DEVICE)
+        cache = RefinedCache(2, 4, heads=2, kv_heads=2, head_dim=8, rank=8, refinement="value", tables="position", device=DEVICE)
+        given = None if lengths is None else torch.tensor(lengths, device=DEVICE)
+        assert refined_attention_prefill(x, x, x, w, w, cache, lengths=given, backend=backend).shape == x.shape
+        x = x[:, :, :1]
+        assert refined_attention_step(x, x, x, w, w, cache, backend=backend).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("kind", [Kind("none"), Kind("additive"), STOCHASTIC], ids=str)
 @LAYOUTS
 def test_tensors_without_values_have_shapes(kind: Kind, layout: str, backend: str) -> None:
