@@ -268,7 +268,7 @@ class RefinedMultiheadAttention(RefinedLayer):
             return out[0], None if weights is None else weights[0]
         return out.transpose(0, 1) if turned else out, weights
 
-    batch_first: bool
+    batch_first = True  # also of modules that were pickled before there was a choice
     _qkv_same_embed_dim = True  # torch's encoder layers ask for these names before they call self_attn
     in_proj_bias = None  # so that they do not compute the attention themselves
 

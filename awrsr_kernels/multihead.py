@@ -27,16 +27,17 @@ def check_replaceable(mha: Any) -> None:
     for name, fits in (own | {"add_zero_attn": not mha.add_zero_attn}).items():
         if not fits:
             checks.refuse("mha", f"with {name}", must)
-    if kind.forward is not nn.MultiheadAttention.forward or "forward" in vars(mha):
+    torchs = all(getattr(kind, name) is getattr(nn.MultiheadAttention, name) for name in ("forward", "__call__"))
+    if not torchs or "forward" in vars(mha):
         must = "a torch.nn.MultiheadAttention with torch's own forward, as weights alone do not carry another one over"
         checks.refuse("mha", f"{kind.__name__}, with a forward of its own", must)
     for module, name in ((mha, "mha"), (mha.out_proj, "mha.out_proj")):
         if module._forward_hooks or module._forward_pre_hooks:
             must = "without them, as they would be lost: remove them (pruning: prune.remove), and register them on the new module"
             checks.refuse(name, "with forward hooks", must)
-    weights = [mha.in_proj_weight, mha.out_proj.weight]
-    if not all(isinstance(x, Tensor) and x.is_floating_point() for x in weights):
-        checks.refuse("mha", "with weights that are quantized or no tensors", "a module with floating-point weights")
+    weights = [mha.in_proj_weight, getattr(mha.out_proj, "weight", None)]
+    if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype == weights[0].dtype for x in weights):
+        checks.refuse("mha", "with weights that are quantized, no tensors or of two dtypes", "one with floating-point weights")
     names = {name.replace("parametrizations.", "").rpartition(".original")[0] or name for name, _ in mha.named_parameters()}
     if strange := sorted(names - PARAMETERS):
         checks.refuse("mha", f"with the parameter {strange[0]}", f"with no others than {', '.join(sorted(PARAMETERS))}")
@@ -95,7 +96,7 @@ def check_visibility(attn_mask: Tensor | None, is_causal: bool | None, causal: b
     if not readable(attn_mask):
         must = f"{must}; if it is the causal one, say is_causal=True"
         checks.refuse("attn_mask", f"on {attn_mask.device}, or compiled, where it is not read", must)
-    hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask == -torch.inf
+    hidden = attn_mask if attn_mask.dtype == torch.bool else attn_mask <= _lowest(attn_mask)
     only_hides = attn_mask.dtype == torch.bool or bool((hidden | (attn_mask == 0)).all())
     wanted = torch.ones(size, size, dtype=torch.bool).triu(1) if causal else torch.zeros(size, size, dtype=torch.bool)
     if not only_hides or not bool((hidden == wanted).all()):
@@ -106,10 +107,17 @@ def padding(key_padding_mask: Tensor | None) -> Tensor | None:
     """A bool mask, True at padding, from one of bools or, as torch's layers make it, of floats: -inf at padding, otherwise 0."""
     if not isinstance(key_padding_mask, Tensor) or not key_padding_mask.is_floating_point():
         return key_padding_mask
-    hidden = key_padding_mask == -torch.inf
+    hidden = key_padding_mask <= _lowest(key_padding_mask)
     if readable(hidden) and not bool((hidden | (key_padding_mask == 0)).all()):
         checks.refuse("key_padding_mask", "with other numbers than 0 and -inf", "0 at items and -inf at padding, or a bool tensor")
     return hidden
+
+
+def _lowest(mask: Tensor) -> float:
+    """What hides as -inf does: the lowest number of a mask's dtype, which some libraries write instead."""
+    if not mask.is_floating_point():
+        checks.refuse("attn_mask", f"of {mask.dtype}", "of bools or floats", TypeError)
+    return torch.finfo(mask.dtype).min
 
 
 def turned_weights(weights: Tensor, turn: Tensor) -> Tensor:

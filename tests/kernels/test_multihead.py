@@ -83,6 +83,9 @@ def test_masks_are_taken_by_look_and_by_hint() -> None:
     for given in (hint, {"attn_mask": causal_mask()} | hint, {"attn_mask": per_head}, {"attn_mask": causal_mask(torch.bool)}):
         if DEVICE == "cpu" or "is_causal" in given:
             assert torch.equal(module(x, x, x, need_weights=False, **given)[0], wanted)
+    lowest = torch.full((L, L), torch.finfo(torch.float32).min, device=DEVICE).triu(1)
+    if DEVICE == "cpu":
+        assert torch.equal(module(x, x, x, attn_mask=lowest, need_weights=False)[0], wanted)
     assert torch.equal(module(query=x, key=x, value=x, is_causal=True)[0], wanted)
     both_ways = replaced(multihead(batch_first=True), causal=False)
     nothing = torch.zeros(L, L, device=DEVICE)
@@ -112,6 +115,7 @@ def test_what_is_not_this_modules_self_attention_is_refused() -> None:
         refused("attn_mask is another mask; it must be the causal mask", module, x, x, x, attn_mask=window)
         refused("attn_mask is another mask", module, x, x, x, attn_mask=0.5 * torch.ones(L, L))
         refused("attn_mask is another mask; it must be None, or hide nothing", both_ways, x, x, x, attn_mask=causal_mask())
+        refused("attn_mask is of torch.int64; it must be of bools or floats", module, x, x, x, attn_mask=torch.zeros(L, L).long())
         half = torch.zeros(B, L).fill_(0.5)
         refused("key_padding_mask is with other numbers", module, x, x, x, is_causal=True, key_padding_mask=half)
         holes = torch.tensor([[False, True] * 3 + [False]] * B)
@@ -197,6 +201,13 @@ class Scaled(nn.MultiheadAttention):
         return super().forward(2 * query, *args, **kwargs)
 
 
+class Called(nn.MultiheadAttention):
+    """Another call around the same forward."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
 class Named(nn.MultiheadAttention):
     """A name of its own, nothing else."""
 
@@ -207,6 +218,12 @@ def broken(kind: str) -> Any:
         return torch.ao.nn.quantizable.MultiheadAttention(E, H)
     if kind == "subclass":
         return Scaled(E, H)
+    if kind == "call":
+        return Called(E, H)
+    if kind == "no weight":
+        mha.out_proj = nn.Sequential(mha.out_proj)
+    if kind == "two dtypes":
+        mha.out_proj.double()
     if kind == "replaced forward":
         forward = mha.forward
         mha.forward = lambda *args, **kwargs: forward(*args, **kwargs)
@@ -233,7 +250,10 @@ def broken(kind: str) -> Any:
     ("pruned", "mha.out_proj is with forward hooks"),
     ("further parameter", "mha is with the parameter scale; it must be with no others than"),
     ("bias_v", "mha is with bias_v; it must be without it"),
-    ("quantized", "mha is with weights that are quantized or no tensors"),
+    ("quantized", "mha is with weights that are quantized, no tensors"),
+    ("call", "mha is Called, with a forward of its own"),
+    ("no weight", "no tensors"),
+    ("two dtypes", "of two dtypes"),
 ])  # fmt: skip
 def test_what_would_be_lost_is_refused(kind: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
