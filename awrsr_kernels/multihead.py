@@ -35,7 +35,7 @@ def check_replaceable(mha: Any) -> None:
         if module._forward_hooks or module._forward_pre_hooks:
             must = "without them, as they would be lost: remove them (pruning: prune.remove), and register them on the new module"
             checks.refuse(name, "with forward hooks", must)
-    weights = [mha.in_proj_weight, getattr(mha.out_proj, "weight", None)]
+    weights: list[Any] = [mha.in_proj_weight, getattr(mha.out_proj, "weight", None)]
     if not all(isinstance(x, Tensor) and x.is_floating_point() and x.dtype == weights[0].dtype for x in weights):
         checks.refuse("mha", "with weights that are quantized, no tensors or of two dtypes", "one with floating-point weights")
     names = {name.replace("parametrizations.", "").rpartition(".original")[0] or name for name, _ in mha.named_parameters()}
