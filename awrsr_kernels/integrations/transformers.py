@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from .. import checks, habits
 from ..api import refined_attention_varlen
-from ._transformers import IMPLEMENTATION
+from ._transformers import IMPLEMENTATION, SAVED_IMPLEMENTATION
 from ._transformers.caches import Parts, RefinedCacheLayer, attend, cache_layer
 from ._transformers.masks import LazyMask, lazy_mask, read_padding
 from ._transformers.packing import Packing, unpack
@@ -90,6 +90,8 @@ def refine(
             "model is plain, but its config has settings of refined attention, as another model of the same config was refined; it "
             "must have a config of its own (copy it before)"
         )
+    if any(hasattr(part, "_hf_hook") and weight.is_meta for part in attentions[0].modules() for weight in part.parameters()):
+        checks.refuse("model", "offloaded by accelerate", "refined first and offloaded then: new tables need memory of their own")
     positions = None
     if tables == "position":
         last = model.config.max_position_embeddings if max_positions is None else max_positions
@@ -221,7 +223,7 @@ def _install(model: PreTrainedModel, attentions: list[Any], settings: dict[str, 
     owners[-1].register_forward_pre_hook(unpack, with_kwargs=True)  # the innermost one
     model.set_attn_implementation(IMPLEMENTATION)
     setattr(model.config, IMPLEMENTATION, settings)
-    model.config.attn_implementation = IMPLEMENTATION  # saved, so that transformers without this module refuses to load the model
+    model.config.attn_implementation = SAVED_IMPLEMENTATION  # so that transformers refuses the model where this is not imported
 
 
 def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -242,7 +244,7 @@ def _post_init(model: PreTrainedModel) -> None:
     settings = getattr(model.config, IMPLEMENTATION, None)
     attentions = {} if settings is None else _by_index(model)
     if settings is not None and attentions and not any(hasattr(module, "refined") for module in attentions.values()):
-        if (used := model.config._attn_implementation) not in (IMPLEMENTATION, "sdpa", None):
+        if (used := model.config._attn_implementation) not in (IMPLEMENTATION, SAVED_IMPLEMENTATION, "sdpa", None):
             checks.refuse("attn_implementation", f'"{used}"', "left out for a refined model")
         _install(model, _attention_modules(model), settings)
     _transformers_post_init(model)
@@ -255,8 +257,9 @@ def _initialize_weights(model: PreTrainedModel, module: nn.Module, *args: Any, *
     _transformers_initialize_weights(model, module, *args, **kwargs)
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, lazy_mask)
+for _name in (IMPLEMENTATION, SAVED_IMPLEMENTATION):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, lazy_mask)
 _transformers_post_init, _transformers_initialize_weights = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
 PreTrainedModel.post_init = _post_init  # type: ignore[method-assign]
 PreTrainedModel._initialize_weights = _initialize_weights  # type: ignore[method-assign]
