@@ -11,6 +11,7 @@ from transformers import AttentionMaskInterface
 from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function
 
 from ... import checks
+from . import IMPLEMENTATION
 from .packing import Packing
 
 
@@ -36,9 +37,13 @@ class LazyMask:
     ndim = 4  # so that transformers passes it on: `generate` makes it in advance for static caches
 
     def __init__(self, **arguments: Any) -> None:
+        if isinstance(offset := arguments.get("q_offset"), Tensor):
+            arguments["q_offset"] = offset.clone()  # a static cache counts in it, before a layer asks for a mask
         self.arguments = arguments
         self._padding: dict[tuple[bool, int], Padding | None] = {}
         self._dense: tuple[Any] | None = None
+        if isinstance(offset, Tensor) and arguments["q_length"] == 1 and not _all_refined(arguments["config"]):
+            self.dense()  # outside of the compiled step, for which the mask would have a new length each time
 
     def padding(self, window: int | None, started: bool, prefix: int = 0) -> Padding | None:
         """The padding of the pass's window, without the n = `prefix` positions before its first token.
@@ -70,6 +75,10 @@ class LazyMask:
         return self._dense[0]
 
 
+def _all_refined(config: Any) -> bool:
+    return len(getattr(config, IMPLEMENTATION)["layers"]) == config.num_hidden_layers
+
+
 def lazy_mask(**arguments: Any) -> LazyMask:
     """The mask function that transformers calls once per pass, or twice where `generate` makes the mask in advance."""
     made = arguments["attention_mask"]
@@ -87,6 +96,8 @@ def read_padding(mask: Any, window: int | None, started: bool, prefix: int = 0) 
 
 def _read_padding(arguments: dict[str, Any], window: int | None, started: bool, prefix: int) -> Padding | None:
     """The padding of the whole window. On a GPU this waits for the device."""
+    if started and window is None and torch.compiler.is_compiling():
+        return None  # without a look at the mask, which is longer at each step
     mask = arguments["attention_mask"]
     if mask is None or not len(mask):
         return None if started else Padding(None, "right", None, (window or 0) - prefix)

@@ -43,10 +43,12 @@ def unpack(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if not isinstance(ids, Tensor):
         return None
-    shape, mask = (ids.shape[0], ids.shape[1]), _plain_mask(given.get("attention_mask"))
     cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
     use_cache = given.get("use_cache")
     bounds = next((given[name] for name in BOUNDS if given.get(name) is not None), None)
+    if bounds is None and ids.shape[1] == 1 and cache is not None:
+        return None
+    shape, mask = (ids.shape[0], ids.shape[1]), _plain_mask(given.get("attention_mask"))
     if bounds is None:
         packing = _find(given.get("seq_idx"), given.get("position_ids"), mask, shape)
     else:
@@ -96,15 +98,19 @@ def _plain_mask(mask: Any) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-@torch.compiler.disable
 def _find(seq_idx: Any, position_ids: Any, mask: Tensor | None, shape: tuple[int, int]) -> Packing | None:
-    """Where seq_idx changes, or position_ids restart between real tokens. On a GPU this waits for the device."""
-    batch, length = shape
+    """Where seq_idx changes, or position_ids restart between real tokens."""
     told: list[tuple[str, Any]] = [("seq_idx", seq_idx), ("position_ids", position_ids)]
     name, x = next(((name, x) for name, x in told if isinstance(x, Tensor) and x.dim() == 2), ("", None))
-    if x is None or length < 2 or x.shape[1] != length or x.shape[0] not in (1, batch):
+    if x is None or shape[1] < 2 or x.shape[1] != shape[1] or x.shape[0] not in (1, shape[0]):
         return None
-    x = x.expand(batch, -1)
+    return _read(name, x.expand(shape[0], -1), mask)
+
+
+@torch.compiler.disable
+def _read(name: str, x: Tensor, mask: Tensor | None) -> Packing | None:
+    """The packing that x (B, L) tells. On a GPU this waits for the device, and compiled code calls it."""
+    batch, length = x.shape
     step = x.diff(dim=1)
     breaks = step != (0 if name == "seq_idx" else 1)
     starts = breaks
