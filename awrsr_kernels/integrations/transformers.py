@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 from .. import checks, habits
 from ..api import refined_attention_varlen
 from ._transformers import IMPLEMENTATION, SAVED_IMPLEMENTATION
-from ._transformers.caches import Parts, RefinedCacheLayer, attend, cache_layer
+from ._transformers.caches import Parts, RefinedCacheLayer, adopt_prefix, attend, cache_layer
 from ._transformers.masks import LazyMask, lazy_mask, read_padding
 from ._transformers.packing import Packing, unpack
 from ._transformers.tables import RefinedTables, Tables
@@ -221,6 +221,8 @@ def _install(model: PreTrainedModel, attentions: list[Any], settings: dict[str, 
         attentions[index].register_forward_pre_hook(_hand_over, with_kwargs=True)
     owners = [module for module in model.modules() if isinstance(module, PreTrainedModel) and attentions[0] in module.modules()]
     owners[-1].register_forward_pre_hook(unpack, with_kwargs=True)  # the innermost one
+    for owner in owners:
+        owner.register_forward_pre_hook(adopt_prefix, with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
     setattr(model.config, IMPLEMENTATION, settings)
     model.config.attn_implementation = SAVED_IMPLEMENTATION  # so that transformers refuses the model where this is not imported
@@ -247,6 +249,8 @@ def _post_init(model: PreTrainedModel) -> None:
         if (used := model.config._attn_implementation) not in (IMPLEMENTATION, SAVED_IMPLEMENTATION, "sdpa", None):
             checks.refuse("attn_implementation", f'"{used}"', "left out for a refined model")
         _install(model, _attention_modules(model), settings)
+    elif attentions:  # inside, a decoder is refined already
+        model.register_forward_pre_hook(adopt_prefix, with_kwargs=True)
     _transformers_post_init(model)
 
 

@@ -177,3 +177,30 @@ def test_peft_tunes_a_prefix_of_a_refined_model() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize("make, options", [
+    (llama, {}), (llama, {"layers": [1], "refinement": "value"}), (llama, {"tables": "position", "per_head": False}),
+    (gpt2, {"tables": "position", "refinement": "simple"}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_refined_model_generates_from_the_prefix_of_peft(make: Any, options: dict[str, Any], beams: int) -> None:
+    """Rows padded on the left get the tokens that they get alone, which are those of passes without a cache."""
+    sizes = {"num_attention_heads": 2, "token_dim": 16} if make is llama else {}
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **sizes)
+    base = trained(make(), **options)
+    model, given = peft.get_peft_model(base, config).eval(), left_padded()
+    rules = {"num_beams": beams, "do_sample": False, "min_new_tokens": 5, "max_new_tokens": 5}
+    found = model.generate(**given, **rules)[:, WINDOW:]
+    for row, (ids, real) in enumerate(zip(given["input_ids"], given["attention_mask"].bool(), strict=True)):
+        assert model.generate(input_ids=ids[real][None], **rules)[0, -5:].equal(found[row])
+    if beams > 1:
+        return
+    ids = given["input_ids"][:1]
+    with torch.no_grad():
+        for token in found[0]:
+            positions = 3 + torch.arange(ids.shape[1], device=DEVICE)[None]
+            logits = base(ids, position_ids=positions, cache=model.get_prompt(1)).logits[0, -1]
+            assert logits.max() - logits[token] < 1e-4
+            ids = torch.cat([ids, token[None, None]], 1)
+    assert not ids.equal(base.generate(given["input_ids"][:1], min_new_tokens=5, max_new_tokens=5))

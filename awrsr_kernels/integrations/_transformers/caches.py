@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, StaticLayer
 
 from ... import checks
 from ...api import refined_attention
@@ -338,3 +338,17 @@ def cache_layer(cache: Cache, attention: Any) -> RefinedCacheLayer:
         checks.refuse("cache", was, must)
     cache.layers[index] = new
     return new
+
+
+def adopt_prefix(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Before a model runs: PEFT 0.21 hands `generate` its prefix at every step as `past_key_values`, which transformers 5.24 leaves
+    out beside the `cache` of its own; so the first step puts the prefix into that cache."""
+    cache, prefix = kwargs.get("cache"), kwargs.get("past_key_values")
+    if not isinstance(cache, Cache) or not isinstance(prefix, DynamicCache):
+        return None
+    if cache.get_seq_length() == 0:
+        if not isinstance(cache, DynamicCache) or cache.offloading:
+            checks.refuse("cache_implementation", f"that of a {cache}", "left out where a prefix is tuned")
+        for index, layer in enumerate(prefix.layers):
+            cache.update(layer.keys, layer.values, index)
+    return args, {name: value for name, value in kwargs.items() if name != "past_key_values"}
