@@ -84,7 +84,7 @@ def refine(
     checks.choice("tables", tables, ("content", "position"))
     attentions = _attention_modules(model)
     if any(hasattr(module, "refined") for module in attentions):
-        raise ValueError("model is already refined, or was made from the config of a refined model; refine a model only once")
+        raise ValueError("model is already refined; refine a model only once (one made from a refined model's config is refined)")
     if getattr(model.config, IMPLEMENTATION, None) is not None:
         raise ValueError(
             "model is plain, but its config has settings of refined attention, as another model of the same config was refined; it "

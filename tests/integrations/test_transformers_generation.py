@@ -88,7 +88,7 @@ def test_masks_that_are_no_padding_are_refused() -> None:
     refused("attention_mask is irregular; .* padded on one side", attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]))
     refused(r"attention_mask is of shape \(2, 4\)", attention_mask=torch.ones(2, 4))
     refused(r"attention_mask is of shape \(2, 1, 5, 5\)", attention_mask=torch.ones(2, 1, 5, 5), use_cache=False)
-    window = {"mask_function": sliding_window_causal_mask_function(3), "kv_offset": 0, "attention_mask": None}
+    window = {"mask_function": sliding_window_causal_mask_function(3), "kv_offset": 0, "q_length": 5, "attention_mask": None}
     with pytest.raises(ValueError, match="attention_mask is not plainly causal"):
         lazy_mask(**window).padding(5, started=False)
     for index in (0, 1):  # refined layers and plain ones

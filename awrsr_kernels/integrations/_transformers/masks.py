@@ -44,6 +44,22 @@ class LazyMask:
         self._dense: tuple[Any] | None = None
         if isinstance(offset, Tensor) and arguments["q_length"] == 1 and not _all_refined(arguments["config"]):
             self.dense()  # outside of the compiled step, for which the mask would have a new length each time
+        self._look_ahead(offset)
+
+    def _look_ahead(self, offset: Any) -> None:
+        """Read the padding that refined layers will ask for, once and outside of compiled layers."""
+        started = isinstance(offset, Tensor) or bool(offset)
+        if torch.compiler.is_compiling():
+            if not started and self._plain():
+                self.padding(self.arguments["q_length"], started)
+            return
+        try:
+            self.padding(None if isinstance(offset, Tensor) else (offset or 0) + self.arguments["q_length"], started)
+        except ValueError:
+            pass  # what is wrong is said to the layer that asks, if one does: there may be a prefix, or plain layers alone
+
+    def _plain(self) -> bool:
+        return self.arguments["mask_function"] is causal_mask_function and not self.arguments["kv_offset"]
 
     def padding(self, window: int | None, started: bool, prefix: int = 0) -> Padding | None:
         """The padding of the pass's window, without the n = `prefix` positions before its first token.
@@ -51,7 +67,7 @@ class LazyMask:
         window: N, if it is known. started: whether a cache holds positions of the window; on a GPU the mask is then not read, as
         the cache knows the padding: None.
         """
-        if self.arguments["mask_function"] is not causal_mask_function or self.arguments["kv_offset"]:
+        if not self._plain():
             raise ValueError(
                 "attention_mask is not plainly causal (a sliding window, packed sequences, bidirectional or custom); "
                 "refined layers must see all earlier tokens of one sequence"
