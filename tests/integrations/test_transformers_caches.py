@@ -177,6 +177,9 @@ def test_peft_tunes_a_prefix_of_a_refined_model() -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.2
+    for implementation in ("static", "offloaded"):
+        with pytest.raises(ValueError, match="cache_implementation is that of .*; it must be left out where"):
+            model.eval().generate(**given, max_new_tokens=2, cache_implementation=implementation)
 
 
 @pytest.mark.parametrize("make, options", [

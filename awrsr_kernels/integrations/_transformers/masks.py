@@ -76,6 +76,10 @@ class LazyMask:
             self._padding[started, prefix] = _read_padding(self.arguments, window, started, prefix)
         return self._padding[started, prefix]
 
+    def dim(self) -> int:
+        """PEFT asks, to put its prefix before a mask."""
+        checks.refuse("cache_implementation", "that of a static cache", "left out where PEFT tunes a prefix")
+
     def __getitem__(self, _: Any) -> Any:
         raise ValueError("attention_mask is indexed by this model; refined layers need the whole mask")
 

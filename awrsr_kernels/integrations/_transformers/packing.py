@@ -38,7 +38,7 @@ def unpack(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
     Sequences are told by cu_seq_lens_q, by seq_idx, or by position_ids that restart. The decoder gets cu_seq_lens_q, position_ids
     and no mask, since a sequence sees itself alone, and no cache.
     """
-    parameters = _parameters(type(decoder))
+    parameters = _parameters(type(decoder)) if args else []
     given = dict(zip(parameters, args, strict=False)) | kwargs
     ids = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if not isinstance(ids, Tensor):
