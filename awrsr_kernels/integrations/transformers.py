@@ -216,6 +216,9 @@ def _head_dim(attention: Any) -> int:
 
 def _install(model: PreTrainedModel, attentions: list[Any], settings: dict[str, Any]) -> None:
     """Add tables to the layers in the settings, and set the attention implementation that reads them."""
+    if settings["layers"][-1] >= len(attentions):
+        must = f"of refined layers among the {len(attentions)} of the model; make the model with more, or change its config"
+        checks.refuse(f"config.{IMPLEMENTATION}", str(settings["layers"]), must)
     for index in settings["layers"]:
         attentions[index].refined = RefinedTables(attentions[index], settings, model.dtype)
         attentions[index].register_forward_pre_hook(_hand_over, with_kwargs=True)

@@ -66,6 +66,12 @@ def test_missing_tables_are_drawn_and_reported(tmp_path: Path) -> None:
     assert 0.8 < learned.w_q.std() * 32**0.5 < 1.2 and 0.8 < learned.w_k.std() * 32**0.5 < 1.2
 
 
+def test_a_model_with_fewer_layers_than_were_refined_is_refused(tmp_path: Path) -> None:
+    trained(llama()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config.refined_attention is \[0, 1\]; it must be of refined layers among the 1 of"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=1)
+
+
 def test_another_attention_implementation_is_refused_at_loading(tmp_path: Path) -> None:
     trained(llama()).save_pretrained(tmp_path)
     for way in (load, AutoModelForCausalLM.from_pretrained):

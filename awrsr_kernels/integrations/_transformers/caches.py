@@ -216,10 +216,10 @@ class RefinedCacheLayer(CacheLayerMixin):
             self._move_rows(self.device)
 
     def _move_rows(self, device: torch.device) -> None:
-        assert self.rows is not None or self.offloads
         if self.rows is not None and self.rows.device != device:
-            for name in (*self.rows.rows(), "first", "end"):
-                setattr(self.rows, name, getattr(self.rows, name).to(device, non_blocking=True))
+            with torch.inference_mode(False):  # as in RefinedCache
+                for name in (*self.rows.rows(), "first", "end"):
+                    setattr(self.rows, name, getattr(self.rows, name).to(device, non_blocking=True))
 
 
 class StaticRefinedLayer(RefinedCacheLayer):
