@@ -14,10 +14,16 @@ from awrsr_kernels.integrations.transformers import refine
 from ..conftest import DEVICE
 from .decoders import TABLES, WINDOW, close, gpt2, llama, padded, qwen2_with_a_sliding_layer, tokens, trained
 
+
+def named(parameter: Any) -> str:
+    """The same in every process, unlike the str of a function."""
+    return getattr(parameter, "__name__", str(parameter))
+
+
 KINDS = pytest.mark.parametrize("make, options", [
     (llama, {}), (llama, {"layers": [1], "refinement": "value"}), (gpt2, {"tables": "position", "per_head": False}),
     (qwen2_with_a_sliding_layer, {"layers": [1]}),
-], ids=str)  # fmt: skip
+], ids=named)  # fmt: skip
 
 
 def left_padded() -> dict[str, Tensor]:
@@ -185,7 +191,7 @@ def test_peft_tunes_a_prefix_of_a_refined_model() -> None:
 @pytest.mark.parametrize("make, options", [
     (llama, {}), (llama, {"layers": [1], "refinement": "value"}), (llama, {"tables": "position", "per_head": False}),
     (gpt2, {"tables": "position", "refinement": "simple"}),
-], ids=str)  # fmt: skip
+], ids=named)  # fmt: skip
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_refined_model_generates_from_the_prefix_of_peft(make: Any, options: dict[str, Any], beams: int) -> None:
     """Rows padded on the left get the tokens that they get alone, which are those of passes without a cache."""
