@@ -58,6 +58,8 @@ setup(
             "matplotlib",  # the benchmark's plots
             "tqdm",  # its progress bar
             "filelock",  # one study at a time writes its results
+            "accelerate",  # transformers' Trainer, and models offloaded to other devices
+            "peft",  # adapters on refined models
             "ruff",  # lint
             "mypy",  # types
         ],

@@ -3,7 +3,8 @@
 B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and value heads, D head dim, R refinement rank, N max_len.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -342,10 +343,11 @@ class RefinedMultiheadAttention(RefinedLayer):
         if isinstance(cache, RefinedCache) and (cache.refinement, "" if cache.refinement == "none" else cache.tables) != mine:
             must = f"for {self.refinement}, tables {self.tables}, as made by make_cache"
             checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
-        q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
-        options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
-        out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
-        return self.out(out.transpose(1, 2).flatten(-2))
+        with _onloaded(self, x) as x:
+            q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
+            options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
+            out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
+            return self.out(out.transpose(1, 2).flatten(-2))
 
     def _padded(self, x: Tensor, alignment: _Alignment) -> Tensor:
         rows = x if alignment.turn is None else _turned(x, alignment.turn)
@@ -393,10 +395,14 @@ class RefinedMultiheadAttention(RefinedLayer):
             checks.refuse("x", str(x.dtype), f"of the weights' dtype, {weight.dtype}", TypeError)
 
     def _weight(self) -> Tensor:
-        """A weight with the module's dtype and device: that of a linear map or, if both were replaced (LoRA, quantized), any."""
+        """A weight with the module's dtype and device: that of a linear map or, if both were replaced (LoRA, quantized), any. Of
+        one that accelerate has offloaded, an empty tensor where it will be used."""
         own = (getattr(part, "weight", None) for part in (self.qkv, self.out))
         weights = (x for x in (*own, *self.parameters()) if isinstance(x, Tensor) and x.is_floating_point() and x.dim())
-        return next(weights, torch.empty(1))
+        weight = next(weights, torch.empty(1))
+        devices = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in (self, self.qkv, self.out))
+        used_on = next((device for device in devices if device is not None), None)
+        return weight if used_on is None or not weight.is_meta else torch.empty(1, dtype=weight.dtype, device=used_on)
 
     def _alignment(self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None) -> _Alignment:
         if key_padding_mask is None:
@@ -424,6 +430,20 @@ class RefinedMultiheadAttention(RefinedLayer):
         tables = "" if self.refinement == "none" else f", tables={self.tables!r}, rank={self.rank}, max_len={self.max_len}"
         way = f", causal={self.causal}, align={self.align!r}"
         return f"{self.embed_dim}, {self.num_heads}, refinement={self.refinement!r}{tables}{way}"
+
+
+@contextmanager
+def _onloaded(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Calls that are not `forward`: the hooks by which accelerate offloads a module's own weights run around `forward` alone."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield x
+        return
+    (x,), _ = hook.pre_forward(module, x)
+    try:
+        yield x
+    finally:
+        hook.post_forward(module, None)
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

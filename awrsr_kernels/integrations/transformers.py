@@ -3,23 +3,27 @@
 B batch, H query heads, H_kv key and value heads, L positions, E hidden size, D head dim, R refinement rank, N table rows.
 
 `refine` gives chosen attention modules a submodule `refined` with their tables, and the model an attention implementation that
-uses them. A forward hook hands the module's input and cache to that implementation through keyword arguments, which every
-module of transformers' attention interface passes on; nothing else of the model changes. Its mask function makes no mask: it
-keeps what the model says of padding, from which refined layers read lengths; the other layers run as under "sdpa".
+uses them. A forward hook calls the submodule and hands what it returns, and the layer's cache, to that implementation through
+keyword arguments, which every module of transformers' attention interface passes on; another hook finds packed rows. Nothing else
+of the model changes. The mask function makes no mask: it keeps what the model says of padding, from which refined layers read
+lengths; the other layers run as under "sdpa". The settings are in the config, and a model made from such a config is refined.
 """
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from .. import checks, habits
-from ..api import refined_attention
-from ._transformers_layer import IMPLEMENTATION, LazyMask, Padding, Refined, RefinedTables, cache_layer
+from ..api import refined_attention_varlen
+from ._transformers import IMPLEMENTATION, SAVED_IMPLEMENTATION
+from ._transformers.caches import Parts, RefinedCacheLayer, adopt_prefix, attend, cache_layer
+from ._transformers.masks import LazyMask, lazy_mask, read_padding
+from ._transformers.packing import Packing, unpack
+from ._transformers.tables import RefinedTables, Tables
 
 __all__ = ["RefinedTables", "load", "refine"]
 
@@ -29,6 +33,13 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "sliding_window")  # of some
 KINDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "moe", "hybrid", "hybrid_sliding")
 WINDOWS = ("sliding_window", "attention_chunk_size")  # what configs call the width of attention that is not full
 UNSUPPORTED_SETTINGS = ("attn_logit_softcapping", "sinks")  # the same, where they show before a call
+
+
+class Refined(NamedTuple):
+    """What a refined layer passes to the attention function. No module is in it, as in `Tables`."""
+
+    tables: Tables
+    cache: RefinedCacheLayer | None
 
 
 @habits.own_signature
@@ -73,12 +84,14 @@ def refine(
     checks.choice("tables", tables, ("content", "position"))
     attentions = _attention_modules(model)
     if any(hasattr(module, "refined") for module in attentions):
-        raise ValueError("model is already refined; refine a model only once")
+        raise ValueError("model is already refined; refine a model only once (one made from a refined model's config is refined)")
     if getattr(model.config, IMPLEMENTATION, None) is not None:
         raise ValueError(
-            "model is plain, but its config has settings of refined attention; it must have a config of its own (copy it). "
-            "If it was saved refined, load it with awrsr_kernels.integrations.transformers.load"
+            "model is plain, but its config has settings of refined attention, as another model of the same config was refined; it "
+            "must have a config of its own (copy it before)"
         )
+    if any(hasattr(part, "_hf_hook") and weight.is_meta for part in attentions[0].modules() for weight in part.parameters()):
+        checks.refuse("model", "offloaded by accelerate", "refined first and offloaded then: new tables need memory of their own")
     positions = None
     if tables == "position":
         last = model.config.max_position_embeddings if max_positions is None else max_positions
@@ -99,7 +112,9 @@ def refine(
 def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
     """The refined model that `save_pretrained` wrote.
 
-    Other ways to load, such as `AutoModel...`, do not know the tables: they leave them out and warn about unexpected weights.
+    Once this module is imported, transformers' own ways to load do the same: `AutoModelForCausalLM.from_pretrained(path)`,
+    `LlamaForCausalLM.from_pretrained(path)`. Two things are added here: the class is the one that was saved, and a plain model or
+    missing tables raise an error. Where this module is not imported, transformers refuses to load a refined model.
 
     Args:
         path: a folder, or a name on the Hugging Face Hub.
@@ -112,25 +127,17 @@ def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwarg
     Raises:
         ValueError: the model was not refined when it was saved, or its tables are missing.
     """
+    if kwargs.get("attn_implementation") not in (None, IMPLEMENTATION):
+        checks.refuse("attn_implementation", f'"{kwargs["attn_implementation"]}"', "left out for a refined model")
     places = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs}
     config, wants_report = kwargs.pop("config", None), kwargs.pop("output_loading_info", False)
-    if not isinstance(config, PreTrainedConfig):
-        config, kwargs = AutoConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
-    settings = getattr(config, IMPLEMENTATION, None)
-    if settings is None:
+    known = config if isinstance(config, PreTrainedConfig) else AutoConfig.from_pretrained(config or path, **places)
+    if getattr(known, IMPLEMENTATION, None) is None:
         raise ValueError(f"path is {path}, whose config has no refined_attention; it must be a saved refined model")
-    plain: Any = model_class or getattr(transformers, config.architectures[0])
-
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        plain.__init__(self, config, *args, **kwargs)
-        _install(self, _attention_modules(self), settings)
-
-    # Weights are loaded into what __init__ builds. The name stays: transformers keeps records by it.
-    building: Any = type(plain.__name__, (plain,), {"__init__": __init__, "__module__": plain.__module__})
-    model, report = building.from_pretrained(path, config=config, output_loading_info=True, **kwargs | places)
+    saved: Any = model_class or getattr(transformers, known.architectures[0])
+    model, report = saved.from_pretrained(path, config=config, output_loading_info=True, **kwargs)
     if missing := sorted(key for key in report["missing_keys"] if ".refined." in key):
         raise ValueError(f"path is {path}, which lacks {', '.join(missing)}; it must hold every table of the refined layers")
-    model.__class__ = plain
     return (model, report) if wants_report else model
 
 
@@ -141,51 +148,50 @@ def _attention(
     """The attention function as transformers calls it: query (B, H, L, D), key and value of H_kv heads; returns (B, L, H, D_v)."""
     if sparse := [name for name in ("indices", "block_indices") if kwargs.get(name) is not None]:
         raise ValueError(f"{sparse[0]} is used by {type(module).__name__}; it must be None in every layer of a refined model")
+    packing = Packing.of(kwargs)
     if refined is None:  # a plain layer
-        mask = attention_mask.dense() if isinstance(attention_mask, LazyMask) else attention_mask
+        mask = attention_mask.dense(packing) if isinstance(attention_mask, LazyMask) else attention_mask
         plain: Any = AttentionInterface()["sdpa"]
         return plain(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     if used := [name for name in UNSUPPORTED if kwargs.get(name) is not None]:
         raise ValueError(f"{used[0]} is used by {type(module).__name__}; it must be None in refined layers")
-    tables, hidden, cache = refined
-    parts, length = (query, key, value), query.shape[2]
+    (tables, cache), parts = refined, (query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if cache is not None and cache.length > length:
-        if dropout:
-            checks.refuse("dropout", f"{dropout} while tokens follow a cache", "0, as in eval mode: model.eval()")
-        out = cache.go_on(parts, tables, hidden, _padding(attention_mask, cache.length), scale)
-        return out.transpose(1, 2).contiguous(), None
-    padding = _padding(attention_mask, length)
-    assert padding is not None  # it is known when nothing precedes the window
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in (*parts, hidden, *tables.parameters()))
-    if cache is not None and not learning and not dropout:
-        out = cache.start(parts, tables, hidden, padding, scale)
+    if packing is not None:
+        return _packed(parts, tables, packing, scale, dropout), None
+    if cache is not None:
+        out = cache.attend(parts, tables, attention_mask, scale, dropout)
     else:
-        out = refined_attention(
-            *parts, *tables.rows(hidden, padding), refinement=tables.refinement, gate=tables.gate, lengths=padding.lengths,
-            padding_side=padding.side, softmax_scale=scale, dropout_p=dropout,
-        )  # fmt: skip
+        padding = read_padding(attention_mask, query.shape[2], started=False)
+        assert padding is not None  # it is known when nothing precedes the window
+        out = attend(parts, tables, padding.on(query.device), scale, dropout)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _padding(mask: Any, window: int) -> Padding | None:
-    """The padding of the window as the mask gives it; None if only the cache knows it."""
-    if mask is None:
-        return Padding(None, "right", None, window)
-    if not isinstance(mask, LazyMask):
-        raise ValueError(f"attention_mask is of shape {tuple(mask.shape)}; it must be (B, L) for refined layers, or None")
-    if (length := mask.arguments["kv_length"]) != window:
-        raise ValueError(f"attention_mask has {length} positions; it must have {window}, those of the input and its cache")
-    return mask.padding
+def _packed(parts: Parts, tables: Tables, packing: Packing, scale: float, dropout: float) -> Tensor:
+    """Attention of packed rows, (B, L, H, D_v)."""
+    batch = parts[0].shape[0]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in parts)
+    w_q, w_k = tables.packed(packing.longest)
+    out = refined_attention_varlen(
+        q, k, v, w_q, w_k, packing.bounds.to(q.device), packing.longest, align="left",
+        refinement=tables.refinement, gate=tables.gate, softmax_scale=scale, dropout_p=dropout,
+    )  # fmt: skip
+    return out.unflatten(0, (batch, -1)).contiguous()
 
 
-def _attention_modules(model: PreTrainedModel) -> list[Any]:
-    """The attention modules of a decoder's layers, in order."""
+def _by_index(model: PreTrainedModel) -> dict[int, Any]:
     attentions: dict[int, Any] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
         if name.rpartition(".")[2] in MODULES and isinstance(index, int) and _head_dim(module):
             attentions[index] = module
+    return attentions
+
+
+def _attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention modules of a decoder's layers, in order."""
+    attentions = _by_index(model)
     if not attentions or sorted(attentions) != list(range(len(attentions))) or not model._can_set_attn_implementation():
         names = f"modules are named {', '.join(MODULES)} and know their layer_idx and {' or '.join(HEAD_DIMS)}"
         must = f"a decoder on transformers' attention interface, whose layers' attention {names}"
@@ -210,11 +216,19 @@ def _head_dim(attention: Any) -> int:
 
 def _install(model: PreTrainedModel, attentions: list[Any], settings: dict[str, Any]) -> None:
     """Add tables to the layers in the settings, and set the attention implementation that reads them."""
+    if settings["layers"][-1] >= len(attentions):
+        must = f"of refined layers among the {len(attentions)} of the model; make the model with more, or change its config"
+        checks.refuse(f"config.{IMPLEMENTATION}", str(settings["layers"]), must)
     for index in settings["layers"]:
         attentions[index].refined = RefinedTables(attentions[index], settings, model.dtype)
         attentions[index].register_forward_pre_hook(_hand_over, with_kwargs=True)
+    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel) and attentions[0] in module.modules()]
+    owners[-1].register_forward_pre_hook(unpack, with_kwargs=True)  # the innermost one
+    for owner in owners:
+        owner.register_forward_pre_hook(adopt_prefix, with_kwargs=True)
     model.set_attn_implementation(IMPLEMENTATION)
     setattr(model.config, IMPLEMENTATION, settings)
+    model.config.attn_implementation = SAVED_IMPLEMENTATION  # so that transformers refuses the model where this is not imported
 
 
 def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -225,12 +239,37 @@ def _hand_over(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if (used := attention.config._attn_implementation) != IMPLEMENTATION:
         raise ValueError(f'the attention implementation is "{used}"; it must stay "{IMPLEMENTATION}" in a refined model')
     cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-    layer = None if cache is None else cache_layer(cache, attention.layer_idx)
-    return args, kwargs | {"refined": Refined(attention.refined, args[0] if args else kwargs["hidden_states"], layer)}
+    layer = None if cache is None else cache_layer(cache, attention)
+    tables = attention.refined(args[0] if args else kwargs["hidden_states"])
+    return args, kwargs | {"refined": Refined(tables, layer)}
 
 
-AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, LazyMask)
+def _post_init(model: PreTrainedModel) -> None:
+    """At the end of a model's __init__: a config with settings of refined attention makes the model refined."""
+    settings = getattr(model.config, IMPLEMENTATION, None)
+    attentions = {} if settings is None else _by_index(model)
+    if settings is not None and attentions and not any(hasattr(module, "refined") for module in attentions.values()):
+        if (used := model.config._attn_implementation) not in (IMPLEMENTATION, SAVED_IMPLEMENTATION, "sdpa", None):
+            checks.refuse("attn_implementation", f'"{used}"', "left out for a refined model")
+        _install(model, _attention_modules(model), settings)
+    elif attentions:  # inside, a decoder is refined already
+        model.register_forward_pre_hook(adopt_prefix, with_kwargs=True)
+    _transformers_post_init(model)
+
+
+def _initialize_weights(model: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Draw the tables that a checkpoint lacks, about which transformers warns."""
+    if isinstance(module, RefinedTables) and not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()
+    _transformers_initialize_weights(model, module, *args, **kwargs)
+
+
+for _name in (IMPLEMENTATION, SAVED_IMPLEMENTATION):
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, lazy_mask)
+_transformers_post_init, _transformers_initialize_weights = PreTrainedModel.post_init, PreTrainedModel._initialize_weights
+PreTrainedModel.post_init = _post_init  # type: ignore[method-assign]
+PreTrainedModel._initialize_weights = _initialize_weights  # type: ignore[method-assign]
 
 
 def _chosen(layers: Sequence[int] | None, config: PreTrainedConfig, count: int) -> list[int]:

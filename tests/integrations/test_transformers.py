@@ -299,8 +299,13 @@ def test_what_cannot_be_refined_is_refused() -> None:
     model = refine(llama())
     with pytest.raises(ValueError, match="model is already refined; refine a model only once"):
         refine(model)
-    with pytest.raises(ValueError, match="it must have a config of its own"):
+    with pytest.raises(ValueError, match="one made from a refined model's config is refined"):
         refine(LlamaForCausalLM(model.config))
+    original = llama()
+    another = LlamaForCausalLM(original.config)
+    refine(original)
+    with pytest.raises(ValueError, match="it must have a config of its own"):
+        refine(another)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match='implementation is "sdpa"; it must stay "refined_attention"'):
         model(tokens(1, 4))

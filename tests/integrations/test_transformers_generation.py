@@ -5,7 +5,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Fp8QuantizedLayer
+from transformers.masking_utils import sliding_window_causal_mask_function
 
+from awrsr_kernels.integrations._transformers.masks import lazy_mask
 from awrsr_kernels.integrations.transformers import refine
 
 from ..conftest import DEVICE
@@ -85,8 +88,9 @@ def test_masks_that_are_no_padding_are_refused() -> None:
     refused("attention_mask is irregular; .* padded on one side", attention_mask=torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]))
     refused(r"attention_mask is of shape \(2, 4\)", attention_mask=torch.ones(2, 4))
     refused(r"attention_mask is of shape \(2, 1, 5, 5\)", attention_mask=torch.ones(2, 1, 5, 5), use_cache=False)
-    packed = torch.tensor([[0, 1, 2, 0, 1]] * 2, device=DEVICE)
-    refused("attention_mask is not plainly causal", position_ids=packed, use_cache=False)
+    window = {"mask_function": sliding_window_causal_mask_function(3), "kv_offset": 0, "q_length": 5, "attention_mask": None}
+    with pytest.raises(ValueError, match="attention_mask is not plainly causal"):
+        lazy_mask(**window).padding(5, started=False)
     for index in (0, 1):  # refined layers and plain ones
         with pytest.raises(ValueError, match="block_indices is used by LlamaAttention; it must be None in every layer"):
             refine(llama(), layers=[index])(ids, block_indices=torch.zeros(1), use_cache=False)
@@ -103,16 +107,13 @@ def test_caches_that_cannot_serve_are_refused() -> None:
             model(ids[:, :1], cache=cache, **given)
 
     with torch.no_grad():
-        refused("cache is StaticCache of StaticLayer, of another kind", StaticCache(config=model.config, max_cache_len=8))
         refused("cache is DynamicCache of DynamicLayer, filled by a plain model", llama()(ids).cache)
-        with pytest.raises(ValueError, match="cache is static; it must be a DynamicCache"):
-            model.generate(ids, max_new_tokens=3, cache_implementation="static")
-        with pytest.raises(ValueError, match="a static cache counts its whole capacity"):
-            mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5], device=DEVICE)
-            model.generate(ids, attention_mask=mask, max_new_tokens=3, cache_implementation="static")
-        offloaded = DynamicCache(config=model.config)
-        offloaded.offloading = True  # as if made so, which takes a GPU
-        refused("cache is DynamicCache of DynamicLayer, offloaded", offloaded)
+        static = StaticCache(config=model.config, max_cache_len=8)
+        llama()(ids, cache=static)
+        refused("cache is StaticCache of StaticLayer, filled by a plain model", static)
+        quantized = DynamicCache(config=model.config)
+        quantized.layers = [Fp8QuantizedLayer() for _ in quantized.layers]
+        refused("cache is DynamicCache of Fp8QuantizedLayer, of another kind", quantized)
     learning = model(ids).cache
     with torch.no_grad():
         refused("cache is empty, as its first pass recorded gradients or had dropout; .* model.eval", learning)
