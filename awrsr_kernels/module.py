@@ -25,7 +25,7 @@ class _Alignment(NamedTuple):
     turn: Tensor | None  # (B,): row i of the operator is row (i + turn) % L of the caller
 
 
-class RefinedMultiheadAttention(RefinedLayer):
+class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
     """Multi-head self-attention with refined weights (AWRSR, RecSys 2024), batch first.
 
     Computes out(refined_attention(q, k, v, W_q, W_k)), with q, k and v from one linear map of x. The tables W_q and W_k span the
@@ -268,20 +268,6 @@ class RefinedMultiheadAttention(RefinedLayer):
         if alone:
             return out[0], None if weights is None else weights[0]
         return out.transpose(0, 1) if turned else out, weights
-
-    batch_first = True  # also of modules that were pickled before there was a choice
-    _qkv_same_embed_dim = True  # torch's encoder layers ask for these names before they call self_attn
-    in_proj_bias = None  # so that they do not compute the attention themselves
-
-    @property
-    def in_proj_weight(self) -> Tensor:
-        """(E + 2 H_kv D, E): qkv.weight by the name that torch's layers know."""
-        return self.qkv.weight
-
-    @property
-    def out_proj(self) -> nn.Module:
-        """The last linear map by the name that torch's layers know."""
-        return self.out
 
     @habits.own_signature
     def weights(self, x: Tensor, *, lengths: Tensor | None = None, **unknown: NoReturn) -> tuple[Tensor, Tensor]:

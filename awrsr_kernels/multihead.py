@@ -14,6 +14,26 @@ from .torch_state import readable
 PARAMETERS = {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
 
 
+class TorchNames:
+    """What torch's encoder layers ask of their `self_attn` before they call it."""
+
+    qkv: nn.Linear
+    out: nn.Linear
+    batch_first = True  # also of modules that were pickled before there was a choice
+    _qkv_same_embed_dim = True
+    in_proj_bias = None  # so that they do not compute the attention themselves
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """(E + 2 H_kv D, E): qkv.weight."""
+        return self.qkv.weight
+
+    @property
+    def out_proj(self) -> nn.Module:
+        """The last linear map."""
+        return self.out
+
+
 def check_replaceable(mha: Any) -> None:
     """Refuse what computes anything but torch's self-attention from its four parameters.
 
