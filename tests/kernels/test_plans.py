@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -80,15 +81,11 @@ def test_a_recording_that_fails_is_made_later(repeated: list[Launches], monkeypa
     call, inputs, dout = padded()
     call()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Recorder, "launch", raise_interrupt)
+        patch.setattr(Recorder, "launch", Mock(side_effect=KeyboardInterrupt))
         call()
     for _ in range(3):
         torch.autograd.grad(call(), inputs, dout)
     assert len(repeated) == 4  # the last two calls and their backwards
-
-
-def raise_interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -306,8 +303,7 @@ def test_gradients_of_any_layout(length: int) -> None:
 
 
 def test_saved_tensors_that_come_back_in_another_layout() -> None:
-    work = padded(70)
-    first = results(work)
+    first = results(work := padded(70))
 
     def elsewhere(x: Tensor) -> Tensor:
         return x.detach().transpose(0, -1).contiguous().transpose(0, -1).contiguous() if x.dim() > 1 else x.clone()
@@ -316,6 +312,25 @@ def test_saved_tensors_that_come_back_in_another_layout() -> None:
         with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
             found = results(work)
         torch.testing.assert_close(found, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("moved", [lambda x: torch.cat([x[:1], x])[1:], lambda x: torch.stack([x, x], 1).flatten()[::2]])
+def test_kept_memory_that_comes_back_at_an_odd_address_or_with_gaps(moved: Any) -> None:
+    first = results(work := padded(70))
+    for _ in range(3):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: moved(x) if x.dtype == torch.uint8 else x):
+            found = results(work)
+        assert all(map(torch.equal, found, first))
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter says what it refuses")
+def test_saved_tensors_that_come_back_in_another_dtype_are_not_misread() -> None:
+    work = padded()
+    for _ in range(4):
+        results(work)
+    half = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.half() if x.is_floating_point() else x)
+    with half, pytest.raises(Exception, match="same dtype"):
+        results(work)
 
 
 @pytest.mark.parametrize("name", ["short", "both", "tiled", "stochastic", "stochastic, tiled, covariances alone"])
