@@ -7,7 +7,8 @@ hand (`benchmarks/operator/predict.py`).
 The code of a kernel is a nest of loops, found by its backward branches. How often each level runs per head follows from the
 regime, the tile and the length; sequences are causal and of full length, and a head has one key head. Loops without floating-point
 arithmetic only write zeros to padding, of which there is none. All other instructions count as issued, also in branches that
-sequences of full length do not take: the count is an upper limit. What a program with a run of sequences does once is left out.
+sequences of full length do not take: the count is an upper limit, but for one block in the loop that forms delta in the resident
+backward, whose blocks are all of full size. What a program with a run of sequences does once is left out.
 """
 
 import re
@@ -22,8 +23,8 @@ SCHEDULERS, LANES = 4, 32  # of an NVIDIA processor, of a warp
 TYPICAL = {RESIDENT: 200, TILED: 512}
 
 # Budgets on sm_90 in bfloat16, for the refinement "simple" without dropout: by kernel, length class and counted length, the most
-# slots at width 32 and at width 64. Resident, width 32: forward and backward together 22,000 at 200 items and 8,500 at 100. The
-# others: what was counted plus 4 %.
+# slots at width 32 and at width 64. Resident, width 32, 100 items: forward and backward together 8,500. The others: what was
+# counted plus 4 %.
 SLOTS: dict[tuple[str, int, int], tuple[int, int]] = {
     ("short_fwd", 16, 16): (141, 200),
     ("short_fwd", 32, 32): (480, 627),
@@ -32,9 +33,9 @@ SLOTS: dict[tuple[str, int, int], tuple[int, int]] = {
     ("short_bwd", 32, 32): (748, 1525),
     ("short_bwd", 64, 64): (2306, 2641),
     ("resident_fwd", RESIDENT, 100): (2950, 3609),
-    ("resident_fwd", RESIDENT, 200): (7750, 9941),
+    ("resident_fwd", RESIDENT, 200): (6480, 7990),
     ("resident_bwd", RESIDENT, 100): (5550, 8799),
-    ("resident_bwd", RESIDENT, 200): (14250, 22893),
+    ("resident_bwd", RESIDENT, 200): (11530, 17805),
     ("tiled_fwd_stage1", TILED, 512): (19997, 25788),
     ("tiled_fwd_stage2", TILED, 512): (17381, 21320),
     ("tiled_bwd_rows_stage1", TILED, 512): (18334, 25447),
@@ -44,6 +45,7 @@ SLOTS: dict[tuple[str, int, int], tuple[int, int]] = {
     ("tiled_bwd_tables", TILED, 512): (16216, 19216),
 }
 SPLIT = ("tiled_fwd", "tiled_bwd_rows")  # kernels with a loop for tiles below the diagonal and one for those on it
+TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 ARITHMETIC = re.compile(r"\b(FADD|FMUL|FFMA|DADD|DMUL|DFMA|HMMA|HGMMA|UTC\w*MMA)\b")
 RESCALING = 1.25  # exponentials of a kernel over the weights in its tiles, at most; see `most_exponentials`
 
@@ -55,11 +57,13 @@ class Level(NamedTuple):
     exponentials: int
 
 
-def nest(sass: str, apart: bool = False) -> list[Level]:
+def nest(sass: str, apart: bool = False, narrow: bool = True) -> list[Level]:
     """The levels of a kernel, from the outermost, of the text that `cuobjdump -sass` prints. apart: the loops of the innermost
-    depth are levels of their own, in the order of the code."""
+    depth are levels of their own, in the order of the code. Without `narrow`, code with matrix products but no loop that a branch
+    may skip does not count: narrow blocks."""
     code = [(int(address, 16), text) for address, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);", sass)]
     ends: dict[int, int] = {}  # of loops, by where they begin
+    skips: list[tuple[int, int]] = []
     for number, (address, text) in enumerate(code):
         target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
         begin = int(target[1], 16) if target else address + 1
@@ -68,7 +72,11 @@ def nest(sass: str, apart: bool = False) -> list[Level]:
             break
         if begin < address:
             ends[begin] = address
+        elif begin > address + 1:
+            skips.append((address, begin))
     loops = sorted(ends.items())
+    products = [address for address, text in code if TENSOR.search(text)]
+    skips = [(a, b) for a, b in skips if any(a < x < b for x in products) and not any(a < x < b for x, _ in loops)]
 
     def inside(address: int) -> list[tuple[int, int]]:
         return [(begin, end) for begin, end in loops if begin <= address <= end]
@@ -78,7 +86,7 @@ def nest(sass: str, apart: bool = False) -> list[Level]:
     levels: dict[tuple[int, int], Level] = {}  # by depth and, where loops are kept apart, by where they begin
     for address, text in code:
         around = inside(address)
-        if all(loop in computing for loop in around):
+        if all(loop in computing for loop in around) and (narrow or not any(a < address < b for a, b in skips)):
             which = len(around), around[-1][0] if apart and around and len(around) == deepest else 0
             before = levels.get(which, Level(0, 0))
             levels[which] = Level(before.instructions + 1, before.exponentials + ("MUFU.EX2" in text))
@@ -91,13 +99,22 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def remainder(config: Config, length: int) -> int:
+    """In the resident regime, the items of a head that make up a narrow block of `block_n`; 0 if all blocks have `block_m`."""
+    return length % config.block_m if config.block_n < config.block_m and length % config.block_m <= config.block_n else 0
+
+
 def tiles(kernel: str, config: Config, length: int) -> tuple[float, float]:
-    """Blocks of rows (or of columns, where a kernel owns those) of a head, and tiles that hold a visible weight."""
+    """Blocks of rows (or of columns, where a kernel owns those) of a head, and tiles that hold a visible weight; those of full size
+    in the resident regime."""
     m, n = config.block_m, config.block_n
+    if kernel.startswith("resident"):
+        blocks = ceil_div(length - remainder(config, length), m)
+        return blocks, blocks * (blocks + 1) / 2
     if kernel.startswith("short"):
         share = 1 / max(1, min(m // length, m // 4))  # of a tile, which holds at most a sequence per four rows
         return share, share
-    if "columns" in kernel or "tables" in kernel or kernel == "resident_bwd":
+    if "columns" in kernel or "tables" in kernel:
         begins = range(0, length, n)
         return len(begins), sum(ceil_div(length - begin // m * m, m) for begin in begins)
     begins = range(0, length, m)
@@ -109,7 +126,7 @@ def trips(kernel: str, config: Config, length: int, levels: int) -> list[float] 
     blocks, every = tiles(kernel, config, length)
     if kernel.startswith("short"):
         runs = [0, blocks]
-    elif kernel.startswith("resident"):  # tiles on the diagonal belong to the loop over blocks
+    elif kernel.startswith("resident"):  # tiles on the diagonal and narrow ones belong to the loop over blocks
         runs = [*([0] if "bwd" in kernel else []), 1, blocks, every - blocks]
     elif "tables" in kernel:
         runs = [0, blocks, every]
@@ -139,7 +156,8 @@ class Count(NamedTuple):
 
 def count(sass: str, kernel: str, config: Config, length: int, refinement: str, stochastic: bool = False) -> Count | None:
     """What a kernel takes per head of `length` items; None if its loops are not those that its regime has."""
-    levels = nest(sass, apart=kernel.startswith(SPLIT))
+    narrow = not kernel.startswith("resident") or remainder(config, length) > 0
+    levels = nest(sass, apart=kernel.startswith(SPLIT), narrow=narrow)
     runs = trips(kernel, config, length, len(levels))
     if runs is None:
         return None
@@ -155,7 +173,12 @@ def most_exponentials(kernel: str, config: Config, length: int) -> float:
 
     Twice what the tiles hold, in a kernel whose warps repeat each other's work, is above it.
     """
-    return RESCALING * tiles(kernel, config, length)[1] * config.block_m * config.block_n / (length * (length + 1) / 2)
+    m, n = config.block_m, config.block_n
+    blocks, every = tiles(kernel, config, length)
+    computed = every * m * n
+    if kernel.startswith("resident"):
+        computed = every * m * m + (blocks * m * n + n * n if remainder(config, length) else 0)
+    return RESCALING * computed / (length * (length + 1) / 2)
 
 
 def columns(

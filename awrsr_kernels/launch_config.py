@@ -26,7 +26,7 @@ class Config(NamedTuple):
     """The launch parameters of a kernel."""
 
     block_m: int  # rows of a tile
-    block_n: int  # columns of a tile; in the short and resident regimes as many as rows
+    block_n: int  # columns of a tile; short: as many as rows; resident: items of a narrow block for what 64 leaves over, or as many
     num_warps: int
     num_stages: int
     programs: int = 0  # short, and resident backward: how many of them per processor share a batch
@@ -78,13 +78,13 @@ TABLE: dict[Key, list[Row]] = {
     Key("short_bwd", 64, 32, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
     Key("short_bwd", 64, 64, 2): [Row(98304, Config(64, 64, 4, 1, 2))],
     Key("short_bwd", 64, 128, 2): [Row(163840, Config(64, 64, 8, 1, 1))],
-    Key("resident_fwd", RESIDENT, 32, 2): [Row(12288, Config(64, 64, 4, 1))],
-    Key("resident_fwd", RESIDENT, 64, 2): [Row(24576, Config(64, 64, 4, 1))],
+    Key("resident_fwd", RESIDENT, 32, 2): [Row(12288, Config(64, 16, 4, 1))],
+    Key("resident_fwd", RESIDENT, 64, 2): [Row(24576, Config(64, 16, 4, 1))],
     Key("resident_fwd", RESIDENT, 32, 4): [Row(8192, Config(16, 16, 4, 1))],
     Key("resident_fwd", RESIDENT, 64, 4): [Row(16384, Config(16, 16, 4, 1))],
-    Key("resident_bwd", RESIDENT, 32, 2): [Row(40960, Config(64, 64, 4, 1, 2))],
+    Key("resident_bwd", RESIDENT, 32, 2): [Row(40960, Config(64, 16, 4, 1, 2))],
     # It takes 74752 bytes, but before Hopper tensor cores take operands from registers, and 64 rows would spill 9 KB
-    Key("resident_bwd", RESIDENT, 64, 2): [Row(172032, Config(64, 64, 4, 1, 2)), Row(40960, Config(32, 32, 4, 1, 2))],
+    Key("resident_bwd", RESIDENT, 64, 2): [Row(172032, Config(64, 16, 4, 1, 2)), Row(40960, Config(32, 32, 4, 1, 2))],
     Key("resident_bwd", RESIDENT, 32, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
     Key("resident_bwd", RESIDENT, 64, 4): [Row(16384, Config(16, 16, 4, 1, 2))],
     # float32 from 33 rows on is tiled: a backward of 64 rows would keep 2.5 KB a thread in local memory, a forward 448 bytes

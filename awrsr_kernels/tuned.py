@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .launch_config import LENGTHS, SHORT_KERNELS, TABLE, Config, Key, Tuned
+from .launch_config import LENGTHS, RESIDENT_KERNELS, SHORT_KERNELS, TABLE, Config, Key, Tuned
 
 VERSION = 1
 Entry = dict[str, Any]
@@ -49,9 +49,10 @@ def misfit(key: Key, config: Config) -> str | None:
         return "block_m and block_n must be powers of two and at least 16"
     if warps < 1 or warps & (warps - 1) or stages < 1:
         return "num_warps must be a power of two, and num_stages at least 1"
+    resident = key.kernel in RESIDENT_KERNELS
     least = key.length if key.kernel in SHORT_KERNELS else 16  # a tile of the short regime holds whole sequences
-    if key.length and not least <= block_m == block_n <= LENGTHS[-1]:
-        return f"block_m and block_n must be equal, from {least} to {LENGTHS[-1]} for this length class"
+    if key.length and not (least <= block_m <= LENGTHS[-1] and block_n in ((16, block_m) if resident else (block_m,))):
+        return f"block_m must be from {least} to {LENGTHS[-1]} for this length class, and block_n {'16 or ' * resident}as large"
     if key.length and key.kernel != "resident_fwd" and programs < 1:
         return "programs must be at least 1"
     return None

@@ -144,7 +144,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
             monkeypatch.setattr(problem, "is_short", lambda max_len, *_: max_len <= 64)
             monkeypatch.setattr(problem.Problem, "config", short_config)
         if engine in ("resident", "tiled"):
-            tiles = {name: launch_config.Config(16, 16, 4, 1, programs=1) for name in launch_config.RESIDENT_KERNELS}
+            tiles = {name: launch_config.Config(32, 16, 4, 1, programs=1) for name in launch_config.RESIDENT_KERNELS}
             monkeypatch.setattr(problem, "is_short", lambda *_: False)
             monkeypatch.setattr(problem, "choose", lambda key, *_: tiles.get(key.kernel, launch_config.Config(32, 16, 4, 1)))
         if engine == "tiled":

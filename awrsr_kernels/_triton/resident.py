@@ -7,6 +7,11 @@ leaves the registers before its use; K_A, and in "value" Y = P V, go to memory a
 tile on the diagonal comes first: from then on the peak is finite, and no other tile needs a mask. Rows beyond the sequence load
 zeros and are not stored; columns beyond it are seen by such rows only.
 
+A length seldom is a multiple of BLOCK. If at most NARROW items are left over, the first NARROW are a block of their own, so that
+the others need no further one: 200 items are a block of 16 and three of 64. It comes first because its columns then make narrow
+tiles with all later rows, which keep the warps busy that 16 rows would not; in the backward, whose tiles lie on their side, it is
+the rest itself, and comes last.
+
 The backward needs Q_A, K_A, Y or O_P = (P*Z) V, O_R = (R*Z) V (where that is not the output) and a log-sum-exp per row and stage.
 """
 
@@ -38,6 +43,149 @@ from .primitives import (
 from .problem import Problem
 
 
+@triton.jit
+def first_sums(
+    q_tile, k, v, w_q, w_k, peak, total, q_a_sum, k_a_sum, values, entry, head, kv_head, start, w_start, length, rows, before,
+    factor, seed_ptr, drop_threshold,
+    REFINEMENT: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The running sums of a block of rows over the first-order weights, with COLUMNS columns more, all before the rows."""
+    columns = before + tl.arange(0, COLUMNS)
+    seat = block_seats(entry, start, columns, length, OFFSET)
+    scores = dot(q_tile, tl.trans(load_tile(k, kv_head, seat, D, BLOCK_D)), PRECISION)  # [rows, COLUMNS]
+    peak, total, weights, decay = continue_softmax(scores, factor, peak, total)
+    if REFINEMENT != "none":
+        table_seat = block_seats(entry, w_start, columns, length, OFFSET)
+        half = weights.to(DTYPE)
+        w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
+        q_a_sum = dot(half, w_tile, PRECISION, q_a_sum * decay[:, None])
+        w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
+        k_a_sum = dot(half, w_tile, PRECISION, k_a_sum * decay[:, None])
+    if REFINEMENT != "simple":
+        if REFINEMENT != "value" and seed_ptr is not None:
+            weights = tl.where(keep_tile(seed_ptr, entry, head, rows, before, drop_threshold, COLUMNS), weights, 0.0)
+        values = dot(weights.to(DTYPE), load_tile(v, kv_head, seat, DV, BLOCK_DV), PRECISION, values * decay[:, None])
+    return peak, total, q_a_sum, k_a_sum, values
+
+
+@triton.jit
+def higher_sums(
+    q_a_tile, k_a, higher, peak, total, sums, entry, head, value_head, start, length, rows, before,
+    factor, seed_ptr, drop_threshold,
+    DTYPE: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same over the higher-order weights, which attend to `higher`: v, in "value" Y."""
+    seat = block_seats(entry, start, before + tl.arange(0, COLUMNS), length, OFFSET)
+    scores = dot(q_a_tile, tl.trans(load_tile(k_a, head, seat, R, BLOCK_R)), PRECISION)
+    peak, total, weights, decay = continue_softmax(scores, factor, peak, total)
+    if seed_ptr is not None:
+        weights = tl.where(keep_tile(seed_ptr, entry, head, rows, before, drop_threshold, COLUMNS), weights, 0.0)
+    sums = dot(weights.to(DTYPE), load_tile(higher, value_head, seat, DV, BLOCK_DV), PRECISION, sums * decay[:, None])
+    return peak, total, sums
+
+
+@triton.jit
+def attend_rows(
+    q, k, v, w_q, w_k, out, q_a, k_a, first_values, higher_values, first_lse_ptr, higher_lse_ptr, gate,
+    entry, head, kv_head, heads, start, w_start, length, rows_total, low, begin,
+    softmax_scale, refine_scale, seed_ptr, drop_threshold, drop_scale,
+    REFINEMENT: tl.constexpr, KEEP: tl.constexpr, FIRST_SIGN: tl.constexpr, HIGHER_SIGN: tl.constexpr, VARLEN: tl.constexpr,
+    DTYPE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, NARROW: tl.constexpr,
+    ALONE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Both stages of ROWS rows from `low` on; earlier blocks have ROWS columns but for a narrow one, if `begin` is not 0. ALONE: no
+    rows lie before these."""
+    rows = low + tl.arange(0, ROWS)
+    seat = block_seats(entry, start, rows, length, OFFSET)
+    at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
+    q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [ROWS, BLOCK_D]
+    if FIRST_SIGN != 1:
+        q_tile = (q_tile * FIRST_SIGN).to(DTYPE)
+    v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [ROWS, BLOCK_DV]
+    scores = dot(q_tile, tl.trans(load_tile(k, kv_head, seat, D, BLOCK_D)), PRECISION)  # [ROWS, ROWS], as all weights
+    peak, total, weights = begin_softmax(diagonal(scores, float("-inf"), ROWS), softmax_scale * LOG2E)
+    q_a_sum, k_a_sum, values = total, total, total  # what a refinement does not have
+    if REFINEMENT != "none":
+        table_seat = block_seats(entry, w_start, rows, length, OFFSET)
+        half = weights.to(DTYPE)
+        q_a_sum = dot(half, load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R), PRECISION)  # [ROWS, BLOCK_R]
+        k_a_sum = dot(half, load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R), PRECISION)
+    if REFINEMENT != "simple":
+        if REFINEMENT != "value" and seed_ptr is not None:
+            weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, ROWS), weights, 0.0)
+        values = dot(weights.to(DTYPE), v_tile, PRECISION)  # [ROWS, BLOCK_DV]
+    if not ALONE:
+        if NARROW < ROWS:
+            if begin > 0:
+                peak, total, q_a_sum, k_a_sum, values = first_sums(
+                    q_tile, k, v, w_q, w_k, peak, total, q_a_sum, k_a_sum, values, entry, head, kv_head, start, w_start, length,
+                    rows, begin * 0, softmax_scale * LOG2E, seed_ptr, drop_threshold,
+                    REFINEMENT, DTYPE, D, DV, R, NARROW, BLOCK_D, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+                )  # fmt: skip
+        for before in tl.range(begin, low, ROWS, disable_licm=True):
+            peak, total, q_a_sum, k_a_sum, values = first_sums(
+                q_tile, k, v, w_q, w_k, peak, total, q_a_sum, k_a_sum, values, entry, head, kv_head, start, w_start, length,
+                rows, before, softmax_scale * LOG2E, seed_ptr, drop_threshold,
+                REFINEMENT, DTYPE, D, DV, R, ROWS, BLOCK_D, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+            )  # fmt: skip
+    share = (1.0 / total)[:, None]
+    if KEEP:
+        tl.store(first_lse_ptr + at, peak + tl.log2(total), mask=rows < length)
+    if REFINEMENT == "additive" or REFINEMENT == "none":
+        values = values * (share * drop_scale)  # applied to weights, the scale would be rounded with them
+    if REFINEMENT == "value":
+        v_tile = (values * share).to(DTYPE)
+        store_tile(first_values, head, seat, v_tile, DV, BLOCK_DV)
+    if REFINEMENT == "additive" and KEEP:
+        store_tile(first_values, head, seat, values, DV, BLOCK_DV)
+
+    if REFINEMENT != "none":
+        q_a_tile = (q_a_sum * share).to(DTYPE)  # [ROWS, BLOCK_R]
+        k_a_tile = (k_a_sum * share).to(DTYPE)
+        store_tile(k_a, head, seat, k_a_tile, R, BLOCK_R)
+        if KEEP:
+            store_tile(q_a, head, seat, q_a_tile, R, BLOCK_R)
+        if HIGHER_SIGN != 1:
+            q_a_tile = (q_a_tile * HIGHER_SIGN).to(DTYPE)
+        scores = dot(q_a_tile, tl.trans(k_a_tile), PRECISION)
+        peak, total, weights = begin_softmax(diagonal(scores, float("-inf"), ROWS), refine_scale * LOG2E)
+        if seed_ptr is not None:
+            weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, ROWS), weights, 0.0)
+        sums = dot(weights.to(DTYPE), v_tile, PRECISION)  # [ROWS, BLOCK_DV]
+        if not ALONE:
+            if REFINEMENT == "value":
+                higher, value_head = first_values, head
+            else:
+                higher, value_head = v, kv_head
+            if NARROW < ROWS:
+                if begin > 0:
+                    peak, total, sums = higher_sums(
+                        q_a_tile, k_a, higher, peak, total, sums, entry, head, value_head, start, length, rows, begin * 0,
+                        refine_scale * LOG2E, seed_ptr, drop_threshold,
+                        DTYPE, DV, R, NARROW, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+                    )  # fmt: skip
+            for before in tl.range(begin, low, ROWS, disable_licm=True):
+                peak, total, sums = higher_sums(
+                    q_a_tile, k_a, higher, peak, total, sums, entry, head, value_head, start, length, rows, before,
+                    refine_scale * LOG2E, seed_ptr, drop_threshold,
+                    DTYPE, DV, R, ROWS, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+                )  # fmt: skip
+        if KEEP:
+            tl.store(higher_lse_ptr + at, peak + tl.log2(total), mask=rows < length)
+        values_r = sums * ((1.0 / total)[:, None] * drop_scale)
+        if REFINEMENT == "additive":
+            if KEEP:
+                store_tile(higher_values, head, seat, values_r, DV, BLOCK_DV)
+            values_r = values + gate * values_r
+    else:
+        values_r = values
+    store_tile(out, head, seat, values_r, DV, BLOCK_DV)
+    tl.debug_barrier()  # K_A and Y of these rows are there for the whole program from here on
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _resident_fwd_kernel(
     q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, v_ptr, v_entry, v_head, v_row,
@@ -48,13 +196,11 @@ def _resident_fwd_kernel(
     softmax_scale, refine_scale, drop_threshold, drop_scale,
     REFINEMENT: tl.constexpr, KEEP: tl.constexpr, FIRST_SIGN: tl.constexpr, HIGHER_SIGN: tl.constexpr,
     VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr, GROUP: tl.constexpr, ALIKE: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, NARROW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = q_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    VALUE: tl.constexpr = REFINEMENT == "value"
-    ADDED: tl.constexpr = REFINEMENT == "additive" or REFINEMENT == "none"  # P meets the values itself, under dropout
     if ALIKE:  # addresses within a tile are computed once for all
         k_entry, k_head, k_row, v_entry, v_head, v_row = q_entry, q_head, q_row, q_entry, q_head, q_row
         w_k_entry, w_k_head, w_k_row = w_q_entry, w_q_head, w_q_row
@@ -70,87 +216,26 @@ def _resident_fwd_kernel(
     start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
     w_start = table_start(start, length, table_rows, VARLEN, ALIGN_RIGHT, PER_ENTRY)
 
-    for low in tl.range(0, length, BLOCK, disable_licm=True):  # what it would hoist takes more registers than there are
-        rows = low + tl.arange(0, BLOCK)
-        seat = block_seats(entry, start, rows, length, OFFSET)
-        at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
-        q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK, BLOCK_D]
-        if FIRST_SIGN != 1:
-            q_tile = (q_tile * FIRST_SIGN).to(DTYPE)
-        v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK, BLOCK_DV]
-        scores = dot(q_tile, tl.trans(load_tile(k, kv_head, seat, D, BLOCK_D)), PRECISION)  # [BLOCK, BLOCK], as all weights
-        peak, total, weights = begin_softmax(diagonal(scores, float("-inf"), BLOCK), softmax_scale * LOG2E)
-        if REFINEMENT != "none":
-            table_seat = block_seats(entry, w_start, rows, length, OFFSET)
-            half = weights.to(DTYPE)
-            q_a_sum = dot(half, load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R), PRECISION)  # [BLOCK, BLOCK_R]
-            k_a_sum = dot(half, load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R), PRECISION)
-        if ADDED and seed_ptr is not None:
-            weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK), weights, 0.0)
-        if ADDED or VALUE:
-            values = dot(weights.to(DTYPE), v_tile, PRECISION)  # [BLOCK, BLOCK_DV]
-        for before in tl.range(0, low, BLOCK, disable_licm=True):
-            columns = before + tl.arange(0, BLOCK)
-            column_seat = block_seats(entry, start, columns, length, OFFSET)
-            scores = dot(q_tile, tl.trans(load_tile(k, kv_head, column_seat, D, BLOCK_D)), PRECISION)
-            peak, total, weights, decay = continue_softmax(scores, softmax_scale * LOG2E, peak, total)
-            if REFINEMENT != "none":
-                table_seat = block_seats(entry, w_start, columns, length, OFFSET)
-                half = weights.to(DTYPE)
-                w_tile = load_table(w_q, head, table_seat, DTYPE, R, BLOCK_R)
-                q_a_sum = dot(half, w_tile, PRECISION, q_a_sum * decay[:, None])
-                w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
-                k_a_sum = dot(half, w_tile, PRECISION, k_a_sum * decay[:, None])
-            if ADDED and seed_ptr is not None:
-                weights = tl.where(keep_tile(seed_ptr, entry, head, rows, before, drop_threshold, BLOCK), weights, 0.0)
-            if ADDED or VALUE:
-                earlier = load_tile(v, kv_head, column_seat, DV, BLOCK_DV)
-                values = dot(weights.to(DTYPE), earlier, PRECISION, values * decay[:, None])
-        share = (1.0 / total)[:, None]
-        if KEEP:
-            tl.store(first_lse_ptr + at, peak + tl.log2(total), mask=rows < length)
-        if ADDED:
-            values = values * (share * drop_scale)  # applied to weights, the scale would be rounded with them
-        if VALUE:
-            v_tile = (values * share).to(DTYPE)
-            store_tile(first_values, head, seat, v_tile, DV, BLOCK_DV)
-        if REFINEMENT == "additive" and KEEP:
-            store_tile(first_values, head, seat, values, DV, BLOCK_DV)
-
-        if REFINEMENT != "none":
-            q_a_tile = (q_a_sum * share).to(DTYPE)  # [BLOCK, BLOCK_R]
-            k_a_tile = (k_a_sum * share).to(DTYPE)
-            store_tile(k_a, head, seat, k_a_tile, R, BLOCK_R)
-            if KEEP:
-                store_tile(q_a, head, seat, q_a_tile, R, BLOCK_R)
-            if HIGHER_SIGN != 1:
-                q_a_tile = (q_a_tile * HIGHER_SIGN).to(DTYPE)
-            scores = dot(q_a_tile, tl.trans(k_a_tile), PRECISION)
-            peak, total, weights = begin_softmax(diagonal(scores, float("-inf"), BLOCK), refine_scale * LOG2E)
-            if seed_ptr is not None:
-                weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK), weights, 0.0)
-            sums = dot(weights.to(DTYPE), v_tile, PRECISION)  # [BLOCK, BLOCK_DV]
-            for before in tl.range(0, low, BLOCK, disable_licm=True):
-                column_seat = block_seats(entry, start, before + tl.arange(0, BLOCK), length, OFFSET)
-                scores = dot(q_a_tile, tl.trans(load_tile(k_a, head, column_seat, R, BLOCK_R)), PRECISION)
-                peak, total, weights, decay = continue_softmax(scores, refine_scale * LOG2E, peak, total)
-                if seed_ptr is not None:
-                    weights = tl.where(keep_tile(seed_ptr, entry, head, rows, before, drop_threshold, BLOCK), weights, 0.0)
-                if VALUE:
-                    earlier = load_tile(first_values, head, column_seat, DV, BLOCK_DV)
-                else:
-                    earlier = load_tile(v, kv_head, column_seat, DV, BLOCK_DV)
-                sums = dot(weights.to(DTYPE), earlier, PRECISION, sums * decay[:, None])
-            if KEEP:
-                tl.store(higher_lse_ptr + at, peak + tl.log2(total), mask=rows < length)
-            sums = sums * ((1.0 / total)[:, None] * drop_scale)
-            if REFINEMENT == "additive":
-                if KEEP:
-                    store_tile(higher_values, head, seat, sums, DV, BLOCK_DV)
-                sums = values + load_gate(gate_ptr, gate_stride, head, ACC) * sums
-            values = sums
-        store_tile(out, head, seat, values, DV, BLOCK_DV)
-        tl.debug_barrier()  # K_A and Y of these rows are there for the whole program from here on
+    gate = load_gate(gate_ptr, gate_stride, head, ACC)
+    begin = length * 0
+    if NARROW < BLOCK:
+        begin = tl.where((length % BLOCK > 0) & (length % BLOCK <= NARROW), NARROW, 0)
+        if begin > 0:
+            attend_rows(
+                q, k, v, w_q, w_k, out, q_a, k_a, first_values, higher_values, first_lse_ptr, higher_lse_ptr, gate,
+                entry, head, kv_head, heads, start, w_start, length, rows_total, begin * 0, begin,
+                softmax_scale, refine_scale, seed_ptr, drop_threshold, drop_scale,
+                REFINEMENT, KEEP, FIRST_SIGN, HIGHER_SIGN, VARLEN, DTYPE, D, DV, R, NARROW, NARROW, True,
+                BLOCK_D, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+            )  # fmt: skip
+    for low in tl.range(begin, length, BLOCK, disable_licm=True):  # what it would hoist takes more registers than there are
+        attend_rows(
+            q, k, v, w_q, w_k, out, q_a, k_a, first_values, higher_values, first_lse_ptr, higher_lse_ptr, gate,
+            entry, head, kv_head, heads, start, w_start, length, rows_total, low, begin,
+            softmax_scale, refine_scale, seed_ptr, drop_threshold, drop_scale,
+            REFINEMENT, KEEP, FIRST_SIGN, HIGHER_SIGN, VARLEN, DTYPE, D, DV, R, BLOCK, NARROW, False,
+            BLOCK_D, BLOCK_DV, BLOCK_R, OFFSET, PRECISION,
+        )  # fmt: skip
     if bounds_ptr is not None and not VARLEN:
         store_padding(out, head, entry, start, length, rows_total, DV, BLOCK, BLOCK_DV)
 
@@ -200,7 +285,8 @@ def launch_resident_forward(problem: Problem, keep: bool = True) -> list[Tensor]
     scales = {"softmax_scale": first_scale, "FIRST_SIGN": first_sign, "refine_scale": refine_scale, "HIGHER_SIGN": higher_sign}
     launch(
         _resident_fwd_kernel, (p.batch * p.heads,), config, p.q.device,
-        **resident_arguments(p, buffers) | scales, KEEP=keep, BLOCK=config.block_m, OFFSET=p.offset_type(p.call.max_len),
+        **resident_arguments(p, buffers) | scales, KEEP=keep, BLOCK=config.block_m, NARROW=config.block_n,
+        OFFSET=p.offset_type(p.call.max_len),
     )  # fmt: skip
     return list(buffers.values()) if keep else [buffers["out"]]
 

@@ -33,7 +33,8 @@ def carried(key: Key, config: Config) -> int:
         "tiled_bwd_columns": 2 * config.block_n,  # dk and dv
         "tiled_bwd_tables": 2 * config.block_n,  # dW_q and dW_k
     }
-    return sums[key.kernel] * key.width + config.block_m * config.block_n
+    scores = config.block_m * (config.block_m if key.kernel in RESIDENT_KERNELS else config.block_n)
+    return sums[key.kernel] * key.width + scores
 
 
 def estimated_shared(key: Key, config: Config) -> float:
@@ -51,10 +52,11 @@ def candidates(key: Key) -> list[Config]:
     """
     if key.kernel in RESIDENT_KERNELS:
         count = PROGRAMS[:4] if key.kernel == "resident_bwd" else (0,)
-        grid = [Config(b, b, warps, stages, n) for b in (16, 32, 64) for warps in WARPS[b] for stages in (1, 2) for n in count]
+        blocks = [(b, narrow) for b in LENGTHS for narrow in dict.fromkeys((16, b))]
+        grid = [Config(m, n, warps, stages, of) for m, n in blocks for warps in WARPS[m] for stages in (1, 2) for of in count]
     elif key.length != TILED:
-        blocks = [size for size in LENGTHS if size >= key.length]  # a taller tile seats more sequences
-        grid = [Config(b, b, warps, 1, programs) for b in blocks for warps in WARPS[b] for programs in PROGRAMS]
+        heights = [size for size in LENGTHS if size >= key.length]  # a taller tile seats more sequences
+        grid = [Config(b, b, warps, 1, programs) for b in heights for warps in WARPS[b] for programs in PROGRAMS]
     else:
         grid = [Config(m, n, warps, stages) for m in BLOCKS for n in BLOCKS for warps in (4, 8) for stages in (1, 2, 3)]
     start = TABLE[key][0].config

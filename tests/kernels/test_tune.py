@@ -26,7 +26,8 @@ def test_candidates_can_be_launched_and_hold_the_tables_rows(key: Key) -> None:
         assert tuned.misfit(key, config) is None
         assert carried(key, config) <= 255 * 32 * config.num_warps
         if key.kernel in launch_config.RESIDENT_KERNELS:
-            assert config.block_m == config.block_n <= 64 and (config.programs > 0) == (key.kernel == "resident_bwd")
+            assert config.block_n in (16, config.block_m) and config.block_m <= 64
+            assert (config.programs > 0) == (key.kernel == "resident_bwd")
         elif key.length != TILED:
             assert key.length <= config.block_m == config.block_n <= 64 and 1 <= config.programs <= 16 and config.num_stages == 1
         else:

@@ -53,7 +53,7 @@ def test_a_write_that_fails_leaves_the_old_file(path: Path, monkeypatch: pytest.
         (json.dumps({"version": 1, "entries": [entry() | {"key": ["short_fwd", 63, 64, 2]}]}), "entry 0 is "),
         (json.dumps({"version": 1, "entries": [entry() | {"config": [64, 64, 4]}]}), "entry 0 is "),
         (json.dumps({"version": 1, "entries": [entry() | {"config": [64, 64, True, 1, 4]}]}), "entry 0 is "),
-        (json.dumps({"version": 1, "entries": [entry(config=Config(32, 64, 4, 1, 4))]}), "entry 0 .* must be equal, from 64"),
+        (json.dumps({"version": 1, "entries": [entry(config=Config(32, 64, 4, 1, 4))]}), "entry 0 .* block_m must be from 64"),
         (json.dumps({"version": 1, "entries": [entry(config=Config(64, 64, 3, 1, 4))]}), "entry 0 .*num_warps must be"),
         (json.dumps({"version": 1, "entries": [entry(config=Config(64, 64, 4, 1, 0))]}), "entry 0 .*programs must be"),
         (json.dumps({"version": 1, "entries": [entry(TILED_FORWARD, Config(48, 64, 4, 1))]}), "entry 0 .*powers of two"),
@@ -94,7 +94,7 @@ def test_forced_nests_and_ends_and_reaches_other_threads() -> None:
 
 
 def test_forcing_what_cannot_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="configs is .*must be equal, from 64"), forced({FORWARD: Config(32, 32, 4, 1, 4)}):
+    with pytest.raises(ValueError, match="configs is .*block_m must be from 64"), forced({FORWARD: Config(32, 32, 4, 1, 4)}):
         pass
     with pytest.raises(ValueError, match="no such key"), forced({Key("short_fwd", 128, 64, 2): OTHER}):
         pass
