@@ -3,6 +3,7 @@
 B users of a batch, N items, S features of what is multiplied for scores, H heads.
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -122,7 +123,7 @@ class AWRSR(nn.Module):
 
         Args:
             histories: as for `fit`. Items that the model does not know are ignored; a user without any known item gets no row.
-            k: 1 to the number of items N.
+            k: at least 1; where there are fewer items to recommend, all of them are.
             filter_seen: leave out the items of the history, so that a user who has seen almost all items may get fewer than k. None
                 does what training did, where "auto" keeps these items if users take items again.
             batch_size: users scored at a time; fewer with a large catalogue.
@@ -132,7 +133,7 @@ class AWRSR(nn.Module):
             stosa, the negative squared distance).
 
         Raises:
-            ValueError: k out of range; the model was not fitted.
+            ValueError: k is below 1; the model was not fitted.
         """
         known, _ = Histories.from_lists(histories).numbered_as(self.ids())
         return pl.concat(self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size), rechunk=True)
@@ -143,8 +144,7 @@ class AWRSR(nn.Module):
     ) -> Iterator[pl.DataFrame]:
         """Like `recommend`, for histories whose items are numbered as in this model. Yields tables of bounded size."""
         count = self.known_items()
-        if not 1 <= k <= count:
-            raise ValueError(f"k is {k}, must be in 1..{count}, the number of items this model knows")
+        k = min(at_least_one(k), count)
         training = self.training
         self.eval()
         step = max(1, min(batch_size, SCORE_BLOCK // count))
@@ -183,18 +183,17 @@ class AWRSR(nn.Module):
 
         Args:
             items: item ids.
-            k: 1 to N - 1.
+            k: at least 1; N - 1 if it is more.
 
         Returns:
             A row per pair: item, similar, rank (1 = most similar), score: the cosine of their embeddings; for backbone stosa, the
             negative squared distance.
 
         Raises:
-            ValueError: the model does not know an id, or k is not in 1..N-1.
+            ValueError: the model does not know an id; k is below 1.
         """
         count = self.known_items()
-        if not 1 <= k < count:
-            raise ValueError(f"k is {k}, must be in 1..{count - 1}, the number of other items")
+        k = min(at_least_one(k), count - 1)
         places = self.places(items)
         table = self.item_table()
         if not self.by_distance:
@@ -268,6 +267,17 @@ class AWRSR(nn.Module):
             model = cls()
         model.network, model.item_ids, model.filter_seen = load_model(folder, **changes)
         return model.eval()
+
+
+def at_least_one(k: int) -> int:
+    """k. Raises TypeError unless it is a whole number, and ValueError if it is below 1."""
+    try:
+        number = operator.index(k)
+    except TypeError:
+        raise TypeError(f"k is {k!r}, must be a whole number") from None
+    if number < 1:
+        raise ValueError(f"k is {number}, must be at least 1")
+    return number
 
 
 def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], otherwise: str) -> str:

@@ -17,7 +17,7 @@ from .models.network import AWRSRNetwork
 
 CONFIG, ITEMS, WEIGHTS = "config.json", "items.parquet", "model.safetensors"  # a model
 STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds
-MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "data"}  # in a run that is resumed; data: where they lie
+MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "data", "path"}  # in a run that is resumed
 
 
 class SavedModel(NamedTuple):

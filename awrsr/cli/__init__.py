@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from ..data.prepare import DEMO
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
 from .errors import Parser
-from .shared import as_flags, say
+from .shared import as_flags, say, shield_ids
 
 
 class Command(NamedTuple):
@@ -82,11 +82,18 @@ def add(to: Any, name: str, documented: Any) -> ArgumentParser:
     return sub
 
 
+def spellings(of: ArgumentParser) -> set[str]:
+    """Every option of a parser and of its commands, as it is typed."""
+    commands = [sub for action in of._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    return set(of._option_string_actions).union(*map(spellings, commands))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit status: 0; 1 for bad input; 2 for a wrong command line; 130 when interrupted; 141 when the reader of its
     output has gone."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parsed = parser().parse_args([each for each in arguments if not each.startswith("--print-config")])
+    top = parser()
+    arguments = shield_ids(sys.argv[1:] if arguments is None else arguments, spellings(top))
+    parsed = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = parsed.command
     demo = name == "train" and not parsed.train.data
     if demo or "--print-config" in " ".join(arguments):

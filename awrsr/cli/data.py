@@ -14,7 +14,7 @@ from ..data import synthetic
 from ..data.fetch import REGISTRY
 from ..data.prepare import DEMO, DataOptions
 from ..files import write_json
-from .shared import COLUMNS, add_options, as_flags, options_of
+from .shared import COLUMNS, add_options, as_flags, options_of, typed
 
 
 def add_fetch_flags(to: ArgumentParser) -> None:
@@ -36,7 +36,7 @@ def fetch(options: Any) -> None:
     from ..data import fetch
 
     path = fetch.fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
-    print(f"{path}\n\nNext:\n\n  awrsr data stats {path}\n  awrsr train --data {path}")
+    print(f"{path}\n\nNext:\n\n  {typed(['awrsr', 'data', 'stats', path])}\n  {typed(['awrsr', 'train', '--data', path])}")
 
 
 def add_make_flags(to: ArgumentParser) -> None:
@@ -53,8 +53,8 @@ def make(options: Any) -> None:
       awrsr train --data recall.txt --baseline
     """
     synthetic.write(synthetic.make(**options_of(synthetic.RecallTask, options)), options.output)
-    print(f"{options.output}\n\nNext:\n\n  awrsr data stats {options.output}")
-    print(f"  awrsr train --data {options.output} --baseline {as_flags(DEMO)}")
+    print(f"{options.output}\n\nNext:\n\n  {typed(['awrsr', 'data', 'stats', options.output])}")
+    print(f"  {typed(['awrsr', 'train', '--data', options.output, '--baseline'])} {as_flags(DEMO)}")
 
 
 def add_stats_flags(to: ArgumentParser) -> None:

@@ -4,19 +4,19 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from .shared import OpenRun, add_run, find_user
+from .shared import OpenRun, add_run, find_user, identifier
 
 
 def add_flags(to: ArgumentParser) -> None:
     add_run(to)
     to.add_argument(
         "--user",
-        type=str,
+        type=identifier,
         default="",
         help="Id of the user (default: the first user with 12 events or more, or else the one with the longest history).",
     )
     to.add_argument(
-        "--history", nargs="+", type=str, default=[], help="Item ids of a history to explain, instead of a user's."
+        "--history", nargs="+", type=identifier, default=[], help="Item ids of a history to explain, instead of a user's."
     )
     to.add_argument("--layer", type=int, default=1, help="Block to draw, counted from 1.")
     to.add_argument("--output", type=str, default="attention.png", help="Picture to write: .png, .svg or .pdf.")
@@ -38,9 +38,12 @@ def run(options: Any) -> None:
         raise ValueError(f"layer is {options.layer}, must be in 1..{config.layers}")
     items = options.history
     if not items:  # of the user, or else of the first one with 12 events, or with the most if nobody has as many
-        histories, user = opened.histories(), options.user
+        histories, user = opened.histories(everyone=bool(options.user)), options.user
+        histories, _ = histories.numbered_as(opened.model.ids())
         chosen = find_user(histories, user) if user else (histories.lengths >= min(12, histories.lengths.max())).argmax()
         items = histories.item_ids[histories.of(int(chosen))].tolist()
+        if not items:
+            raise ValueError(f"user is {user!r}, must have an item that the model knows" if user else "data: no item is known")
     items = items[-config.max_len :]
     labels = [str(item) for item in items]
     p, m = opened.model.attention_maps(items)[options.layer - 1]

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,25 @@ import polars as pl
 from jsonargparse import ArgumentParser
 
 from ..files import atomic
-from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, filter_seen, find_user
+from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, add_switch, filter_seen, find_user, identifier
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 def add_flags(to: ArgumentParser) -> None:
     add_run(to, f"File of histories; - reads standard input {OWN_DATA}.")
-    to.add_argument("--user", nargs="+", type=str, default=[], help="Ids of the users to recommend to (default: all).")
-    to.add_argument("-k", type=int, default=10, help="Number of items to recommend to each user.")
+    to.add_argument("--user", nargs="+", type=identifier, default=[], help="Ids of the users to recommend to (default: all).")
+    to.add_argument("-k", type=int, default=10, help="Number of items to recommend to each user; all if the model knows fewer.")
     to.add_argument("--output", type=str, default="-", help=".csv, .jsonl or .parquet file; - writes CSV to standard output.")
+    help = "Put an apostrophe before ids that a spreadsheet would take for formulas, such as those that begin with = or @."
+    add_switch(to, "csv_safe", False, help)
     add_filter_seen(to)
 
 
 def run(options: Any) -> None:
     """Recommend the best next items for every history. The output has the columns user,
     item, rank and score, with the ids of the data. Users may be new to the model;
-    events with items that it does not know are left out.
+    events with items that it does not know are left out. Ids may begin with a dash.
 
       awrsr recommend --run runs/beauty -k 5
       awrsr recommend --run runs/beauty --user 17 42
@@ -37,9 +38,7 @@ def run(options: Any) -> None:
     """
     opened = OpenRun(options)
     model = opened.model
-    if options.data:  # all users of the file, even those whom the run would leave out
-        opened.data = replace(opened.data, min_user_events=1, min_item_events=1)
-    histories = opened.histories()
+    histories = opened.histories(everyone=bool(options.data or options.user))
     if options.user:
         chosen = [find_user(histories, user) for user in options.user]
         histories = histories.keep(np.isin(histories.owners, chosen))
@@ -50,7 +49,16 @@ def run(options: Any) -> None:
     if unknown:
         users = f"; users without any others: {empty:,}" if empty else ""
         print(f"Left out {unknown:,} events whose items the model does not know{users}.", file=sys.stderr)
-    write(options.output, model.top_items(known, options.k, filter_seen=filter_seen(options)))
+    if options.k > model.known_items():
+        print(f"The model knows {model.known_items():,} items, which is fewer than k={options.k:,}: ranking all.", file=sys.stderr)
+    tables = model.top_items(known, options.k, filter_seen=filter_seen(options))
+    write(options.output, map(csv_safe, tables) if options.csv_safe else tables)
+
+
+def csv_safe(table: pl.DataFrame) -> pl.DataFrame:
+    """With an apostrophe before each text that a spreadsheet would take for a formula (OWASP, CSV injection)."""
+    formula = pl.col(pl.String).str.contains("^[=+@\\t\\r-]")
+    return table.with_columns(pl.when(formula).then("'" + pl.col(pl.String)).otherwise(pl.col(pl.String)).name.keep())
 
 
 def write(output: str, tables: Iterable[pl.DataFrame]) -> None:

@@ -1,7 +1,9 @@
 """What several commands share: their flags, opening a run with its histories, warnings about changed data."""
 
+import re
+import shlex
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +39,24 @@ def add_switch(to: Any, name: str, default: bool | None, help: str) -> None:
 def options_of(kind: Any, options: Any) -> dict[str, Any]:
     """The values of the flags that `add_options` added."""
     return {each.name: options[each.name] for each in fields(kind) if each.name in options}
+
+
+DASH = "\0"  # stands before an id that begins with a dash, so that argparse does not take it for an option
+
+
+def identifier(word: str) -> str:
+    """An id as it was typed, from what `shield_ids` made of it."""
+    return word.removeprefix(DASH)
+
+
+def shield_ids(arguments: list[str], options: Collection[str]) -> list[str]:
+    """Arguments in which words after --user and --history that begin with a dash, but are no option, begin with DASH."""
+    shielded, of_ids = [], False
+    for word in arguments:
+        is_option = word.partition("=")[0] in options or re.fullmatch(r"-k\d+", word) is not None
+        shielded.append(DASH + word if of_ids and word.startswith("-") and not is_option else word)
+        of_ids = word in ("--user", "--history") if is_option else of_ids
+    return shielded
 
 
 def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.") -> None:
@@ -83,24 +103,36 @@ class OpenRun:
         self.data = DataOptions(**{name: self.stored[name] for name in known - unused})
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    def histories(self) -> Histories:
-        """Filtered as in the run."""
+    def histories(self, everyone: bool = False) -> Histories:
+        """Filtered as in the run; everyone: with users and items that the run leaves out."""
         options, data = self.options, self.data
+        if everyone:
+            data = replace(data, min_user_events=1, min_item_events=1)
         if options.data:
-            alike = Path(options.data).suffix == Path(data.data).suffix  # then the run's format and columns apply
+            alike = options.data == "-" or suffix(options.data) == suffix(data.data)
+            alike = alike and options.format in ("auto", data.format)  # then the run's format and columns apply
             columns: dict[str, Any] = {name: options[name] or (getattr(data, name) if alike else "") for name in COLUMNS}
-            format = data.format if options.format == "auto" and alike else options.format
-            return histories(replace(data, data=options.data, format=format, **columns))
+            return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns))
         if "data" not in self.stored:
             raise ValueError(f"{options.run} was fitted in Python and does not say where its histories are; add --data FILE")
         for name in ("format", *COLUMNS):
             if options[name] not in ("", "auto"):
                 raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
-        if data.data not in ("", "-") and not Path(data.data).exists():
-            raise ValueError(
-                f"{data.data}, the run's own data, does not exist; add --data FILE or run this where the run was started"
-            )
-        return histories(data)
+        return histories(replace(data, data=self.own_file()))
+
+    def own_file(self) -> str:
+        """Where the run's own data lie: where they were when it was trained or, if they are gone from there, under the same name
+        seen from here."""
+        given, place = self.data.data, self.stored.get("path", "")
+        if given == "-":
+            raise ValueError(f"{self.options.run} was trained on standard input; add --data FILE, or --data - to read it again")
+        if not given or place and Path(place).exists():
+            return place or given
+        if not Path(given).exists():
+            raise ValueError(f"{place or given}, the run's own data, does not exist; add --data FILE")
+        if place:
+            say(f"Warning: {place}, the run's own data, does not exist; reading {given} instead.", file=sys.stderr)
+        return given
 
     def split(self) -> Split:
         """The histories, split as in the run. Warns if they are not those of the run."""
@@ -116,6 +148,11 @@ class OpenRun:
         return split
 
 
+def suffix(path: str) -> str:
+    """Of a file name, without .gz."""
+    return Path(path.removesuffix(".gz")).suffix
+
+
 def find_user(histories: Histories, user: str) -> int:
     """The number of the user with this id."""
     numbers = np.flatnonzero(histories.user_ids.astype(str) == user)
@@ -126,7 +163,12 @@ def find_user(histories: Histories, user: str) -> int:
 
 def as_flags(options: dict[str, Any]) -> str:
     """Options as one would type them."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+    return typed(part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value))
+
+
+def typed(words: Iterable[Any]) -> str:
+    """Words as one would type them, those with blanks and the like in quotation marks."""
+    return shlex.join(map(str, words))
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -10,7 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from ..config import AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
-from .shared import add_options, add_switch, as_flags, options_of, say
+from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
 OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
 
@@ -74,8 +74,8 @@ def run(options: Any) -> None:
     ranks = " and the rank of every held-out event" if held_out else ""
     print(f"\n{out} holds the model, its metrics{ranks}. Next:\n")
     if not data.data:
-        print(f"  awrsr explain --run {out}          # what the model pays attention to")
-    print(f"  awrsr recommend --run {out} -k 5   # the best next items for every user")
+        print(f"  {typed(['awrsr', 'explain', '--run', out])}          # what the model pays attention to")
+    print(f"  {typed(['awrsr', 'recommend', '--run', out, '-k', 5])}   # the best next items for every user")
 
 
 def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     torch.manual_seed(training.seed)
     model = AWRSR(config)
     try:
-        record = train(model, split, training, out, data=asdict(data))
+        record = train(model, split, training, out, data=asdict(data) | where(data))
         if not record:
             return {}
         best = f"epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
@@ -101,6 +101,11 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     except KeyboardInterrupt:
         say(f"\nRerun the same command to resume from the last completed epoch in {out}.", file=sys.stderr)
         raise
+
+
+def where(data: DataOptions) -> dict[str, str]:
+    """The place of the file of histories, for commands that are started in another folder."""
+    return {"path": str(Path(data.data).absolute())} if data.data not in ("", "-") else {}
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:

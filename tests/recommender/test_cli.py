@@ -291,10 +291,9 @@ def test_recommend_with_unknown_ids_alone_is_an_error(
     assert "none of the 1 users has an item that the model knows" in refused("recommend", "--run", home / "run", "--data", "-")
 
 
-@pytest.mark.parametrize("k", [0, ITEMS + 1])
-def test_recommend_wants_a_k_that_the_catalogue_has(k: int, home: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    error = refused("recommend", "--run", home / "run", "-k", k, "--output", tmp_path / "out.csv")
-    assert f"k is {k}, must be in 1..{ITEMS}" in error
+def test_recommend_wants_a_k_of_one_or_more(home: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    error = refused("recommend", "--run", home / "run", "-k", 0, "--output", tmp_path / "out.csv")
+    assert "k is 0, must be at least 1" in error
     assert everything(tmp_path) == {}
 
 

@@ -327,10 +327,20 @@ def test_filtering_leaves_fewer_where_almost_all_is_seen() -> None:
     assert sorted(kept["item"].to_list()) == list(range(ITEMS))
 
 
-@pytest.mark.parametrize("k", [0, -1, ITEMS + 1])
-def test_k_out_of_range_is_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k is {k}, must be in 1..{ITEMS}, the number of items"):
-        make_model().recommend([[1]], k)
+def test_k_beyond_the_catalogue_gives_what_there_is() -> None:
+    model = make_model()
+    assert len(model.recommend([[1], [2, 3]], ITEMS + 7, filter_seen=False)) == 2 * ITEMS
+    assert len(model.similar_items([1], ITEMS)) == ITEMS - 1
+    assert AWRSR(SMALL, num_items=1).similar_items([0], 5).is_empty()
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.5])
+def test_k_that_counts_nothing_is_refused(k: int) -> None:
+    error, said = (TypeError, "a whole number") if k == 2.5 else (ValueError, "at least 1")
+    model = make_model()
+    for ask in (lambda: model.recommend([[1]], k), lambda: model.similar_items([1], k)):
+        with pytest.raises(error, match=f"k is {k}, must be {said}"):
+            ask()
 
 
 def test_a_model_that_was_not_fitted_says_so() -> None:
@@ -396,12 +406,6 @@ def test_similar_items_may_be_all_others(fitted: AWRSR) -> None:
     first = fitted.ids()[0]
     table = fitted.similar_items([first], 11)
     assert {*table["similar"].to_list(), first} == set(fitted.ids().tolist())
-
-
-@pytest.mark.parametrize("k", [0, ITEMS])
-def test_similar_items_out_of_range_are_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=f"k is {k}, must be in 1..{ITEMS - 1}, the number of other items"):
-        make_model().similar_items([1], k)
 
 
 def test_an_unknown_item_is_named(fitted: AWRSR) -> None:
