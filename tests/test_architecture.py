@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -123,6 +124,20 @@ def test_files_are_short_and_say_what_they_are_for() -> None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not is_kernel(node):
                 lines = (node.end_lineno or node.lineno) - node.lineno
                 assert lines <= MOST_LINES_OF_A_FUNCTION, f"{name}: {node.name} has {lines} lines"
+
+
+def test_the_oldest_python_that_is_promised_is_what_lint_allows(tmp_path: Path) -> None:
+    promised = re.search(r'python_requires=">=([0-9.]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert promised
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'target-version = "py{promised[1].replace(".", "")}"' in settings and f'python_version = "{promised[1]}"' in settings
+    newer = tmp_path / "newer.py"
+    newer.write_text('"""Newer syntax, which ast.parse reads with any feature_version."""\n\nx = {(0,): 1}\nprint(x[*(0,)])\n')
+    syntax = [sys.executable, "-m", "ruff", "check", "--no-cache", "--config", "pyproject.toml", "--ignore", "ALL"]
+    every = subprocess.run([*syntax, *PACKAGES, "setup.py"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert not every.returncode, every.stdout + every.stderr
+    refused = subprocess.run([*syntax, newer], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert f"on Python {promised[1]}" in refused.stdout, refused.stdout + refused.stderr
 
 
 def forwarding_files() -> list[str]:
