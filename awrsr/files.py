@@ -6,7 +6,12 @@ import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .processes import unforked
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @contextmanager
@@ -48,3 +53,20 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+@unforked
+def write_columns(path: str | Path, columns: "dict[str, np.ndarray]") -> None:
+    """Write a Parquet file at this very path."""
+    import polars as pl
+
+    pl.DataFrame(columns).write_parquet(path)
+
+
+@unforked
+def read_ids(path: str | Path) -> "np.ndarray":
+    """The column "item" of a Parquet file: numbers, or text of one width. Raises polars' errors."""
+    import numpy as np
+    import polars as pl
+
+    return np.array(pl.read_parquet(path)["item"].to_list())

@@ -18,7 +18,7 @@ from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
 from .habits import meant, names_arguments
 from .models.distance import rows_of_columns
-from .models.network import AWRSRNetwork
+from .models.network import AWRSRNetwork, in_evaluation
 from .run_folder import load_model, save_model
 
 METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
@@ -136,7 +136,10 @@ class AWRSR(nn.Module):
             ValueError: k is below 1; the model was not fitted.
         """
         known, _ = Histories.from_lists(histories).numbered_as(self.ids())
-        return pl.concat(self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size), rechunk=True)
+        table, *more = self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size)
+        for each in more:
+            table.vstack(each, in_place=True)
+        return pl.DataFrame([column.rechunk() for column in table])  # for table.rechunk, or pl.concat, a forked process would wait
 
     @torch.inference_mode()
     def top_items(
@@ -145,8 +148,7 @@ class AWRSR(nn.Module):
         """Like `recommend`, for histories whose items are numbered as in this model. Yields tables of bounded size."""
         count = self.known_items()
         k = min(at_least_one(k), count)
-        training = self.training
-        self.eval()
+        model = in_evaluation(self)
         step = max(1, min(batch_size, SCORE_BLOCK // count))
         users, item_table, ids = np.flatnonzero(histories.lengths), self.item_table(), self.ids()
 
@@ -157,7 +159,7 @@ class AWRSR(nn.Module):
         yield table(nobody, nobody, nobody, item_table.new_empty(0).cpu().numpy())
         for first in range(0, len(users), step):
             chosen = users[first : first + step]
-            scores = self.scores(histories, chosen, item_table)
+            scores = model.scores(histories, chosen, item_table)
             if self.filter_seen if filter_seen is None else filter_seen:
                 events, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
                 row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
@@ -165,7 +167,6 @@ class AWRSR(nn.Module):
             score, item = (x.cpu().numpy() for x in scores.topk(k))
             row, column = np.nonzero(score > -np.inf)
             yield table(chosen[row], item[row, column], column + 1, score[row, column])
-        self.train(training)
 
     def scores(self, histories: Histories, users: np.ndarray, table: Tensor | None = None) -> Tensor:
         """(B, N) scores of every item as the next one of these users. Their histories must not be empty. table: `item_table`."""
@@ -217,11 +218,8 @@ class AWRSR(nn.Module):
         Raises:
             ValueError: the model does not know an id; the history is empty.
         """
-        training = self.training
-        self.eval()
         items = torch.as_tensor(self.places(history)[-self.config.max_len :], device=self.items.weight.device)[None]
-        maps = self.weights_padded(items, torch.tensor([items.shape[1]], device=items.device))
-        self.train(training)
+        maps = in_evaluation(self.network).weights_padded(items, torch.tensor([items.shape[1]], device=items.device))
         return [(p[0], m[0]) for p, m in maps]
 
     def known_items(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from .config import AWRSRConfig, before_averaging, without_removed_options
-from .files import atomic, read_json, write_json
+from .files import atomic, read_ids, read_json, write_columns, write_json
 from .models.network import AWRSRNetwork
 
 CONFIG, ITEMS, WEIGHTS = "config.json", "items.parquet", "model.safetensors"  # a model
@@ -35,7 +35,7 @@ def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, 
     """
     folder = Path(folder)
     with atomic(folder / ITEMS) as items, atomic(folder / CONFIG) as config, atomic(folder / WEIGHTS) as weights:
-        pl.DataFrame({"item": item_ids}).write_parquet(items)
+        write_columns(items, {"item": item_ids})
         data = sections.get("data", {}) | {"seen": not filter_seen}
         write_json(config, {"model": asdict(network.config)} | sections | {"data": data})
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
@@ -57,10 +57,10 @@ def load_model(folder: str | Path, **changes: Any) -> SavedModel:
         stored_config = AWRSRConfig(**stored["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CONFIG} is not a configuration of this model: {error}") from error
-    with torch.random.fork_rng(devices=[]):  # the weights that it draws are replaced
+    with torch.device("meta"):  # without weights, which would be replaced; no number is drawn, and no size fills the memory
         network = AWRSRNetwork(replace(stored_config, **changes))
     try:
-        item_ids = np.array(pl.read_parquet(folder / ITEMS)["item"].to_list())  # text of one width, never objects
+        item_ids = read_ids(folder / ITEMS)
         weights = safetensors.torch.load_file(folder / WEIGHTS)
     except (SafetensorError, pl.exceptions.PolarsError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error

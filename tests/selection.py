@@ -18,6 +18,7 @@ SLOW = (
     "tests/kernels/test_compile.py::test_narrow_products_are_assembled_right",
     "tests/kernels/test_distributed.py",
     "tests/kernels/test_torch_export.py::test_an_aotinductor_package_gives_the_same",
+    "tests/recommender/test_processes.py::test_a_forked_worker_computes_what_its_parent_does",
 )
 SLOW_FIXTURES = {"tests/kernels/test_compile.py": "sample"}
 

@@ -33,6 +33,7 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
+        "processes",
         "files options habits",
         "data",
         "config",

@@ -17,6 +17,7 @@ from ..config import WATCHED
 from ..data.histories import Split, spans
 from ..evaluation import significance
 from ..evaluation.ranking import Evaluation, Targets, evaluate, metric
+from ..models.network import in_evaluation
 from ..recommender import AWRSR
 
 WEIGHTS_HELD = 1 << 22  # most weights of a batch
@@ -166,8 +167,7 @@ def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[H
     """Measure every head of every layer on these histories."""
     heads, window = model.config.heads, max(map(len, histories))
     totals: list[dict[str, Any]] = [{} for _ in model.blocks]
-    training, device = model.training, model.items.weight.device
-    model.eval()
+    device, network = model.items.weight.device, in_evaluation(model.network)
     bar = tqdm(total=len(histories), desc="attention", unit="history", disable=None if progress else True, leave=False)
     for batch in batches(histories, heads):
         lengths = torch.tensor([len(history) for history in batch])
@@ -175,13 +175,12 @@ def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[H
         for row, history in zip(items, batch, strict=True):
             row[len(row) - len(history) :] = torch.from_numpy(history)
         role = roles(items, lengths)
-        for total, maps in zip(totals, model.weights_padded(items.to(device), lengths.to(device)), strict=True):
+        for total, maps in zip(totals, network.weights_padded(items.to(device), lengths.to(device)), strict=True):
             p, m = (each.double().cpu() for each in maps)
             for name, values in layer_sums(p, m, role, lengths, window).items():
                 total[name] = total.get(name, 0) + values
         bar.update(len(batch))
     bar.close()
-    model.train(training)
     results = []
     reach = (torch.arange(window) < torch.tensor([len(history) for history in histories])[:, None]).sum(0)
     for layer, (block, total) in enumerate(zip(model.blocks, totals, strict=True)):

@@ -14,6 +14,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 from ..data.histories import Histories, Split
 from ..data.prepare import OF_SPLIT, DataOptions, divide, histories
 from ..files import first_process, read_json
+from ..processes import set_threads
 
 COLUMNS = ("user_column", "item_column", "time_column")
 OWN_DATA = "(default: the run's own)"
@@ -93,8 +94,7 @@ class OpenRun:
         from ..recommender import AWRSR
         from ..run_folder import CONFIG
 
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        set_threads(options.threads)
         self.options = options
         self.model = AWRSR.load(folder or options.run)
         self.stored = read_json(Path(folder or options.run) / CONFIG).get("data", {})

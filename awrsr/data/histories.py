@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from ..processes import forked
+
 SPLITS = ("leave-one-out", "last-n", "time", "none")
 
 
@@ -175,6 +177,9 @@ def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
             table = np.empty(span, dtype=np.int64)
             table[distinct - low] = np.arange(len(distinct))
             return distinct, table[column.to_numpy() - low]
+    if forked():
+        place = {key: i for i, key in enumerate(unique.to_list())}
+        return distinct, np.array([place[key] for key in column.to_list()], dtype=np.int64)
     index = pl.DataFrame(column).join(pl.DataFrame(unique).with_row_index(), on="id", how="left", maintain_order="left")["index"]
     return distinct, index.to_numpy().astype(np.int64)
 

@@ -7,6 +7,7 @@ from typing import Any
 import polars as pl
 
 from ..options import check, option
+from ..processes import unforked
 from ._read_columns import DataError, to_times
 from .histories import SPLITS, Histories, Split, split
 from .readers import FORMATS, read
@@ -97,6 +98,7 @@ def divide(histories: Histories, options: DataOptions) -> Split:
     return split(histories, options.split, n=options.holdout, **moments)
 
 
+@unforked
 def moment(name: str, text: str) -> float | None:
     """Seconds since 1970 of a date, or a number in the unit of the data; read like the times of a file."""
     try:

@@ -26,6 +26,7 @@ from typing import IO
 
 import polars as pl
 
+from ..processes import unforked
 from ._read_columns import UNTIMED, DataError, find_columns, guesses, to_histories
 from ._read_text import header_of, read_delimited, read_lines, read_pairs, refuse_header, text_of, words_of
 from .histories import Histories
@@ -39,6 +40,7 @@ HINT = '; if each line is one event, name the format: "pairs", or "csv" and give
 STANDARD_INPUT = "standard input"
 
 
+@unforked
 def read(
     path: Source, *, format: str = "auto", user: str | None = None, item: str | None = None, time: str | None = None
 ) -> Histories:

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from ..data.histories import Split, spans
 from ..data.synthetic import recall_answer
-from ..files import atomic
-from ..models.network import AWRSRNetwork
+from ..files import atomic, write_columns
+from ..models.network import AWRSRNetwork, in_evaluation
 
 SCORE_BLOCK = 1 << 21  # scores held at a time
 LEAST_ROWS = 32  # targets of a block at least: fewer would read a large table too often, and their scores take less memory than it
@@ -186,24 +186,20 @@ def evaluate(
         )
     targets = Targets(split, part, network.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
     ranked = np.empty(len(targets), dtype=np.int64)
-    training, start = network.training, time.process_time()
-    network.eval()
+    network, start = in_evaluation(network), time.process_time()
     bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
     table = network.item_table()
     for chosen, batch in targets.batches(batch_size):
         ranked[chosen] = rank_batch(network, batch, table).cpu().numpy()
         bar.update(len(chosen))
     bar.close()
-    network.train(training)
     seconds = time.process_time() - start
     return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
 
 
 def write_ranks(ranked: Evaluation, split: Split, path: Path) -> None:
     """A Parquet file with a row per target: user, item (ids of the data), position in the history, rank."""
-    import polars as pl
-
     h = split.histories
     columns = {"user": h.user_ids[ranked.users], "item": h.item_ids[ranked.items], "position": ranked.places, "rank": ranked.ranks}
     with atomic(path) as temporary:
-        pl.DataFrame(columns).write_parquet(temporary)
+        write_columns(temporary, columns)

@@ -6,7 +6,8 @@ F = 2 E, those of means and those of covariances before ELU + 1. Rows that are m
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from copy import copy
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,25 @@ class AWRSRNetwork(nn.Module):
             weights.append(block.attention.weights(block.before_attention(x), where))
             x = block(x, where)
         return weights
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def in_evaluation(module: Module) -> Module:
+    """A twin in evaluation mode, which shares the module's tensors. The module's own mode stays as it is, for other threads may be
+    using it, or training it. A compiled module is its own twin in evaluation mode; in training mode its twin is not compiled."""
+    compiled = [each for each in module.modules() if hasattr(each, "_orig_mod") or each._compiled_call_impl is not None]
+    if compiled and not any(each.training for each in module.modules()):
+        return module
+    return _twin(module)
+
+
+def _twin(module: Any) -> Any:
+    twin = copy(getattr(module, "_orig_mod", module))
+    twin._modules = {name: child if child is None else _twin(child) for name, child in twin._modules.items()}
+    twin.training, twin._compiled_call_impl = False, None
+    return twin
 
 
 class Branch(nn.Module):

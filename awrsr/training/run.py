@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 
 from ..config import TrainingOptions
 from ..data.histories import Split
 from ..evaluation.ranking import Recommender, evaluate, recall, write_ranks
 from ..files import first_process, sweep, write_json
+from ..processes import set_threads
 from ..run_folder import CONFIG, ITEMS, METRICS, RANKS, STATE, WEIGHTS, can_resume, load_model
 from .cooccurrence import begin_with_cooccurrence
 from .loop import TrainingLoop
@@ -52,8 +52,7 @@ def train(
     if options.item_init == "cooccurrence" and model.item_ids is None and not resume:  # a new model's first step
         begin_with_cooccurrence(network.items.weight.data[:, : network.config.hidden], split, options.seed)
     model.item_ids, model.filter_seen = split.histories.item_ids, filter_seen
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     loop = TrainingLoop(network.train(), split, options, folder, sections)
     if resume:
         loop.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
