@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
 from .habits import meant, names_arguments
+from .model_file import IDS, read_model
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
-from .run_folder import load_model, save_model
+from .run_folder import save_model
 
 METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
 SCORE_BLOCK = 1 << 24  # scores held at a time
@@ -51,6 +52,7 @@ class AWRSR(nn.Module):
             raise TypeError(_misplaced("config", config, "AWRSRConfig", by_name, "AWRSR(layers=1)"))
         check_names("AWRSR", AWRSRConfig, options)
         self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **options))
+        self.sections: dict[str, Any] = {}  # how it was trained, and on what: saved with it
         self.register_load_state_dict_pre_hook(_to_network)
 
     def __getattr__(self, name: str) -> Any:
@@ -241,13 +243,17 @@ class AWRSR(nn.Module):
         return np.array([known[str(item)] for item in items])
 
     def save(self, folder: str | Path, **sections: Any) -> None:
-        """Write config.json, items.parquet and model.safetensors. They appear in the folder only when all are complete.
+        """Write model.safetensors, which holds the weights, the ids of the items and the configuration, and appears when it is
+        complete; and config.json, a copy of the configuration to read.
 
         Args:
             folder: created if it does not exist.
-            sections: further sections of config.json.
+            sections: further sections of the configuration.
+
+        Raises:
+            ValueError: a file of one of these names is there that awrsr did not write; two items have the same id.
         """
-        save_model(folder, self.network, self.ids(), self.filter_seen, **sections)
+        save_model(folder, self.network, self.ids(), self.filter_seen, **self.sections | sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
@@ -258,12 +264,12 @@ class AWRSR(nn.Module):
             changes: options of the configuration to change, such as backend="torch".
 
         Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a file is damaged, or the weights do not fit the configuration.
+            FileNotFoundError: the file is missing.
+            ValueError: it is damaged, or the weights do not fit the configuration.
         """
         with torch.random.fork_rng(devices=[]):  # the random weights are replaced
             model = cls()
-        model.network, model.item_ids, model.filter_seen = load_model(folder, **changes)
+        model.network, model.item_ids, model.filter_seen, model.sections = read_model(folder, **changes)
         return model.eval()
 
 
@@ -285,6 +291,8 @@ def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], other
 
 
 def _to_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading, prefix the names in `state_dict`, which are those of the network, with its name in this module."""
+    """Before loading, prefix the names in `state_dict`, which are those of the network, with its name in this module. The ids in
+    the file of a model are no weights."""
+    state.pop(prefix + IDS, None)
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}network.{name.removeprefix(prefix)}"] = state.pop(name)

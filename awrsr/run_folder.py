@@ -1,103 +1,122 @@
-"""The files of a run folder: saves and loads a model, and checks whether the folder holds a run that can be resumed."""
+"""The files of a run folder: which they are, whether they are this package's, and whether they hold a run that can be resumed."""
 
 import json
-from dataclasses import asdict, replace
+import warnings
+import zipfile
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import polars as pl
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
 from .config import AWRSRConfig, before_averaging, without_removed_options
-from .files import atomic, read_ids, read_json, write_columns, write_json
+from .files import STALE, STALE_NOTE, read_json, write_json
+from .model_file import CONFIG, WEIGHTS, is_model, stored_sections, write_model
 from .models.network import AWRSRNetwork
 
-CONFIG, ITEMS, WEIGHTS = "config.json", "items.parquet", "model.safetensors"  # a model
-STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds
-MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "data", "path"}  # in a run that is resumed
-
-
-class SavedModel(NamedTuple):
-    """The content of the files of a model."""
-
-    network: AWRSRNetwork
-    item_ids: np.ndarray  # (N,)
-    filter_seen: bool
+STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds to a model
+MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "backend", "data", "path"}  # in a run that is resumed
 
 
 def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, filter_seen: bool, **sections: Any) -> None:
-    """Write config.json, items.parquet and model.safetensors. They appear in the folder only when all are complete.
-
-    sections: further ones of config.json.
-    """
-    folder = Path(folder)
-    with atomic(folder / ITEMS) as items, atomic(folder / CONFIG) as config, atomic(folder / WEIGHTS) as weights:
-        write_columns(items, {"item": item_ids})
-        data = sections.get("data", {}) | {"seen": not filter_seen}
-        write_json(config, {"model": asdict(network.config)} | sections | {"data": data})
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        weights.write_bytes(safetensors.torch.save(state))
-
-
-def load_model(folder: str | Path, **changes: Any) -> SavedModel:
-    """Load what `save_model` wrote, in evaluation mode, without unpickling. changes: changed options, such as backend.
+    """Write model.safetensors, and config.json as a copy of its configuration to read. sections: further ones of it.
 
     Raises:
-        FileNotFoundError: a file is missing. ValueError: a file is damaged, or the weights are of another configuration.
+        ValueError: files of these names are there that awrsr did not write.
     """
     folder = Path(folder)
-    for name in (CONFIG, WEIGHTS, ITEMS):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no trained model: {name} is missing")
-    stored = without_removed_options(read_json(folder / CONFIG), folder / CONFIG)
-    try:
-        stored_config = AWRSRConfig(**stored["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / CONFIG} is not a configuration of this model: {error}") from error
-    with torch.device("meta"):  # without weights, which would be replaced; no number is drawn, and no size fills the memory
-        network = AWRSRNetwork(replace(stored_config, **changes))
-    try:
-        item_ids = read_ids(folder / ITEMS)
-        weights = safetensors.torch.load_file(folder / WEIGHTS)
-    except (SafetensorError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"{folder} is damaged: {error}") from error
-    if len(item_ids) != network.config.num_items:
-        count = f"{len(item_ids)} items, must hold {network.config.num_items}"
-        raise ValueError(f"{folder / ITEMS} does not belong to the model of {CONFIG}: it holds {count}")
-    expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if shapes != expected:
-        differs = min(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
-        raise ValueError(
-            f"{folder / WEIGHTS} does not fit {CONFIG}: {differs} is {shapes.get(differs, 'absent')}, "
-            f"must be {expected.get(differs, 'absent')}"
-        )
-    # As they were saved, float64 too; copied to where torch aligns memory, on which the last bits of products may depend
-    network.load_state_dict({name: weight.clone() for name, weight in weights.items()}, assign=True)
-    return SavedModel(network.eval(), item_ids, not stored.get("data", {}).get("seen", False))
+    refuse_foreign(folder, (WEIGHTS, CONFIG))
+    write_model(folder, network, item_ids, filter_seen, sections, copies=(CONFIG,))
+    data = sections.get("data", {}) | {"seen": not filter_seen}
+    write_json(folder / CONFIG, {"model": asdict(network.config)} | sections | {"data": data})
 
 
-def can_resume(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether the folder holds a state of the run with this config.json. Raises ValueError if it holds another run or its model."""
-    has_state = (folder / STATE).exists()
-    if not (folder / CONFIG).exists() or not (has_state or (folder / WEIGHTS).exists()):
+def refuse_foreign(folder: Path, names: Iterable[str] = (CONFIG, WEIGHTS, METRICS, STALE)) -> None:
+    """Raise ValueError if a file of these names is there that awrsr did not write, or that is damaged: it is not overwritten."""
+    for name in names:
+        path = folder / name
+        if path.exists() and not is_own(path):
+            raise ValueError(f"{path} was not written by awrsr, or is damaged: choose another folder, or move this file away")
+
+
+def is_own(path: Path) -> bool:
+    """Whether a file that has the name of one of this package's looks like it."""
+    if path.name == WEIGHTS:
+        return is_model(path)
+    if path.name == STALE:
+        return path.read_text(encoding="utf-8", errors="replace").startswith(STALE_NOTE)
+    try:
+        stored = json.loads(path.read_bytes())
+    except ValueError:
         return False
+    if path.name == CONFIG:
+        return isinstance(stored, dict) and isinstance(stored.get("model"), dict) and "max_len" in stored["model"]
+    return isinstance(stored, dict) and {"config", "curve", "best_epoch"} <= stored.keys()
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The state of a training, without unpickling code. torch reads damaged tensors without a word, so the checksums that it
+    writes are compared here.
+
+    Raises:
+        ValueError: it is damaged, holds code, or is not a state of awrsr.
+    """
+    again = "remove it to start again, or restore it from a backup"
+    try:
+        with open(path, "rb") as file:
+            with zipfile.ZipFile(file) as parts:
+                if (part := parts.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"the checksum of {part} does not fit")
+            file.seek(0)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's on a file that it then refuses
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}): {again}") from error
+    if not isinstance(state, dict) or not {"awrsr", "state_dict"} <= state.keys():
+        raise ValueError(f"{path} is not a state of awrsr: choose another folder, or {again}")
+    return state
+
+
+def state_to_resume(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of the run with this configuration, if the folder holds one.
+
+    Raises:
+        ValueError: it holds another run, or its model; files in it are damaged, or were not written by awrsr.
+    """
+    state = read_state(folder / STATE) if (folder / STATE).exists() else None
+    in_state = state is not None and "config" in state["awrsr"]  # older versions have it in config.json alone
+    if state and not in_state and not (folder / CONFIG).exists():
+        raise ValueError(f"{folder / STATE} is the state of a run whose {CONFIG} is missing: restore it, or choose another folder")
+    refuse_foreign(folder)
+    if state is None and not (folder / WEIGHTS).exists():
+        return None
+    if state is None:
+        stored, _ = stored_sections(folder)
+    else:
+        source = folder / (STATE if in_state else CONFIG)
+        stored = without_removed_options(state["awrsr"]["config"] if in_state else read_json(source), source)
+    refuse_another_run(folder, stored, config, "another run" if state else "the model of another run")
+    return state
+
+
+def refuse_another_run(folder: Path, stored: dict[str, Any], config: dict[str, Any], what: str) -> None:
+    """Raise ValueError if two configurations differ in what decides the results of a run."""
     defaults = flat({"model": asdict(AWRSRConfig()), "training": asdict(before_averaging())})
-    old = defaults | flat(without_removed_options(read_json(folder / CONFIG), folder / CONFIG))
-    new = defaults | flat(json.loads(json.dumps(config)))
+    old, new = (defaults | flat(json.loads(json.dumps(each))) for each in (stored, config))
     fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the learning rate of each step depends on them
+    ignored = MAY_CHANGE - fixed | {"checksum", "format", "epoch"}
     differs = sorted(
-        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in MAY_CHANGE - fixed
+        name for name in old.keys() | new.keys() if old.get(name) != new.get(name) and name.split(".")[-1] not in ignored
     )
     if differs:
         changes = "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in differs[:3])
         why = " (with schedule 'cosine' the learning rate of each step depends on it)" if differs == ["training.epochs"] else ""
-        run = "another run" if has_state else "the model of another run"
-        raise ValueError(f"{folder} holds {run}: {changes}{why}. Choose another folder, or remove this one")
-    return has_state
+        raise ValueError(f"{folder} holds {what}: {changes}{why}. Choose another folder, or remove this one")
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ recommendations.
 
 import os
 import sys
+import warnings
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from copy import copy
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parsed[name]
     if name == "data":
         name, options = f"data {options.action}", options[options.action]
+    formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"Warning: {message}\n"  # without source lines
     try:
         COMMANDS[name].run(options)
         sys.stdout.flush()
@@ -118,4 +120,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say(f"awrsr {name}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatted
     return 0

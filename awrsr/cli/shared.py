@@ -13,7 +13,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..data.histories import Histories, Split
 from ..data.prepare import OF_SPLIT, DataOptions, divide, histories
-from ..files import first_process, read_json
+from ..files import first_process
 from ..processes import set_threads
 
 COLUMNS = ("user_column", "item_column", "time_column")
@@ -92,12 +92,11 @@ class OpenRun:
         import torch
 
         from ..recommender import AWRSR
-        from ..run_folder import CONFIG
 
         set_threads(options.threads)
         self.options = options
         self.model = AWRSR.load(folder or options.run)
-        self.stored = read_json(Path(folder or options.run) / CONFIG).get("data", {})
+        self.stored = self.model.sections.get("data", {})
         known = self.stored.keys() & DataOptions.__dataclass_fields__
         unused = {name for name, split in OF_SPLIT.items() if split != self.stored.get("split")}  # older runs may store them
         self.data = DataOptions(**{name: self.stored[name] for name in known - unused})

@@ -37,7 +37,7 @@ def run(options: Any) -> None:
       awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
       awrsr train --config plain.yaml --seed 1
 
-    The run folder then holds model.safetensors, config.json, items.parquet,
+    The run folder then holds model.safetensors (weights, item ids and configuration),
     metrics.json and the rank of every held-out event. If training is interrupted or
     killed, rerun the same command to resume from the last completed epoch; the
     results are the same as without the interruption. To train a finished run

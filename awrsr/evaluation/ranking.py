@@ -31,6 +31,7 @@ class Recommender(Protocol):
     network: AWRSRNetwork
     item_ids: np.ndarray | None
     filter_seen: bool
+    sections: dict[str, Any]  # of the configuration that is saved with it
 
 
 def metric(name: str, ranks: np.ndarray) -> np.ndarray:

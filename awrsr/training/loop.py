@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from torch.optim.swa_utils import AveragedModel
 from ..config import WATCHED, TrainingOptions
 from ..data.histories import Split
 from ..evaluation.ranking import Targets, metrics, rank_batch
+from ..model_file import write_model
 from ..models.network import AWRSRNetwork
-from ..run_folder import STATE, save_model
+from ..run_folder import STATE
 from .batches import Batch, Windows
 from .losses import LOSSES, draw_negatives
 
@@ -41,7 +43,7 @@ class TrainingLoop(L.LightningModule):
     def __init__(
         self, network: AWRSRNetwork, split: Split, options: TrainingOptions, folder: Path, sections: dict[str, Any]
     ) -> None:
-        """folder: folder for the best weights. sections: sections of its config.json."""
+        """folder: folder for the best weights. sections: further sections of their configuration."""
         super().__init__()
         self.model, self.split, self.options, self.folder, self.sections = network, split, options, folder, sections
         self.average = running_average(network, options.average) if options.average else None
@@ -170,7 +172,7 @@ class TrainingLoop(L.LightningModule):
             self.record |= {"best": values.get(WATCHED, 0.0), "best_epoch": epoch}
             if self.trainer.is_global_zero:
                 item_ids, filter_seen = self.split.histories.item_ids, self.options.filters_seen(self.split)
-                save_model(self.folder, self.evaluated, item_ids, filter_seen, **self.sections)
+                write_model(self.folder, self.evaluated, item_ids, filter_seen, self.sections | {"epoch": epoch})
         self.trainer.should_stop = self.finished()
 
     def finished(self) -> bool:
@@ -181,11 +183,11 @@ class TrainingLoop(L.LightningModule):
     # 5. The state to resume from
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["awrsr"] = {"record": self.record, "curve": self.curve}
+        config = {"model": asdict(self.model.config)} | self.sections
+        checkpoint["awrsr"] = {"record": self.record, "curve": self.curve, "config": config}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        is_state = isinstance(checkpoint, dict) and {"awrsr", "state_dict"} <= checkpoint.keys()
-        if not is_state or shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
+        if shapes(checkpoint["state_dict"]) != shapes(self.state_dict()):
             raise ValueError(f"{self.folder / STATE} is not a state of this run; remove it to start again")
         for name in [name for name in checkpoint.get("callbacks", {}) if name.startswith("ModelCheckpoint")]:
             del checkpoint["callbacks"][name]  # Lightning's own callback, which older runs used: it would be missed

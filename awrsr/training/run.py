@@ -5,6 +5,7 @@ negatives and dropout by (seed, step). So a run that is resumed after a kill end
 and several processes draw together what one would draw alone (dropout apart).
 """
 
+import json
 import signal
 import sys
 import tempfile
@@ -18,11 +19,12 @@ from ..config import TrainingOptions
 from ..data.histories import Split
 from ..evaluation.ranking import Recommender, evaluate, recall, write_ranks
 from ..files import first_process, sweep, write_json
+from ..model_file import CONFIG, ITEMS, WEIGHTS, SavedModel, read_model, write_model
 from ..processes import set_threads
-from ..run_folder import CONFIG, ITEMS, METRICS, RANKS, STATE, WEIGHTS, can_resume, load_model
+from ..run_folder import METRICS, RANKS, STATE, state_to_resume
 from .cooccurrence import begin_with_cooccurrence
 from .loop import TrainingLoop
-from .trainer import AtomicCheckpoints, make_trainer, quiet
+from .trainer import make_trainer, quiet
 
 
 def train(
@@ -31,7 +33,7 @@ def train(
     """Train a model in place. It then has the weights of its best epoch, or of the last one if the split has no validation.
 
     out: the run folder, for weights, configuration and the state to resume from. A folder that holds a state of the same run
-        resumes it. sections: further sections for its config.json.
+        resumes it. sections: further sections of its configuration.
 
     Returns:
         epochs, best_epoch, best (validation NDCG@10), seconds, cpu_seconds (training alone, first process) and curve: epoch, loss
@@ -46,38 +48,55 @@ def train(
             return train(model, split, options, temporary, **sections)
     folder, network, filter_seen = Path(out), model.network, options.filters_seen(split)
     data = sections.get("data", {}) | {"seen": not filter_seen, "fingerprint": split.fingerprint()}
-    sections = {"training": asdict(options)} | sections | {"data": data}
+    sections = json.loads(json.dumps({"training": asdict(options)} | sections | {"data": data}))
     config = {"model": asdict(network.config)} | sections
-    resume = can_resume(folder, config)
-    if options.item_init == "cooccurrence" and model.item_ids is None and not resume:  # a new model's first step
+    state = state_to_resume(folder, config)
+    if options.item_init == "cooccurrence" and model.item_ids is None and not state:  # a new model's first step
         begin_with_cooccurrence(network.items.weight.data[:, : network.config.hidden], split, options.seed)
     model.item_ids, model.filter_seen = split.histories.item_ids, filter_seen
     set_threads(options.threads)
     loop = TrainingLoop(network.train(), split, options, folder, sections)
-    if resume:
-        loop.on_load_checkpoint(AtomicCheckpoints().load_checkpoint(folder / STATE))
+    if state:
+        loop.on_load_checkpoint(state)
         if loop.record["epochs"] > options.epochs:
             raise ValueError(f"epochs is {options.epochs}, must be at least the {loop.record['epochs']} of the run in {folder}")
     finished = loop.finished()
+    if state:
+        best_model(folder, loop.record, may_be_ahead=not finished)
     with quiet():
         trainer = None if finished else make_trainer(options, folder, validates=len(loop.validation) > 0)
     if first_process():
-        prepare_folder(folder, config, keep_results=finished)
+        sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, METRICS, RANKS.format(part="*")))
+        write_json(folder / CONFIG, config)
     if trainer is not None:
-        run_trainer(trainer, loop, folder / STATE if resume else None)
+        run_trainer(trainer, loop, folder / STATE if state else None)
         if not trainer.is_global_zero:
             return {}
-    network.load_state_dict(load_model(folder).network.state_dict())
+    saved = best_model(folder, loop.record)
+    network.load_state_dict(saved.network.state_dict())
+    model.sections = sections | {"epoch": loop.record["best_epoch"]}
+    if first_process() and (saved.network.config, saved.sections) != (network.config, model.sections):
+        write_model(folder, network, split.histories.item_ids, filter_seen, model.sections)  # options changed, or an older file
     return loop.record | {"curve": loop.curve}
 
 
-def prepare_folder(folder: Path, config: dict[str, Any], keep_results: bool) -> None:
-    """Write config.json. Remove temporary files of a killed process and, unless they are kept, results of fewer epochs."""
-    results = (METRICS, RANKS.format(part="*"))
-    sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, *results))
-    write_json(folder / CONFIG, config)
-    for old in () if keep_results else [path for name in results for path in folder.glob(name)]:
-        old.unlink(missing_ok=True)
+def best_model(folder: Path, record: dict[str, Any], may_be_ahead: bool = False) -> SavedModel:
+    """The model of the best epoch. may_be_ahead: a training killed between model and state is going to repeat the last epoch.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, damaged or of another epoch.
+    """
+    try:
+        saved = read_model(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}, but {STATE} belongs to it: restore it, or remove {STATE} to start again") from None
+    epoch = saved.sections.get("epoch", record["best_epoch"])  # older files have none
+    if epoch != record["best_epoch"] and not (may_be_ahead and epoch == record["epochs"] + 1):
+        advice = f"rerun with at least {epoch} epochs" if epoch == record["epochs"] + 1 else f"remove {STATE} to start again"
+        raise ValueError(
+            f"{folder / WEIGHTS} holds epoch {epoch}, but the best one of the state in {STATE} is {record['best_epoch']}: {advice}"
+        )
+    return saved
 
 
 def run_trainer(trainer: L.Trainer, loop: TrainingLoop, state: Path | None) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config import WATCHED, TrainingOptions
 from ..files import atomic
-from ..run_folder import STATE
+from ..run_folder import STATE, read_state
 
 
 def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
@@ -120,9 +120,4 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 raise OSError(f"{what}; rerun the same command to resume from the last completed epoch") from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's on a file that it then refuses
-                return torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be read as a checkpoint ({type(error).__name__}); remove it to start again") from error
+        return read_state(path)

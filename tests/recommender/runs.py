@@ -1,23 +1,33 @@
 """A small file of histories that can be learned in seconds, and what it takes to train on it."""
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from safetensors.torch import load_file, save, save_file
 
 from awrsr import AWRSR, AWRSRConfig, TrainingOptions
 from awrsr.cli import main
 from awrsr.data.histories import Split
+from awrsr.files import UNSEALED, sealed
+from awrsr.model_file import CONFIG, METADATA, WEIGHTS, read_model, stored_sections, tensors_of
+from awrsr.run_folder import STATE
+from awrsr.training import loop
 from awrsr.training import run as training
 
 ITEMS = 24
+STEP = loop.TrainingLoop.training_step
 SMALL = {"hidden": 16, "layers": 1, "rank": 4, "max_len": 8}
 QUICK = {"batch_size": 16, "threads": 1, "accelerator": "cpu"}
 STOSA = {"backbone": "stosa", "refinement": "stochastic"}
-TIMES = ("train_seconds", "train_cpu_seconds", "train_sequences_per_cpu_second", "eval_users_per_cpu_second", "peak_mib")
+SPEEDS = ("train_sequences_per_cpu_second", "eval_users_per_cpu_second")
+TIMES = ("train_seconds", "train_cpu_seconds", *SPEEDS, "peak_mib", "checksum")
 
 
 def histories(users: int = 61, seed: int = 0) -> dict[str, list[str]]:
@@ -62,11 +72,50 @@ def timeless(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(out: Path) -> bytes:
-    return (out / "model.safetensors").read_bytes()
+    """Weights and ids of a saved model, without its configuration."""
+    return tensors_of((out / WEIGHTS).read_bytes())
+
+
+def as_older(folder: Path) -> Path:
+    """Rewrite a run as older versions wrote it: a model of three files, and a state without a configuration."""
+    saved = read_model(folder)
+    data = saved.sections.get("data", {}) | {"seen": not saved.filter_seen}
+    sections = {name: value for name, value in saved.sections.items() if name != "epoch"} | {"data": data}
+    (folder / CONFIG).write_text(json.dumps({"model": asdict(saved.network.config)} | sections))
+    pl.DataFrame({"item": saved.item_ids}).write_parquet(folder / "items.parquet")
+    save_file(dict(saved.network.state_dict()), folder / WEIGHTS)
+    if (folder / STATE).exists():
+        state = torch.load(folder / STATE, weights_only=True)
+        state["awrsr"].pop("config", None)
+        torch.save(state, folder / STATE)
+    return folder
+
+
+def as_stored(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the configuration in a model's file, and its checksum with it."""
+    path = folder / WEIGHTS
+    about, _ = stored_sections(folder)
+    metadata = {METADATA: json.dumps(change(about | {"checksum": UNSEALED}))}
+    path.write_bytes(sealed(save(load_file(path), metadata)))
 
 
 def config(**options: Any) -> AWRSRConfig:
     return AWRSRConfig(**(SMALL | options))
+
+
+def state(out: Path) -> dict[str, Any]:
+    return torch.load(out / "last.ckpt", weights_only=True)
+
+
+def disturb(monkeypatch: pytest.MonkeyPatch, epoch: int, what: Callable[[], object]) -> None:
+    """Something happens in the middle of an epoch, counted from 1."""
+
+    def step(self: loop.TrainingLoop, batch: Any, nth: int) -> torch.Tensor:
+        if (self.trainer.current_epoch + 1, nth) == (epoch, 2):
+            what()
+        return STEP(self, batch, nth)
+
+    monkeypatch.setattr(loop.TrainingLoop, "training_step", step)
 
 
 def everything(folder: Path) -> dict[Path, bytes]:

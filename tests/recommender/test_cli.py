@@ -17,7 +17,7 @@ from awrsr import AWRSR, AWRSRConfig, TrainingOptions, read
 from awrsr.cli import COMMANDS, main, parser
 from awrsr.data.prepare import DEMO
 
-from .runs import ITEMS, QUICK, SMALL, STOSA, command, everything, histories, results, timeless, train, weights
+from .runs import ITEMS, QUICK, SMALL, STOSA, as_stored, command, everything, histories, results, timeless, train, weights
 
 ROOT = Path(__file__).parents[2]
 METRICS = {"HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR"}
@@ -61,7 +61,7 @@ def test_a_run_of_gaussians_serves_every_command(home: Path, tmp_path: Path, pri
 
 def test_a_run_folder_holds_all_that_is_promised(home: Path) -> None:
     run = home / "run"
-    assert pl.read_parquet(run / "items.parquet")["item"].to_list() == read(home / "data.txt").item_ids.tolist()
+    assert AWRSR.load(run).ids().tolist() == read(home / "data.txt").item_ids.tolist()
     for part in ("validation", "test"):
         ranks = pl.read_parquet(run / f"ranks_{part}.parquet")
         assert ranks.columns == ["user", "item", "position", "rank"]
@@ -184,10 +184,12 @@ def test_use_of_a_run_says_that_its_data_have_changed_or_are_gone(
         assert main([*name, str(tmp_path / "run")]) == 0
         warning = "Warning: mine has changed since the run, so the model may have been trained on events held out here.\n"
         assert capsys.readouterr().err == warning
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    del config["data"]["fingerprint"]  # as an older run, which may also have options of another split
-    config["data"]["holdout"] = 2
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+
+    def as_before(stored: dict[str, Any]) -> dict[str, Any]:
+        """As an older run, without a fingerprint, and perhaps with options of another split."""
+        return stored | {"data": {k: v for k, v in stored["data"].items() if k != "fingerprint"} | {"holdout": 2}}
+
+    as_stored(tmp_path / "run", as_before)
     assert main(["evaluate", "--run", str(tmp_path / "run")]) == 0 and not capsys.readouterr().err
     data.unlink()
     assert "the run's own data, does not exist; add --data FILE" in refused("evaluate", "--run", tmp_path / "run")

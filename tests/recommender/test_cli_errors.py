@@ -71,7 +71,7 @@ def test_a_damaged_run_is_an_error(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("evaluate", "--run", "nowhere"), "nowhere holds no trained model: config.json is missing"),
+        (("evaluate", "--run", "nowhere"), "nowhere holds no trained model: model.safetensors is missing"),
         (("compare", "nowhere", "RUN"), "nowhere"),
         (("recommend", "--run", "RUN", "--output", "out.xlsx"), "output is 'out.xlsx', must be - or end in one of .csv"),
         (("explain", "--run", "RUN", "--user", "nobody"), "user is 'nobody', must be a user of the data"),

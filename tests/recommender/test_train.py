@@ -2,13 +2,12 @@
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,28 @@ from safetensors.torch import load_file
 from awrsr import AWRSR, TrainingOptions, files
 from awrsr.cli import main
 from awrsr.data.histories import Histories, split
-from awrsr.run_folder import can_resume
+from awrsr.run_folder import state_to_resume
 from awrsr.training import loop, trainer
 from awrsr.training import run as training
 
-from .runs import QUICK, STOSA, command, config, everything, histories, results, timeless, train, weights, write
+from .runs import (
+    QUICK,
+    STOSA,
+    as_older,
+    command,
+    config,
+    disturb,
+    everything,
+    histories,
+    results,
+    state,
+    timeless,
+    train,
+    weights,
+    write,
+)
 
 ROOT = Path(__file__).parents[2]
-STEP = loop.TrainingLoop.training_step
 KILLED = """
 import os, signal, sys
 from awrsr.cli import main
@@ -62,21 +75,6 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished / "run", tmp_path / "run"))
 
 
-def state(out: Path) -> dict[str, Any]:
-    return torch.load(out / "last.ckpt", weights_only=True)
-
-
-def disturb(monkeypatch: pytest.MonkeyPatch, epoch: int, what: Callable[[], object]) -> None:
-    """Something happens in the middle of an epoch, counted from 1."""
-
-    def step(self: loop.TrainingLoop, batch: Any, nth: int) -> torch.Tensor:
-        if (self.trainer.current_epoch + 1, nth) == (epoch, 2):
-            what()
-        return STEP(self, batch, nth)
-
-    monkeypatch.setattr(loop.TrainingLoop, "training_step", step)
-
-
 def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(*_: object) -> None:
         raise AssertionError("a finished run was trained")
@@ -105,14 +103,6 @@ def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(
     assert timeless(results(out)) == timeless(train(data, whole, **options))
     assert weights(out) == weights(whole)
     assert [p.name for p in out.glob(".*")] == []
-
-
-@pytest.fixture
-def listening() -> Iterator[None]:
-    """Ctrl-C is heard, though whatever started the tests may have it ignored, as shells do in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("listening")
@@ -160,17 +150,20 @@ def test_a_run_whose_epochs_are_done_is_not_trained_again(finished: Path, run: P
 
 def test_a_run_of_an_older_version_goes_on(finished: Path, run: Path) -> None:
     """Options that it did not have are at their defaults; another value is another run."""
-    stored = json.loads((run / "config.json").read_text())
+    stored = json.loads((as_older(run) / "config.json").read_text())
     del stored["model"]["mean_branch"], stored["training"]["pvn_weight"]
     (run / "config.json").write_text(json.dumps(stored))
     with pytest.raises(ValueError, match=r"training.loss was .*; training.pvn_weight was 0.0 and is 0.5"):
-        can_resume(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
+        state_to_resume(run, stored | {"training": stored["training"] | {"loss": "bpr", "pvn_weight": 0.5}})
     without = stored | {"training": {name: value for name, value in stored["training"].items() if name != "average"}}
     (run / "config.json").write_text(json.dumps(without))
     with pytest.raises(ValueError, match=r"training.average was 0 and is 0.998"):  # the weights themselves, then
-        can_resume(run, stored)
+        state_to_resume(run, stored)
     (run / "config.json").write_text(json.dumps(stored))
     assert train(finished / "data.txt", run, epochs=3)["epochs"] == 3
+    assert not (run / "items.parquet").exists()  # the model is one file now
+    (run / "last.ckpt").unlink()
+    assert AWRSR.load(run).ids().tolist() == AWRSR.load(finished / "run").ids().tolist()
 
 
 @pytest.mark.parametrize("logger", ["csv", "none"])
@@ -184,9 +177,18 @@ def test_training_warns_of_nothing(logger: str, data: Path, tmp_path: Path) -> N
     assert not [str(each.message) for each in shown]
 
 
-def test_a_run_goes_on_with_the_same_data_at_another_place(finished: Path, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_run_goes_on_with_the_same_data_at_another_place(epochs: int, finished: Path, run: Path, tmp_path: Path) -> None:
     moved = shutil.copy(finished / "data.txt", tmp_path / "moved.txt")
-    assert train(Path(moved), run, epochs=3)["epochs"] == 3
+    assert train(Path(moved), run, epochs=epochs)["epochs"] == epochs
+    assert AWRSR.load(run).sections["data"]["data"] == str(moved)  # where evaluate looks for them
+
+
+def test_a_run_goes_on_with_another_backend(finished: Path, run: Path, tmp_path: Path) -> None:
+    found = train(finished / "data.txt", run, epochs=3, backend="reference")["curve"]
+    whole = train(finished / "data.txt", tmp_path / "whole", epochs=3)["curve"]
+    assert [each["loss"] for each in found] == pytest.approx([each["loss"] for each in whole], rel=1e-4)
+    assert AWRSR.load(run).config.backend == "reference"
 
 
 @pytest.mark.parametrize(
@@ -234,15 +236,6 @@ def test_a_model_without_its_state_keeps_its_configuration(finished: Path, run: 
     assert everything(run) == before
 
 
-def test_a_folder_of_other_software_is_refused(data: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
-    out = tmp_path / "llama"
-    out.mkdir()
-    (out / "config.json").write_text('{"model_type": "llama", "rope": {"theta": 1}}')
-    (out / "model.safetensors").write_bytes(b"weights")
-    assert "holds the model of another run" in refused(*command(data, out, epochs=1))
-    assert (out / "model.safetensors").read_bytes() == b"weights"
-
-
 def test_results_stay_where_training_cannot_start(
     finished: Path, run: Path, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
 ) -> None:
@@ -255,19 +248,6 @@ def test_results_stay_where_training_cannot_start(
     assert everything(run) == before
 
 
-def test_a_run_that_goes_on_has_no_results_until_its_end(
-    finished: Path, run: Path, monkeypatch: pytest.MonkeyPatch, listening: None
-) -> None:
-    found = results(run)["epochs"]
-    (run / ".model.safetensors.abcdefgh.safetensors").write_text("left by a kill")
-    disturb(monkeypatch, found + 1, lambda: signal.raise_signal(signal.SIGINT))
-    assert main(command(finished / "data.txt", run, epochs=found + 2)) == 130
-    assert not (run / "metrics.json").exists() and not list(run.glob("ranks_*"))
-    assert [path.name for path in run.glob(".*")] == []
-    monkeypatch.undo()
-    assert train(finished / "data.txt", run, epochs=found + 2)["epochs"] == found + 2
-
-
 def test_a_full_disk_is_called_so(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -278,76 +258,6 @@ def test_a_full_disk_is_called_so(
     assert main(command(data, tmp_path / "run", epochs=1)) == 1
     error = capsys.readouterr().err
     assert "last.ckpt could not be written (" in error and "MiB are free there; rerun the same command to resume" in error
-
-
-# A state that cannot be trusted.
-
-
-class Evil:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
-def damage_pickle(path: Path, marker: Path) -> None:
-    path.write_bytes(pickle.dumps(Evil(marker)))
-
-
-def damage_checkpoint_with_code(path: Path, marker: Path) -> None:
-    torch.save(state(path.parent) | {"more": Evil(marker)}, path)
-
-
-def damage_cut(path: Path, marker: Path) -> None:
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def damage_empty(path: Path, marker: Path) -> None:
-    path.write_bytes(b"")
-
-
-def damage_foreign(path: Path, marker: Path) -> None:
-    torch.save({"weights": torch.zeros(3)}, path)
-
-
-def damage_tensor(path: Path, marker: Path) -> None:
-    torch.save(torch.zeros(3), path)
-
-
-def damage_other_shapes(path: Path, marker: Path) -> None:
-    found = state(path.parent)
-    found["state_dict"]["model.norm.weight"] = torch.zeros(3)
-    torch.save(found, path)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        damage_pickle,
-        damage_checkpoint_with_code,
-        damage_cut,
-        damage_empty,
-        damage_foreign,
-        damage_tensor,
-        damage_other_shapes,
-    ],
-)
-def test_a_state_that_is_damaged_or_holds_code_is_refused_and_never_run(
-    damage: Callable[[Path, Path], None], finished: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    marker, before = tmp_path / "executed", weights(run)
-    damage(run / "last.ckpt", marker)
-    assert main(command(finished / "data.txt", run, epochs=3)) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"awrsr train: {run / 'last.ckpt'} ") and "remove it to start again" in error
-    assert error.count("\n") == 1
-    assert not marker.exists() and weights(run) == before
-
-
-def test_the_malicious_pickle_of_these_tests_does_run_where_it_is_let(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(Evil(tmp_path / "executed")))
-    assert (tmp_path / "executed").exists()
 
 
 def test_without_its_state_a_run_begins_anew(finished: Path, run: Path) -> None:
@@ -429,7 +339,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(
     write_it: dict[str, Callable[[], None]] = {
         "json": lambda: files.write_json(run / "metrics.json", {}),
         "model": lambda: model.save(run),
-        "checkpoint": lambda: training.AtomicCheckpoints().save_checkpoint({}, run / "last.ckpt"),
+        "checkpoint": lambda: trainer.AtomicCheckpoints().save_checkpoint({}, run / "last.ckpt"),
     }
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
 

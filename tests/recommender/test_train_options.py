@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load_file
 
 from awrsr import AWRSR, TrainingOptions
 from awrsr.cli import main
@@ -236,7 +236,7 @@ def test_a_table_of_the_rows_that_a_loss_needs_serves_it_like_the_whole(loss: st
 
 def test_64_true_trains_and_stores_in_float64(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path / "run", epochs=1, precision="64-true")
-    assert {x.dtype for x in load_file(tmp_path / "run" / "model.safetensors").values()} == {torch.float64}
+    assert {x.dtype for x in AWRSR.load(tmp_path / "run").parameters()} == {torch.float64}
 
 
 def test_filter_seen_no_ranks_what_the_history_holds(data: Path, tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_two_processes_train_as_one(run: str, together: Path) -> None:
         assert [each[name] for each in two["curve"]] == pytest.approx([each[name] for each in one["curve"]], rel=1e-5)
     for part in {"validation", "test"} & one.keys():
         assert two[part] == pytest.approx(one[part], rel=1e-5)
-    got, want = (load(weights(out)) for out in (together / run, together / "alone" / run))
+    got, want = (load_file(out / "model.safetensors") for out in (together / run, together / "alone" / run))
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
 
