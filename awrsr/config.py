@@ -13,6 +13,7 @@ from .options import check, option
 WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when training stops
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 USUAL_NEGATIVES = ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
+MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "backend", "data", "path"}  # in a run that is resumed
 REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value that had no effect
     "model": {"correlation_norm": False},
     "training": {"table_rate": 1.0},

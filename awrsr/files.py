@@ -135,6 +135,10 @@ def is_whole(data: bytes, end: int | None = None) -> bool | None:
     return whole
 
 
+def checksum(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
 def first_process() -> bool:
     """Whether this is the first of several processes, or the only one, according to the variables that launchers set."""
     return not any(int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

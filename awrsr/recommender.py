@@ -5,6 +5,7 @@ B users of a batch, N items, S features of what is multiplied for scores, H head
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
 from .habits import meant, names_arguments
+from .lock import locked
 from .model_file import IDS, read_model
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
@@ -98,6 +100,7 @@ class AWRSR(nn.Module):
 
         Raises:
             ValueError: an option is out of its range; `out` holds another run; a model fitted before does not know an item.
+            BlockingIOError: another process writes into `out`.
             FloatingPointError: the loss became infinite or NaN.
         """
         if options is not None and not isinstance(options, TrainingOptions):
@@ -112,9 +115,10 @@ class AWRSR(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
                 self.network = AWRSRNetwork(replace(self.config, num_items=parts.histories.num_items))
-        record = train(self, parts, settings, out)
-        if out is not None and record:
-            report(self, parts, settings, record, Path(out))
+        with nullcontext() if out is None else locked(out):
+            record = train(self, parts, settings, out)
+            if out is not None and record:
+                report(self, parts, settings, record, Path(out))
         return self.eval()
 
     @names_arguments
@@ -252,8 +256,10 @@ class AWRSR(nn.Module):
 
         Raises:
             ValueError: a file of one of these names is there that awrsr did not write; two items have the same id.
+            BlockingIOError: another process, such as a training, writes into the folder for more than ten seconds.
         """
-        save_model(folder, self.network, self.ids(), self.filter_seen, **self.sections | sections)
+        with locked(folder, patience=10):
+            save_model(folder, self.network, self.ids(), self.filter_seen, **self.sections | sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:

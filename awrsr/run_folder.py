@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import AWRSRConfig, before_averaging, without_removed_options
+from .config import MAY_CHANGE, AWRSRConfig, before_averaging, without_removed_options
 from .files import STALE, STALE_NOTE, read_json, write_json
 from .model_file import CONFIG, WEIGHTS, is_model, stored_sections, write_model
 from .models.network import AWRSRNetwork
 
 STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds to a model
-MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "backend", "data", "path"}  # in a run that is resumed
 
 
 def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, filter_seen: bool, **sections: Any) -> None:

@@ -35,7 +35,7 @@ FLOORS = {
     "awrsr": [
         "processes",
         "files options habits",
-        "data",
+        "lock data",
         "config",
         "models",
         "model_file evaluation",

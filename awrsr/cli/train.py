@@ -1,17 +1,23 @@
 """`awrsr train`: train a model on a file of histories and evaluate it."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from ..config import AWRSRConfig, TrainingOptions
+from ..config import MAY_CHANGE, AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
+from ..lock import locked
 from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
+OUT_HELP = (
+    "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>, and a short checksum of other options if they are not "
+    "at their defaults)."
+)
 OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
 
 
@@ -19,7 +25,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.usage = "awrsr train [--data FILE] [--out DIR] [--config FILE] [OPTION ...]"
     to.description = f"{to.description}\n\n  {as_flags(DEMO)}"
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, in the form that --print-config prints.")
-    to.add_argument("--out", type=str, default="", help="Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>).")
+    to.add_argument("--out", type=str, default="", help=OUT_HELP)
     add_switch(to, "baseline", None, "Also train plain attention, in the folder <out>/plain (default: only without --data).")
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)
@@ -58,8 +64,7 @@ def run(options: Any) -> None:
     order = "in the order of the file" if loaded.times is None and data.data else "in order of time"
     say(f"{data.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
     split = divide(loaded, data)
-    name = "-".join((data.name, config.backbone, config.refinement, training.loss, str(training.seed)))
-    out = Path(options.out or Path("runs") / name)
+    out = Path(options.out or default_folder(data, config, training))
     config = replace(config, num_items=split.histories.num_items)
     with_baseline = options.baseline if options.baseline is not None else not data.data
     results = {}
@@ -78,6 +83,22 @@ def run(options: Any) -> None:
     print(f"  {typed(['awrsr', 'recommend', '--run', out, '-k', 5])}   # the best next items for every user")
 
 
+def default_folder(data: DataOptions, config: AWRSRConfig, training: TrainingOptions) -> Path:
+    """runs/<data>-<backbone>-<refinement>-<loss>-<seed>, and a checksum of all other options that are not at their defaults and
+    belong to a run, so that each run has a folder of its own."""
+    named = {"num_items", "data", "backbone", "refinement", "loss", "seed"}
+    ignored = named | MAY_CHANGE - ({"epochs"} if training.schedule == "cosine" else set())  # cosine depends on the epochs
+    usual = {} if data.data else DEMO
+    changed = [
+        (each.name, getattr(values, each.name))
+        for values in (data, config, training)
+        for each in fields(values)
+        if each.name not in ignored and getattr(values, each.name) != usual.get(each.name, each.default)
+    ]
+    parts = [data.name, config.backbone, config.refinement, training.loss, str(training.seed)]
+    return Path("runs") / "-".join(parts + [sha256(repr(changed).encode()).hexdigest()[:6]] * bool(changed))
+
+
 def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions, split: Split, out: Path) -> dict[str, Any]:
     """Train, evaluate and report one model. Returns what metrics.json holds, or nothing in a process other than the first."""
     import torch
@@ -92,12 +113,13 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     torch.manual_seed(training.seed)
     model = AWRSR(config)
     try:
-        record = train(model, split, training, out, data=asdict(data) | where(data))
-        if not record:
-            return {}
-        best = f"epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
-        say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
-        return report(model, split, training, record, out, asdict(data))
+        with locked(out):
+            record = train(model, split, training, out, data=asdict(data) | where(data))
+            if not record:
+                return {}
+            best = f"epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
+            say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
+            return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
         say(f"\nRerun the same command to resume from the last completed epoch in {out}.", file=sys.stderr)
         raise

@@ -5,6 +5,7 @@ U users, R runs, V variants, C metrics, K resamples. A run is the folder that tr
 
 import itertools
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ import polars as pl
 from numpy.random import Generator
 
 from ..config import REMOVED, AWRSRConfig, before_averaging
-from ..files import read_json
+from ..files import checksum, read_json, stale
 from . import significance
-from .ranking import metric
+from .ranking import OF_RANKS, metric
 
 Variants = dict[str, list[Path]]  # name -> folders of its seeds
 PARTS = ("validation", "test")
@@ -240,6 +241,10 @@ def _config(folder: Path) -> dict[str, Any]:
     config = stored.get("config") if isinstance(stored, dict) else None
     if not isinstance(config, dict):
         raise ValueError(f'{path} has no options under "config", where awrsr train writes them')
+    if "checksum" not in stored:
+        warnings.warn(f"{path} was written by an older version, without checksums, so damage would go unnoticed", stacklevel=4)
+    if path.name in stale(folder):
+        warnings.warn(f"{path} is of an earlier model than {folder}: rerun its training to finish it", stacklevel=4)
     return config
 
 
@@ -303,6 +308,9 @@ def _ranks(folder: Path, part: str) -> pl.DataFrame:
     path = folder / f"ranks_{part}.parquet"
     if not path.is_file():
         raise ValueError(f"{folder} has no {path.name}, which awrsr train writes at its end")
+    known = read_json(folder / "metrics.json").get(OF_RANKS, {}).get(part)  # older runs have none
+    if known not in (None, checksum(path)):
+        raise ValueError(f"{path} is damaged, or of another training than metrics.json: rerun its training to write both anew")
     try:
         ranks = pl.read_parquet(path)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:

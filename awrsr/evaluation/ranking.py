@@ -24,6 +24,8 @@ LEAST_ROWS = 32  # targets of a block at least: fewer would read a large table t
 CUTOFFS = (5, 10, 20)
 METRICS = tuple(f"{name}@{k}" for name in ("HR", "NDCG") for k in CUTOFFS) + ("MRR",)
 
+OF_RANKS = "checksums of ranks"  # in metrics.json: part -> checksum of the file that `write_ranks` wrote
+
 
 class Recommender(Protocol):
     """A model that can be ranked with, such as `AWRSR`: a network whose items have ids. filter_seen: leave out seen items."""

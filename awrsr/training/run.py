@@ -17,8 +17,9 @@ import lightning as L
 
 from ..config import TrainingOptions
 from ..data.histories import Split
-from ..evaluation.ranking import Recommender, evaluate, recall, write_ranks
-from ..files import first_process, sweep, write_json
+from ..evaluation.ranking import OF_RANKS, Recommender, evaluate, recall, write_ranks
+from ..files import checksum, first_process, sweep, write_json
+from ..lock import locked
 from ..model_file import CONFIG, ITEMS, WEIGHTS, SavedModel, read_model, write_model
 from ..processes import set_threads
 from ..run_folder import METRICS, RANKS, STATE, state_to_resume
@@ -41,12 +42,21 @@ def train(
 
     Raises:
         ValueError: the model is for other items; `out` holds another run. FloatingPointError: the loss is not a number.
+        BlockingIOError: another process writes into `out`.
     """
     split = numbered_for(model, split)
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return train(model, split, options, temporary, **sections)
-    folder, network, filter_seen = Path(out), model.network, options.filters_seen(split)
+            return _train_in(Path(temporary), model, split, options, sections)
+    with locked(out):
+        return _train_in(Path(out), model, split, options, sections)
+
+
+def _train_in(
+    folder: Path, model: Recommender, split: Split, options: TrainingOptions, sections: dict[str, Any]
+) -> dict[str, Any]:
+    """`train` in a folder that no other process writes into."""
+    network, filter_seen = model.network, options.filters_seen(split)
     data = sections.get("data", {}) | {"seen": not filter_seen, "fingerprint": split.fingerprint()}
     sections = json.loads(json.dumps({"training": asdict(options)} | sections | {"data": data}))
     config = {"model": asdict(network.config)} | sections
@@ -140,8 +150,6 @@ def report(
     model.network.to(options.device())
     held_out = [part for part in ("validation", "test") if len(split.targets(part)[0])]
     parts = {part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in held_out}
-    for part, ranked in parts.items():
-        write_ranks(ranked, split, out / RANKS.format(part=part))
     results: dict[str, Any] = {part: ranked.metrics() for part, ranked in parts.items()}
     results |= {
         "epochs": record["epochs"],
@@ -159,7 +167,11 @@ def report(
         if not filter_seen and (recalled := recall(parts["test"], split)):
             results["recall"] = recalled
     results["config"] = asdict(model.network.config) | asdict(options) | (more or {}) | {"out": str(out)}
-    write_json(out / METRICS, results)
+    with locked(out):
+        for part, ranked in parts.items():
+            write_ranks(ranked, split, out / RANKS.format(part=part))
+        results[OF_RANKS] = {part: checksum(out / RANKS.format(part=part)) for part in parts}
+        write_json(out / METRICS, results, seal=True)
     return results
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from scipy import stats
 
 from awrsr.evaluation import significance
 from awrsr.evaluation.compare import Comparison, compare
+from awrsr.files import mark_stale, write_json
 
 USERS, RANKS = 40, "ranks_test.parquet"
 
@@ -22,7 +24,7 @@ def write_run(
 ) -> Path:
     """A run folder as training leaves it, with one target per user unless `users` says whose they are."""
     folder.mkdir(exist_ok=True)
-    (folder / "metrics.json").write_text(json.dumps({"config": {"refinement": "none", "seed": 0, "out": str(folder)} | config}))
+    write_json(folder / "metrics.json", {"config": {"refinement": "none", "seed": 0, "out": str(folder)} | config}, seal=True)
     owner = [f"u{i}" for i in range(len(ranks))] if users is None else list(users)
     frame = pl.DataFrame(
         {"user": owner, "item": [f"i{i}" for i in range(len(ranks))], "position": range(len(ranks)), "rank": list(map(int, ranks))}
@@ -382,3 +384,23 @@ def test_intervals_cover_the_truth(seeds: int, seed_sd: float, rng: np.random.Ge
         low, high = significance.interval(draws)
         covered += int(low[0] <= 0 <= high[0])
     assert 0.92 <= covered / 400 <= 0.995
+
+
+def test_ranks_that_are_damaged_or_of_another_training_are_refused(home: Path, tmp_path: Path) -> None:
+    """Parquet has no checksums of its own here: a flipped bit would change a result by a rank."""
+    one, two = (Path(shutil.copytree(home / name, tmp_path / name)) for name in ("run", "plain"))
+    assert compare([one, two]).users
+    whole = (one / RANKS).read_bytes()
+    for change in (whole[:9] + bytes([whole[9] ^ 4]) + whole[10:], (two / RANKS).read_bytes()):
+        (one / RANKS).write_bytes(change)
+        with pytest.raises(ValueError, match=f"{one / RANKS} is damaged, or of another training than metrics.json: rerun its"):
+            compare([one, two])
+
+
+def test_results_without_checksums_or_of_an_earlier_model_are_warned_of(runs: list[Path]) -> None:
+    (runs[0] / "metrics.json").write_text(json.dumps({"config": {"refinement": "none", "seed": 0}}))
+    with pytest.warns(UserWarning, match=f"{runs[0] / 'metrics.json'} was written by an older version, without checksums"):
+        compare(runs)
+    mark_stale(runs[1], ["metrics.json"])
+    with pytest.warns(UserWarning, match=f"{runs[1] / 'metrics.json'} is of an earlier model than {runs[1]}: rerun its training"):
+        compare(runs)
