@@ -11,7 +11,7 @@ setup(
     license="MIT",
     packages=find_packages(include=["awrsr*"]),
     package_data={"awrsr": ["py.typed", "analysis/page.html"], "awrsr_kernels": ["py.typed"]},  # both are typed
-    entry_points={"console_scripts": ["awrsr = awrsr.cli:main"]},
+    entry_points={"console_scripts": ["awrsr = awrsr.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",  # custom ops, autograd, the CPU path

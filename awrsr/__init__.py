@@ -1,20 +1,23 @@
 """AWRSR: sequential recommendation with refined attention (Liu, Liu and Liu, RecSys 2024)."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .config import AWRSRConfig, TrainingOptions
-from .data import DataError, Histories, Split, read, split
-
 if TYPE_CHECKING:
+    from .config import AWRSRConfig, TrainingOptions
+    from .data import DataError, Histories, Split, read, split
     from .recommender import AWRSR
 
 __all__ = ["AWRSR", "AWRSRConfig", "DataError", "Histories", "Split", "TrainingOptions", "read", "split"]
 
+HOMES = {"AWRSR": "recommender", "AWRSRConfig": "config", "TrainingOptions": "config"}  # of names; the others are in data
+
 
 def __getattr__(name: str) -> object:
-    """Import the model only when it is used: it imports torch, which reading data does not need."""
-    if name == "AWRSR":
-        from .recommender import AWRSR
-
-        return AWRSR
+    """Import what is used when it is used. The model imports torch, which reading data does not need; and a command line that is
+    interrupted must have got beyond this file to say so."""
+    if name in __all__:
+        return getattr(import_module(f".{HOMES.get(name, 'data')}", __name__), name)
+    if name in ("config", "data"):
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,6 +9,7 @@ from typing import Any
 from .data.histories import Split
 from .habits import refuse_unknown
 from .options import check, option
+from .processes import MOST_THREADS
 
 WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when training stops
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
@@ -24,7 +25,7 @@ REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value 
 class AWRSRConfig:
     """Options of the network; the help text of each field says what it does."""
 
-    num_items: int = option(0, "Number of items N in the catalogue; 0 means that `fit` counts them.", least=0)
+    num_items: int = option(0, "Number of items N in the catalogue; 0 means that `fit` counts them.", least=0, below=1 << 31)
     backbone: str = option(
         "sasrec",
         "Kind of model. sasrec: dot-product attention. stosa: stochastic attention, in which items and events are Gaussians; "
@@ -38,10 +39,10 @@ class AWRSRConfig:
         "stochastic: only with backbone stosa.",
         choices=("none", "simple", "value", "additive", "stochastic"),
     )
-    max_len: int = option(50, "Number of events that the model reads: the last ones of each history.", least=1)
-    hidden: int = option(64, "Width of the network: the number of features of each event.", least=1)
-    layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1)
-    heads: int = option(2, "Number of attention heads in each block.", least=1)
+    max_len: int = option(50, "Number of events that the model reads: the last ones of each history.", least=1, most=65536)
+    hidden: int = option(64, "Width of the network: the number of features of each event.", least=1, most=16384)
+    layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1, most=1000)
+    heads: int = option(2, "Number of attention heads in each block.", least=1, most=1024)
     rank: int = option(
         32, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257
     )
@@ -69,7 +70,7 @@ class AWRSRConfig:
     learned_gate: bool = option(
         False, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
     )
-    feedforward: int = option(1, "Width of the feed-forward layer, as a multiple of hidden.", least=1)
+    feedforward: int = option(1, "Width of the feed-forward layer, as a multiple of hidden.", least=1, most=1000)
     activation: str = option("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu", "elu"))
     norm: str = option("pre", "Apply layer norm before or after attention and feed-forward.", choices=("pre", "post"))
     init: str = option(
@@ -186,9 +187,9 @@ class TrainingOptions:
         choices=("32-true", "bf16-mixed", "16-mixed", "64-true"),
     )
     accelerator: str = option("auto", "Device to train on; auto uses a GPU if there is one.", choices=("auto", "cpu", "gpu", "mps"))
-    devices: int = option(1, "Number of processes on each machine.", least=1)
-    nodes: int = option(1, "Number of machines.", least=1)
-    threads: int = option(0, "Number of CPU threads that torch uses; 0 leaves the number to torch.", least=0)
+    devices: int = option(1, "Number of processes on each machine.", least=1, most=1024)
+    nodes: int = option(1, "Number of machines.", least=1, most=65536)
+    threads: int = option(0, "Number of CPU threads that torch uses; 0 leaves the number to torch.", least=0, most=MOST_THREADS)
     logger: str = option(
         "csv",
         "Format of the log of losses and metrics per epoch, which is in the folder logs/ of the run.",
@@ -245,19 +246,25 @@ _check_names_of(AWRSRConfig)
 _check_names_of(TrainingOptions)
 
 
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 40 else text[:40] + "..."
+
+
 def before_averaging() -> TrainingOptions:
     """Options for runs that were stored before some options existed: these are off by default, except for the running average."""
     return TrainingOptions(average=0)
 
 
 def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The sections of an older run's config.json, read from `source`, without options that no longer exist.
+    """The sections of a run's config.json, read from `source`, without options that no longer exist.
 
     Raises:
-        ValueError: the run used such an option.
+        ValueError: this is no configuration, or the run used such an option.
     """
-    if not isinstance(stored, dict):
-        return stored  # the code that reads it reports what is wrong
+    for name, value in {"": stored, **(stored if isinstance(stored, dict) else {})}.items():
+        if name in ("", "data", "model", "training") and not isinstance(value, dict):
+            what = f"{name or 'the whole'} is {_short(value)}, must be options with their values in braces"
+            raise ValueError(f"{source} is not a configuration of this model: {what}")
     kept = dict(stored)
     for section, removed in REMOVED.items():
         options = kept.get(section)

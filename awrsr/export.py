@@ -8,6 +8,7 @@ items included; column j is the item at place j of the catalogue, whose ids trav
 """
 
 import copy
+import io
 import json
 import logging
 import warnings
@@ -65,7 +66,9 @@ def export(model: AWRSR, path: Path | str, *, format: str = "torch", check: bool
     about = json.dumps({"config": asdict(model.config), "item_ids": model.ids().tolist()}, ensure_ascii=False, default=str)
     with atomic(path) as temporary:
         if format == "torch":
-            torch.export.save(program, temporary, extra_files={ABOUT: about})
+            content = io.BytesIO()  # not the file: when a disk is full, torch ends the process
+            torch.export.save(program, content, extra_files={ABOUT: about})
+            temporary.write_bytes(content.getbuffer())
         else:
             _write_onnx(program, temporary, about)
         run = (_load_torch if format == "torch" else _load_onnx)(temporary) if check else None

@@ -5,6 +5,7 @@ on which host writes it, so that what a killed process left can be removed, and 
 """
 
 import glob
+import io
 import json
 import os
 import re
@@ -50,8 +51,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
         flush(path.parent)
         no_longer_stale(path.parent, [path.name])
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a full disk, which does not say where
+            error.filename = str(path)
         raise
     finally:
         _writing.discard(temporary.name)
@@ -199,11 +202,13 @@ def _write_stale(folder: Path, names: set[str]) -> None:
 
 
 @unforked
-def write_columns(path: str | Path, columns: "dict[str, np.ndarray]") -> None:
-    """Write a Parquet file at this very path."""
+def write_columns(path: Path, columns: "dict[str, Any]") -> None:
+    """Write a Parquet file at this very path. Raises OSError, not polars' errors, if the disk is full."""
     import polars as pl
 
-    pl.DataFrame(columns).write_parquet(path)
+    content = io.BytesIO()
+    pl.DataFrame(columns).write_parquet(content)
+    path.write_bytes(content.getbuffer())
 
 
 @unforked

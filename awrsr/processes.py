@@ -25,6 +25,7 @@ with open(int(sys.argv[1]), "rb") as task:
     from awrsr.processes import answer
     answer(task)
 """
+MOST_THREADS = 1024
 _forked = False
 
 
@@ -48,6 +49,8 @@ def set_threads(count: int) -> None:
     """Have torch use this many CPU threads; 0 leaves the number as it is. A forked process keeps to one, with a warning."""
     import torch
 
+    if not 0 <= count <= MOST_THREADS:
+        raise ValueError(f"threads is {count}, must be at least 0 and at most {MOST_THREADS}")
     if count > 1 and _forked:
         warnings.warn(f"threads is {count}, but a forked process computes with one; start it by spawn to have more", stacklevel=3)
     elif count:

@@ -19,6 +19,8 @@ SLOW = (
     "tests/kernels/test_distributed.py",
     "tests/recommender/test_lock.py::test_two_commands_with_one_folder_never_mix",
     "tests/kernels/test_torch_export.py::test_an_aotinductor_package_gives_the_same",
+    "tests/recommender/test_ends.py::test_a_full_disk_is_one_line_and_leaves_nothing",
+    "tests/recommender/test_ends.py::test_too_little_memory_is_one_line",
     "tests/recommender/test_processes.py::test_a_forked_worker_computes_what_its_parent_does",
 )
 SLOW_FIXTURES = {"tests/kernels/test_compile.py": "sample"}

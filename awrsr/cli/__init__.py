@@ -17,10 +17,11 @@ from inspect import getdoc
 from typing import Any, NamedTuple
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
-from .errors import Parser
+from .errors import Parser, one_line
 from .shared import as_flags, say, shield_ids
 
 
@@ -89,36 +90,42 @@ def spellings(of: ArgumentParser) -> set[str]:
     return set(of._option_string_actions).union(*map(spellings, commands))
 
 
+def parsed(arguments: list[str] | None) -> tuple[str, Any]:
+    """The name of the command, and its options."""
+    top = parser()
+    arguments = shield_ids(sys.argv[1:] if arguments is None else arguments, spellings(top))
+    found = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
+    name = found.command
+    demo = name == "train" and not found.train.data
+    if demo or "--print-config" in " ".join(arguments):
+        found = parser(demo).parse_args(arguments)
+    if demo:
+        defaults = {option: value for option, value in DEMO.items() if found.train[option] == value}
+        say(f"No --data: training on synthetic histories, with options that suit them: {as_flags(defaults)}")
+    options = found[name]
+    return (f"data {options.action}", options[options.action]) if name == "data" else (name, options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit status: 0; 1 for bad input; 2 for a wrong command line; 130 when interrupted; 141 when the reader of its
     output has gone."""
-    top = parser()
-    arguments = shield_ids(sys.argv[1:] if arguments is None else arguments, spellings(top))
-    parsed = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
-    name = parsed.command
-    demo = name == "train" and not parsed.train.data
-    if demo or "--print-config" in " ".join(arguments):
-        parsed = parser(demo).parse_args(arguments)
-    if demo:
-        defaults = {option: value for option, value in DEMO.items() if parsed.train[option] == value}
-        say(f"No --data: training on synthetic histories, with options that suit them: {as_flags(defaults)}")
-    options = parsed[name]
-    if name == "data":
-        name, options = f"data {options.action}", options[options.action]
+    who = "awrsr"
     formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"Warning: {message}\n"  # without source lines
     try:
+        name, options = parsed(arguments)
+        who = f"awrsr {name}"
         COMMANDS[name].run(options)
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         return 141
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError) as error:
+    except (Exception, PanicException) as error:
         if os.environ.get("AWRSR_DEBUG"):
             raise
-        print(f"awrsr {name}: {error}", file=sys.stderr)
+        print(f"{who}: {one_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        say(f"awrsr {name}: interrupted", file=sys.stderr)
+        say(f"{who}: interrupted", file=sys.stderr)
         return 130
     finally:
         warnings.formatwarning = formatted

@@ -15,7 +15,21 @@ UNKNOWN_KEY = re.compile(r"does not accept option '([^']+)'")  # of a configurat
 WRONG_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose from (.*)\)")
 MISSING = re.compile(r"the following arguments are required: (?:(\S+)\.)?(\S+)")
 NO_COMMAND = re.compile(r'expected "(?:(\S+)\.)?\S+" to be one of .* but it was not provided')
+MEMORY = re.compile(r"can't allocate memory|out of memory", re.IGNORECASE)  # of torch
+FRAMES = re.compile(r"\n(?:frame #|Exception raised from|C\+\+ stack).*", re.DOTALL)  # of torch, below its message
+EXPECTED = (ValueError, TypeError, OSError, ImportError, FloatingPointError, RuntimeError)
 WRONG_TYPE = re.compile(r"""Parser key "(.+)": Expected a <class '(\w+)'>\. Got value: (.*)""")
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a reader who knows the command but not its code."""
+    said = " ".join(FRAMES.sub("", str(error)).split())
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and MEMORY.search(said):
+        return f"out of memory{f' ({said})' if said else ''}; use fewer data, or smaller sizes in the options"
+    if isinstance(error, EXPECTED) and said:
+        return said
+    said = f"{type(error).__name__}{f': {said}' if said else ''}"
+    return f"{said}, which was not foreseen; with AWRSR_DEBUG=1 in the environment, the command shows where it arose"
 
 
 class Parser(ArgumentParser):

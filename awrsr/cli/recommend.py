@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from jsonargparse import ArgumentParser
 
-from ..files import atomic
+from ..files import atomic, write_columns
 from .shared import OWN_DATA, OpenRun, add_filter_seen, add_run, add_switch, filter_seen, find_user, identifier
 
 SUFFIXES = (".csv", ".jsonl", ".parquet")
@@ -72,8 +72,8 @@ def write(output: str, tables: Iterable[pl.DataFrame]) -> None:
     if suffix not in SUFFIXES:
         raise ValueError(f"output is {output!r}, must be - or end in one of {', '.join(SUFFIXES)}")
     with nullcontext() if output == "-" else atomic(output) as path:
-        if suffix == ".parquet":
-            pl.concat(tables).write_parquet(str(path))
+        if suffix == ".parquet" and path is not None:
+            write_columns(path, pl.concat(tables).to_dict())
             return
         with nullcontext(sys.stdout) if path is None else path.open("w", encoding="utf-8") as file:
             for i, table in enumerate(tables):

@@ -102,5 +102,7 @@ def test_only_removed_options_are_left_out_of_what_is_stored() -> None:
     stored = {"model": {"hidden": 8, "correlation_norm": False}, "training": {"table_rate": 1}, "data": {"table_rate": 4}}
     assert without_removed_options(stored, "x") == {"model": {"hidden": 8}, "training": {}, "data": {"table_rate": 4}}
     assert stored["model"] == {"hidden": 8, "correlation_norm": False}
-    for damaged in ({"model": None}, {}, []):
-        assert without_removed_options(damaged, "x") == damaged  # type: ignore[arg-type]
+    assert without_removed_options({}, "x") == {}
+    for damaged in ({"model": None}, {"data": []}, []):
+        with pytest.raises(ValueError, match="x is not a configuration of this model"):
+            without_removed_options(damaged, "x")  # type: ignore[arg-type]
