@@ -1,7 +1,7 @@
 """A model is one file, model.safetensors: its weights, the ids of its items and its configuration, under one checksum.
 
-Ids are JSON in a tensor of bytes; the configuration is JSON in the file's metadata. Older versions wrote three files without
-checksums, which are read as well.
+Ids are JSON in a tensor of bytes, another tensor says which items occurred in training, and the configuration is JSON in the
+file's metadata. Older versions wrote three files without checksums, which are read as well.
 """
 
 import json
@@ -23,7 +23,8 @@ from .models.network import AWRSRNetwork
 
 WEIGHTS = "model.safetensors"
 CONFIG, ITEMS = "config.json", "items.parquet"  # further files of a model in older versions; config.json is now a copy to read
-METADATA, IDS, FORMAT = "awrsr", "item_ids", 1  # names in the file, and the version of what they hold
+METADATA, IDS, TRAINED = "awrsr", "item_ids", "trained_items"  # names in the file
+FORMAT = 1  # the version of what they hold
 OF_THE_MODEL = ("metrics.json", "ranks_*.parquet", "analysis.html", "*.pt2", "*.onnx", ITEMS)  # stale with another model
 OF_THE_FILE = {"checksum", "format", "model"}  # parts of the configuration that are not sections of their own
 
@@ -34,6 +35,7 @@ class SavedModel(NamedTuple):
     network: AWRSRNetwork
     item_ids: np.ndarray  # (N,)
     filter_seen: bool
+    trained: np.ndarray | None  # (N,) bool: items that occurred in training, if that is known
     sections: dict[str, Any]  # further parts of the configuration: training, data, epoch
 
 
@@ -42,6 +44,7 @@ def write_model(
     network: AWRSRNetwork,
     item_ids: np.ndarray,
     filter_seen: bool,
+    trained: np.ndarray | None,
     sections: dict[str, Any],
     copies: tuple[str, ...] = (),
 ) -> None:
@@ -56,6 +59,7 @@ def write_model(
     about = {"checksum": UNSEALED, "format": FORMAT, "model": asdict(network.config)} | sections | {"data": data}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     state[IDS] = torch.frombuffer(bytearray(json.dumps(ids, ensure_ascii=False).encode()), dtype=torch.uint8)
+    state |= {} if trained is None else {TRAINED: torch.from_numpy(trained)}
     content = sealed(safetensors.torch.save(state, {METADATA: json.dumps(about, ensure_ascii=False)}))
     older, marked = is_older(folder), set[str]()
     try:
@@ -90,8 +94,9 @@ def read_model(folder: str | Path, **changes: Any) -> SavedModel:
         weights = safetensors.torch.load(content)
         if source == path:
             source_of_ids, ids = path, json.loads(weights.pop(IDS).numpy().tobytes())
+            trained = weights.pop(TRAINED).numpy() if TRAINED in weights else None
         else:
-            source_of_ids = path.with_name(ITEMS)
+            source_of_ids, trained = path.with_name(ITEMS), None
             ids = read_ids(source_of_ids).tolist()
     except (SafetensorError, pl.exceptions.PolarsError) as error:
         raise damaged(path, str(error)) from error
@@ -111,7 +116,7 @@ def read_model(folder: str | Path, **changes: Any) -> SavedModel:
         )
     sections = {name: value for name, value in stored.items() if name not in OF_THE_FILE}
     item_ids = np.array(ids)  # text of one width, never objects
-    return SavedModel(network.eval(), item_ids, not stored.get("data", {}).get("seen", False), sections)
+    return SavedModel(network.eval(), item_ids, not stored.get("data", {}).get("seen", False), trained, sections)
 
 
 def stored_sections(folder: Path) -> tuple[dict[str, Any], Path]:

@@ -19,7 +19,7 @@ from .config import AWRSRConfig, TrainingOptions, check_names
 from .data.histories import Histories, Split, spans, split
 from .habits import meant, names_arguments
 from .lock import locked
-from .model_file import IDS, read_model
+from .model_file import IDS, TRAINED, read_model
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
 from .run_folder import save_model
@@ -45,6 +45,7 @@ class AWRSR(nn.Module):
     network: AWRSRNetwork
     config: AWRSRConfig
     item_ids: np.ndarray | None = None
+    trained: np.ndarray | None = None  # (N,) bool: items that occurred in training; None if that is not known
     filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
 
     def __init__(self, config: AWRSRConfig | None = None, **options: Any) -> None:
@@ -123,7 +124,13 @@ class AWRSR(nn.Module):
 
     @names_arguments
     def recommend(
-        self, histories: UserHistories, k: int = 10, *, filter_seen: bool | None = None, batch_size: int = 1024
+        self,
+        histories: UserHistories,
+        k: int = 10,
+        *,
+        filter_seen: bool | None = None,
+        filter_untrained: bool = True,
+        batch_size: int = 1024,
     ) -> pl.DataFrame:
         """The k best next items for each history. Users may be new to the model.
 
@@ -132,6 +139,8 @@ class AWRSR(nn.Module):
             k: at least 1; where there are fewer items to recommend, all of them are.
             filter_seen: leave out the items of the history, so that a user who has seen almost all items may get fewer than k. None
                 does what training did, where "auto" keeps these items if users take items again.
+            filter_untrained: leave out items that occur in no event that trained the model (`untrained_items`), whose scores say
+                little: held-out events alone hold them.
             batch_size: users scored at a time; fewer with a large catalogue.
 
         Returns:
@@ -142,14 +151,21 @@ class AWRSR(nn.Module):
             ValueError: k is below 1; the model was not fitted.
         """
         known, _ = Histories.from_lists(histories).numbered_as(self.ids())
-        table, *more = self.top_items(known, k, filter_seen=filter_seen, batch_size=batch_size)
+        tables = self.top_items(known, k, filter_seen=filter_seen, filter_untrained=filter_untrained, batch_size=batch_size)
+        table, *more = tables
         for each in more:
             table.vstack(each, in_place=True)
         return pl.DataFrame([column.rechunk() for column in table])  # for table.rechunk, or pl.concat, a forked process would wait
 
     @torch.inference_mode()
     def top_items(
-        self, histories: Histories, k: int, *, filter_seen: bool | None = None, batch_size: int = 1024
+        self,
+        histories: Histories,
+        k: int,
+        *,
+        filter_seen: bool | None = None,
+        filter_untrained: bool = True,
+        batch_size: int = 1024,
     ) -> Iterator[pl.DataFrame]:
         """Like `recommend`, for histories whose items are numbered as in this model. Yields tables of bounded size."""
         count = self.known_items()
@@ -161,6 +177,7 @@ class AWRSR(nn.Module):
         def table(user: np.ndarray, item: np.ndarray, rank: np.ndarray, score: np.ndarray) -> pl.DataFrame:
             return pl.DataFrame({"user": histories.user_ids[user], "item": ids[item], "rank": rank, "score": score})
 
+        left_out = torch.from_numpy(self.untrained()).to(item_table.device) if filter_untrained else None
         nobody = np.empty(0, dtype=np.int64)
         yield table(nobody, nobody, nobody, item_table.new_empty(0).cpu().numpy())
         for first in range(0, len(users), step):
@@ -170,6 +187,8 @@ class AWRSR(nn.Module):
                 events, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
                 row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
                 scores[torch.from_numpy(row), torch.from_numpy(histories.items[events])] = -torch.inf
+            if left_out is not None and len(left_out):
+                scores.index_fill_(1, left_out, -torch.inf)
             score, item = (x.cpu().numpy() for x in scores.topk(k))
             row, column = np.nonzero(score > -np.inf)
             yield table(chosen[row], item[row, column], column + 1, score[row, column])
@@ -186,7 +205,7 @@ class AWRSR(nn.Module):
     @names_arguments
     @torch.inference_mode()
     def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
-        """The k items most similar to each given item.
+        """The k items most similar to each given item, of those that occurred in training.
 
         Args:
             items: item ids.
@@ -205,14 +224,15 @@ class AWRSR(nn.Module):
         table = self.item_table()
         if not self.by_distance:
             table = nn.functional.normalize(table, dim=1)
-        best = []
+        best, left_out = [], torch.from_numpy(self.untrained()).to(table.device)
         for block in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
             scores = (rows_of_columns(table[block]) if self.by_distance else table[block]) @ table.T
-            best.append(scores.scatter_(1, block[:, None], -torch.inf).topk(k))
-        score, similar = (torch.cat(parts).flatten().cpu().numpy() for parts in zip(*best, strict=True))
+            best.append(scores.index_fill_(1, left_out, -torch.inf).scatter_(1, block[:, None], -torch.inf).topk(k))
+        score, similar = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
+        row, column = np.nonzero(score > -np.inf)
         ids = self.ids()
-        columns = {"item": np.repeat(ids[places], k), "similar": ids[similar], "rank": np.tile(np.arange(1, k + 1), len(places))}
-        return pl.DataFrame(columns | {"score": score})
+        columns = {"item": ids[places[row]], "similar": ids[similar[row, column]], "rank": column + 1}
+        return pl.DataFrame(columns | {"score": score[row, column]})
 
     @torch.inference_mode()
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -238,6 +258,14 @@ class AWRSR(nn.Module):
         """(N,) ids of the items, by their row in the table; the numbers of the rows if there are no ids."""
         return np.arange(self.config.num_items) if self.item_ids is None else self.item_ids
 
+    def untrained(self) -> np.ndarray:
+        """Rows of the items that occurred in no event that trained the model; none if that is not known."""
+        return np.flatnonzero(~self.trained) if self.trained is not None else np.empty(0, dtype=np.int64)
+
+    def untrained_items(self) -> list[Any]:
+        """Ids of the items that `recommend` leaves out, because they occurred in no event that trained the model."""
+        return self.ids()[self.untrained()].tolist()
+
     def places(self, items: Sequence[Any]) -> np.ndarray:
         """Rows of item ids in the table. Raises ValueError naming an id that is not there."""
         known = {str(key): place for place, key in enumerate(self.ids().tolist())}
@@ -259,7 +287,7 @@ class AWRSR(nn.Module):
             BlockingIOError: another process, such as a training, writes into the folder for more than ten seconds.
         """
         with locked(folder, patience=10):
-            save_model(folder, self.network, self.ids(), self.filter_seen, **self.sections | sections)
+            save_model(folder, self.network, self.ids(), self.filter_seen, self.trained, **self.sections | sections)
 
     @classmethod
     def load(cls: type[Model], folder: str | Path, **changes: Any) -> Model:
@@ -275,7 +303,9 @@ class AWRSR(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):  # the random weights are replaced
             model = cls()
-        model.network, model.item_ids, model.filter_seen, model.sections = read_model(folder, **changes)
+        saved = read_model(folder, **changes)
+        model.network, model.item_ids, model.filter_seen = saved.network, saved.item_ids, saved.filter_seen
+        model.trained, model.sections = saved.trained, saved.sections
         return model.eval()
 
 
@@ -297,8 +327,9 @@ def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], other
 
 
 def _to_network(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before loading, prefix the names in `state_dict`, which are those of the network, with its name in this module. The ids in
-    the file of a model are no weights."""
-    state.pop(prefix + IDS, None)
+    """Before loading, prefix the names in `state_dict`, which are those of the network, with its name in this module. What the file
+    of a model says of its items is no weights."""
+    for name in (IDS, TRAINED):
+        state.pop(prefix + name, None)
     for name in [name for name in state if name.startswith(prefix)]:
         state[f"{prefix}network.{name.removeprefix(prefix)}"] = state.pop(name)

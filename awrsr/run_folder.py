@@ -19,15 +19,24 @@ from .models.network import AWRSRNetwork
 STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds to a model
 
 
-def save_model(folder: str | Path, network: AWRSRNetwork, item_ids: np.ndarray, filter_seen: bool, **sections: Any) -> None:
-    """Write model.safetensors, and config.json as a copy of its configuration to read. sections: further ones of it.
+def save_model(
+    folder: str | Path,
+    network: AWRSRNetwork,
+    item_ids: np.ndarray,
+    filter_seen: bool,
+    trained: np.ndarray | None = None,
+    **sections: Any,
+) -> None:
+    """Write model.safetensors, and config.json as a copy of its configuration to read.
+
+    trained: (N,) bool, the items that occurred in training. sections: further ones of the configuration.
 
     Raises:
         ValueError: files of these names are there that awrsr did not write.
     """
     folder = Path(folder)
     refuse_foreign(folder, (WEIGHTS, CONFIG))
-    write_model(folder, network, item_ids, filter_seen, sections, copies=(CONFIG,))
+    write_model(folder, network, item_ids, filter_seen, trained, sections, copies=(CONFIG,))
     data = sections.get("data", {}) | {"seen": not filter_seen}
     write_json(folder / CONFIG, {"model": asdict(network.config)} | sections | {"data": data})
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from ..habits import HABITS, meant
+from .shared import typed
 
 # Messages of jsonargparse and argparse.
 UNKNOWN_OPTION = re.compile(r"unrecognized arguments: (\S+)")
@@ -77,7 +78,7 @@ def nearest_option(word: str, parser: Any) -> str:
 def one_too_many(word: str, parser: Any) -> str:
     """A word without an option, which may be the path that one of them wants."""
     flag = next((flag for flag in ("--run", "--data") if flag in parser._option_string_actions and Path(word).exists()), None)
-    return f"{word!r} is one word too many" + did_you_mean([f"{flag} {word}"] if flag else [])
+    return f"{word!r} is one word too many" + did_you_mean([typed([flag, word])] if flag else [])
 
 
 def nearest_command(word: str, choices: list[str]) -> str:

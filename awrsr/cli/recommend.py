@@ -24,6 +24,8 @@ def add_flags(to: ArgumentParser) -> None:
     help = "Put an apostrophe before ids that a spreadsheet would take for formulas, such as those that begin with = or @."
     add_switch(to, "csv_safe", False, help)
     add_filter_seen(to)
+    help = "Leave out items that no training history holds: what the model says of them is chance."
+    add_switch(to, "filter_untrained", True, help)
 
 
 def run(options: Any) -> None:
@@ -51,7 +53,9 @@ def run(options: Any) -> None:
         print(f"Left out {unknown:,} events whose items the model does not know{users}.", file=sys.stderr)
     if options.k > model.known_items():
         print(f"The model knows {model.known_items():,} items, which is fewer than k={options.k:,}: ranking all.", file=sys.stderr)
-    tables = model.top_items(known, options.k, filter_seen=filter_seen(options))
+    if options.filter_untrained and (count := len(model.untrained())):
+        print(f"Left out {count:,} items that no training history holds; --no-filter-untrained ranks them, too.", file=sys.stderr)
+    tables = model.top_items(known, options.k, filter_seen=filter_seen(options), filter_untrained=options.filter_untrained)
     write(options.output, map(csv_safe, tables) if options.csv_safe else tables)
 
 

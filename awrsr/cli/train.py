@@ -64,6 +64,8 @@ def run(options: Any) -> None:
     order = "in the order of the file" if loaded.times is None and data.data else "in order of time"
     say(f"{data.name}: {loaded.num_users:,} users, {loaded.num_items:,} items, {len(loaded.items):,} events {order}; {repeats}")
     split = divide(loaded, data)
+    if count := int((~split.trained_items()).sum()):
+        say(f"{count:,} items occur in held-out events only, and are not recommended.")
     out = Path(options.out or default_folder(data, config, training))
     config = replace(config, num_items=split.histories.num_items)
     with_baseline = options.baseline if options.baseline is not None else not data.data

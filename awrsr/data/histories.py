@@ -266,6 +266,12 @@ class Split:
         ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
         return Split(numbered, *ends), unknown
 
+    def trained_items(self) -> np.ndarray:
+        """(N,) bool: items with an event among those that train the model."""
+        h = self.histories
+        position = np.arange(len(h.items)) - np.repeat(h.offsets[:-1], h.lengths)
+        return np.bincount(h.items[position < np.repeat(self.train_end, h.lengths)], minlength=h.num_items) > 0
+
     def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """(M,) users and (M,) positions of the targets of "validation" or "test" that have an event before them."""
         parts = {"validation": (self.train_end, self.validation_end), "test": (self.validation_end, self.histories.lengths)}

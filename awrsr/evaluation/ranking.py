@@ -32,6 +32,7 @@ class Recommender(Protocol):
 
     network: AWRSRNetwork
     item_ids: np.ndarray | None
+    trained: np.ndarray | None
     filter_seen: bool
     sections: dict[str, Any]  # of the configuration that is saved with it
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
@@ -41,10 +42,17 @@ class TrainingLoop(L.LightningModule):
     """
 
     def __init__(
-        self, network: AWRSRNetwork, split: Split, options: TrainingOptions, folder: Path, sections: dict[str, Any]
+        self,
+        network: AWRSRNetwork,
+        split: Split,
+        options: TrainingOptions,
+        folder: Path,
+        sections: dict[str, Any],
+        trained: np.ndarray | None = None,
     ) -> None:
-        """folder: folder for the best weights. sections: further sections of their configuration."""
+        """folder: folder for the best weights. sections, trained: what else goes into their file, as for `save_model`."""
         super().__init__()
+        self.trained = trained
         self.model, self.split, self.options, self.folder, self.sections = network, split, options, folder, sections
         self.average = running_average(network, options.average) if options.average else None
         self.evaluated: AWRSRNetwork = self.average.module if self.average else network  # type: ignore[assignment]
@@ -172,7 +180,8 @@ class TrainingLoop(L.LightningModule):
             self.record |= {"best": values.get(WATCHED, 0.0), "best_epoch": epoch}
             if self.trainer.is_global_zero:
                 item_ids, filter_seen = self.split.histories.item_ids, self.options.filters_seen(self.split)
-                write_model(self.folder, self.evaluated, item_ids, filter_seen, self.sections | {"epoch": epoch})
+                sections = self.sections | {"epoch": epoch}
+                write_model(self.folder, self.evaluated, item_ids, filter_seen, self.trained, sections)
         self.trainer.should_stop = self.finished()
 
     def finished(self) -> bool:

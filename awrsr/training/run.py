@@ -63,9 +63,13 @@ def _train_in(
     state = state_to_resume(folder, config)
     if options.item_init == "cooccurrence" and model.item_ids is None and not state:  # a new model's first step
         begin_with_cooccurrence(network.items.weight.data[:, : network.config.hidden], split, options.seed)
+    if model.item_ids is None:
+        model.trained = split.trained_items()
+    elif model.trained is not None:  # fitted before, to what else is known
+        model.trained = model.trained | split.trained_items()
     model.item_ids, model.filter_seen = split.histories.item_ids, filter_seen
     set_threads(options.threads)
-    loop = TrainingLoop(network.train(), split, options, folder, sections)
+    loop = TrainingLoop(network.train(), split, options, folder, sections, model.trained)
     if state:
         loop.on_load_checkpoint(state)
         if loop.record["epochs"] > options.epochs:
@@ -85,8 +89,8 @@ def _train_in(
     saved = best_model(folder, loop.record)
     network.load_state_dict(saved.network.state_dict())
     model.sections = sections | {"epoch": loop.record["best_epoch"]}
-    if first_process() and (saved.network.config, saved.sections) != (network.config, model.sections):
-        write_model(folder, network, split.histories.item_ids, filter_seen, model.sections)  # options changed, or an older file
+    if first_process() and (saved.network.config, saved.sections) != (network.config, model.sections):  # or an older file
+        write_model(folder, network, split.histories.item_ids, filter_seen, model.trained, model.sections)
     return loop.record | {"curve": loop.curve}
 
 
