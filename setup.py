@@ -13,27 +13,28 @@ setup(
     package_data={"awrsr": ["py.typed", "analysis/page.html"], "awrsr_kernels": ["py.typed"]},  # both are typed
     entry_points={"console_scripts": ["awrsr = awrsr.__main__:main"]},
     python_requires=">=3.10",
+    # Bounds above: the next major release of a library may change what it promises. Libraries below 1.0 may do so in any release.
     install_requires=[
-        "torch>=2.11",  # custom ops, autograd, the CPU path
-        "numpy",  # torch's own bridge to arrays
-        'triton>=3.6; platform_system == "Linux"',  # the kernels
+        "torch>=2.11,<3",  # custom ops, autograd, the CPU path; plans and kernels use names that torch calls private
+        "numpy<3",  # torch's own bridge to arrays
+        'triton>=3.6,<4; platform_system == "Linux"',  # the kernels; its launcher and its interpreter are not public
     ],
     extras_require={
         "model": [  # the recommender `awrsr`; the operator does without
-            "lightning>=2.5",  # the training loop: checkpoints, several devices, precision, loggers
-            "jsonargparse>=4.40",  # the command line with YAML configuration
-            "polars>=1.32",  # CSV and Parquet
-            "safetensors",  # weights that hold no code
-            "pooch",  # public data: download, checksum, cache
-            "requests",  # pooch's downloads
-            "tqdm",  # progress
-            "scipy",  # significance tests
-            "matplotlib",  # pictures of the attention
-            "jinja2",  # the page of awrsr analyse
+            "lightning>=2.5,<3",  # the training loop: checkpoints, several devices, precision, loggers
+            "jsonargparse>=4.40,<5",  # the command line with YAML configuration; errors.py reads its messages
+            "polars>=1.32,<3",  # CSV and Parquet; tested with 1.44 and 2.1
+            "safetensors<1",  # weights that hold no code
+            "pooch<2",  # public data: download, checksum, cache
+            "requests<3",  # pooch's downloads
+            "tqdm<5",  # progress
+            "scipy<2",  # significance tests
+            "matplotlib<4",  # pictures of the attention
+            "jinja2<4",  # the page of awrsr analyse
         ],
-        "onnx": ["onnx", "onnxscript", "onnxruntime"],  # awrsr export --format onnx, and its check
+        "onnx": ["onnx<2", "onnxscript<1", "onnxruntime<2"],  # awrsr export --format onnx, and its check
         "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone
-        "tensorboard": ["tensorboard"],  # awrsr train --logger tensorboard
+        "tensorboard": ["tensorboard<3"],  # awrsr train --logger tensorboard
         # Libraries whose recommenders the adapters refine (`awrsr_kernels.integrations`); constraints-libraries.txt pins what works
         # together.
         "rectools": ["rectools[torch]==0.19.0"],
@@ -44,24 +45,25 @@ setup(
             "setuptools<81",  # pkg_resources, which its ray imports
         ],
         "docs": [  # make docs, and the test that the pages build
-            "sphinx",  # what PyTorch's own pages are made with
-            "myst-parser",  # pages in Markdown
-            "furo",  # the theme
-            "sphinx-mathjax-offline",  # MathJax in the site, so that formulas need no network
+            "sphinx<10",  # what PyTorch's own pages are made with
+            "myst-parser<6",  # pages in Markdown
+            "furo",  # the theme; its versions are dates, which promise nothing
+            "sphinx-mathjax-offline<1",  # MathJax in the site, so that formulas need no network
         ],
         "dev": [
-            "pytest",  # the tests
-            "pytest-xdist",  # on every core
-            "pytest-timeout",  # a hanging kernel is a failure
-            "pytest-benchmark",  # timings per commit
-            "hypothesis",  # shapes and options nobody thought of
-            "matplotlib",  # the benchmark's plots
-            "tqdm",  # its progress bar
-            "filelock",  # one study at a time writes its results
-            "accelerate",  # transformers' Trainer, and models offloaded to other devices
-            "peft",  # adapters on refined models
-            "ruff",  # lint
-            "mypy",  # types
+            "pytest<10",  # the tests
+            "packaging<27",  # the test that constraints and these bounds agree
+            "pytest-xdist<4",  # on every core
+            "pytest-timeout<3",  # a hanging kernel is a failure
+            "pytest-benchmark<6",  # timings per commit
+            "hypothesis<7",  # shapes and options nobody thought of
+            "matplotlib<4",  # the benchmark's plots
+            "tqdm<5",  # its progress bar
+            "filelock<5",  # one study at a time writes its results
+            "accelerate<2",  # transformers' Trainer, and models offloaded to other devices
+            "peft<1",  # adapters on refined models
+            "ruff<1",  # lint
+            "mypy<3",  # types
         ],
     },
 )

@@ -1,14 +1,17 @@
 """Imports go down the floors named here, never in circles; every file is short and opens with a sentence on its purpose."""
 
 import ast
+import contextlib
 import graphlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from .selection import SLOW, SLOW_FIXTURES
 
@@ -140,6 +143,30 @@ def test_the_oldest_python_that_is_promised_is_what_lint_allows(tmp_path: Path) 
     assert not every.returncode, every.stdout + every.stderr
     refused = subprocess.run([*syntax, newer], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert f"on Python {promised[1]}" in refused.stdout, refused.stdout + refused.stderr
+
+
+def requirements() -> Iterator[Requirement]:
+    """All of setup.py: the lists in its call of setup."""
+    lists = {"install_requires", "extras_require"}
+    for node in ast.walk(ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.keyword) and node.arg in lists:
+            value = ast.literal_eval(node.value)
+            yield from map(Requirement, value if isinstance(value, list) else [each for extra in value.values() for each in extra])
+
+
+def test_requirements_are_bounded_above_and_agree_with_what_is_pinned_and_installed() -> None:
+    wanted = list(requirements())
+    unbounded = {each.name for each in wanted if not {bound.operator for bound in each.specifier} & {"<", "<=", "=="}}
+    assert unbounded == {"furo"} and len(wanted) > 30, unbounded
+    for name in ("constraints.txt", "constraints-libraries.txt"):
+        lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+        for pin in map(Requirement, filter(None, lines)):
+            versions = [bound.version for bound in pin.specifier if bound.operator == "=="]
+            for each in (each for each in wanted if each.name == pin.name):
+                assert all(map(each.specifier.contains, versions)), f"{name} has {pin}, setup.py {each}"
+    for each in wanted:  # numpy and setuptools: older ones only for RecBole
+        with contextlib.suppress(PackageNotFoundError):
+            assert each.name in ("numpy", "setuptools") or each.specifier.contains(version(each.name)), each
 
 
 def forwarding_files() -> list[str]:
