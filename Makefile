@@ -11,7 +11,7 @@ SUITE = .guard/suite/$(or $(shell git describe --always --dirty --abbrev=40 '--e
 
 .DEFAULT_GOAL := help
 .PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study cost
-.PHONY: bench bench-stochastic bench-train track compile-report gpu docs screenshots
+.PHONY: torture bench bench-stochastic bench-train track compile-report gpu docs screenshots
 
 help: ## print this list
 	@awk -F ':.*## ' '/^## / { print "\n" substr($$0, 4) } /^[a-z-]+:.*## / { printf "  make %-18s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ $(LIBRARIES): test-%: .venv-libraries/ready
 guard: .venv/ready ## compare quality, times, registers, tests and size with another commit (BASE=commit, DATA=folder)
 	$(BIN)/python -m benchmarks.guard $(if $(BASE),--base $(BASE)) $(if $(DATA),--data $(DATA)) \
 	  $(if $(PATIENCE),--patience $(PATIENCE))
+
+torture: .venv/ready ## kill trainings, flip bits, race and fuzz; ends with status 1 if anything is lost in silence (MINUTES=5, at most 20)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture --minutes $(or $(MINUTES),5)
 
 docs: .venv/ready ## build the pages under docs/, with a reference from the docstrings: docs/_build/index.html
 	$(BIN)/python -m sphinx -q -W -b html docs docs/_build

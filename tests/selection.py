@@ -17,6 +17,7 @@ SLOW = (
     "tests/kernels/test_compile.py::test_lengths_and_batches_compile_nothing_anew",
     "tests/kernels/test_compile.py::test_narrow_products_are_assembled_right",
     "tests/kernels/test_distributed.py",
+    "tests/torture/test_slice.py",
     "tests/recommender/test_lock.py::test_two_commands_with_one_folder_never_mix",
     "tests/kernels/test_torch_export.py::test_an_aotinductor_package_gives_the_same",
     "tests/recommender/test_ends.py::test_a_full_disk_is_one_line_and_leaves_nothing",
