@@ -59,6 +59,7 @@ setup(
             "hypothesis<7",  # shapes and options nobody thought of
             "matplotlib<4",  # the benchmark's plots
             "tqdm<5",  # its progress bar
+            "pandas<4",  # tables of users, which the recommender takes without needing pandas
             "filelock<5",  # one study at a time writes its results
             "accelerate<2",  # transformers' Trainer, and models offloaded to other devices
             "peft<1",  # adapters on refined models

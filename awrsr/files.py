@@ -202,7 +202,7 @@ def _write_stale(folder: Path, names: set[str]) -> None:
 
 
 @unforked
-def write_columns(path: Path, columns: "dict[str, Any]") -> None:
+def write_columns(path: Path, columns: dict[str, Any]) -> None:
     """Write a Parquet file at this very path. Raises OSError, not polars' errors, if the disk is full."""
     import polars as pl
 
@@ -213,8 +213,7 @@ def write_columns(path: Path, columns: "dict[str, Any]") -> None:
 
 @unforked
 def read_ids(path: str | Path) -> "np.ndarray":
-    """The column "item" of a Parquet file: numbers, or text of one width. Raises polars' errors."""
-    import numpy as np
+    """The column "item" of a Parquet file: numbers, or strings as objects. Raises polars' errors."""
     import polars as pl
 
-    return np.array(pl.read_parquet(path)["item"].to_list())
+    return pl.read_parquet(path)["item"].to_numpy()

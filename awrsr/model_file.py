@@ -115,7 +115,7 @@ def read_model(folder: str | Path, **changes: Any) -> SavedModel:
             stacklevel=3,
         )
     sections = {name: value for name, value in stored.items() if name not in OF_THE_FILE}
-    item_ids = np.array(ids)  # text of one width, never objects
+    item_ids = np.array(ids, dtype=object if ids and isinstance(ids[0], str) else None)
     return SavedModel(network.eval(), item_ids, not stored.get("data", {}).get("seen", False), trained, sections)
 
 

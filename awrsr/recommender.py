@@ -4,7 +4,7 @@ B users of a batch, N items, S features of what is multiplied for scores, H head
 """
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import AWRSRConfig, TrainingOptions, check_names
+from .data.containers import UserLists
 from .data.histories import Histories, Split, spans, split
+from .data.ids import Index, as_column, id_series, number_ids, warn
 from .habits import meant, names_arguments
 from .lock import locked
 from .model_file import IDS, TRAINED, read_model
@@ -27,7 +29,7 @@ from .run_folder import save_model
 METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
 SCORE_BLOCK = 1 << 24  # scores held at a time
 Model = TypeVar("Model", bound="AWRSR")
-UserHistories = Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]
+UserHistories = Histories | UserLists
 
 
 class AWRSR(nn.Module):
@@ -46,6 +48,7 @@ class AWRSR(nn.Module):
     config: AWRSRConfig
     item_ids: np.ndarray | None = None
     trained: np.ndarray | None = None  # (N,) bool: items that occurred in training; None if that is not known
+    _index: Index | None = None
     filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
 
     def __init__(self, config: AWRSRConfig | None = None, **options: Any) -> None:
@@ -92,8 +95,9 @@ class AWRSR(nn.Module):
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self in evaluation mode.
 
         Args:
-            histories: `Histories`, a mapping from users to items, or a list of lists of item ids, in time order. The last event of
-                each history is held out for test, and the one before it for validation. Pass a `Split` to divide them differently;
+            histories: `Histories`, a mapping from users to items, a pandas Series of lists whose index is the users, or a list of
+                lists of item ids, in time order. The last event of each history is held out for test, and the one before it for
+                validation. Pass a `Split` to divide them differently;
                 `split(histories, "none")` holds nothing out, and trains on everything for all epochs.
             options: how to train; by default `TrainingOptions()`.
             out: run folder, whose training resumes if it holds an unfinished run; without it, nothing is kept on disk.
@@ -135,7 +139,8 @@ class AWRSR(nn.Module):
         """The k best next items for each history. Users may be new to the model.
 
         Args:
-            histories: as for `fit`. Items that the model does not know are ignored; a user without any known item gets no row.
+            histories: as for `fit`. Items that the model does not know are left out with a `DataWarning`; a user without any known
+                item gets no row.
             k: at least 1; where there are fewer items to recommend, all of them are.
             filter_seen: leave out the items of the history, so that a user who has seen almost all items may get fewer than k. None
                 does what training did, where "auto" keeps these items if users take items again.
@@ -150,7 +155,16 @@ class AWRSR(nn.Module):
         Raises:
             ValueError: k is below 1; the model was not fitted.
         """
-        known, _ = Histories.from_lists(histories).numbered_as(self.ids())
+        given = Histories.from_lists(histories)
+        known, unknown = given.numbered_as(self.index())
+        if unknown:
+            missing = given.item_ids[self.index().find(given.item_ids) < 0]
+            examples = ", ".join(map(repr, missing[:3].tolist())) + ", ..." * (len(missing) > 3)
+            alone = np.count_nonzero((known.lengths == 0) & (given.lengths > 0))
+            warn(
+                f"{unknown:,} of {len(given.items):,} events are left out, since the model does not know their items ({examples})"
+                + (f"; {alone:,} of {given.num_users:,} users have no others and get no recommendation" if alone else "")
+            )
         tables = self.top_items(known, k, filter_seen=filter_seen, filter_untrained=filter_untrained, batch_size=batch_size)
         table, *more = tables
         for each in more:
@@ -175,7 +189,9 @@ class AWRSR(nn.Module):
         users, item_table, ids = np.flatnonzero(histories.lengths), self.item_table(), self.ids()
 
         def table(user: np.ndarray, item: np.ndarray, rank: np.ndarray, score: np.ndarray) -> pl.DataFrame:
-            return pl.DataFrame({"user": histories.user_ids[user], "item": ids[item], "rank": rank, "score": score})
+            return pl.DataFrame(
+                {"user": as_column(histories.user_ids[user]), "item": as_column(ids[item]), "rank": rank, "score": score}
+            )
 
         left_out = torch.from_numpy(self.untrained()).to(item_table.device) if filter_untrained else None
         nobody = np.empty(0, dtype=np.int64)
@@ -231,8 +247,8 @@ class AWRSR(nn.Module):
         score, similar = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
         row, column = np.nonzero(score > -np.inf)
         ids = self.ids()
-        columns = {"item": ids[places[row]], "similar": ids[similar[row, column]], "rank": column + 1}
-        return pl.DataFrame(columns | {"score": score[row, column]})
+        columns = {"item": as_column(ids[places[row]]), "similar": as_column(ids[similar[row, column]])}
+        return pl.DataFrame(columns | {"rank": column + 1, "score": score[row, column]})
 
     @torch.inference_mode()
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -266,13 +282,23 @@ class AWRSR(nn.Module):
         """Ids of the items that `recommend` leaves out, because they occurred in no event that trained the model."""
         return self.ids()[self.untrained()].tolist()
 
+    def index(self) -> Index:
+        """Finds items of the catalogue by their ids. It is built when it is first needed."""
+        known = self._index
+        if known is None or (
+            known.ids is not self.item_ids if self.item_ids is not None else len(known.ids) != self.config.num_items
+        ):
+            known = self._index = Index(self.ids())
+        return known
+
     def places(self, items: Sequence[Any]) -> np.ndarray:
         """Rows of item ids in the table. Raises ValueError naming an id that is not there."""
-        known = {str(key): place for place, key in enumerate(self.ids().tolist())}
-        unknown = [item for item in items if str(item) not in known]
-        if unknown or not len(items):
-            raise ValueError(f"items hold {unknown[0]!r}, which this model does not know" if unknown else "items is empty")
-        return np.array([known[str(item)] for item in items])
+        ids, place = number_ids(id_series("item", list(items)), lambda _: "item id", "keep")
+        places = self.index().find(ids)[place]
+        if not len(places) or (places < 0).any():
+            unknown = "items is empty" if not len(places) else f"items hold {list(items)[int((places < 0).argmax())]!r}"
+            raise ValueError(unknown + ", which this model does not know" * bool(len(places)))
+        return places
 
     def save(self, folder: str | Path, **sections: Any) -> None:
         """Write model.safetensors, which holds the weights, the ids of the items and the configuration, and appears when it is

@@ -127,7 +127,7 @@ def analyse(
     for name, value in (("users", users), ("examples", examples)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be 1 or more")
-    if baseline is not None and not np.array_equal(baseline.ids().astype(str), model.ids().astype(str)):
+    if baseline is not None and list(map(str, baseline.ids())) != list(map(str, model.ids())):
         raise ValueError("baseline knows other items than the model, must have been trained on the same data")
     filter_seen = model.filter_seen if filter_seen is None else filter_seen  # the same for both models
     refinement = model.config.refinement
@@ -288,9 +288,9 @@ def example(models: tuple[AWRSR, AWRSR], evaluations: list[Evaluation], split: S
     p_row, m_row = (x[:, -1].double().mean(0).cpu() for x in models[0].attention_maps(items)[-1])
     m_row = m_row / m_row.sum().clamp(min=1e-30)
     return Example(
-        user=h.user_ids[user].item(),
+        user=h.user_ids[user : user + 1].tolist()[0],
         history=items[-EVENTS_SHOWN:],
-        target=h.item_ids[first.items[m]].item(),
+        target=h.item_ids[first.items[[m]]].tolist()[0],
         rank=int(first.ranks[m]),
         other_rank=int(second.ranks[m]),
         top=top,

@@ -37,7 +37,7 @@ def run(options: Any) -> None:
 
     opened = OpenRun(options)
     baseline = open_baseline(opened) if options.baseline else None
-    split, _ = opened.split().numbered_as(opened.model.ids())
+    split, _ = opened.split().numbered_as(opened.model.index())
     settings = {name: options[name] for name in ("part", "users", "examples")}
     analysis = analyse(opened.model, split, baseline=baseline, filter_seen=filter_seen(options), progress=True, **settings)
     if baseline is not None:

@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from ..data import synthetic
 from ..data.fetch import REGISTRY
-from ..data.prepare import DEMO, DataOptions
+from ..data.prepare import DEMO, OF_READING, DataOptions
 from ..files import write_json
 from .shared import COLUMNS, add_options, as_flags, options_of, typed
 
@@ -73,7 +73,8 @@ def stats(options: Any) -> None:
     from ..data.readers import read
     from ..data.stats import stats, table
 
-    columns = {name.removesuffix("_column"): options[name] or None for name in COLUMNS}
+    columns: dict[str, Any] = {name.removesuffix("_column"): options[name] or None for name in COLUMNS[:3]}
+    columns |= {name: options[name] for name in OF_READING}
     values = stats(read(options.file, format=options.format, **columns))
     print(table(values))
     if options.json:

@@ -30,7 +30,7 @@ def run(options: Any) -> None:
     opened = OpenRun(options)
     model, split, part = opened.model, opened.split(), options.part
     held_out = len(split.targets(part)[0])
-    split, unknown = split.numbered_as(model.ids())
+    split, unknown = split.numbered_as(model.index())
     targets = len(split.targets(part)[0])
     if unknown:
         lost = f"{held_out - targets:,} of them held out"

@@ -39,7 +39,7 @@ def run(options: Any) -> None:
     items = options.history
     if not items:  # of the user, or else of the first one with 12 events, or with the most if nobody has as many
         histories, user = opened.histories(everyone=bool(options.user)), options.user
-        histories, _ = histories.numbered_as(opened.model.ids())
+        histories, _ = histories.numbered_as(opened.model.index())
         chosen = find_user(histories, user) if user else (histories.lengths >= min(12, histories.lengths.max())).argmax()
         items = histories.item_ids[histories.of(int(chosen))].tolist()
         if not items:

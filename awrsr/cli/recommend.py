@@ -44,7 +44,7 @@ def run(options: Any) -> None:
     if options.user:
         chosen = [find_user(histories, user) for user in options.user]
         histories = histories.keep(np.isin(histories.owners, chosen))
-    known, unknown = histories.numbered_as(model.ids())
+    known, unknown = histories.numbered_as(model.index())
     empty = int((known.lengths == 0).sum())
     if empty == known.num_users:
         raise ValueError(f"data: none of the {empty:,} users has an item that the model knows")

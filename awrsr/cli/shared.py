@@ -12,11 +12,12 @@ import numpy as np
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..data.histories import Histories, Split
-from ..data.prepare import OF_SPLIT, DataOptions, divide, histories
+from ..data.ids import as_texts, id_text
+from ..data.prepare import OF_READING, OF_SPLIT, DataOptions, divide, histories
 from ..files import first_process
 from ..processes import set_threads
 
-COLUMNS = ("user_column", "item_column", "time_column")
+COLUMNS = ("user_column", "item_column", "time_column", *OF_READING)  # how a file is read, besides its format
 OWN_DATA = "(default: the run's own)"
 
 
@@ -110,12 +111,12 @@ class OpenRun:
         if options.data:
             alike = options.data == "-" or suffix(options.data) == suffix(data.data)
             alike = alike and options.format in ("auto", data.format)  # then the run's format and columns apply
-            columns: dict[str, Any] = {name: options[name] or (getattr(data, name) if alike else "") for name in COLUMNS}
+            columns = {name: getattr(data if alike and is_default(name, options) else options, name) for name in COLUMNS}
             return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns))
         if "data" not in self.stored:
             raise ValueError(f"{options.run} was fitted in Python and does not say where its histories are; add --data FILE")
         for name in ("format", *COLUMNS):
-            if options[name] not in ("", "auto"):
+            if not is_default(name, options):
                 raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
         return histories(replace(data, data=self.own_file()))
 
@@ -152,9 +153,14 @@ def suffix(path: str) -> str:
     return Path(path.removesuffix(".gz")).suffix
 
 
+def is_default(name: str, options: Any) -> bool:
+    """Whether an option of the data is left as it is by default."""
+    return bool(options[name] == DataOptions.__dataclass_fields__[name].default)
+
+
 def find_user(histories: Histories, user: str) -> int:
     """The number of the user with this id."""
-    numbers = np.flatnonzero(histories.user_ids.astype(str) == user)
+    numbers = np.flatnonzero(np.array(as_texts(histories.user_ids), dtype=object) == id_text(user))
     if not len(numbers):
         raise ValueError(f"user is {user!r}, must be a user of the data")
     return int(numbers[0])

@@ -1,6 +1,7 @@
 """Histories: read, fetched or synthetic, filtered and divided."""
 
 from .histories import Histories, Split, split
-from .readers import DataError, read
+from .ids import DataError, DataWarning
+from .readers import read
 
-__all__ = ["DataError", "Histories", "Split", "read", "split"]
+__all__ = ["DataError", "DataWarning", "Histories", "Split", "read", "split"]

@@ -4,17 +4,21 @@ U users, N items of the catalogue, T events of all users.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain
-from numbers import Integral, Real
+from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from ..processes import forked
+from .containers import UserLists, all_items, id_column, lists_of
+from .ids import DataError, Index, many, number_ids, warn
+from .ids import Subject as IdSubject
+from .ids import number as number  # callers find it here
+from .times import moment, time_column, to_times
 
+Subject = Callable[[str, int], str]  # what a message about a value begins with: role, row -> "ratings.csv:17: item"
 SPLITS = ("leave-one-out", "last-n", "time", "none")
 
 
@@ -61,55 +65,106 @@ class Histories:
         return self.items[self.offsets[user] : self.offsets[user + 1]]
 
     @classmethod
-    def from_events(cls, users: Any, items: Any, times: Any = None) -> "Histories":
+    def from_events(
+        cls, users: Any, items: Any, times: Any = None, *, missing_ids: str = "refuse", drop_duplicates: bool = False
+    ) -> "Histories":
         """From parallel columns of T values: arrays, lists, or columns of a table with any index.
 
         Args:
             users, items: ids, as in `from_lists`; they are numbered in the order of their first appearance.
-            times: numbers or datetime64, which become seconds since 1970. Each user's events are sorted by time, and keep their
-                order if times are equal or not given.
+            times: numbers; or dates (datetime64, datetime objects, ISO 8601 text), which become seconds since 1970, in UTC unless
+                they name a zone. Each user's events are sorted by time, and keep their order if times are equal or not given.
+            missing_ids: as in `from_lists`.
+            drop_duplicates: let events with the same user, item and time count once.
 
         Raises:
-            TypeError: ids are neither numbers nor text, or times are neither numbers nor datetime64.
+            TypeError: ids are neither numbers nor text, or times are neither numbers nor dates.
             ValueError: columns have different lengths, or a value is missing.
         """
-        users, items = _column("user", users), _column("item", items)
-        times = None if times is None else _moments(times)
-        lengths = {"users": len(users), "items": len(items)} | ({} if times is None else {"times": len(times)})
-        if len(set(lengths.values())) > 1:
-            got = ", ".join(f"{name} has {length}" for name, length in lengths.items())
-            raise ValueError(f"columns must be equally long, with one value per event: {got}")
-        user_ids, user = number(users)
-        item_ids, item = number(items)
-        order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
-        offsets = sums(np.bincount(user, minlength=len(user_ids)))
-        return cls(item[order], offsets, item_ids, user_ids, None if times is None else times[order])
+        columns = {"user": id_column("user", users, missing_ids), "item": id_column("item", items, missing_ids)}
+        if times is not None:
+            columns["time"] = time_column(times)
+        if len({len(column) for column in columns.values()}) > 1:
+            got = ", ".join(f"{name}s has {len(column)}" for name, column in columns.items())
+            raise DataError(f"columns must be equally long, with one value per event: {got}")
+        return cls.from_columns(columns, lambda role, row: f"{role}s[{row}]", missing_ids, drop_duplicates)
 
     @classmethod
-    def from_lists(cls, histories: "Histories | Mapping[Any, Sequence[Any]] | Iterable[Sequence[Any]]") -> "Histories":
-        """From a sequence of item ids per user: a mapping user id -> items, or a list of lists (users are then 0, 1, ...).
+    def from_columns(
+        cls, columns: dict[str, pl.Series], subject: Subject, missing_ids: str = "refuse", drop_duplicates: bool = False
+    ) -> "Histories":
+        """From one value per event in columns "user", "item" and, where there are times, "time". subject: as defined above."""
+        user_ids, user = number_ids(columns["user"], partial(subject, "user"), missing_ids)
+        item_ids, item = number_ids(columns["item"], partial(subject, "item"), missing_ids)
+        rows = np.flatnonzero((user >= 0) & (item >= 0))
+        if len(rows) < len(user):
+            row = int(((user < 0) | (item < 0)).argmax())
+            where = subject("user" if user[row] < 0 else "item", row)
+            warn(f"left out {many(len(user) - len(rows), 'event')} without a user or an item; the first is {where}")
+            user, item, columns = user[rows], item[rows], {role: column.gather(rows) for role, column in columns.items()}
+        times = to_times(columns["time"], lambda row: subject("time", int(rows[row]))) if "time" in columns else None
+        order = np.argsort(user, kind="stable") if times is None else np.lexsort((times, user))
+        offsets = sums(np.bincount(user, minlength=len(user_ids)))
+        found = cls(item[order], offsets, item_ids, user_ids, None if times is None else times[order])
+        found = found.core() if missing_ids == "drop" else found
+        if drop_duplicates and times is None:
+            raise DataError("drop_duplicates needs times: without them a repeated event cannot be told from an item taken again")
+        twice = found.duplicates()
+        if not twice.any():
+            return found
+        if drop_duplicates:
+            return found.keep(~twice)
+        warn(
+            f"{twice.sum():,} of {many(len(twice), 'event')} equal another in user, item and time, and count as items taken again; "
+            "--drop-duplicates lets them count once (in Python drop_duplicates=True)"
+        )
+        return found
 
-        Ids may be of any type. Whole numbers that fit int64 stay numbers (7.0 becomes 7), and so do floats. All other ids, and ids
-        of several types, become text.
+    @classmethod
+    def from_lists(cls, histories: "Histories | UserLists", *, missing_ids: str = "refuse") -> "Histories":
+        """From a sequence of item ids per user, in order of time.
+
+        Args:
+            histories: a mapping user id -> items; a pandas Series of lists, whose index is the users, or its groups
+                (`df.groupby("user")["item"]`); or a list of lists, where users are 0, 1, ...
+            missing_ids: a missing id, or text that programs write for one ("nan", "NULL", ...), is refused; with "drop", such
+                events are left out; with "keep", such text is an id.
+
+        A whole number is the same id however it is written: 17, 17.0 and "17". All other ids are text, without blanks around them.
+        Ids are int64 if all of them are whole numbers that fit, and otherwise strings.
 
         Raises:
-            TypeError: an entry is not a sequence of ids.
-            ValueError: an id is missing (None or NaN).
+            TypeError: an entry is not a sequence of ids, or an id is neither a number nor text.
+            ValueError: an id is missing (None or NaN); a user occurs twice.
         """
         if isinstance(histories, Histories):
             return histories
-        if isinstance(histories, str) or hasattr(histories, "columns"):
-            raise TypeError(
-                f"histories is of type {type(histories).__name__}, must be a mapping or lists of item ids; "
-                "awrsr.read(path) reads a file, Histories.from_events(users, items, times) takes columns"
-            )
-        pairs = histories if isinstance(histories, Mapping) else dict(enumerate(histories))
-        for user, items in pairs.items():
-            if isinstance(items, str | bytes) or not isinstance(items, Iterable):
-                raise TypeError(f"history of user {user!r} is {items!r}, must be a sequence of item ids")
-        lists = [items.tolist() if isinstance(items, np.ndarray) else list(items) for items in pairs.values()]
-        item_ids, item = number(_one_type("item", list(chain.from_iterable(lists))))
-        return cls(item, sums(np.array([len(items) for items in lists], dtype=np.int64)), item_ids, _one_type("user", list(pairs)))
+        users, lists = lists_of(histories, missing_ids)
+        user_ids, user = number_ids(users, lambda _: "user id", missing_ids)
+        if (row := first_again(user)) is not None:
+            raise DataError(f"user {users[row]!r} occurs more than once; must have one history, in order of time")
+        counts = np.array([len(items) for items in lists], dtype=np.int64)
+        ends = np.cumsum(counts)
+
+        def subject(event: int) -> str:
+            return f"history of user {users[int(np.searchsorted(ends, event, side='right'))]!r}: item"
+
+        return cls.from_flat(user_ids, user, counts, all_items(lists, missing_ids), subject, missing_ids)
+
+    @classmethod
+    def from_flat(
+        cls, user_ids: np.ndarray, user: np.ndarray, counts: np.ndarray, items: pl.Series, subject: IdSubject, missing_ids: str
+    ) -> "Histories":
+        """From the items of all histories, one after another. user: whose each history is, -1 for one that is left out; each user
+        has one, in order. counts: the number of items of each history. subject, missing_ids: as in `number_ids`."""
+        item_ids, item = number_ids(items, subject, missing_ids)
+        kept = (item >= 0) & np.repeat(user >= 0, counts)
+        if not kept.all():
+            gone = many(int(np.count_nonzero(~kept)), "event")
+            warn(f"left out {gone} without a user or an item; the first is {subject(int(kept.argmin()))}")
+            counts = np.bincount(np.repeat(user, counts)[kept], minlength=len(user_ids))
+            item = item[kept]
+        return cls(item, sums(counts), item_ids, user_ids)
 
     def keep(self, events: np.ndarray) -> "Histories":
         """Only the events that are True in the (T,) boolean `events`. Users and items without events are dropped."""
@@ -127,6 +182,18 @@ class Histories:
             if not few.any() and kept.lengths.all() and item_events.all():
                 return kept
             kept = kept.keep(~few)
+
+    def duplicates(self) -> np.ndarray:
+        """(T,) True for events that an earlier one equals in user, item and time; never without times."""
+        again = np.zeros(len(self.items), dtype=bool)
+        if self.times is None or len(again) < 2:
+            return again
+        moment = np.append(0, np.cumsum((np.diff(self.times) != 0) | (np.diff(self.owners) != 0)))  # of one user, at one time
+        crowded = np.flatnonzero(np.bincount(moment)[moment] > 1)
+        key = moment[crowded] * self.num_items + self.items[crowded]
+        order = np.argsort(key, kind="stable")
+        again[crowded[order[1:]][key[order[1:]] == key[order[:-1]]]] = True
+        return again
 
     def collapsed(self) -> "Histories":
         """Of consecutive events of a user with the same item, only the first is kept."""
@@ -149,89 +216,29 @@ class Histories:
         """Whether users take items again, which means in more than 1 % of the events: a few repeated lines are no habit."""
         return self.repeat_share() > 0.01
 
-    def numbered_as(self, item_ids: np.ndarray) -> tuple["Histories", int]:
+    def numbered_as(self, item_ids: "np.ndarray | Index") -> tuple["Histories", int]:
         """These histories with items numbered as in `item_ids` (a model's catalogue), and the number of events that are dropped
         because their item is not in it. All users are kept, some perhaps with an empty history."""
-        index = {key: i for i, key in enumerate(item_ids.astype(str).tolist())}  # so that the number 7 equals the text "7"
-        renumbered = np.array([index.get(key, -1) for key in self.item_ids.astype(str).tolist()], dtype=np.int64)
+        index = item_ids if isinstance(item_ids, Index) else Index(item_ids)
+        renumbered = index.find(self.item_ids)
         item = renumbered[self.items] if len(renumbered) else self.items
         known = item >= 0
         times = None if self.times is None else self.times[known]
-        numbered = replace(self, items=item[known], offsets=sums(known)[self.offsets], item_ids=item_ids, times=times)
+        numbered = replace(self, items=item[known], offsets=sums(known)[self.offsets], item_ids=index.ids, times=times)
         return numbered, int((~known).sum())
+
+
+def first_again(numbers: np.ndarray) -> int | None:
+    """The first place of a number that occurs before; numbers are 0, 1, ... in the order of their first appearance, or negative."""
+    numbers = np.where(numbers < 0, np.arange(len(numbers)) + len(numbers), numbers)
+    again = np.ones(len(numbers), dtype=bool)
+    again[np.unique(numbers, return_index=True)[1]] = False
+    return int(again.argmax()) if again.any() else None
 
 
 def sums(counts: np.ndarray) -> np.ndarray:
     """(n + 1,) sums of the first 0..n counts: the start of each of n parts, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-def number(ids: np.ndarray | pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct ids in the order of their first appearance, and the index of each entry's id among them."""
-    column = pl.Series("id", ids)
-    unique = column.unique(maintain_order=True)
-    distinct = np.array(unique.to_list(), dtype=np.str_) if unique.dtype == pl.String else unique.to_numpy()
-    if len(ids) and distinct.dtype == np.int64:
-        low, span = int(distinct.min()), int(distinct.max()) - int(distinct.min()) + 1
-        if span < 2 * len(ids) + 1000:  # a table is several times as fast as a join
-            table = np.empty(span, dtype=np.int64)
-            table[distinct - low] = np.arange(len(distinct))
-            return distinct, table[column.to_numpy() - low]
-    if forked():
-        place = {key: i for i, key in enumerate(unique.to_list())}
-        return distinct, np.array([place[key] for key in column.to_list()], dtype=np.int64)
-    index = pl.DataFrame(column).join(pl.DataFrame(unique).with_row_index(), on="id", how="left", maintain_order="left")["index"]
-    return distinct, index.to_numpy().astype(np.int64)
-
-
-def _column(role: str, ids: Any) -> np.ndarray | pl.Series:
-    """(T,) ids of one type, from any container, in its order; a table's index is ignored."""
-    if isinstance(ids, pl.Series) and ids.dtype == pl.String and not ids.null_count():
-        return ids
-    if isinstance(ids, list | tuple):
-        return _one_type(role, list(ids))  # numpy would turn 2**53 + 1 and 0.5 into floats
-    values = np.asarray(ids)
-    if values.ndim != 1:
-        raise ValueError(f"{role}s are of shape {values.shape}, must be (T,), one id per event")
-    return values if values.dtype == np.int64 or values.dtype.kind == "U" else _one_type(role, values.tolist())
-
-
-def _moments(times: Any) -> np.ndarray:
-    """(T,) times as numbers; dates become seconds since 1970."""
-    values = np.asarray(times)
-    if values.ndim != 1:
-        raise ValueError(f"times are of shape {values.shape}, must be (T,), one time per event")
-    if values.dtype.kind == "M":
-        missing, values = np.isnat(values), values.astype("datetime64[us]").astype(np.int64) / 1e6
-    elif values.dtype.kind in "iuf":
-        missing = np.isnan(values)
-    else:
-        raise TypeError(f"times are of type {values.dtype}, must be numbers or datetime64 without a time zone")
-    if missing.any():
-        raise ValueError(f"times[{int(missing.argmax())}] is missing, must be a number or a date")
-    return values
-
-
-def _one_type(role: str, ids: list[Any]) -> np.ndarray:
-    """Ids as an array of int64, float64 or text."""
-    kinds = set(map(type, ids))
-    for kind in kinds:
-        if kind is not str and issubclass(kind, Collection) and not issubclass(kind, str | bytes):
-            raise TypeError(f"{role} id is {next(x for x in ids if type(x) is kind)!r}, must be a number or text")
-    missing = [x for x in ids if x is None or x != x] if any(not issubclass(kind, str | int) for kind in kinds) else []
-    if missing:
-        raise ValueError(f"{role} id is {missing[0]!r}, must be a number or text")
-    if all(issubclass(kind, Integral) for kind in kinds):
-        try:
-            return np.array(ids if kinds <= {int} else [int(x) for x in ids], dtype=np.int64)
-        except OverflowError:  # beyond int64; numpy would use floats, which cannot tell neighbours apart
-            pass
-    elif all(issubclass(kind, Real) for kind in kinds):
-        if all(isinstance(x, Integral) or float(x).is_integer() for x in ids):
-            return _one_type(role, [int(x) for x in ids])  # tables with gaps write 7 as 7.0
-        if all(issubclass(kind, float) for kind in kinds):
-            return np.array(ids, dtype=np.float64)
-    return np.array([str(x) for x in ids], dtype=np.str_)
 
 
 @dataclass(frozen=True)
@@ -256,13 +263,13 @@ class Split:
             digest.update("\n".join(map(str, ids.tolist())).encode())
         return digest.hexdigest()[:16]
 
-    def numbered_as(self, item_ids: np.ndarray) -> tuple["Split", int]:
+    def numbered_as(self, item_ids: "np.ndarray | Index") -> tuple["Split", int]:
         """Like `Histories.numbered_as`. A dropped event is no longer a target, and no other event replaces it."""
-        h = self.histories
-        numbered, unknown = h.numbered_as(item_ids)
+        h, index = self.histories, item_ids if isinstance(item_ids, Index) else Index(item_ids)
+        numbered, unknown = h.numbered_as(index)
         if not unknown:
             return replace(self, histories=numbered), 0
-        known = sums(np.isin(h.item_ids.astype(str), item_ids.astype(str))[h.items])  # known events before each one
+        known = sums((index.find(h.item_ids) >= 0)[h.items])  # known events before each one
         ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
         return Split(numbered, *ends), unknown
 
@@ -289,8 +296,8 @@ def split(
     how: str = "leave-one-out",
     *,
     n: int = 1,
-    validation_from: float | None = None,
-    test_from: float | None = None,
+    validation_from: Any = None,
+    test_from: Any = None,
 ) -> Split:
     """Divide histories into training, validation and test.
 
@@ -301,10 +308,12 @@ def split(
             training. "time": events of all users from `validation_from` on are for validation, those from `test_from` on for test.
             "none": all events are for training, for a model that is to be used rather than evaluated.
         n: events of each user for validation, and as many for test, with "last-n".
-        validation_from, test_from: two moments in the unit of the histories' times, with "time".
+        validation_from, test_from: two moments, with "time": numbers in the unit of the histories' times, or dates (objects or ISO
+            8601 text). Without validation_from, as many events before test_from are for validation as there are for test.
 
     Raises:
-        ValueError: `how` is unknown; "time" without times, or without two increasing times; n is below 1; no target is left.
+        ValueError: `how` is unknown; "time" without times, without test_from, or with moments that do not increase or are dates
+            where times are not; n is below 1; nothing is left for one of the parts.
     """
     if how not in SPLITS:
         raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
@@ -314,6 +323,10 @@ def split(
     if how == "time":
         if histories.times is None:
             raise ValueError('split is "time", which needs a file with a time column; this one has no times')
+        test_from = moment("test_from", test_from, histories.times)
+        validation_from = moment("validation_from", validation_from, histories.times)
+        if validation_from is None and test_from is not None:
+            validation_from = _as_many_before(test_from, histories.times)
         if validation_from is None or test_from is None or not validation_from < test_from:
             raise ValueError(
                 f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"
@@ -329,12 +342,19 @@ def split(
         train_end = np.where(enough, lengths - 2 * n, lengths)
         validation_end = np.where(enough, lengths - n, lengths)
     parts = Split(histories, train_end.astype(np.int64), validation_end.astype(np.int64))
-    for part in ("validation", "test"):
-        if not len(parts.targets(part)[0]):
-            span = "" if how != "time" else f", and times run from {histories.times.min():.12g} to {histories.times.max():.12g}"  # type: ignore[union-attr]
+    for part in ("training", "validation", "test"):
+        if not (train_end.any() or not len(lengths) if part == "training" else len(parts.targets(part)[0])):
+            span = "" if how != "time" else f", and times run from {histories.times.min():.15g} to {histories.times.max():.15g}"  # type: ignore[union-attr]
             longest = f"the longest history has {lengths.max(initial=0)} events"
             raise ValueError(f"split {how!r} leaves nothing for {part}: {longest}{span}")
     return parts
+
+
+def _as_many_before(test_from: float, times: np.ndarray) -> float | None:
+    """The moment from which on there are as many events before `test_from` as from it on; if there are fewer, half of them."""
+    before = np.sort(times[times < test_from])
+    count = min(len(times) - len(before), len(before) // 2)
+    return float(before[-count]) if count else None
 
 
 def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from ..options import check, option
-from ..processes import unforked
-from ._read_columns import DataError, to_times
 from .histories import SPLITS, Histories, Split, split
+from .ids import MISSING_IDS
 from .readers import FORMATS, read
 from .synthetic import make
+from .times import moment as moment  # callers find it here
 
 # Options of model and training that suit the synthetic histories. With a single layer, only a refined model can learn the task.
 # Equal items attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones.
@@ -19,6 +17,7 @@ from .synthetic import make
 DEMO: dict[str, Any] = {"layers": 1, "init": "match", "table_std": 0.5, "refine_scale": 2.8, "gate": 4.0}
 DEMO |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
 
+OF_READING = ("separator", "columns", "header", "missing_ids", "drop_duplicates")  # options with the name of an argument of `read`
 OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that only one split uses
 
 
@@ -39,6 +38,25 @@ class DataOptions:
         "Name of the column that holds the times. If it is not given, the usual names are tried. The value none means that the "
         "lines are already in order of time.",
     )
+    separator: str = option(
+        "",
+        "What divides the fields of a line, such as :: or tab. If it is not given, it is what the first line contains most often.",
+    )
+    columns: str = option(
+        "", "Names for the columns of a file without a header, from the left, with commas between them: user,item,rating,time."
+    )
+    header: bool = option(
+        True,
+        "The first line holds names of columns. Without a header (--no-header) and without --columns, the columns are called 1, 2, "
+        "..., and --user-column, --item-column and --time-column choose among them.",
+    )
+    missing_ids: str = option(
+        "refuse",
+        "What to do if the user or the item of an event is missing, which includes text such as NULL or nan. refuse: stop. drop: "
+        "leave such events out and say how many. keep: take such text as an id.",
+        choices=MISSING_IDS,
+    )
+    drop_duplicates: bool = option(False, "Events with the same user, item and time count as one event.")
     min_user_events: int = option(
         1,
         "Users with fewer events are left out. If min_item_events is set too, both rules are applied in turn until nothing changes "
@@ -48,23 +66,28 @@ class DataOptions:
     min_item_events: int = option(1, "Items with fewer events are left out, in the same way.", least=1)
     collapse: bool = option(False, "Consecutive events of a user with the same item count as one event.")
     split: str = option(
-        "leave-one-out",
-        "Which events are held out. leave-one-out: each user's last event is held out for test, and the one before it for "
-        "validation. last-n: each user's last events are held out for test, and as many before them for validation; holdout sets "
-        "how many. time: all events from test_from on are held out for test, and those between validation_from and test_from for "
-        "validation. none: nothing is held out or evaluated; training uses all events and runs for all epochs.",
-        choices=SPLITS,
+        "auto",
+        "Which events are held out. auto: time if test_from is given, otherwise leave-one-out. leave-one-out: each user's last "
+        "event is held out for test, and the one before it for validation. last-n: each user's last events are held out for test, "
+        "and as many before them for validation; holdout sets how many. time: all events from test_from on are held out for test, "
+        "and those between validation_from and test_from for validation. none: nothing is held out or evaluated; training uses "
+        "all events and runs for all epochs.",
+        choices=("auto", *SPLITS),
     )
     holdout: int = option(
         1, "Number of events of each user that are held out for validation, and as many for test. It needs split last-n.", least=1
     )
     validation_from: str = option(
-        "", "Time at which validation begins: a number, or a date such as 2014-05-31. It needs split time."
+        "",
+        "Time at which validation begins: a number, or a date such as 2014-05-31. If only test_from is given, as many events "
+        "before it are held out for validation as there are from it on.",
     )
-    test_from: str = option("", "Time at which test begins, in the same form. It needs split time.")
+    test_from: str = option("", "Time at which test begins, in the same form. It sets split time.")
 
     def __post_init__(self) -> None:
         check(self)
+        if self.split == "auto":
+            object.__setattr__(self, "split", "time" if self.test_from else "leave-one-out")
         for name, of in OF_SPLIT.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default and self.split != of:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which needs the split {of}; split is {self.split!r}")
@@ -79,7 +102,8 @@ def histories(options: DataOptions) -> Histories:
     """The histories that the options describe, filtered."""
     if options.data:
         user, item, time = (name or None for name in (options.user_column, options.item_column, options.time_column))
-        events = read(options.data, format=options.format, user=user, item=item, time=time)
+        table: dict[str, Any] = {name: getattr(options, name) for name in OF_READING}
+        events = read(options.data, format=options.format, user=user, item=item, time=time, **table)
     else:
         events = make()
     if options.collapse:
@@ -94,14 +118,5 @@ def histories(options: DataOptions) -> Histories:
 
 def divide(histories: Histories, options: DataOptions) -> Split:
     """Divide histories as the options say."""
-    moments: dict[str, Any] = {name: moment(name, getattr(options, name)) for name in ("validation_from", "test_from")}
+    moments = {name: getattr(options, name) or None for name in ("validation_from", "test_from")}
     return split(histories, options.split, n=options.holdout, **moments)
-
-
-@unforked
-def moment(name: str, text: str) -> float | None:
-    """Seconds since 1970 of a date, or a number in the unit of the data; read like the times of a file."""
-    try:
-        return float(to_times(pl.Series([text]), lambda _: name)[0]) if text else None
-    except DataError:
-        raise ValueError(f"{name} is {text!r}, must be a number, as times are in the data, or a date such as 2014-05-31") from None

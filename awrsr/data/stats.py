@@ -1,14 +1,13 @@
 """Statistics of histories, to read before a model is trained on them."""
 
-from datetime import datetime, timedelta
 from typing import Any
 
 import numpy as np
 
 from .histories import Histories
 from .synthetic import recall_answer
+from .times import as_date
 
-EPOCH = datetime(1970, 1, 1)
 WINDOW = 50  # the usual longest input of a model
 
 
@@ -91,5 +90,5 @@ def _percent(value: float | None) -> str:
 
 
 def _moment(value: float) -> str:
-    """A date, if the value can be seconds since 1970 of a date between 1980 and 2100; otherwise the number."""
-    return f"{EPOCH + timedelta(seconds=value):%Y-%m-%d %H:%M:%S}" if 3.15e8 < value < 4.1e9 else f"{value:,}"
+    """A date, if the value can be one between 1980 and 2100 in seconds, or in thousandths of them; otherwise the number."""
+    return as_date(value) or f"{value:,}"

@@ -132,7 +132,7 @@ def write(histories: Histories, path: str | os.PathLike[str]) -> Path:
     if (histories.lengths == 0).any():
         user = histories.user_ids[int((histories.lengths == 0).argmax())]
         raise ValueError(f"user {user} has no events; a file of lines cannot hold such a user")
-    words = histories.item_ids.astype(np.str_)
+    words = np.array(list(map(str, histories.item_ids.tolist())), dtype=object)
     with atomic(path) as partial, open(partial, "w", encoding="utf-8", newline="\n") as file:
         for user, key in enumerate(histories.user_ids.tolist()):
             file.write(f"{key} {' '.join(words[histories.of(user)].tolist())}\n")

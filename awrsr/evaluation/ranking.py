@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.histories import Split, spans
+from ..data.ids import as_column
 from ..data.synthetic import recall_answer
 from ..files import atomic, write_columns
 from ..models.network import AWRSRNetwork, in_evaluation
@@ -204,6 +205,6 @@ def evaluate(
 def write_ranks(ranked: Evaluation, split: Split, path: Path) -> None:
     """A Parquet file with a row per target: user, item (ids of the data), position in the history, rank."""
     h = split.histories
-    columns = {"user": h.user_ids[ranked.users], "item": h.item_ids[ranked.items], "position": ranked.places, "rank": ranked.ranks}
+    columns = {"user": as_column(h.user_ids[ranked.users]), "item": as_column(h.item_ids[ranked.items])}
     with atomic(path) as temporary:
-        write_columns(temporary, columns)
+        write_columns(temporary, columns | {"position": ranked.places, "rank": ranked.ranks})

@@ -47,7 +47,7 @@ def test_moments_beside_the_data_say_where_the_data_are(data: str) -> None:
     "options, message",
     [
         ({"holdout": 3}, "holdout is 3, which needs the split last-n; split is 'leave-one-out'"),
-        ({"test_from": "2024-01-08"}, "test_from is '2024-01-08', which needs the split time"),
+        ({"test_from": "2024-01-08", "split": "none"}, "test_from is '2024-01-08', which needs the split time"),
         ({"validation_from": "5", "split": "none"}, "validation_from is '5', which needs the split time; split is 'none'"),
     ],
 )

@@ -69,6 +69,13 @@ CALLS = {
     "read a wrong stream": lambda: caught(io.BytesIO(b"ann\\n")),
     "from_lists": lambda: Histories.from_lists(many).items.tolist(),
     "from_events": lambda: Histories.from_events(table["user"], table["item"]).items.tolist(),
+    "from_lists of both kinds": lambda: Histories.from_lists(
+        {n: [f"{j}.0" if j % 2 else j for j in range(n % 50)] + ["a", "NULL"] for n in range(999)}, missing_ids="drop"
+    ).items.tolist(),
+    "from_events with dates": lambda: Histories.from_events(
+        [1, 1, None] * 9, ["1", "b", "3"] * 9, ["2019-10-02", "2019-10-01 00:00:00 UTC", "2019-10-03T01:00"] * 9, missing_ids="drop"
+    ).times.tolist(),
+    "recommend by text": lambda: columns(large.recommend({n: [str(j) for j in items] + ["x"] for n, items in wide.items()}, k=2)),
     "a date": lambda: moment("test_from", "2014-05-31"),
 }
 expected = {name: call() for name, call in CALLS.items()}
