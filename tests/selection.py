@@ -22,6 +22,7 @@ SLOW = (
     "tests/kernels/test_torch_export.py::test_an_aotinductor_package_gives_the_same",
     "tests/recommender/test_ends.py::test_a_full_disk_is_one_line_and_leaves_nothing",
     "tests/recommender/test_ends.py::test_too_little_memory_is_one_line",
+    "tests/recommender/test_nodes.py::test_machines_without_a_shared_disk_resume_together",
     "tests/recommender/test_processes.py::test_a_forked_worker_computes_what_its_parent_does",
 )
 SLOW_FIXTURES = {"tests/kernels/test_compile.py": "sample"}

@@ -22,6 +22,7 @@ from ..models.network import AWRSRNetwork
 from ..run_folder import STATE
 from .batches import Batch, Windows
 from .losses import LOSSES, draw_negatives
+from .nodes import let_sigterm_end_it
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -87,6 +88,10 @@ class TrainingLoop(L.LightningModule):
     def train_dataloader(self) -> Iterable[Batch]:
         o, t = self.options, self.trainer
         return self.windows.batches(o.batch_size, o.seed, t.current_epoch, t.global_rank, t.world_size)
+
+    def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:
+            let_sigterm_end_it()
 
     def on_train_epoch_start(self) -> None:
         self.losses, self.clock = [], (time.perf_counter(), time.process_time())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 
 from ..config import TrainingOptions
 from ..data.histories import Split
@@ -25,6 +26,7 @@ from ..processes import set_threads
 from ..run_folder import METRICS, RANKS, STATE, state_to_resume
 from .cooccurrence import begin_with_cooccurrence
 from .loop import TrainingLoop
+from .nodes import agreed, check_launch
 from .trainer import make_trainer, quiet
 
 
@@ -60,7 +62,8 @@ def _train_in(
     data = sections.get("data", {}) | {"seen": not filter_seen, "fingerprint": split.fingerprint()}
     sections = json.loads(json.dumps({"training": asdict(options)} | sections | {"data": data}))
     config = {"model": asdict(network.config)} | sections
-    state = state_to_resume(folder, config)
+    check_launch(options)
+    state = agreed(options, config, lambda: state_to_resume(folder, config))
     if options.item_init == "cooccurrence" and model.item_ids is None and not state:  # a new model's first step
         begin_with_cooccurrence(network.items.weight.data[:, : network.config.hidden], split, options.seed)
     if model.item_ids is None:
@@ -75,7 +78,7 @@ def _train_in(
         if loop.record["epochs"] > options.epochs:
             raise ValueError(f"epochs is {options.epochs}, must be at least the {loop.record['epochs']} of the run in {folder}")
     finished = loop.finished()
-    if state:
+    if state and first_process():
         best_model(folder, loop.record, may_be_ahead=not finished)
     with quiet():
         trainer = None if finished else make_trainer(options, folder, validates=len(loop.validation) > 0)
@@ -83,9 +86,13 @@ def _train_in(
         sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, METRICS, RANKS.format(part="*")))
         write_json(folder / CONFIG, config)
     if trainer is not None:
-        run_trainer(trainer, loop, folder / STATE if state else None)
-        if not trainer.is_global_zero:
-            return {}
+        with tempfile.TemporaryDirectory() as own:
+            path = folder / STATE
+            if state and options.nodes > 1 and not first_process():  # on a machine that may not see the folder
+                torch.save(state, path := Path(own) / STATE)
+            run_trainer(trainer, loop, path if state else None)
+    if not (first_process() if trainer is None else trainer.is_global_zero):
+        return {}
     saved = best_model(folder, loop.record)
     network.load_state_dict(saved.network.state_dict())
     model.sections = sections | {"epoch": loop.record["best_epoch"]}
