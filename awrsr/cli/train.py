@@ -69,6 +69,11 @@ def run(options: Any) -> None:
     out = Path(options.out or default_folder(data, config, training))
     config = replace(config, num_items=split.histories.num_items)
     with_baseline = options.baseline if options.baseline is not None else not data.data
+    if training.device() == "cpu":
+        import torch
+
+        count = training.threads or torch.get_num_threads()
+        say(f"Training on {count} CPU thread{'s' * (count > 1)}; --threads N changes that: beside other work, 1 may be faster.")
     results = {}
     if with_baseline and config.refinement != "none":
         results["plain"] = train_one(replace(config, refinement="none"), data, training, split, out / "plain")

@@ -1,8 +1,10 @@
 """Forked processes and threads: nothing waits for ever, and nobody changes the mode of a model that others use."""
 
+import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from awrsr.data.histories import split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.models.network import in_evaluation
 
+from .runs import command
 from .small import as_numbered, make_lists, make_model
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +153,22 @@ def test_a_twin_in_evaluation_shares_tensors_and_hooks_and_keeps_what_is_compile
     assert model.network.training and not twin.training
     model.network.compile(backend="eager")
     assert not in_evaluation(model.network).training and in_evaluation(model.network.eval()) is model.network
+
+
+def test_threads_of_the_command_line_sleep_while_they_wait(home: Path) -> None:
+    """Threads that spin take the time of what runs beside them, and of each other. torch reads this when it is imported."""
+    program = "import os, sys; from awrsr.cli import main; early = 'torch' not in sys.modules; "
+    program += "main(['data', 'stats', sys.argv[1]]); print(early, os.environ['OMP_WAIT_POLICY'])"
+    words = [sys.executable, "-c", program, home / "data.txt"]
+    for given, policy in ({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.stdout.endswith(f"True {policy}\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("threads, said", [(1, "Training on 1 CPU thread; "), (2, "Training on 2 CPU threads; ")])
+def test_train_says_how_many_threads_it_uses(
+    threads: int, said: str, home: Path, tmp_path: Path, printed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    assert said in printed(*command(home / "data.txt", tmp_path / "out", epochs=1, threads=threads))
