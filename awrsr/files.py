@@ -4,6 +4,7 @@ A file is written under a temporary name in its folder, flushed to the disk and 
 on which host writes it, so that what a killed process left can be removed, and what a living one writes stays.
 """
 
+import errno
 import glob
 import io
 import json
@@ -28,6 +29,7 @@ UNSEALED = "sha256:" + "0" * 64  # where the checksum of a file will stand in it
 SEAL = re.compile(rb"sha256:[0-9a-f]{64}")
 TEMPORARY = re.compile(r"\.awrsr-(\d+)@(.+)-[0-9a-f]{8}(\.[^.]*)?$")  # the end of a temporary name: process, host
 OLDER_TEMPORARY = re.compile(r"\.[0-9a-f]{8}(\.[^.]*)?$")  # of older versions
+CANNOT_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # what file systems without it answer
 A_DAY = 86_400.0  # seconds after which a temporary file counts as abandoned if its process cannot be asked for
 STALE = "stale.txt"
 STALE_NOTE = "# These files are of an earlier model than this folder's. Rerun the command that wrote them, or remove them."
@@ -61,18 +63,19 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have the system write a file, or the names in a folder, to the disk."""
+    """Have the system write a file, or the names in a folder, to the disk, if the file system can."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
-        os.fsync(descriptor)
-    except OSError:
-        if not folder:  # some file systems cannot flush a folder
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_FLUSH | ({errno.EACCES, errno.EPERM} if folder else set()):  # a folder that may not be read
             raise
-    finally:
-        os.close(descriptor)
 
 
 def host() -> str:

@@ -23,7 +23,7 @@ from ..files import checksum, first_process, sweep, write_json
 from ..lock import locked
 from ..model_file import CONFIG, ITEMS, WEIGHTS, SavedModel, read_model, write_model
 from ..processes import set_threads
-from ..run_folder import METRICS, RANKS, STATE, state_to_resume
+from ..run_folder import METRICS, RANKS, STATE, refuse_another_run, state_to_resume
 from .cooccurrence import begin_with_cooccurrence
 from .loop import TrainingLoop
 from .nodes import agreed, check_launch
@@ -79,7 +79,7 @@ def _train_in(
             raise ValueError(f"epochs is {options.epochs}, must be at least the {loop.record['epochs']} of the run in {folder}")
     finished = loop.finished()
     if state and first_process():
-        best_model(folder, loop.record, may_be_ahead=not finished)
+        best_model(folder, config, loop.record, may_be_ahead=not finished)
     with quiet():
         trainer = None if finished else make_trainer(options, folder, validates=len(loop.validation) > 0)
     if first_process():
@@ -93,7 +93,7 @@ def _train_in(
             run_trainer(trainer, loop, path if state else None)
     if not (first_process() if trainer is None else trainer.is_global_zero):
         return {}
-    saved = best_model(folder, loop.record)
+    saved = best_model(folder, config, loop.record)
     network.load_state_dict(saved.network.state_dict())
     model.sections = sections | {"epoch": loop.record["best_epoch"]}
     if first_process() and (saved.network.config, saved.sections) != (network.config, model.sections):  # or an older file
@@ -101,17 +101,21 @@ def _train_in(
     return loop.record | {"curve": loop.curve}
 
 
-def best_model(folder: Path, record: dict[str, Any], may_be_ahead: bool = False) -> SavedModel:
-    """The model of the best epoch. may_be_ahead: a training killed between model and state is going to repeat the last epoch.
+def best_model(folder: Path, config: dict[str, Any], record: dict[str, Any], may_be_ahead: bool = False) -> SavedModel:
+    """The model of the best epoch of the run with this configuration.
+
+    may_be_ahead: a training that was killed between model and state is going to repeat the last epoch.
 
     Raises:
-        FileNotFoundError, ValueError: it is missing, damaged or of another epoch.
+        FileNotFoundError, ValueError: it is missing, damaged, or of another run or epoch.
     """
     try:
         saved = read_model(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}, but {STATE} belongs to it: restore it, or remove {STATE} to start again") from None
-    epoch = saved.sections.get("epoch", record["best_epoch"])  # older files have none
+    stored = {"model": asdict(saved.network.config)} | saved.sections
+    refuse_another_run(folder, stored, config, "a model of another run than its state")
+    epoch = stored.get("epoch", record["best_epoch"])  # older files have none
     if epoch != record["best_epoch"] and not (may_be_ahead and epoch == record["epochs"] + 1):
         advice = f"rerun with at least {epoch} epochs" if epoch == record["epochs"] + 1 else f"remove {STATE} to start again"
         raise ValueError(

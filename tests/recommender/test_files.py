@@ -1,8 +1,10 @@
 """Files have the rights of any new file, reach the disk before their names do, and leave nothing behind after a kill."""
 
+import errno
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,19 @@ def test_a_file_and_its_name_are_on_the_disk_before_anything_follows(tmp_path: P
     files.write_json(tmp_path / "a.json", {})
     written, renamed, named = steps
     assert written.startswith(".a.json.awrsr-") and renamed == "rename" and named == tmp_path.name
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EIO])
+def test_a_file_system_that_cannot_flush_is_written_to_and_one_that_fails_is_not(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if number != errno.EIO else pytest.raises(OSError, match="Input/output error"):
+        files.write_json(tmp_path / "a.json", {})
+    assert os.listdir(tmp_path) == (["a.json"] if number != errno.EIO else [])
 
 
 KILLED = """

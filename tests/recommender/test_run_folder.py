@@ -190,6 +190,11 @@ def test_a_run_is_not_resumed_to_a_model_that_is_damaged_missing_or_of_another_e
     best = state(run)["awrsr"]["record"]["best_epoch"]
     if best != 1:
         assert f"holds epoch 1, but the best one of the state in last.ckpt is {best}" in refused(*going_on)
+    AWRSR(config(num_items=24)).save(run)
+    assert f"{run} holds a model of another run than its state: data." in refused(*going_on)
+    train(home / "data.txt", tmp_path / "seed", epochs=2, seed=1)
+    (run / "model.safetensors").write_bytes((tmp_path / "seed" / "model.safetensors").read_bytes())
+    assert f"{run} holds a model of another run than its state: training.seed was 1 and is 0" in refused(*going_on)
 
 
 def test_a_model_ahead_of_its_state_is_not_taken_for_the_best_of_fewer_epochs(
