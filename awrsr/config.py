@@ -189,7 +189,7 @@ class TrainingOptions:
     accelerator: str = option("auto", "Device to train on; auto uses a GPU if there is one.", choices=("auto", "cpu", "gpu", "mps"))
     devices: int = option(1, "Number of processes on each machine.", least=1, most=1024)
     nodes: int = option(1, "Number of machines.", least=1, most=65536)
-    threads: int = option(0, "Number of CPU threads that torch uses; 0: one per core.", least=0, most=MOST_THREADS)
+    threads: int = option(0, "Number of CPU threads that torch uses; 0 leaves the number to torch.", least=0, most=MOST_THREADS)
     logger: str = option(
         "csv",
         "Format of the log of losses and metrics per epoch, which is in the folder logs/ of the run.",
