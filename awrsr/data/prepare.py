@@ -66,13 +66,13 @@ class DataOptions:
     min_item_events: int = option(1, "Items with fewer events are left out, in the same way.", least=1)
     collapse: bool = option(False, "Consecutive events of a user with the same item count as one event.")
     split: str = option(
-        "auto",
-        "Which events are held out. auto: time if test_from is given, otherwise leave-one-out. leave-one-out: each user's last "
-        "event is held out for test, and the one before it for validation. last-n: each user's last events are held out for test, "
-        "and as many before them for validation; holdout sets how many. time: all events from test_from on are held out for test, "
-        "and those between validation_from and test_from for validation. none: nothing is held out or evaluated; training uses "
-        "all events and runs for all epochs.",
-        choices=("auto", *SPLITS),
+        "leave-one-out",
+        "Which events are held out. leave-one-out: each user's last event is held out for test, and the one before it for "
+        "validation. last-n: each user's last events are held out for test, and as many before them for validation; holdout sets "
+        "how many. time, which test_from sets: all events from test_from on are held out for test, and those between "
+        "validation_from and test_from for validation. none: nothing is held out or evaluated; training uses all events and runs "
+        "for all epochs.",
+        choices=SPLITS,
     )
     holdout: int = option(
         1, "Number of events of each user that are held out for validation, and as many for test. It needs split last-n.", least=1
@@ -86,8 +86,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.split == "auto":
-            object.__setattr__(self, "split", "time" if self.test_from else "leave-one-out")
+        if self.test_from and self.split == "leave-one-out":
+            object.__setattr__(self, "split", "time")
         for name, of in OF_SPLIT.items():
             if getattr(self, name) != self.__dataclass_fields__[name].default and self.split != of:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, which needs the split {of}; split is {self.split!r}")
