@@ -18,7 +18,7 @@ OUT_HELP = (
     "Run folder (default: runs/<data>-<backbone>-<refinement>-<loss>-<seed>, and a short checksum of other options if they are not "
     "at their defaults)."
 )
-OPTIONS = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
+OPTIONS: dict[str, Any] = {"data": DataOptions, "model": AWRSRConfig, "training": TrainingOptions}
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -95,12 +95,14 @@ def default_folder(data: DataOptions, config: AWRSRConfig, training: TrainingOpt
     belong to a run, so that each run has a folder of its own."""
     named = {"num_items", "data", "backbone", "refinement", "loss", "seed"}
     ignored = named | MAY_CHANGE - ({"epochs"} if training.schedule == "cosine" else set())  # cosine depends on the epochs
-    usual = {} if data.data else DEMO
+    usual = {"data": data.data} | ({} if data.data else DEMO)
+    defaults = [kind(**{name: usual[name] for name in usual.keys() & kind.__dataclass_fields__}) for kind in OPTIONS.values()]
+    pairs: list[tuple[Any, Any]] = list(zip((data, config, training), defaults, strict=True))
     changed = [
-        (each.name, getattr(values, each.name))
-        for values in (data, config, training)
-        for each in fields(values)
-        if each.name not in ignored and getattr(values, each.name) != usual.get(each.name, each.default)
+        (each.name, getattr(chosen, each.name))
+        for chosen, default in pairs
+        for each in fields(chosen)
+        if each.name not in ignored and getattr(chosen, each.name) != getattr(default, each.name)
     ]
     parts = [data.name, config.backbone, config.refinement, training.loss, str(training.seed)]
     return Path("runs") / "-".join(parts + [sha256(repr(changed).encode()).hexdigest()[:6]] * bool(changed))

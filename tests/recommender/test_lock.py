@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from awrsr import AWRSR
-from awrsr.cli import main
-from awrsr.cli.train import default_folder
+from awrsr.cli import main, parser
+from awrsr.cli.shared import options_of
+from awrsr.cli.train import OPTIONS, default_folder
 from awrsr.config import AWRSRConfig, TrainingOptions
 from awrsr.data.prepare import DEMO, DataOptions
 from awrsr.files import host
@@ -176,3 +177,10 @@ def test_the_default_folder_tells_apart_runs_whose_options_differ() -> None:
     ]
     names = [folder(**each) for each in [{}, *others]]
     assert len(set(names)) == len(names) and all(name == usual or name.startswith("runs/beauty-sasrec-add") for name in names)
+
+
+@pytest.mark.parametrize("words, name", [([], "synthetic"), (["--data", "a/beauty.txt"], "beauty")])
+def test_a_command_without_options_has_the_plain_default_folder(words: list[str], name: str) -> None:
+    options = parser(not words).parse_args(["train", *words, "--epochs", "3", "--backend", "torch"]).train
+    chosen = [kind(**options_of(kind, options)) for kind in OPTIONS.values()]
+    assert str(default_folder(*chosen)) == f"runs/{name}-sasrec-additive-sampled_softmax-0"
