@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ._columns import find_columns
+from ._columns import find_columns, guesses
 from ._text import Text
 from .ids import DataError, id_series, shown
 
@@ -19,6 +19,7 @@ FIRST = 100  # objects whose keys are looked at; later ones may lack some of the
 def read_json_lines(text: Text, wanted: dict[str, str | None]) -> tuple[dict[str, pl.Series], np.ndarray]:
     """The columns of users, items and, if there are any, times; and the (T,) lines, from 1, that they come from."""
     names: dict[str, None] = {}
+    untimed = wanted["time"] is None
     columns: dict[str, str] = {}
     values: dict[str, list[Any]] = {}
     lines: list[int] = []
@@ -29,10 +30,10 @@ def read_json_lines(text: Text, wanted: dict[str, str | None]) -> tuple[dict[str
         if len(ahead) == FIRST and not columns:
             columns = _columns(text, names, ahead, wanted)
         if columns and ahead:
-            _take(ahead, columns, values, lines, text)
+            _take(ahead, names if untimed and "time" not in columns else None, columns, values, lines, text)
     if not columns:
         columns = _columns(text, names, ahead, wanted)
-    _take(ahead, columns, values, lines, text)
+    _take(ahead, names if untimed and "time" not in columns else None, columns, values, lines, text)
     found = {role: id_series(role, values[role], "drop") for role in ("user", "item")}
     if "time" in columns:
         found["time"] = _times(values["time"])
@@ -47,9 +48,22 @@ def _columns(text: Text, names: dict[str, None], objects: list[Any], wanted: dic
     return {role: header[place] for role, place in find_columns(text.source, header, wanted).items()}
 
 
-def _take(objects: list[Any], columns: dict[str, str], values: dict[str, list[Any]], lines: list[int], text: Text) -> None:
-    """Move the values of objects into lists of columns."""
+def _take(
+    objects: list[Any],
+    names: dict[str, None] | None,
+    columns: dict[str, str],
+    values: dict[str, list[Any]],
+    lines: list[int],
+    text: Text,
+) -> None:
+    """Move the values of objects into lists of columns. names: the keys so far, if a later one may be the time."""
     for number, each in objects:
+        if names is not None and not names.keys() >= each.keys():
+            late = [key for key in each if key not in names]
+            names.update(dict.fromkeys(late))
+            if places := guesses("time", late):
+                problem = f"has {late[places[0]]!r}, which may be the time and which the lines before lack"
+                raise DataError(f"{text.source}:{number}: {problem}; --time-column says which it is, or none")
         lines.append(number)
         for role, key in columns.items():
             value = each.get(key)

@@ -327,6 +327,9 @@ def split(
         validation_from = moment("validation_from", validation_from, histories.times)
         if validation_from is None and test_from is not None:
             validation_from = _as_many_before(test_from, histories.times)
+            if validation_from is None:
+                run = f"{histories.times.min():.15g} to {histories.times.max():.15g}"
+                raise ValueError(f"test_from is {test_from:.15g}, but times run from {run}; it must lie between them")
         if validation_from is None or test_from is None or not validation_from < test_from:
             raise ValueError(
                 f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"

@@ -197,6 +197,15 @@ def test_lines_of_json_that_are_no_events_are_named(line: str, message: str) -> 
         read(io.StringIO('{"user":1,"item":2}\n\n' + line + "\n"))
 
 
+def test_a_time_that_comes_late_in_json_lines_is_not_ignored() -> None:
+    text = '{"user":1,"item":2}\n' * 150 + '{"user":1,"item":3,"date":"2019-10-01"}\n'
+    with pytest.raises(DataError, match=":151: has 'date', which may be the time and which the lines before lack"):
+        read(io.StringIO(text))
+    assert read(io.StringIO(text), time="none").times is None
+    with pytest.raises(DataError, match=":1: time is missing"):
+        read(io.StringIO('{"user":1,"item":2}\n{"user":1,"item":3,"date":"2019-10-01"}\n'))
+
+
 # Tables without a header
 
 

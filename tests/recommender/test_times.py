@@ -115,6 +115,8 @@ def test_a_moment_in_another_unit_than_the_times_is_an_error() -> None:
     steps = Histories.from_events([1] * 10, range(10), range(10))
     with pytest.raises(ValueError, match="test_from is the date 2019-10-09, but times run from 0 to 9, which are not all dates"):
         split(steps, "time", validation_from=5, test_from="2019-10-09")
+    with pytest.raises(ValueError, match="test_from is -5, but times run from 0 to 9; it must lie between them"):
+        split(steps, "time", test_from=-5)
     with pytest.raises(ValueError, match="leaves nothing for training"):
         split(steps, "time", validation_from=-5, test_from=8)
 
