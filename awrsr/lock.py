@@ -1,6 +1,5 @@
 """One process at a time writes into a run folder. The lock is the system's: it is gone when its process ends, however it ends."""
 
-import json
 import os
 import threading
 import time
@@ -62,21 +61,23 @@ def _acquire(folder: Path, until: float) -> int | None:
         descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still_there(folder / LOCK, descriptor):  # not removed by a holder who has just finished
-                about = {"pid": os.getpid(), "host": host(), "since": datetime.now().astimezone().isoformat(" ", "seconds")}
-                os.truncate(descriptor, 0)
-                os.write(descriptor, json.dumps(about).encode())
-                return descriptor
         except BlockingIOError:
+            os.close(descriptor)
             if time.monotonic() >= until:
                 holder = _holder(folder)
-                os.close(descriptor)
                 raise BlockingIOError(f"{holder} is writing into {folder}: wait until it ends, or choose another folder") from None
             time.sleep(0.02)
+            continue
         except OSError as error:
             os.close(descriptor)
+            (folder / LOCK).unlink(missing_ok=True)
             warnings.warn(cannot.format(error.strerror), stacklevel=4)
             return None
+        if _is_still_there(folder / LOCK, descriptor):  # not removed by a holder who has just finished
+            with suppress(OSError):  # a full disk: the lock is held all the same
+                os.truncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n{host()}\n{datetime.now().astimezone().isoformat(' ', 'seconds')}\n".encode())
+            return descriptor
         os.close(descriptor)
 
 
@@ -92,7 +93,7 @@ def _holder(folder: Path) -> str:
     if (os.getpid(), folder) in _held:
         return "another thread of this process"
     try:
-        about = json.loads((folder / LOCK).read_bytes())
-        return f"process {about['pid']} on {about['host']}, since {about['since']},"
-    except (OSError, ValueError, KeyError, TypeError):  # it has not noted it yet
+        pid, name, since = (folder / LOCK).read_text().splitlines()
+        return f"process {pid} on {name}, since {since},"
+    except (OSError, ValueError):  # it has not noted it yet
         return "another process"

@@ -132,6 +132,26 @@ def test_a_file_system_without_locks_is_warned_of(number: int, tmp_path: Path, m
     with pytest.warns(UserWarning, match="cannot be locked here .*: make sure that no other process writes into it"):
         with locked(tmp_path):
             pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_does_not_keep_a_lock_from_being_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path), pytest.raises(BlockingIOError, match="^another process is writing into "), another_user(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@contextmanager
+def another_user(folder: Path) -> Iterator[None]:
+    """As if this process did not hold what it holds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("awrsr.lock._held", {})
+        with locked(folder):
+            yield
 
 
 def test_two_commands_with_one_folder_never_mix(tmp_path: Path) -> None:
