@@ -35,7 +35,7 @@ def locked(folder: str | Path, patience: float = 0.0) -> Iterator[None]:
     if _held.get(key) == threading.get_ident() or not first_process():
         yield
         return
-    new = not folder.exists()
+    new = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _acquire(folder, time.monotonic() + patience)
     _held[key] = threading.get_ident()
@@ -46,9 +46,9 @@ def locked(folder: str | Path, patience: float = 0.0) -> Iterator[None]:
         if descriptor is not None:
             (folder / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's is removed
             os.close(descriptor)
-        if new:
-            with suppress(OSError):  # something is in it
-                folder.rmdir()
+        with suppress(OSError):  # something is in it
+            for each in new:
+                each.rmdir()
 
 
 def _acquire(folder: Path, until: float) -> int | None:

@@ -91,17 +91,17 @@ def test_threads_of_a_process_exclude_each_other_and_one_thread_does_not_exclude
 
     def other() -> None:
         try:
-            with locked(tmp_path / "run"):
+            with locked(tmp_path / "a" / "run"):
                 said.append("both hold it")
         except BlockingIOError as error:
             said.append(str(error))
 
-    with locked(tmp_path / "run"), locked(str(tmp_path / "run")), locked(tmp_path / "nothing" / ".." / "run"):
+    with locked(tmp_path / "a" / "run"), locked(str(tmp_path / "a" / "run")), locked(tmp_path / "a" / "b" / ".." / "run"):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
     assert said and said[0].startswith("another thread of this process is writing into")
-    assert os.listdir(tmp_path) == []  # a folder that nothing was written into
+    assert os.listdir(tmp_path) == []  # folders that nothing was written into
 
 
 def test_many_processes_hold_a_lock_one_after_the_other(tmp_path: Path) -> None:
