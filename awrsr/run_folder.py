@@ -1,23 +1,26 @@
 """The files of a run folder: which they are, whether they are this package's, and whether they hold a run that can be resumed."""
 
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from .config import MAY_CHANGE, AWRSRConfig, before_averaging, without_removed_options
 from .data.prepare import DataOptions
-from .files import STALE, STALE_NOTE, read_json, write_json
+from .files import SEAL, STALE, STALE_NOTE, UNSEALED, read_json, write_json
 from .model_file import CONFIG, WEIGHTS, is_model, stored_sections, write_model
 from .models.network import AWRSRNetwork
 
 STATE, METRICS, RANKS = "last.ckpt", "metrics.json", "ranks_{part}.parquet"  # what training adds to a model
+SEAL_LENGTH = len(UNSEALED)
 
 
 def save_model(
@@ -65,9 +68,38 @@ def is_own(path: Path) -> bool:
     return isinstance(stored, dict) and {"config", "curve", "best_epoch"} <= stored.keys()
 
 
+def seal_state(path: Path) -> None:
+    """Append a checksum to a file that torch.save wrote, as the comment of the ZIP archive that it is."""
+    with open(path, "r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment, which torch leaves empty
+        file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        file.write(b"sha256:" + digest_before(file, file.tell()))
+
+
+def digest_before(file: BinaryIO, end: int) -> bytes:
+    """The SHA-256 of a file up to a place, where its position then is."""
+    digest, place = sha256(), file.seek(0)
+    while place < end:
+        digest.update(part := file.read(min(1 << 20, end - place)))
+        place += len(part)
+    return digest.hexdigest().encode()
+
+
+def check_state(file: BinaryIO) -> None:
+    """Raise BadZipFile if a state is damaged. torch itself reads damaged tensors without a word."""
+    end = max(file.seek(0, os.SEEK_END) - SEAL_LENGTH, 0)
+    file.seek(end)
+    if SEAL.fullmatch(seal := file.read()):
+        if seal != b"sha256:" + digest_before(file, end):
+            raise zipfile.BadZipFile("its checksum does not fit")
+        return
+    with zipfile.ZipFile(file) as parts:  # older versions: the checksums that torch writes, which leave out the archive's directory
+        if (part := parts.testzip()) is not None:
+            raise zipfile.BadZipFile(f"the checksum of {part} does not fit")
+
+
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The state of a training, without unpickling code. torch reads damaged tensors without a word, so the checksums that it
-    writes are compared here.
+    """The state of a training, without unpickling code.
 
     Raises:
         ValueError: it is damaged, holds code, or is not a state of awrsr.
@@ -75,9 +107,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     again = "remove it to start again, or restore it from a backup"
     try:
         with open(path, "rb") as file:
-            with zipfile.ZipFile(file) as parts:
-                if (part := parts.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"the checksum of {part} does not fit")
+            check_state(file)
             file.seek(0)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's on a file that it then refuses

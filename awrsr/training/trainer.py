@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..config import WATCHED, TrainingOptions
 from ..files import atomic
-from ..run_folder import STATE, read_state
+from ..run_folder import STATE, read_state, seal_state
 
 
 def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
@@ -114,6 +114,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         with atomic(path) as temporary:
             try:
                 torch.save(checkpoint, temporary)
+                seal_state(temporary)
             except RuntimeError as error:  # torch's own words do not name what the system said
                 free = shutil.disk_usage(Path(path).parent).free >> 20
                 what = f"{path} could not be written ({error}), {free} MiB are free there"

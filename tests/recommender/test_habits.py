@@ -121,7 +121,9 @@ def test_a_method_by_another_name_is_told_its_own(name: str, method: str) -> Non
 
 
 def test_who_asks_for_arguments_sees_the_real_ones() -> None:
-    assert list(inspect.signature(AWRSR.recommend).parameters) == ["self", "histories", "k", "filter_seen", "batch_size"]
+    assert list(inspect.signature(AWRSR.recommend).parameters) == [
+        "self", "histories", "k", "filter_seen", "filter_untrained", "batch_size",
+    ]  # fmt: skip
     for kind in (AWRSRConfig, TrainingOptions):
         assert list(inspect.signature(kind).parameters) == [each.name for each in fields(kind)]
 
