@@ -19,7 +19,7 @@ from ..files import first_process
 from ..run_folder import flat
 
 PATIENCE = timedelta(minutes=5)  # how long a process waits for the others, at the start and in every step
-OF_ONE_MACHINE = {"data", "threads", "progress", "logger", "backend"}  # options that may differ between machines; data: their path
+OF_ONE_MACHINE = {"data", "path", "threads", "progress", "logger", "backend"}  # may differ between machines; data: the file
 LAUNCHED = ("RANK", "NODE_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # what launchers set in each process
 START = "torchrun --nnodes {} --nproc-per-node {} --node-rank N --master-addr HOST --master-port PORT -m awrsr train ..."
 

@@ -47,9 +47,13 @@ def free_port() -> int:
 
 
 def test_machines_without_a_shared_disk_resume_together(tmp_path: Path) -> None:
-    """Without the first one's state, the other began anew, and both waited for each other for ever."""
-    data, port = write(tmp_path / "data.txt"), free_port()
-    both = [start(tmp_path / name, rank, port, ["-c", PROCESS], data=data, out="run") for rank, name in enumerate("ab")]
+    """Without the first one's state, the other began anew, and both waited for each other for ever. Each has its own copy of the data,
+    in a place of its own."""
+    port = free_port()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        data = write(tmp_path / name / "data.txt")
+    both = [start(tmp_path / name, rank, port, ["-c", PROCESS], data="data.txt", out="run") for rank, name in enumerate("ab")]
     outputs = [process.communicate(timeout=150) for process in both]
     for printed, errors in outputs:
         assert "[0, 0]\n" in printed and "[1]\n" in printed, printed + errors
