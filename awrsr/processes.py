@@ -77,7 +77,6 @@ class Content(io.BytesIO):
         self.name = getattr(stream, "name", None)
 
 
-
 def _apart(function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     python = os.fsdecode(spawn.get_executable())
     with tempfile.TemporaryFile() as task:  # standard input may be what the function reads

@@ -43,7 +43,8 @@ def run(options: Any) -> None:
         chosen = find_user(histories, user) if user else (histories.lengths >= min(12, histories.lengths.max())).argmax()
         items = histories.item_ids[histories.of(int(chosen))].tolist()
         if not items:
-            raise ValueError(f"user is {user!r}, must have an item that the model knows" if user else "data: no item is known")
+            who = f"user is {user!r}, must have" if user else "data: no user has"
+            raise ValueError(f"{who} an item that the model knows")
     items = items[-config.max_len :]
     labels = [str(item) for item in items]
     p, m = opened.model.attention_maps(items)[options.layer - 1]

@@ -24,7 +24,7 @@ def add_flags(to: ArgumentParser) -> None:
     help = "Put an apostrophe before ids that a spreadsheet would take for formulas, such as those that begin with = or @."
     add_switch(to, "csv_safe", False, help)
     add_filter_seen(to)
-    help = "Leave out items that no training history holds: what the model says of them is chance."
+    help = "Leave out items that occur in no training history, whose scores are a matter of chance."
     add_switch(to, "filter_untrained", True, help)
 
 

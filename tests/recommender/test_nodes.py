@@ -47,8 +47,8 @@ def free_port() -> int:
 
 
 def test_machines_without_a_shared_disk_resume_together(tmp_path: Path) -> None:
-    """Without the first one's state, the other began anew, and both waited for each other for ever. Each has its own copy of the data,
-    in a place of its own."""
+    """Without the first one's state, the other began anew, and both waited for each other for ever. Each has its own copy of the
+    data, in a place of its own."""
     port = free_port()
     for name in "ab":
         (tmp_path / name).mkdir()
