@@ -21,7 +21,7 @@ PACKAGES = ("awrsr_kernels", "awrsr", "benchmarks", "tests")  # each may import 
 # The floors of each package, the lowest first. A room is a module or a folder; it imports rooms of lower floors alone.
 FLOORS = {
     "awrsr_kernels": [
-        "torch_state tolerance habits",
+        "torch_state tolerance habits lagging",
         "values",
         "checks dropout wasserstein launch_config",
         "call tuned issue_slots",
