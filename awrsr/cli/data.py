@@ -11,14 +11,17 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..data import synthetic
-from ..data.fetch import REGISTRY
 from ..data.prepare import DEMO, OF_READING, DataOptions
+from ..data.public import REGISTRY, table
 from ..files import write_json
 from .shared import COLUMNS, add_options, as_flags, options_of, typed
 
 
 def add_fetch_flags(to: ArgumentParser) -> None:
-    to.add_argument("name", choices=tuple(REGISTRY), help="Which data set to download.")
+    to.add_argument(
+        "name", nargs="?", choices=tuple(REGISTRY), help="Which data set to download. Without a name, a table of all is printed."
+    )
+    to.add_argument("--list", action="store_true", help="Print the table.")
     to.add_argument(
         "--base-url", type=str, default="", help="Address to download from (default: the repositories that publish the files)."
     )
@@ -28,11 +31,16 @@ def add_fetch_flags(to: ArgumentParser) -> None:
 
 
 def fetch(options: Any) -> None:
-    """Download a public data set into a cache. The download is kept only if its SHA-256
+    """Download a public data set into a cache, or list what there is. Chords, tunes,
+    source code and logs are converted to histories. A file is kept only if its SHA-256
     is the expected one.
 
+      awrsr data fetch
       awrsr data fetch beauty
     """
+    if options.list or not options.name:
+        print(f"{table()}\n\nNext:\n\n  awrsr data fetch NAME")
+        return
     from ..data import fetch
 
     path = fetch.fetch(options.name, cache=options.cache or None, **({"base_url": options.base_url} if options.base_url else {}))
@@ -71,11 +79,12 @@ def stats(options: Any) -> None:
       awrsr data stats ratings.csv --json stats.json
     """
     from ..data.readers import read
-    from ..data.stats import stats, table
+    from ..data.stats import stats
+    from ..data.stats import table as table_of
 
     columns: dict[str, Any] = {name.removesuffix("_column"): options[name] or None for name in COLUMNS[:3]}
     columns |= {name: options[name] for name in OF_READING}
     values = stats(read(options.file, format=options.format, **columns))
-    print(table(values))
+    print(table_of(values))
     if options.json:
         write_json(options.json, values)

@@ -1,43 +1,29 @@
-"""Downloads public data sets once: Amazon Beauty, Toys and Sports, Yelp and LastFM as used by S3-Rec and STOSA, and edits of
-Wikipedia (JODIE) as used by a port of SASRec, the only data set in which users take items again."""
+"""Fetches public data sets once: downloads the files of their source, checks them, and converts those that are no histories yet."""
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pooch
 import requests
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
+from urllib3.util import Retry
 
 from ..files import atomic
+from .public import REGISTRY, Remote
 
-S3REC = "https://raw.githubusercontent.com/RUCAIBox/CIKM2020-S3Rec/master/data/"
-SASREC = "https://raw.githubusercontent.com/pmixer/SASRec.pytorch/777cccb3a39bef017d576bd669f3241ee43055bb/data/"
 CACHE_VARIABLE = "AWRSR_CACHE"
+BLOCK = 1 << 16  # bytes read at a time
+TRIES_AGAIN = (429, 500, 502, 503, 504)  # what a server answers that is busy; 429 says when to ask again
 
 
 class FetchError(OSError):
     """A data set could not be downloaded. The message says what to do."""
-
-
-@dataclass(frozen=True)
-class Remote:
-    """A file below a base address, and its expected SHA-256."""
-
-    file: str
-    sha256: str
-    base_url: str = S3REC
-
-
-REGISTRY: Mapping[str, Remote] = {
-    "beauty": Remote("Beauty.txt", "226cce9c3105299ca0db9615d7d3fb32b3175e90da43100ae352599f0f0107b8"),
-    "toys": Remote("Toys_and_Games.txt", "176c680c688d497598c4a89a03b402c0fe78d795e5db335c2e78dd5f2d778a3f"),
-    "sports": Remote("Sports_and_Outdoors.txt", "2a095e0648872beb9982408958290f5d655db5be2911c3756b5446de9f0b8de2"),
-    "yelp": Remote("Yelp.txt", "724b219106b81dd2349027da997334ddb6da9fe2f152ad6e0d97a93170f7caed"),
-    "lastfm": Remote("LastFM.txt", "9ded486adb5b0fe9dc761950afa0a9a05e93ff018992e0c52bf11afec529f802"),
-    "wikipedia": Remote("wikipedia.txt", "ab5d5addedafb496a212d939cb595637f580e436f640916ba337edb03aa02bed", SASREC),
-}
 
 
 def cached_file(name: str, cache: str | os.PathLike[str] | None = None) -> Path:
@@ -54,45 +40,82 @@ def fetch(
     registry: Mapping[str, Remote] = REGISTRY,
     timeout: float = 30.0,
 ) -> Path:
-    """The path of the file of a public data set. It is downloaded unless the cache has it with the right checksum.
+    """The path of the file of a public data set. Unless the cache has it with the right checksum, its source is downloaded and,
+    where that is no file of histories, converted.
 
     Args:
         name: one of REGISTRY.
         cache: folder that keeps the files; by default that of the environment variable AWRSR_CACHE, or else the system's usual
             cache folder.
-        base_url: address of the folder to download from, such as a mirror; by default the source of each file.
+        base_url: address of the folder to download from, such as a mirror; by default the source of each data set.
         progress: show a progress bar on standard error if it is a terminal.
         registry: the data sets to choose from.
         timeout: seconds to wait for a response.
 
     Raises:
         ValueError: an unknown name.
-        FetchError: there is no connection, the file does not exist there, the checksum is wrong (the download is then not kept), or
-            the cache cannot be written.
+        FetchError: there is no connection, a file does not exist there, a checksum is wrong (nothing is then kept), or the cache
+            cannot be written.
     """
     if name not in registry:
         raise ValueError(f"data set is {name!r}, must be one of {', '.join(registry)}")
     remote = registry[name]
     target = cached_file(name, cache)
-    if target.is_file() and pooch.file_hash(str(target)) == remote.sha256:
+    if target.is_file() and pooch.file_hash(str(target)) == remote.kept_sha256:
         return target
-    url = (base_url or remote.base_url).rstrip("/") + "/" + remote.file
-    by_hand = f"or download {url} by other means and put it at {target}"
+    base = (base_url or remote.base_url).rstrip("/") + "/"
+    urls = [base + file for file in remote.files]
+    source = urls[0] if len(urls) == 1 else f"{len(urls)} files below {base}"
+    by_hand = f"or take {name}.txt from elsewhere" if remote.convert else f"or download {source} by other means"
+    by_hand = f"{by_hand} and put it at {target}"
+    with _told(target, by_hand), atomic(target) as partial:
+        files = _download(name, urls, progress and sys.stderr.isatty(), timeout)
+        if (digest := sha256(b"".join(files)).hexdigest()) != remote.sha256:
+            problem = f"{source} has SHA-256 {digest}, must have {remote.sha256}; the download was not kept"
+            raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
+        content = remote.convert(files) if remote.convert else files[0]
+        if (digest := sha256(content).hexdigest()) != remote.kept_sha256:
+            problem = f"the conversion of {source} gave SHA-256 {digest}, must give {remote.kept_sha256}; the result was not kept"
+            raise FetchError(f"{problem}. Please report this with the versions of Python, numpy and polars, {by_hand}")
+        partial.write_bytes(content)
+    return target
+
+
+@contextmanager
+def _told(target: Path, by_hand: str) -> Iterator[None]:
+    """Errors as FetchError, with what to do."""
     try:
-        with atomic(target) as partial:
-            bar = progress and sys.stderr.isatty()
-            pooch.HTTPDownloader(progressbar=bar, timeout=timeout)(url, str(partial), None)
-            if (sha256 := pooch.file_hash(str(partial))) != remote.sha256:
-                problem = f"{url} has SHA-256 {sha256}, must have {remote.sha256}; the download was not kept"
-                raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
+        yield
     except requests.HTTPError as error:
         raise FetchError(f"download failed: {error}. Give another base_url, {by_hand}") from None
     except requests.RequestException as error:
-        problem = f"cannot reach {url} ({type(error).__name__})"
+        problem = f"cannot reach {str(error.request.url) if error.request else 'the source'} ({type(error).__name__})"
         raise FetchError(f"{problem}. Check the connection or the proxy and try again, {by_hand}") from None
     except FetchError:
         raise
     except OSError as error:
         problem = f"cannot write to the cache {target.parent} ({error.strerror or error})"
         raise FetchError(f"{problem}. Name another with cache or the environment variable {CACHE_VARIABLE}") from None
-    return target
+
+
+def _download(name: str, urls: list[str], bar: bool, timeout: float) -> list[bytes]:
+    """The contents of all addresses. bar: show progress, in bytes of a single file, or else in files."""
+    single = len(urls) == 1
+    kind: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if single else {"unit": "file"}
+    retry = Retry(total=4, connect=0, read=0, status_forcelist=TRIES_AGAIN, backoff_factor=1, raise_on_status=False)
+    with requests.Session() as session, tqdm(total=None if single else len(urls), desc=name, disable=not bar, **kind) as shown:
+        for scheme in ("https://", "http://"):
+            session.mount(scheme, HTTPAdapter(max_retries=retry))
+        files = []
+        for url in urls:
+            with session.get(url, stream=True, timeout=timeout) as response:
+                response.raise_for_status()
+                if single:
+                    shown.total = int(response.headers.get("Content-Length", 0)) or None
+                blocks = []
+                for block in response.iter_content(BLOCK):
+                    blocks.append(block)
+                    shown.update(len(block) if single else 0)
+            files.append(b"".join(blocks))
+            shown.update(0 if single else 1)
+    return files

@@ -12,13 +12,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from awrsr.data import _convert
 from awrsr.data.fetch import REGISTRY, FetchError, Remote, fetch
 from awrsr.data.histories import Histories
+from awrsr.data.public import made
 from awrsr.data.readers import read
 from awrsr.data.stats import stats, table
 from awrsr.data.synthetic import make, recall_answer
 
 CONTENT = b"1 2 3\n2 3 4\n"
+TUNES = {
+    "/data/abc/one.abc": b"X: 1\nT: one\nK:D\n|: d2 A2 :|\n",
+    "/data/abc/two.abc": b"X: 1\nd2 f d2\n",
+}  # d2 is the most frequent
+TUNE_LINES = b"1 1 2\n2 1 3 1\n"
 SMALL = {"small": Remote("Small.txt", hashlib.sha256(CONTENT).hexdigest()), "gone": Remote("Gone.txt", "0" * 64)}
 
 # Downloads
@@ -26,6 +33,7 @@ SMALL = {"small": Remote("Small.txt", hashlib.sha256(CONTENT).hexdigest()), "gon
 
 class Server(ThreadingHTTPServer):
     content = CONTENT
+    busy = 0  # requests to refuse
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -41,13 +49,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append(self.path)
-        if self.path != "/data/Small.txt":
-            self.send_error(404)
+        content = {"/data/Small.txt": self.server.content, **TUNES}.get(self.path)
+        if self.server.busy or content is None:
+            self.send_error(429 if self.server.busy else 404)
+            self.server.busy -= self.server.busy > 0
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(self.server.content)
+        self.wfile.write(content)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -137,7 +147,35 @@ def test_the_bar_goes_to_a_terminal_alone(
 def test_unknown_names_are_told_what_there_is() -> None:
     with pytest.raises(ValueError, match="data set is 'books', must be one of beauty, toys, sports, yelp, lastfm"):
         fetch("books")
-    assert all(len(remote.sha256) == 64 for remote in REGISTRY.values())
+
+
+def test_public_sets_are_pinned_and_described() -> None:
+    for name, remote in REGISTRY.items():
+        assert {len(remote.sha256), len(remote.kept_sha256)} == {64} and bool(remote.convert) == bool(remote.made_sha256), name
+        assert remote.about and remote.licence and remote.sizes, name
+        assert remote.base_url.startswith("https://raw.githubusercontent.com/") and remote.base_url.endswith("/"), name
+
+
+def tunes(server: Server, cache: Path, source: bytes = b"".join(TUNES.values()), result: bytes = TUNE_LINES) -> Path:
+    sums = [hashlib.sha256(content).hexdigest() for content in (source, result)]
+    remote = Remote("abc/one.abc abc/two.abc", sums[0], convert=made(_convert.notes), made_sha256=sums[1])
+    return fetch("tunes", cache=cache, base_url=server.address, registry={"tunes": remote})
+
+
+def test_several_files_are_checked_and_converted_once(server: Server, tmp_path: Path) -> None:
+    server.busy = 1  # asked too often: the same file is asked for again
+    path = tunes(server, tmp_path)
+    assert path.read_bytes() == TUNE_LINES and tunes(server, tmp_path) == path
+    assert server.asked == ["/data/abc/one.abc", *TUNES]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [("source", "2 files below .* has SHA-256 .* not kept"), ("result", "conversion of 2 fi")]
+)
+def test_nothing_is_kept_of_a_conversion_gone_wrong(server: Server, tmp_path: Path, wrong: str, message: str) -> None:
+    with pytest.raises(FetchError, match=f"{message}.* take tunes.txt from elsewhere"):
+        tunes(server, tmp_path, **{wrong: b"other"})
+    assert not list(tmp_path.iterdir())
 
 
 # The recall task
