@@ -4,6 +4,7 @@ B batch, H query heads, H_kv key and value heads, L positions, T packed position
 rank, N table rows.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -26,6 +27,9 @@ def refined_attention(
     *,
     refinement: str = "simple",
     gate: Tensor | float | None = None,
+    lags: Tensor | Sequence[float] | None = None,
+    shift: bool = False,
+    plain_heads: int = 0,
     causal: bool = True,
     lengths: Tensor | None = None,
     padding_side: str | None = None,
@@ -54,6 +58,14 @@ def refined_attention(
             "none".
         refinement: "none" (plain attention), "simple", "value" or "additive".
         gate: factor of the higher-order weights in "additive": a number, a scalar tensor or an (H,) tensor. Default 1.
+        lags: if given, correlations compare not only where two positions attend, but also where those before them do: T_ij =
+            refine_scale * (Q_A[i].K_A[j] + sum over a of lags[a-1] Q_A[i-a].K_A[j-a]), where rows before a sequence's first item
+            are 0. Numbers, or a tensor (A,) or (H, A), with gradient; 1 <= A <= 7 and (A + 1) R <= 256. Not with "none". A tensor
+            costs less host time than numbers.
+        shift: whether weights fall on what followed: position i gives the weight M_ij to item j+1 instead of j, for j < i, and
+            M_ii to nothing. Needs causal; for "none", "simple" and "additive".
+        plain_heads: number of heads, the first ones, that attend by P alone, neither refined nor shifted; 0 .. H-1, for "none"
+            and "additive".
         causal: whether position i sees only positions j <= i.
         lengths: (B,) integer tensor in 0..L: number of real items per entry. The rest is padding: output and gradients are 0
             there, and stored values, even NaN, have no effect. On a GPU and under torch.compile, values out of range are clamped.
@@ -86,25 +98,26 @@ def refined_attention(
         habits.refuse(refined_attention, unknown)
     decisive = (
         "padded", refinement, causal.__class__, causal, padding_side, align, softmax_scale.__class__, softmax_scale,
-        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p,
+        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, shift.__class__, shift, plain_heads,
     )  # fmt: skip
-    sight = plans.look([q, k, v, w_q, w_k, gate, lengths, dropout_seed], backend, decisive)
+    sight = plans.look([q, k, v, w_q, w_k, gate, lengths, dropout_seed, None, lags], backend, decisive)
     if sight is not None and sight.plan is not None:
         out: Tensor = sight.plan(sight)[0]
         return out
     padding_side = checks.side("padding_side", padding_side, "align", align, "left")
     scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
     options: dict[str, Any] = {"refinement": refinement, "causal": causal, "dropout_p": dropout_p} | scales
+    options |= {"shift": shift, "plain_heads": plain_heads}
     if jagged.is_nested(q):
         packed = jagged.packed({"q": q, "k": k, "v": v}, {"w_q": w_q, "w_k": w_k}, lengths, padding_side)
-        out = refined_attention_varlen(**packed, **options, gate=gate, dropout_seed=dropout_seed, backend=backend)
+        out = refined_attention_varlen(**packed, **options, gate=gate, lags=lags, dropout_seed=dropout_seed, backend=backend)
         return jagged.unpacked(out, q).transpose(1, 2)
     checks.refinement(refinement)
     q, k, v = checks.batch(q, k, v)
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
     call = Call.padded(q, w_q, lengths, padding_side, per_entry=per_entry, **options)
-    gate = checks.gate(gate, refinement, q.shape[1], q)
-    return run(Inputs(q, k, v, w_q, w_k, gate, lengths), call, dropout_seed, backend, sight)[0]
+    gate, lags = checks.gate(gate, refinement, q.shape[1], q), checks.lags(lags, refinement, w_q, q)
+    return run(Inputs(q, k, v, w_q, w_k, gate, lengths, lags=lags), call, dropout_seed, backend, sight)[0]
 
 
 @habits.own_signature
@@ -121,6 +134,9 @@ def refined_attention_varlen(
     padding_side: str | None = None,
     refinement: str = "simple",
     gate: Tensor | float | None = None,
+    lags: Tensor | Sequence[float] | None = None,
+    shift: bool = False,
+    plain_heads: int = 0,
     causal: bool = True,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
@@ -156,8 +172,9 @@ def refined_attention_varlen(
     decisive = (
         "packed", refinement, causal.__class__, causal, align, padding_side, softmax_scale.__class__, softmax_scale,
         refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, max_seqlen.__class__, max_seqlen,
+        shift.__class__, shift, plain_heads,
     )  # fmt: skip
-    sight = plans.look([q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed], backend, decisive)
+    sight = plans.look([q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed, None, lags], backend, decisive)
     if sight is not None and sight.plan is not None:
         out: Tensor = sight.plan(sight)[0]
         return out
@@ -167,10 +184,10 @@ def refined_attention_varlen(
     w_q, w_k, per_entry = checks.packed_tables(w_q, w_k, q, refinement)
     call = Call.packed(
         q, w_q, cu_seqlens, max_seqlen, align, per_entry=per_entry, refinement=refinement, causal=causal,
-        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, dropout_p=dropout_p, shift=shift, plain_heads=plain_heads,
     )  # fmt: skip
-    gate = checks.gate(gate, refinement, q.shape[1], q)
-    inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens)
+    gate, lags = checks.gate(gate, refinement, q.shape[1], q), checks.lags(lags, refinement, w_q, q)
+    inputs = Inputs(as_rows(q), as_rows(k), as_rows(v), w_q, w_k, gate, cu_seqlens, lags=lags)
     return as_packed(run(inputs, call, dropout_seed, backend, sight)[0])
 
 
@@ -183,6 +200,9 @@ def attention_weights(
     *,
     refinement: str = "simple",
     gate: Tensor | float | None = None,
+    lags: Tensor | Sequence[float] | None = None,
+    shift: bool = False,
+    plain_heads: int = 0,
     causal: bool = True,
     lengths: Tensor | None = None,
     padding_side: str | None = None,
@@ -195,7 +215,8 @@ def attention_weights(
 
     Arguments are those of `refined_attention`. Returns (P, M), each (B, H, L, L) in q's dtype: the first-order weights, and the
     weights that multiply the values (for "value", M = R P). Rows of P and R sum to 1, rows of M with "additive" to 1 + gate. Rows
-    and columns of padding are 0. The result is differentiable.
+    and columns of padding are 0. With `shift` M is M+, as the values meet it: moved by a column, so that its rows sum to less. The
+    result is differentiable.
     """
     if unknown:
         habits.refuse(attention_weights, unknown)
@@ -205,11 +226,11 @@ def attention_weights(
     w_q, w_k, per_entry = checks.padded_tables(w_q, w_k, q, refinement)
     call = Call.padded(
         q, w_q, lengths, padding_side, per_entry=per_entry, refinement=refinement, causal=causal,
-        softmax_scale=softmax_scale, refine_scale=refine_scale,
+        softmax_scale=softmax_scale, refine_scale=refine_scale, shift=shift, plain_heads=plain_heads,
     )  # fmt: skip
-    gate = checks.gate(gate, refinement, q.shape[1], q)
+    gate, lags = checks.gate(gate, refinement, q.shape[1], q), checks.lags(lags, refinement, w_q, q)
     with without_autocast(q.device):
-        return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths), call)
+        return reference_weights(Inputs(q, k, k, w_q, w_k, gate, lengths, lags=lags), call)
 
 
 def as_rows(x: Tensor) -> Tensor:

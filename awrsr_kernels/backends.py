@@ -22,7 +22,7 @@ def run(
 
     sight: the call as `plans.look` saw it; if the kernels run it, its signature gets a plan.
     """
-    q, rank = inputs.q, 1 if inputs.w_q is None else inputs.w_q.shape[-1]
+    q, rank = inputs.q, 1 if inputs.w_q is None else inputs.compared() * inputs.w_q.shape[-1]
     features = launch_config.table_features(q.shape[-1], inputs.v.shape[-1], rank, call.stochastic, call.refinement)
     backend = choose_backend(backend, q, features)
     if backend != "reference":
@@ -42,6 +42,10 @@ def run(
         if backend == "torch":
             return torch_attention(inputs, call)
         from ._triton.autograd import triton_attention
+
+        group = q.shape[1] // inputs.k.shape[1]
+        if call.shift and call.plain_heads % group:  # heads that share values must meet the same of them
+            inputs = inputs._replace(k=inputs.k.repeat_interleave(group, 1), v=inputs.v.repeat_interleave(group, 1))
 
         if sight is not None:
             from ._triton.plan import plan_of

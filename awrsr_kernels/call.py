@@ -28,6 +28,9 @@ class Call(NamedTuple):
     refine_scale: float
     dropout_p: float
     stochastic: bool = False  # stochastic attention: q and k hold [mean | deviation], and squared weights multiply v_cov
+    shift: bool = False  # M+ in place of M: weights fall on what followed
+    plain_heads: int = 0  # the first heads, whose M is P, without refinement or shift
+    first_head: int = 0  # of those that the tensors hold, where a backend has split the heads: dropout counts from it
 
     @classmethod
     def padded(cls, q: Tensor, w_q: Tensor | None, lengths: Tensor | None, padding_side: str, **options: Any) -> "Call":
@@ -51,7 +54,7 @@ class Call(NamedTuple):
     @classmethod
     def _settled(
         cls, q: Tensor, w_q: Tensor | None, *, refinement: str, causal: bool, softmax_scale: float | None,
-        refine_scale: float | None, dropout_p: float = 0.0, **rest: Any,
+        refine_scale: float | None, dropout_p: float = 0.0, shift: bool = False, plain_heads: int = 0, **rest: Any,
     ) -> "Call":  # fmt: skip
         """The call with its numbers checked and their defaults filled in. rest: the other fields."""
         rank = 1 if w_q is None else w_q.shape[-1] // (1 + (refinement == "stochastic"))  # tables of "stochastic" lie side by side
@@ -61,6 +64,8 @@ class Call(NamedTuple):
             softmax_scale=checks.scale("softmax_scale", softmax_scale, q.shape[-1]),
             refine_scale=checks.scale("refine_scale", refine_scale, rank),
             dropout_p=checks.probability("dropout_p", dropout_p),
+            shift=checks.shift(shift, refinement, causal),
+            plain_heads=checks.plain_heads(plain_heads, refinement, q.shape[1]),
             **rest,
         )
 
@@ -77,6 +82,11 @@ class Inputs(NamedTuple):
     bounds: Tensor | None  # lengths (B,), or cumulative lengths (B + 1,) if packed
     seed: Tensor | None = None  # () int64, only under dropout
     v_cov: Tensor | None = None  # like v, only in stochastic attention
+    lags: Tensor | None = None  # (1 or H, A): factors of the correlations 1 .. A rows before
+
+    def compared(self) -> int:
+        """How many rows the correlation of two positions compares: their own and, with lags, those before."""
+        return 1 if self.lags is None else 1 + self.lags.shape[-1]
 
     def need_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self)

@@ -4,7 +4,7 @@ Shapes, dtypes, devices and Python numbers are checked always. The values inside
 that is free: on the CPU, outside torch.compile and torch.func.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ Tables = tuple[Tensor | None, Tensor | None, bool]  # and whether each entry, or
 REFINEMENTS = ("none", "simple", "value", "additive")
 STOCHASTIC_ATTENTION_REFINEMENTS = (*REFINEMENTS, "stochastic")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SHIFTED = ("none", "simple", "additive")
 MAX_FEATURES = 256
+MAX_LAGS = 7
 ROWS = "; what decides rows: max_len of RefinedMultiheadAttention, max_positions of a refined transformers model"
 
 
@@ -122,6 +124,50 @@ def gate(value: Tensor | float | None, refinement: str, heads: int, q: Tensor) -
         refuse("gate", _shape(value), f"a scalar or of shape (H,) with H = {heads}")
     _same_device("gate", value, q)
     return value.reshape(-1)
+
+
+def lags(value: Tensor | Sequence[float] | None, refinement: str, w_q: Tensor | None, q: Tensor) -> Tensor | None:
+    """The factors of lagged correlations as a tensor of shape (1, A) or (H, A). w_q, q: checked; heads are their dimension 1."""
+    if value is None:
+        return None
+    if w_q is None or refinement == "stochastic":
+        refuse("lags", "given", f'None with refinement "{refinement}"; they belong to "simple", "value" and "additive"')
+    heads = q.shape[1]
+    if not isinstance(value, Tensor):
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            refuse("lags", type(value).__name__, "a tensor or a sequence of numbers", TypeError)
+        factors = [number("lags", x) for x in value]
+        value = torch.tensor(factors, device=q.device, dtype=torch.promote_types(q.dtype, torch.float32))
+    _tensor("lags", value)
+    if not value.is_floating_point():
+        refuse("lags", str(value.dtype), "a floating-point tensor", TypeError)
+    if value.dim() not in (1, 2) or value.shape[0] != heads and value.dim() == 2:
+        refuse("lags", _shape(value), f"of shape (A,) or (H, A) with H = {heads}")
+    if not 1 <= value.shape[-1] <= MAX_LAGS:
+        refuse("lags", _shape(value), f"of 1 to {MAX_LAGS} factors, for 1, 2, ... rows before")
+    if (width := (1 + value.shape[-1]) * w_q.shape[-1]) > MAX_FEATURES:
+        must = f"so few that (A + 1) R, now {width}, is at most {MAX_FEATURES}; the tables have R = {w_q.shape[-1]} columns"
+        refuse("lags", _shape(value), must)
+    _same_device("lags", value, q)
+    return value if value.dim() == 2 else value[None]
+
+
+def shift(value: bool, refinement: str, causal: bool) -> bool:
+    """Whether weights fall on what followed."""
+    value = flag("shift", value)
+    if value and refinement not in SHIFTED:
+        refuse("shift", "True", f'False with refinement "{refinement}"; "none", "simple" and "additive" have it')
+    if value and not causal:
+        refuse("shift", "True", "False unless causal is True: otherwise nothing says what is still to come")
+    return value
+
+
+def plain_heads(value: int, refinement: str, heads: int) -> int:
+    """How many heads, the first ones, attend by P alone."""
+    value = whole("plain_heads", value, 0, heads - 1)
+    if value and refinement not in ("none", "additive"):
+        refuse("plain_heads", str(value), f'0 with refinement "{refinement}"; "none" and "additive" have plain heads')
+    return value
 
 
 def lengths(value: Tensor | None, q: Tensor) -> None:

@@ -60,6 +60,8 @@ TARGETS = {
 DTYPES = ("bfloat16", "float16", "float32")
 REGISTERS = 65536  # of an NVIDIA processor
 BATCH = 64
+COMPARED = 3  # rows that lagged cases compare
+WITHOUT_PRODUCTS = ("sum", "widen", "gather")  # how names of such kernels begin
 # (refinement, whether attention is stochastic)
 KINDS = [(r, False) for r in REFINEMENTS] + [(r, True) for r in STOCHASTIC_ATTENTION_REFINEMENTS]
 
@@ -75,6 +77,7 @@ class CompileCase(NamedTuple):
     width: int
     group: int = 1  # query heads per key head
     stochastic: bool = False  # attention, not refinement; sizes as `table_features` counts them
+    lagged: bool = False  # with two lags, shifted, and a plain head
 
     def columns(self) -> dict[str, Any]:
         """The fields as a row has them; "gaussian" is `stochastic` as in the rows of earlier commits, which `make guard` reads."""
@@ -95,6 +98,8 @@ def cases(target: str) -> list[CompileCase]:
                     resident = length == RESIDENT and is_resident(length, True, *sizes)
                     if tiled if length == TILED else resident or is_short(length, *sizes):
                         every += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
+                        if name == "additive" and not stochastic and length != RESIDENT:
+                            every += [CompileCase(target, name, dtype, d, length, width, lagged=True) for d in (False, True)]
         every += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return every
 
@@ -104,6 +109,7 @@ def sample() -> list[CompileCase]:
     chosen = [CompileCase("sm_90", r, "bfloat16", True, length, 64, 1, g) for length in (64, TILED) for r, g in KINDS]
     chosen += [CompileCase("sm_90", r, "bfloat16", True, RESIDENT, 32) for r in REFINEMENTS]
     chosen += [CompileCase("sm_90", r, "bfloat16", False, STEP, 64) for r in REFINEMENTS]
+    chosen += [CompileCase("sm_90", "additive", "bfloat16", True, length, 64, lagged=True) for length in (64, TILED)]
     chosen += [CompileCase("sm_90", "none", "bfloat16", False, 16, 64, 2, True)]  # grouped queries have a sum of their own
     others = {"sm_80": (64, "float16"), "sm_100": (TILED, "bfloat16"), "gfx942": (TILED, "bfloat16")}
     return chosen + [CompileCase(target, "none", dtype, True, length, 64) for target, (length, dtype) in others.items()]
@@ -122,6 +128,9 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     occupancy or more launches. A step of decoding spills nothing on any target, except for a word or two in float32 with 256
     features, with any tile. The sums over parts of gradients (`_triton/reduce.py`) spill nothing anywhere.
 
+    The short backward of a lagged call holds the scores and their gradient in two places, and the matrix that moves rows: 64 rows
+    spill up to 616 bytes. Its forward spills nothing up to 64 features.
+
     The resident backward holds tiles of both weights, their gradients, and up to four sums: it spills up to 340 bytes with 32
     features and 1.1 KB with 64. Twice the warps would spill less, but compute every exponential twice.
 
@@ -131,7 +140,7 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     awrsr_kernels.tune`.
     """
     half = case.dtype != "float32"
-    if kernel.startswith("sum"):
+    if kernel.startswith(WITHOUT_PRODUCTS):
         return 0
     if case.length == STEP:
         return 0 if half or case.width <= 128 else 8
@@ -144,6 +153,8 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     if "fwd" in kernel:
         return 512
     if "short" in kernel and half and case.width <= 64:
+        if case.lagged:
+            return 640 if case.length == 64 else 128
         if case.stochastic:
             return 640 if case.length == 64 else 0
         return 128 if case.group > 1 else 64 if case.refinement == "additive" and case.dropout and case.length == 64 else 0
@@ -169,7 +180,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
     """
     import torch
 
-    from ._triton import decode, reduce, resident, resident_bwd, short, tiled, tiled_bwd
+    from ._triton import decode, lags, reduce, resident, resident_bwd, short, tiled, tiled_bwd, tiled_tables
     from ._triton.problem import Problem
     from ._triton.ptxas import sound_ptxas
     from .call import Call, Inputs
@@ -185,7 +196,7 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
         name = kernel.__name__.strip("_").removesuffix("_kernel") + stage
         rows.append(_row(case, name, config._asdict(), compiled) | {"variant": compiled.hash})
 
-    for module in (decode, reduce, short, resident, resident_bwd, tiled, tiled_bwd):
+    for module in (decode, lags, reduce, short, resident, resident_bwd, tiled, tiled_bwd, tiled_tables):
         module.launch = compile_only  # type: ignore[attr-defined]
     dtype, heads = getattr(torch, case.dtype), 2 * case.group
     length = window or (512 if case.length in (TILED, STEP) else case.length)
@@ -195,6 +206,8 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
 
     d_v, both = case.width // (1 + case.stochastic), case.stochastic and case.refinement == "additive"
     d = rank = case.width // (1 + both)
+    if case.lagged and case.length == TILED:
+        rank = case.width // COMPARED
     q, k = (new(batch, h, length, d) for h in (heads, 2))
     v, dout = (new(batch, h, length, d_v) for h in (2, heads))
     table = None if case.refinement == "none" else new(1, 1, length, rank)
@@ -208,8 +221,11 @@ def compile_case(case: CompileCase, window: int = 0, batch: int = BATCH) -> list
         return rows
     seed = new(dtype=torch.int64) if case.dropout else None
     call = Call(case.refinement, True, False, True, length, False, 0.1, 0.1, 0.1 * case.dropout, case.stochastic)
+    factors = None
+    if case.lagged:
+        call, factors = call._replace(shift=True, plain_heads=1), new(heads, COMPARED - 1)
     bounds, v_cov, douts = new(batch, dtype=torch.int64), v if case.stochastic else None, [dout] * (1 + case.stochastic)
-    problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov), call)
+    problem = Problem(Inputs(q, k, v, table, table, gate, bounds, seed, v_cov, factors), call)
     problem.shared = TARGETS[case.target].shared
     if problem.is_short():
         short.launch_short_forward(problem)
@@ -233,7 +249,7 @@ def _row(case: CompileCase, kernel: str, config: dict[str, int], compiled: Any) 
         usage["unset_registers"] = 0
     fits = usage["shared_bytes"] <= target.shared and usage["spill_bytes"] <= budget and not usage["unset_registers"]
     regime = kernel.split("_")[0]
-    tensor_cores = case.length != STEP and not kernel.startswith("sum")
+    tensor_cores = case.length != STEP and not kernel.startswith(WITHOUT_PRODUCTS)
     regime = regime if regime in ("short", "resident", "tiled") else "other"
     row = {"kernel": kernel, "regime": regime, **case.columns(), "config": config}
     row |= usage | {"programs_per_processor": _occupancy(target, usage, config["num_warps"]), "tensor_cores_expected": tensor_cores}

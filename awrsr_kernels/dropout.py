@@ -53,7 +53,7 @@ def scaled_mask(
     seed: Tensor,
     dropout_p: float,
     sequence: Tensor,
-    heads: int,
+    heads: int | range,
     rows: Tensor,
     columns: int,
     first: Tensor | None,
@@ -61,16 +61,18 @@ def scaled_mask(
 ) -> Tensor:
     """Z of the definition: the mask times 1/(1-p), (n, heads, len(rows), columns) in `dtype`.
 
-    seed: () int64. sequence: (n,) index in the batch. rows: (m,) positions in the window; columns counts from the window's
-    first position. first: (n,) position of the first real item in the window, None where that is position 0 throughout.
+    seed: () int64. sequence: (n,) index in the batch. heads: how many, or which. rows: (m,) positions in the window; columns counts
+    from the window's first position. first: (n,) position of the first real item in the window, None where that is position 0
+    throughout.
     """
     device, n = rows.device, sequence.shape[0]
     groups = torch.arange((columns + WEIGHTS_PER_CALL - 1) // WEIGHTS_PER_CALL, device=device)
     local_rows = rows[None] if first is None else (rows[None] - first[:, None]) & _WORD
-    head = torch.arange(heads, device=device).view(-1, 1, 1)
+    heads = heads if isinstance(heads, range) else range(heads)
+    head = torch.arange(heads.start, heads.stop, device=device).view(-1, 1, 1)
     counter = groups, head, local_rows[:, None, :, None], sequence.view(-1, 1, 1, 1)
     mask = draw(seed, dropout_p, counter, dtype).flatten(-2)
     if first is None:
         return mask[..., :columns]
     local = (torch.arange(columns, device=device) - first[:, None]).clamp_(min=0)
-    return mask.gather(-1, local[:, None, None, :].expand(n, heads, rows.shape[0], columns))
+    return mask.gather(-1, local[:, None, None, :].expand(n, len(heads), rows.shape[0], columns))

@@ -183,16 +183,16 @@ def most_exponentials(kernel: str, config: Config, length: int) -> float:
 
 def columns(
     sass: str, kernel: str, config: Config, *, target: str, refinement: str, dtype: str, dropout: bool,
-    length: int, width: int, group: int, stochastic: bool,
+    length: int, width: int, group: int, stochastic: bool, lagged: bool = False,
 ) -> dict[str, float | None]:  # fmt: skip
     """The columns of the compile report, each with its budget, which is None where there is none.
 
-    There are none for a step of decoding and for sums over parts of gradients, for grouped query heads, and on sm_100, whose code
-    peels loops and waits out of line, which these rules would miscount. Exponentials have no budget in float32 and with more than
-    64 features, where the sums take more warps than a tile has rows for, and for the refinement "stochastic", whose points take
-    exponentials as well.
+    There are none for a step of decoding, for sums over parts of gradients and rows beside others, for grouped query heads, for
+    lagged calls, whose plain heads take another way, and on sm_100, whose code peels loops and waits out of line, which these rules
+    would miscount. Exponentials have no budget in float32 and with more than 64 features, where the sums take more warps than a
+    tile has rows for, and for the refinement "stochastic", whose points take exponentials as well.
     """
-    if length == STEP or kernel.startswith("sum") or group > 1 or target not in COUNTED:
+    if length == STEP or kernel.startswith("sum") or group > 1 or lagged or target not in COUNTED:
         return {}
     plain = target == "sm_90" and dtype == "bfloat16" and refinement == "simple" and not (dropout or stochastic)
     row: dict[str, float | None] = {}

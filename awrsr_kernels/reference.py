@@ -9,6 +9,15 @@ B batch, H query heads, L positions, D head dim, D_v value dim, R refinement ran
     none      M = P             simple    M = R
     value     M = R P           additive  M = P + gate * R           output  M V
 
+Three options of these, which stochastic attention does not have: with `lags` l, (A,) per head, and Q_A, K_A zero before the first
+item,
+
+    T_ij = refine_scale * (Q_A[i] . K_A[j] + sum over a of l_a Q_A[i-a] . K_A[j-a])
+
+so that R attends to positions whose last A + 1 items attended alike. With `shift`, weights fall on what followed: the output is
+M+ V with M+_ij = M_i,j-1 for j <= i, and 0 in the first column; M_ii, which would fall on the future, falls on nothing. The first
+`plain_heads` heads have M = P, neither refined nor shifted.
+
 In stochastic attention, with the points x = [mean | sqrt(covariance)] of `wasserstein.py`:
 
     S   = -softmax_scale * |x_i - x_j|^2       output  M V_mean and (M*M) V_cov; value  R (P V_mean) and (R*R) ((P*P) V_cov)
@@ -30,6 +39,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .call import Call, Inputs
@@ -70,12 +80,31 @@ def first_weights(q: Tensor, k: Tensor, visible: Tensor | None, call: Call) -> T
     return masked_softmax(call.softmax_scale * scores, visible)
 
 
-def correlation_weights(first: Tensor, w_q: Tensor, w_k: Tensor, visible: Tensor | None, call: Call) -> Tensor:
+def rows_before(x: Tensor, lag: int) -> Tensor:
+    """Row i is row i - lag; the first rows are zero."""
+    return F.pad(x, (0, 0, lag, 0))[..., : x.shape[-2], :]
+
+
+def correlation_weights(
+    first: Tensor, w_q: Tensor, w_k: Tensor, lags: Tensor | None, visible: Tensor | None, call: Call
+) -> Tensor:
     """R: attention among rows of P, compared in the correlation space that W_q and W_k span."""
     q_a, k_a = first @ w_q, first @ w_k
     if call.refinement == "stochastic":
         return masked_softmax(-call.refine_scale * squared_distances(correlation_points(q_a), correlation_points(k_a)), visible)
-    return masked_softmax(call.refine_scale * q_a @ k_a.transpose(-1, -2), visible)
+    scores = call.refine_scale * q_a @ k_a.transpose(-1, -2)
+    for lag, factor in enumerate(() if lags is None else lags.to(first.dtype).unbind(-1), start=1):
+        q_before, k_before = rows_before(q_a, lag), rows_before(k_a, lag)  # P, and so Q_A, is zero before the first item
+        scores = scores + call.refine_scale * factor.view(-1, 1, 1) * q_before @ k_before.transpose(-1, -2)
+    return masked_softmax(scores, visible)
+
+
+def on_what_followed(weights: Tensor, call: Call) -> Tensor:
+    """M+ of the heads that are not plain if the call shifts, M of the others."""
+    if not call.shift:
+        return weights
+    shifted = F.pad(weights.tril(-1)[..., :-1], (1, 0))
+    return torch.cat([weights[:, : call.plain_heads], shifted[:, call.plain_heads :]], 1) if call.plain_heads else shifted
 
 
 def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list[Tensor], Windows | None]:
@@ -101,9 +130,11 @@ def weights_and_values(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor, list
     visible = visibility(None if windows is None else windows.valid, q.shape[2], call.causal, q.device)
     first = weights = first_weights(q, k, visible, call)
     if inputs.w_q is not None and inputs.w_k is not None:
-        weights = correlation_weights(first, table(inputs.w_q), table(inputs.w_k), visible, call)
+        weights = correlation_weights(first, table(inputs.w_q), table(inputs.w_k), inputs.lags, visible, call)
     if call.refinement == "additive":
         weights = first + (1.0 if inputs.gate is None else inputs.gate.to(dtype).view(-1, 1, 1)) * weights
+        if call.plain_heads:
+            weights = torch.cat([first[:, : call.plain_heads], weights[:, call.plain_heads :]], 1)
     return first, weights, values, windows
 
 
@@ -115,6 +146,7 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
         sequence, rows = (torch.arange(size, device=first.device) for size in (count, length))
         offset = None if windows is None else windows.first
         weights = scaled_mask(inputs.seed, call.dropout_p, sequence, heads, rows, length, offset, first.dtype) * weights
+    weights = on_what_followed(weights, call)
     powers = [weights, weights.square()] if call.stochastic else [weights]
     if call.refinement == "value":
         values = [x @ v for x, v in zip((first, first.square()), values, strict=False)]
@@ -130,5 +162,5 @@ def reference_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
 def reference_weights(inputs: Inputs, call: Call) -> tuple[Tensor, Tensor]:
     """(P, M), each (B, H, L, L), in q's dtype. The values are not used."""
     first, weights, *_ = weights_and_values(inputs, call)
-    weights = weights @ first if call.refinement == "value" else weights
+    weights = on_what_followed(weights @ first if call.refinement == "value" else weights, call)
     return first.to(inputs.q.dtype), weights.to(inputs.q.dtype)

@@ -81,7 +81,7 @@ def stochastic_refined_attention(
         "stochastic, padded", refinement, causal.__class__, causal, padding_side, align, softmax_scale.__class__, softmax_scale,
         refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p,
     )  # fmt: skip
-    seen = [q_mean, k_mean, v_mean, w_q, w_k, gate, lengths, dropout_seed, v_cov, q_cov, k_cov, w_q_cov, w_k_cov]
+    seen = [q_mean, k_mean, v_mean, w_q, w_k, gate, lengths, dropout_seed, v_cov, None, q_cov, k_cov, w_q_cov, w_k_cov]
     sight = _look(seen, backend, decisive)
     if sight is not None and sight.plan is not None:
         return _planned(sight)
@@ -149,7 +149,7 @@ def stochastic_refined_attention_varlen(
         "stochastic, packed", refinement, causal.__class__, causal, align, padding_side, softmax_scale.__class__, softmax_scale,
         refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, max_seqlen.__class__, max_seqlen,
     )  # fmt: skip
-    seen = [q_mean, k_mean, v_mean, w_q, w_k, gate, cu_seqlens, dropout_seed, v_cov, q_cov, k_cov, w_q_cov, w_k_cov]
+    seen = [q_mean, k_mean, v_mean, w_q, w_k, gate, cu_seqlens, dropout_seed, v_cov, None, q_cov, k_cov, w_q_cov, w_k_cov]
     sight = _look(seen, backend, decisive)
     if sight is not None and sight.plan is not None:
         return _planned(sight)

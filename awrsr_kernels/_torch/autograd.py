@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..call import Inputs
+from ..call import Call, Inputs
 from ..checks import one_gradient
-from ..operators import split_arguments
+from ..operators import joined
 from ..torch_state import own_tensor, without_autocast
 from .backward import backward_pass
 from .chunks import Products
@@ -49,8 +49,8 @@ class RefinedAttentionOperator(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
-        inputs, ctx.call = split_arguments(arguments)
-        results, count = forward_op(*arguments, True), 1 + ctx.call.stochastic
+        inputs, ctx.call = Inputs(*arguments[:_SIZE]), Call(*arguments[_SIZE:])
+        results, count = forward_op(*joined(inputs, ctx.call, True)), 1 + ctx.call.stochastic
         ctx.save_for_backward(*inputs, *results[count:])
         return tuple(results[:count])
 
@@ -61,6 +61,6 @@ class RefinedAttentionOperator(torch.autograd.Function):
         tensors = ctx.saved_tensors
         inputs, saved = Inputs(*tensors[:_SIZE]), list(tensors[_SIZE:])
         with without_autocast(inputs.q.device):
-            gradients = iter(backward_op(list(douts), saved, *inputs, *ctx.call))
+            gradients = iter(backward_op(list(douts), saved, *joined(inputs, ctx.call)))
         has_gradient = inputs._replace(bounds=None, seed=None)
         return *(None if x is None else next(gradients) for x in has_gradient), *(None for _ in ctx.call)

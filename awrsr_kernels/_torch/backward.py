@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ..call import Inputs
 from .chunks import Chunk, Operands, Products, load_operands
-from .forward import first_weights, higher_weights, key_term, met_values, mixed, multiply, one_sweep, projections
+from .forward import first_weights, higher_weights, key_term, met_values, mixed, multiply, one_sweep, projections, without_own
+from .lags import Lags
 from .packing import Block
 from .plan import Plan
 
@@ -61,6 +62,7 @@ class _ChunkBackward:
         self.chunk, self.operands, self.products, self.douts, self.grads = chunk, operands, products, douts, grads
         self.dproducts = Products(*(x if x is None else torch.empty_like(x) for x in products))
         self.dq_a: dict[Block, Tensor] = {}  # what only its own block reads is contiguous
+        self.lags = None if operands.lags is None else Lags(chunk, operands.lags, operands.tables[0].shape[-1])
         self.projections = projections(operands.tables, operands.values, products)
         self.dprojections = projections(grads.tables, grads.values, self.dproducts)
         self.values = met_values(operands.values, products)
@@ -87,8 +89,16 @@ class _ChunkBackward:
             for block in blocks:
                 first = self._first(block)
                 self._first_stage(block, first, self._direct_gradient(block, first))
+        if self.chunk.call.shift:
+            self._to_own_rows()
         if self.dterm is not None:
             self.grads.k.addcmul_(self.operands.k, self.dterm.transpose(1, 2), value=-self.chunk.call.softmax_scale)
+
+    def _to_own_rows(self) -> None:
+        """Gradients of the rows after each, which shifted weights multiply, become those of the rows themselves."""
+        for grad in self.dvalues:
+            grad[:, 1:] = grad[:, :-1].clone()
+            grad[:, 0] = 0
 
     def _first(self, block: Block) -> Tensor:
         return first_weights(self.chunk, block, self.operands, self.term)
@@ -118,7 +128,11 @@ class _ChunkBackward:
         mix = first if higher is None else higher
         if self.chunk.call.refinement == "additive":
             mix = mixed(first, mix, self.operands.gate)
-        return mix if mask is None else mix * mask, mask
+        own = mask is None and self.chunk.call.refinement != "additive"
+        mix = mix if mask is None else mix * mask
+        if self.chunk.call.shift:
+            mix = without_own(self.chunk, block, mix.clone() if own else mix)
+        return mix, mask
 
     def _mixed_gradient(self, block: Block, dropped: Tensor, mask: Tensor | None) -> Tensor:
         """dM."""
@@ -129,7 +143,7 @@ class _ChunkBackward:
         else:
             grad = torch.empty_like(dropped)
             grad.baddbmm_(*pairs[1], beta=0, alpha=2).mul_(dropped).baddbmm_(*pairs[0])
-        return grad if mask is None else grad.mul_(mask)
+        return without_own(self.chunk, block, grad if mask is None else grad.mul_(mask))
 
     def _direct_gradient(self, block: Block, first: Tensor) -> Tensor | None:
         """What reaches P of a block directly, where the second stage was another sweep: dM of "additive"."""
@@ -156,7 +170,11 @@ class _ChunkBackward:
             dscores *= self.operands.gate
         q_a, k_a, dk_a = self.products.q_a, self.products.k_a, self.dproducts.k_a
         assert q_a is not None and k_a is not None and dk_a is not None
-        self.dq_a[block] = dq_a = torch.empty_like(q_a[:, rows], memory_format=torch.contiguous_format)
+        if self.lags is None:
+            self.dq_a[block] = dq_a = torch.empty_like(q_a[:, rows], memory_format=torch.contiguous_format)
+        else:  # rows before will gather what their copies get
+            assert self.dproducts.q_a is not None
+            dq_a = self.dproducts.q_a[:, rows]
         multiply(dq_a, dscores, k_a[:, : block.columns], scale=call.refine_scale)
         self._gather(block, dk_a, dscores, q_a[:, rows], call.refine_scale)
         if self.dhigher_term is not None:
@@ -176,8 +194,13 @@ class _ChunkBackward:
         scale, rows, columns = self.chunk.call.softmax_scale, slice(block.first, block.end), block.columns
         if self.dhigher_term is not None:
             self._through_points(block, self.dhigher_term)
-        dproducts = [self.dq_a.pop(block)] if self.projections else []
-        dproducts += [each.product[:, rows] for each in self.dprojections[1:]]
+        if self.lags is None:
+            dproducts = [self.dq_a.pop(block)] if self.projections else []
+        else:
+            q_a, dq_a, dk_a = self.products.q_a, self.dproducts.q_a, self.dproducts.k_a
+            assert q_a is not None and dq_a is not None and dk_a is not None
+            dproducts = self.lags.gather(block, q_a, dq_a, dk_a)
+        dproducts += [each.product[:, rows] for each in self.dprojections[len(dproducts) :]]
         for forward, backward, dproduct in zip(  # P*P first: its share of dP is then multiplied with P
             self.projections[::-1], self.dprojections[::-1], dproducts[::-1], strict=True
         ):
@@ -211,6 +234,7 @@ def backward_pass(plan: Plan, like: Inputs, loaded: Inputs, douts: Iterable[Tens
     dq, dk, *dvalues = (plan.buffer(x.shape[-1]) for x in (like.q, like.k, *values))
     dtables = [plan.table_gradient(x) for x in tables]
     dgate = torch.zeros(plan.heads, dtype=plan.dtype, device=plan.device)
+    dlags = None if like.lags is None else torch.zeros(plan.heads, like.lags.shape[1], dtype=plan.dtype, device=plan.device)
     for chunk in plan.chunks:
         part = chunk.rows_of
         products = Products(*(x if x is None else part(x) for x in buffers))
@@ -220,9 +244,14 @@ def backward_pass(plan: Plan, like: Inputs, loaded: Inputs, douts: Iterable[Tens
         visit.run()
         if visit.dgate is not None:
             dgate += visit.dgate.view(-1, plan.heads).sum(0)
+        if visit.lags is not None and dlags is not None:
+            dlags += visit.lags.dfactors.unflatten(0, (-1, plan.heads)).sum(0)
     dk, dv, *dv_cov = (plan.collect(x, w.dtype, w.shape[1]) for x, w in zip((dk, *dvalues), (like.k, *values), strict=True))
     dw_q, dw_k = [plan.collect_table(x, w) for x, w in zip(dtables, tables, strict=True)] or (None, None)
     if like.gate is not None:
         dgate = (dgate if like.gate.shape[0] == plan.heads else dgate.sum(0, keepdim=True)).to(like.gate.dtype)
     gate = None if like.gate is None else dgate
-    return Inputs(plan.collect(dq, like.q.dtype), dk, dv, dw_q, dw_k, gate, None, None, dv_cov[0] if dv_cov else None)
+    if dlags is not None and like.lags is not None:
+        dlags = (dlags if like.lags.shape[0] == plan.heads else dlags.sum(0, keepdim=True)).to(like.lags.dtype)
+    cov = dv_cov[0] if dv_cov else None
+    return Inputs(plan.collect(dq, like.q.dtype), dk, dv, dw_q, dw_k, gate, None, None, cov, dlags)

@@ -109,7 +109,8 @@ class Chunk:
             return self._draw_visible(seed, block, self.windows)
         sequence = torch.arange(self.entries.start, self.entries.stop, device=self.device)
         rows = torch.arange(first, end, device=self.device)
-        return scaled_mask(seed, self.call.dropout_p, sequence, self.heads, rows, columns, None, self.dtype).flatten(0, 1)
+        heads = range(self.call.first_head, self.call.first_head + self.heads)
+        return scaled_mask(seed, self.call.dropout_p, sequence, heads, rows, columns, None, self.dtype).flatten(0, 1)
 
     def _draw_visible(self, seed: Tensor, block: Block, windows: Windows) -> Tensor:
         """Draws for weights that items see, which are few where sequences share a window: row after row, with room for L more
@@ -122,7 +123,8 @@ class Chunk:
         ends = groups.cumsum(0)
         begins, count = ends - groups, int(ends[-1])
         row = torch.repeat_interleave(groups, output_size=count)
-        counter = torch.arange(count) - begins[row], row // (end - first) % self.heads, position[row], sequence[row]
+        head = row // (end - first) % self.heads + self.call.first_head
+        counter = torch.arange(count) - begins[row], head, position[row], sequence[row]
         numbers = torch.zeros(count * WEIGHTS_PER_CALL + 2 * self.length, dtype=self.dtype)
         drawn = draw(seed, self.call.dropout_p, counter, self.dtype)
         numbers[self.length : -self.length].view(count, WEIGHTS_PER_CALL).copy_(drawn)
@@ -134,7 +136,7 @@ class Chunk:
 class Products(NamedTuple):
     """What P, or for the last its square, is multiplied with; (n * H, L, F) each, or, of all chunks, (N, F)."""
 
-    q_a: Tensor | None = None  # P W_q, of "stochastic" the `correlation_points` of that; likewise k_a
+    q_a: Tensor | None = None  # P W_q, of "stochastic" the `correlation_points` of that; likewise k_a; with lags see `lags.py`
     k_a: Tensor | None = None
     y: Tensor | None = None  # P V of "value"
     y_cov: Tensor | None = None  # (P*P) V_cov
@@ -144,7 +146,7 @@ def make_products(inputs: Inputs, call: Call, new: Callable[[int], Tensor]) -> P
     """The products that the call needs, each created by new(features)."""
     if inputs.w_q is None or inputs.w_k is None:
         return Products()
-    q_a, k_a = new(inputs.w_q.shape[-1]), new(inputs.w_k.shape[-1])
+    q_a, k_a = (new(inputs.compared() * w.shape[-1]) for w in (inputs.w_q, inputs.w_k))
     if call.refinement != "value":
         return Products(q_a, k_a)
     return Products(q_a, k_a, new(inputs.v.shape[-1]), None if inputs.v_cov is None else new(inputs.v_cov.shape[-1]))
@@ -156,16 +158,28 @@ class Operands:
 
     q: Tensor  # (n * H, L, D)
     k: Tensor  # (n * H, L, D), one per query head
-    values: list[Tensor]  # (n * H, L, D_v): V and, in stochastic attention, V_cov
+    values: list[Tensor]  # (n * H, L, D_v): V, if weights are shifted the row after each, and in stochastic attention V_cov
     tables: list[Tensor]  # W_q and W_k, none for "none"; (L, R) shared, otherwise (n * H, L, R)
     gate: Tensor | None  # (n * H, 1, 1)
     seed: Tensor | None
+    lags: Tensor | None  # (n * H, A)
+
+
+def next_rows(x: Tensor) -> Tensor:
+    """Row i is row i + 1; the last one, which no weight reaches, is zero."""
+    moved = torch.zeros_like(x)
+    moved[:, :-1] = x[:, 1:]
+    return moved
 
 
 def load_operands(chunk: Chunk, loaded: Inputs) -> Operands:
-    q, k, v, w_q, w_k, gate, _, seed, v_cov = loaded
+    q, k, v, w_q, w_k, gate, _, seed, v_cov, lags = loaded
     if gate is not None:
         gate = gate.to(chunk.dtype).expand(chunk.heads).repeat(chunk.count).view(-1, 1, 1)
+    if lags is not None:
+        lags = lags.to(chunk.dtype).expand(chunk.heads, -1).repeat(chunk.count, 1)
     values = [chunk.load(x) for x in (v, v_cov) if x is not None]
+    if chunk.call.shift:
+        values = [next_rows(v) for v in values]
     tables = [chunk.load_table(w) for w in (w_q, w_k) if w is not None]
-    return Operands(chunk.load(q), chunk.load(k), values, tables, gate, seed)
+    return Operands(chunk.load(q), chunk.load(k), values, tables, gate, seed, lags)

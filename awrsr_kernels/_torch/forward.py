@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..call import Inputs
 from .chunks import Chunk, Operands, Products, load_operands, make_products
+from .lags import Lags
 from .packing import Block
 from .plan import Plan
 
@@ -35,10 +36,10 @@ class Projection:
 
 
 def projections(tables: list[Tensor], values: list[Tensor], products: Products) -> list[Projection]:
-    """The factors that P is multiplied by."""
+    """The factors that P is multiplied by; with lags the products go to slot 0."""
     if products.q_a is None or products.k_a is None:
         return []
-    factors = [Projection(tables[0], products.q_a), Projection(tables[1], products.k_a)]
+    factors = [Projection(w, x[..., : w.shape[-1]]) for w, x in zip(tables, (products.q_a, products.k_a), strict=True)]
     if products.y is not None:
         factors.append(Projection(values[0], products.y))
     if products.y_cov is not None:
@@ -109,6 +110,13 @@ def mixed(first: Tensor, higher: Tensor, gate: Tensor | None) -> Tensor:
     return first + higher if gate is None else torch.addcmul(first, gate, higher)
 
 
+def without_own(chunk: Chunk, block: Block, weights: Tensor) -> Tensor:
+    """Weights of a block, in place, without each row's weight for itself if the call shifts: it would fall on the future."""
+    if chunk.call.shift:
+        weights[..., block.first : block.end].diagonal(dim1=-2, dim2=-1).zero_()
+    return weights
+
+
 def one_sweep(chunk: Chunk) -> bool:
     return chunk.call.refinement == "none" or chunk.call.causal or len(chunk.blocks) == 1
 
@@ -120,6 +128,7 @@ class _ChunkForward:
         self.chunk, self.operands, self.products, self.outs, self.keep_weights = chunk, operands, products, outs, keep_weights
         self.projections = projections(operands.tables, operands.values, products)
         self.values = met_values(operands.values, products)
+        self.lags = None if operands.lags is None else Lags(chunk, operands.lags, operands.tables[0].shape[-1])
         self.term = key_term(operands.k) if chunk.call.stochastic else None
         self.higher_term: Tensor | None = None
         if chunk.call.refinement == "stochastic":
@@ -147,6 +156,8 @@ class _ChunkForward:
             multiply(each.product[:, rows], first.square() if each.squared else first, each.factor[..., : block.columns, :])
             if self.higher_term is not None:
                 _to_points(each.product[:, rows])
+        if self.lags is not None and self.products.q_a is not None and self.products.k_a is not None:
+            self.lags.widen(block, self.products.q_a, self.products.k_a)
         if self.higher_term is not None and self.products.k_a is not None:
             self.higher_term[..., rows] = key_term(self.products.k_a[:, rows])
 
@@ -159,7 +170,10 @@ class _ChunkForward:
             if chunk.call.refinement == "additive" and first is not None:
                 mix = mixed(first, mix, self.operands.gate)
         assert mix is not None
+        own = seed is None and chunk.call.refinement != "additive"  # P or R itself, which may be kept
         mix = mix if seed is None else mix * chunk.mask(seed, block)
+        if chunk.call.shift:
+            mix = without_own(chunk, block, mix.clone() if own else mix)
         for power, (out, value) in enumerate(zip(self.outs, self.values, strict=True)):
             multiply(out[:, block.first : block.end], mix.square() if power else mix, value[:, : block.columns])
 

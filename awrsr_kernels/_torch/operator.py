@@ -57,9 +57,9 @@ def _fake_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, cal
     def table(w: Tensor | None) -> Tensor | None:
         return like(w) if w is None or call.per_entry else w.new_empty(w.shape)
 
-    q, k, v, w_q, w_k, gate, _, _, v_cov = inputs
-    gate = None if gate is None else gate.new_empty(gate.shape)
-    gradients = Inputs(like(q), like(k), like(v), table(w_q), table(w_k), gate, None, None, like(v_cov))  # type: ignore[arg-type]
+    q, k, v, w_q, w_k, gate, _, _, v_cov, lags = inputs
+    gate, lags = (None if x is None else x.new_empty(x.shape) for x in (gate, lags))
+    gradients = Inputs(like(q), like(k), like(v), table(w_q), table(w_k), gate, None, None, like(v_cov), lags)  # type: ignore[arg-type]
     return with_gradient(gradients)
 
 

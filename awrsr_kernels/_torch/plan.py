@@ -111,7 +111,7 @@ class Plan:
 
     def load_inputs(self, inputs: Inputs) -> Inputs:
         """Loaded, the tables in the dtype of q."""
-        q, k, v, w_q, w_k, _, _, _, v_cov = inputs
+        q, k, v, w_q, w_k, _, _, _, v_cov, _ = inputs
         q, k, v = (self.load(x) for x in (q, k, v))
         w_q, w_k = (None if w is None else self._load_table(w.to(q.dtype)) for w in (w_q, w_k))
         return inputs._replace(q=q, k=k, v=v, w_q=w_q, w_k=w_k, v_cov=None if v_cov is None else self.load(v_cov))

@@ -21,7 +21,7 @@ def has_stock_kernel(inputs: Inputs, call: Call) -> bool:
     """Whether torch's kernel computes this call, and faster."""
     q, k, v = inputs.q, inputs.k, inputs.v
     fits = q.device.type == "cpu" and q.shape == k.shape == v.shape and q.numel() > 0
-    plain = call.refinement == "none" and not (call.stochastic or call.dropout_p) and inputs.bounds is None
+    plain = call.refinement == "none" and not (call.stochastic or call.dropout_p or call.shift) and inputs.bounds is None
     scales = call.softmax_scale > 0 or not call.causal  # it hides later keys by -inf before it scales
     return fits and plain and scales and (not inputs.need_gradient() or q.shape[2] >= _FEWEST_ROWS[q.dtype])
 

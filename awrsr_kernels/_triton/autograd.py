@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ..call import Call, Inputs
 from ..checks import one_gradient
-from ..operators import define_operators, must_dispatch
+from ..operators import define_operators, joined, must_dispatch
 from ..torch_state import own_tensor, without_autocast
 from .launch import with_rows
 from .problem import Problem
@@ -38,7 +38,7 @@ def launch_forward(inputs: Inputs, call: Call, keep: bool, together: bool = Fals
 
 
 def launch_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call: Call) -> list[Tensor]:
-    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov."""
+    """Gradients of q, k, v and, where given, of w_q, w_k, gate, v_cov, lags."""
     problem = Problem(inputs, call)
     douts = [with_rows(dout) for dout in douts]
     if problem.is_short():
@@ -61,7 +61,7 @@ def _fake_backward(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, cal
     gradients = list(problem.gradients())
     if w_q is not None and w_k is not None:
         gradients += problem.table_gradients() if call.per_entry else (w.new_empty(w.shape) for w in (w_q, w_k))
-    return gradients + [x.new_empty(x.shape) for x in (inputs.gate, inputs.v_cov) if x is not None]
+    return gradients + [x.new_empty(x.shape) for x in (inputs.gate, inputs.v_cov, inputs.lags) if x is not None]
 
 
 forward_op, backward_op = define_operators("refined_attention", launch_forward, _fake_forward, launch_backward, _fake_backward)
@@ -75,7 +75,7 @@ class TritonAttention(torch.autograd.Function):
         *tensors, ctx.call = arguments
         inputs, outputs = Inputs(*tensors), 1 + ctx.call.stochastic
         dispatched = must_dispatch(inputs)
-        results = forward_op(*inputs, *ctx.call, True) if dispatched else launch_forward(inputs, ctx.call, True)
+        results = forward_op(*joined(inputs, ctx.call, True)) if dispatched else launch_forward(inputs, ctx.call, True)
         ctx.save_for_backward(*tensors, *(results if len(results) > outputs else ()))
         return tuple(map(own_tensor, results[:outputs]))
 
@@ -94,7 +94,7 @@ def gradients_of(douts: list[Tensor], saved: list[Tensor], inputs: Inputs, call:
     one_gradient("triton", douts)
     with without_autocast(inputs.q.device):
         if must_dispatch(inputs) or must_dispatch(douts) or must_dispatch(saved):
-            gradients: list[Tensor] = backward_op(douts, saved, *inputs, *call)
+            gradients: list[Tensor] = backward_op(douts, saved, *joined(inputs, call))
             return gradients
         return launch_backward(douts, saved, inputs, call)
 
@@ -105,5 +105,5 @@ def triton_attention(inputs: Inputs, call: Call) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = TritonAttention.apply(*inputs, call)
         return outputs
     if must_dispatch(inputs):
-        return tuple(forward_op(*inputs, *call, False))
+        return tuple(forward_op(*joined(inputs, call, False)))
     return tuple(map(own_tensor, launch_forward(inputs, call, False)))

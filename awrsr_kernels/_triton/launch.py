@@ -19,7 +19,7 @@ NO_VIEW: View = (None, None, None, None)  # of a tensor that a call does not hav
 
 # Triton must not specialise kernels for these numbers: other lengths or batch sizes would compile again.
 RUNTIME = ["gate_stride", "rows_total", "max_len", "least", "reach", "table_rows", "batch", "heads", "run", "splits"]
-RUNTIME += ["drop_threshold", "capacity", "own_entry", "own_head", "own_row"]
+RUNTIME += ["drop_threshold", "capacity", "own_entry", "own_head", "own_row", "plain_heads", "lags_head"]
 
 
 def view_of(x: Tensor, packed: bool = False) -> View:

@@ -251,8 +251,13 @@ def score_tile(q_tile, k_tile, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def softmax_tile(q_tile, k_tile, visible, scale, DISTANCE: tl.constexpr, PRECISION: tl.constexpr):
     """Softmax of whole rows; a row that sees nothing is zero."""
-    scores = score_tile(q_tile, k_tile, DISTANCE, PRECISION) * (scale * LOG2E)
-    scores = tl.where(visible, scores, float("-inf"))
+    return softmax_of(score_tile(q_tile, k_tile, DISTANCE, PRECISION), visible, scale)
+
+
+@triton.jit
+def softmax_of(scores, visible, scale):
+    """Softmax of whole rows of scores times `scale`; a row that sees nothing is zero."""
+    scores = tl.where(visible, scores * (scale * LOG2E), float("-inf"))
     peak = tl.max(scores, 1)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
     weights = tl.exp2(scores - peak[:, None])
@@ -376,9 +381,28 @@ def drop_by_word(weights, word, scale, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def next_seats(seat, rows, length, step):
+    """Seats of the rows `step` after those of a seat; rows: local."""
+    first_entry, first_row, entries, at, filled = seat
+    return first_entry, first_row, entries, at + step, filled & (rows + step < length)
+
+
+@triton.jit
+def step_of(head, plain_heads):
+    """How far the weights of a head are shifted: not at all in plain heads."""
+    return tl.where(head >= plain_heads, 1, 0)
+
+
+@triton.jit
 def load_gate(gate_ptr, gate_stride, head, DTYPE: tl.constexpr):
     """The gate of a head; 1 where there is none."""
     if gate_ptr is None:
         return tl.full((), 1.0, DTYPE)
     else:
         return tl.load(gate_ptr + head * gate_stride).to(DTYPE)
+
+
+@triton.jit
+def load_factor(lags_ptr, lags_head, head, lag, DTYPE: tl.constexpr):
+    """The factor of a lag, 1 or more."""
+    return tl.load(lags_ptr + head * lags_head + (lag - 1)).to(DTYPE)

@@ -50,6 +50,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def block_of(features: int) -> int:
+    """Width of a tile for so many features."""
+    return max(16, 1 << (features - 1).bit_length())
+
+
 class Problem:
     """What kernels are launched for: tensors with a contiguous last dimension, sizes, and the arguments that kernels share."""
 
@@ -66,8 +71,12 @@ class Problem:
         self.heads, self.kv_heads, self.rows = q.shape[1], k.shape[1], q.shape[2]
         self.group = self.heads // self.kv_heads
         self.batch = bounds.shape[0] - 1 if call.varlen and bounds is not None else q.shape[0]
+        self.lags = None if inputs.lags is None else with_rows(inputs.lags)
+        self.compared = inputs.compared()  # rows that a correlation compares, side by side in the tiled regime
         self.rank = 1 if self.w_q is None else self.w_q.shape[-1]
-        self.features = table_features(q.shape[-1], v.shape[-1], self.rank, call.stochastic, call.refinement)
+        widths = q.shape[-1], v.shape[-1], self.rank
+        self.short_features = table_features(*widths, call.stochastic, call.refinement)
+        self.features = table_features(*widths[:2], self.compared * self.rank, call.stochastic, call.refinement)
         self.accumulator = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.interpreted = q.device.type == "cpu"
         self.shared = shared_memory(q.device)
@@ -79,7 +88,8 @@ class Problem:
     def is_resident(self) -> bool:
         """Whether sequences that are not short run in the resident regime."""
         call, sizes = self.call, (self.features, self.q.dtype.itemsize, self.shared, self.call.stochastic)
-        return is_resident(call.max_len, call.causal, *sizes)
+        plain = self.lags is None and not call.shift and not call.plain_heads
+        return plain and is_resident(call.max_len, call.causal, *sizes)
 
     def short_reach(self) -> int:
         """Length of the longest sequence that the short kernels compute.
@@ -88,7 +98,7 @@ class Problem:
         grouped-query attention, where the regimes sum dK differently.
         """
         if self.reach is None:
-            sizes = self.features, self.q.dtype.itemsize, self.shared, self.call.stochastic
+            sizes = self.short_features, self.q.dtype.itemsize, self.shared, self.call.stochastic
             reach = next((n for n in reversed(LENGTHS) if is_short(n, *sizes)), 0)
             if self.call.max_len <= reach:  # with a symbolic max_len, the one guard: a graph per regime
                 self.reach = self.call.max_len
@@ -101,8 +111,9 @@ class Problem:
         return self.short_reach() + 1
 
     def config(self, kernel: str) -> Config:
-        length = self.short_reach() if kernel in SHORT_KERNELS else self.call.max_len
-        key = key_of(kernel, length, self.features, self.q.dtype.itemsize)
+        short = kernel in SHORT_KERNELS
+        length, features = (self.short_reach(), self.short_features) if short else (self.call.max_len, self.features)
+        key = key_of(kernel, length, features, self.q.dtype.itemsize)
         assert key is not None
         tuned = None if self.call.stochastic else tuned_for(self.q.device)  # the tuner measures dot-product scores only
         return choose(key, self.shared, tuned)
@@ -147,8 +158,16 @@ class Problem:
     def gate_stride(self) -> int:
         return 0 if self.gate is None or self.gate.numel() == 1 else self.gate.stride(0)
 
+    def lag_arguments(self) -> dict[str, Any]:
+        lags = self.lags
+        stride = 0 if lags is None or lags.shape[0] == 1 else lags.stride(0)
+        return {"lags_ptr": lags, "lags_head": stride, "LAGS": self.compared - 1}
+
     def refinement(self) -> dict[str, Any]:
-        return {
+        return self.lag_arguments() | {
+            "plain_heads": self.call.plain_heads,
+            "SHIFT": self.call.shift,
+            "PLAIN": self.call.plain_heads > 0 and self.call.refinement == "additive",
             "REFINEMENT": self.call.refinement,
             "STOCHASTIC": self.call.stochastic,
             "gate_ptr": self.gate,
@@ -160,7 +179,7 @@ class Problem:
     @functools.cached_property
     def widths(self) -> dict[str, Any]:
         d, dv, r = self.q.shape[-1], self.v.shape[-1], self.rank
-        blocks = [max(16, 1 << (x - 1).bit_length()) for x in (d, dv, r)]
+        blocks = [block_of(x) for x in (d, dv, r)]
         return {
             "D": d, "DV": dv, "R": r, "BLOCK_D": blocks[0], "BLOCK_DV": blocks[1], "BLOCK_R": blocks[2],
             "PRECISION": self.precision(),

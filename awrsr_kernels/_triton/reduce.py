@@ -143,6 +143,7 @@ class Gradients:
         self.tables = list(p.table_gradients()) if per_entry else []
         self.partials: list[Tensor] = []  # of shared tables: (2, splits, H, rows, R)
         self.gates: list[Tensor] = []  # (splits, H)
+        self.lags: list[Tensor] = []  # (splits, H, A)
 
     def per_query_head(self) -> list[Tensor | None]:
         """Memory for the gradients of k, v, v_cov, for kernels that own query heads: with grouped queries, parts of them."""
@@ -170,8 +171,16 @@ class Gradients:
         self.gates.append(p.q.new_empty(splits, p.heads, dtype=p.accumulator))
         return self.gates[-1]
 
+    def lag_parts(self, splits: int) -> Tensor | None:
+        """Memory for parts of the gradient of the factors of lags, if there are any."""
+        p = self.problem
+        if p.lags is None:
+            return None
+        self.lags.append(p.q.new_empty(splits, p.heads, p.compared - 1, dtype=p.accumulator))
+        return self.lags[-1]
+
     def summed(self) -> list[Tensor]:
-        """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov."""
+        """Gradients of q, k, v and, where the call has them, of w_q, w_k, gate, v_cov, lags."""
         p, (w_q, w_k), gate = self.problem, (self.problem.w_q, self.problem.w_k), self.problem.gate
         if p.group > 1 and self.of_heads[0] is not self.dk:
             self.sum_query_heads()
@@ -180,7 +189,8 @@ class Gradients:
         dgate = None if gate is None else gate.new_empty(gate.shape)
         if self.partials or dgate is not None:
             self.sum_partials(dgate)
-        found = [self.dq, self.dk, self.dv, *self.tables, dgate, self.dv_cov]
+        dlags = None if p.lags is None else self.sum_lags(p.lags)
+        found = [self.dq, self.dk, self.dv, *self.tables, dgate, self.dv_cov, dlags]
         return [x for x in found if x is not None]
 
     def sum_partials(self, dgate: Tensor | None) -> None:
@@ -202,6 +212,21 @@ class Gradients:
             ALIGN_RIGHT=p.call.align_right and (p.call.varlen or p.bounds is not None),
             DOUBLE=p.q.dtype.itemsize == 8, R=p.rank, PARTS=SUMS.block_m, BLOCK=SUMS.block_n,
         )  # fmt: skip
+
+    def sum_lags(self, lags: Tensor) -> Tensor:
+        """The gradient of the factors, summed as gates are: a column for each factor of each head, or for each factor of all."""
+        p, dlags = self.problem, lags.new_empty(lags.shape)
+        columns = dlags.numel()
+        parts, more = [*self.lags, None][:2]
+        counts = [0 if x is None else x.numel() // columns for x in (parts, more)]
+        launch(
+            _sum_partials_kernel, (columns,), SUMS, p.q.device,
+            parts_ptr=None, splits=0, rows=0, more_ptr=None, more_splits=0, more_rows=0, dw_q_ptr=None, dw_k_ptr=None,
+            gate_parts_ptr=parts, gate_splits=counts[0], more_gate_ptr=more, more_gate_splits=counts[1], dgate_ptr=dlags,
+            heads=columns, table_rows=0, blocks=0, SHARED=False, PER_HEAD=True, ALIGN_RIGHT=False,
+            DOUBLE=p.q.dtype.itemsize == 8, R=1, PARTS=SUMS.block_m, BLOCK=SUMS.block_n,
+        )  # fmt: skip
+        return dlags
 
     def sum_query_heads(self) -> None:
         p, (dk, dv, dv_cov) = self.problem, self.of_heads

@@ -27,14 +27,19 @@ from .primitives import (
     dot,
     drop_by_word,
     keep_word,
+    load_factor,
     load_gate,
     load_table,
     load_tile,
+    next_seats,
     padding_seats,
+    score_tile,
     seats,
     shared_seats,
     slope_of_points,
+    softmax_of,
     softmax_tile,
+    step_of,
     store_tile,
     store_zeros,
     visible_in_shared_tile,
@@ -53,9 +58,16 @@ def correlation_tile(first, w_tile, POINTS: tl.constexpr, R: tl.constexpr, BLOCK
 
 
 @triton.jit
+def move_down(first_row, lag, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """[BLOCK, BLOCK]: what a tile is multiplied by, exactly, so that each row becomes that `lag` rows before in its sequence."""
+    rows = tl.arange(0, BLOCK)
+    return ((rows[None, :] + lag == rows[:, None]) & (rows[None, :] >= first_row[:, None])).to(DTYPE)
+
+
+@triton.jit
 def higher_weights(
-    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale,
-    POINTS: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
+    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, scale, first_row, lags_ptr, lags_head,
+    LAGS: tl.constexpr, POINTS: tl.constexpr, VALUES: tl.constexpr, STOCHASTIC: tl.constexpr, DTYPE: tl.constexpr,
     R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """R [BLOCK_L, BLOCK_L]; Q_A, K_A, W_q and W_k [BLOCK_L, BLOCK_R]; the values and covariances that R multiplies [BLOCK_L,
@@ -69,17 +81,36 @@ def higher_weights(
         v_tile = dot(first_half, v_tile, PRECISION).to(DTYPE)
         if STOCHASTIC:
             v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
-    higher = softmax_tile(q_a, k_a, visible, scale, POINTS, PRECISION)
+    scores = score_tile(q_a, k_a, POINTS, PRECISION)
+    for lag in tl.range(1, LAGS + 1):  # unrolled, the backward would spill more
+        move = move_down(first_row, lag, first.shape[0], DTYPE)
+        q_before, k_before = dot(move, q_a, PRECISION).to(DTYPE), dot(move, k_a, PRECISION).to(DTYPE)
+        factor = load_factor(lags_ptr, lags_head, head, lag, scores.dtype)
+        scores += factor * dot(q_before, tl.trans(k_before), PRECISION)
+    higher = softmax_of(scores, visible, scale)
     return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
 
 
 @triton.jit
 def correlation_gradients(
-    higher, q_a, k_a, dweights, inner, scale, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr
-):
-    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products; inner: rowsum(R * dR); scale: refine_scale times the gate."""
+    higher, q_a, k_a, dweights, inner, scale, head, first_row, lags_ptr, lags_head, dlags,
+    LAGS: tl.constexpr, POINTS: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ_A and dK_A, [BLOCK_L, BLOCK_R] in the dtype of the products, and dlags [BLOCK_L, 8] with their parts added.
+
+    inner: rowsum(R * dR); scale: refine_scale times the gate. Of lags, products on both sides bring dT to the rows before.
+    """
     ACC: tl.constexpr = higher.dtype
     dhigher = (higher * (dweights - inner[:, None]) * scale).to(q_a.dtype)
+    if LAGS > 0:
+        scores = score_tile(q_a, k_a, POINTS, PRECISION)
+        total = dhigher.to(ACC)
+        for lag in tl.range(1, LAGS + 1):
+            move = move_down(first_row, lag, higher.shape[0], q_a.dtype)
+            moved = dot(dot(tl.trans(move), dhigher, PRECISION).to(q_a.dtype), move, PRECISION)
+            dlags += tl.sum(moved * scores, 1)[:, None] * (tl.arange(0, 8) == lag - 1)[None, :].to(ACC)
+            total += load_factor(lags_ptr, lags_head, head, lag, ACC) * moved
+        dhigher = total.to(q_a.dtype)
     dq_a = dot(dhigher, k_a, PRECISION)
     if POINTS:
         dq_a *= slope_of_points(q_a.to(ACC), R, BLOCK_R)
@@ -88,7 +119,14 @@ def correlation_gradients(
     if POINTS:
         dk_a -= k_a.to(ACC) * tl.sum(dhigher.to(ACC), 0)[:, None]
         dk_a *= slope_of_points(k_a.to(ACC), R, BLOCK_R)
-    return dq_a, dk_a.to(q_a.dtype)
+    return dq_a, dk_a.to(q_a.dtype), dlags
+
+
+@triton.jit
+def before_step(step, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK] bool: columns whose value, `step` rows after them, is not to come yet."""
+    rows = tl.arange(0, BLOCK)
+    return rows[None, :] + step <= rows[:, None]
 
 
 @triton.jit
@@ -113,10 +151,10 @@ def _short_fwd_kernel(
     v_cov_ptr, v_cov_entry, v_cov_head, v_cov_row, w_q_ptr, w_q_entry, w_q_head, w_q_row,
     w_k_ptr, w_k_entry, w_k_head, w_k_row, out_ptr, out_entry, out_head, out_row,
     out_cov_ptr, out_cov_entry, out_cov_head, out_cov_row,
-    gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    gate_ptr, gate_stride, lags_ptr, lags_head, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
-    softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    softmax_scale, refine_scale, drop_threshold, drop_scale, plain_heads,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr, LAGS: tl.constexpr, SHIFT: tl.constexpr, PLAIN: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -145,25 +183,33 @@ def _short_fwd_kernel(
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
             first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
             weights = first
-            values = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
+            v_seat = seat
+            if SHIFT:
+                v_seat = next_seats(seat, rows, length, step_of(head, plain_heads))
+            values = load_tile(v, kv_head, v_seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             values_cov = values
             if STOCHASTIC:
                 values_cov = load_tile(v_cov, kv_head, seat, DV, BLOCK_DV)
             if REFINEMENT != "none":
                 weights, _q_a, _k_a, _w_q_tile, _w_k_tile, values, values_cov = higher_weights(
-                    first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale,
-                    REFINEMENT == "stochastic", False, STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
+                    first, visible, values, values_cov, w_q, w_k, head, table_seat, refine_scale, first_row, lags_ptr, lags_head,
+                    LAGS, REFINEMENT == "stochastic", False, STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 if REFINEMENT == "value":  # after R: three registers less than before it
                     values = dot(first.to(DTYPE), values, PRECISION).to(DTYPE)
                     if STOCHASTIC:
                         values_cov = dot((first * first).to(DTYPE), values_cov, PRECISION).to(DTYPE)
                 if REFINEMENT == "additive":
-                    weights = first + load_gate(gate_ptr, gate_stride, head, first.dtype) * weights
+                    gate = load_gate(gate_ptr, gate_stride, head, first.dtype)
+                    if PLAIN:
+                        gate = tl.where(head < plain_heads, 0.0, gate)
+                    weights = first + gate * weights
 
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            if SHIFT:
+                weights = tl.where(before_step(step_of(head, plain_heads), BLOCK_L), weights, 0.0)
             store_tile(out, head, seat, dot(weights.to(DTYPE), values, PRECISION), DV, BLOCK_DV)
             if STOCHASTIC:
                 tile = dot((weights * weights).to(DTYPE), values_cov, PRECISION)  # [BLOCK_L, BLOCK_DV]
@@ -186,10 +232,10 @@ def _short_bwd_kernel(
     dout_cov_ptr, dout_cov_entry, dout_cov_head, dout_cov_row, dq_ptr, dq_entry, dq_head, dq_row,
     dk_ptr, dk_entry, dk_head, dk_row, dv_ptr, dv_entry, dv_head, dv_row, dv_cov_ptr, dv_cov_entry, dv_cov_head, dv_cov_row,
     dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row, dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
-    dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
+    dgate_ptr, gate_ptr, gate_stride, dlags_ptr, lags_ptr, lags_head, bounds_ptr, seed_ptr,
     rows_total, max_len, reach, table_rows, batch, heads, run,
-    softmax_scale, refine_scale, drop_threshold, drop_scale,
-    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr,
+    softmax_scale, refine_scale, drop_threshold, drop_scale, plain_heads,
+    REFINEMENT: tl.constexpr, STOCHASTIC: tl.constexpr, LAGS: tl.constexpr, SHIFT: tl.constexpr, PLAIN: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     GROUP: tl.constexpr, SHIFTED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, R: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_R: tl.constexpr, OFFSET: tl.constexpr,
@@ -209,7 +255,10 @@ def _short_bwd_kernel(
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     POINTS: tl.constexpr = REFINEMENT == "stochastic"
     gate = load_gate(gate_ptr, gate_stride, head, ACC)
+    if PLAIN:
+        gate = tl.where(head < plain_heads, 0.0, gate)
     dgate = tl.zeros((BLOCK_L,), ACC)
+    dlags = tl.zeros((BLOCK_L, 8), ACC)
     dw_q_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
     dw_k_sum = tl.zeros((BLOCK_L, BLOCK_R), ACC)
 
@@ -225,7 +274,10 @@ def _short_bwd_kernel(
             visible = visible_in_shared_tile(first_row, length, CAUSAL, BLOCK_L)  # [BLOCK_L, BLOCK_L], like all weights
             q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_L, BLOCK_D]
             k_tile = load_tile(k, kv_head, seat, D, BLOCK_D)
-            v_tile = load_tile(v, kv_head, seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
+            v_seat = seat
+            if SHIFT:
+                v_seat = next_seats(seat, rows, length, step_of(head, plain_heads))
+            v_tile = load_tile(v, kv_head, v_seat, DV, BLOCK_DV)  # [BLOCK_L, BLOCK_DV]
             dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)
             first = softmax_tile(q_tile, k_tile, visible, softmax_scale, STOCHASTIC, PRECISION)
 
@@ -238,8 +290,8 @@ def _short_bwd_kernel(
             values, values_cov = v_tile, v_cov_tile
             if REFINEMENT != "none":
                 higher, q_a, k_a, w_q_tile, w_k_tile, values, values_cov = higher_weights(
-                    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale,
-                    POINTS, REFINEMENT == "value", STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
+                    first, visible, v_tile, v_cov_tile, w_q, w_k, head, table_seat, refine_scale, first_row, lags_ptr, lags_head,
+                    LAGS, POINTS, REFINEMENT == "value", STOCHASTIC, DTYPE, R, BLOCK_R, PRECISION,
                 )  # fmt: skip
                 weights = higher
                 if REFINEMENT == "additive":
@@ -247,6 +299,8 @@ def _short_bwd_kernel(
             if seed_ptr is not None:
                 kept = keep_word(seed_ptr, entry, head, rows, first_row, drop_threshold, BLOCK_L)
                 weights = drop_by_word(weights, kept, drop_scale, BLOCK_L)
+            if SHIFT:
+                weights = tl.where(before_step(step_of(head, plain_heads), BLOCK_L), weights, 0.0)
 
             # From the outputs to the weights
             if STOCHASTIC:
@@ -258,21 +312,33 @@ def _short_bwd_kernel(
                 dweights += through_squares
             if seed_ptr is not None:
                 dweights = drop_by_word(dweights, kept, drop_scale, BLOCK_L)
+            if SHIFT:
+                dweights = tl.where(before_step(step_of(head, plain_heads), BLOCK_L), dweights, 0.0)
 
             # From the higher-order weights to the correlation space
             if REFINEMENT != "none":
                 inner = tl.sum(higher * dweights, 1)
                 if dgate_ptr is not None:
-                    dgate += inner
+                    if PLAIN:
+                        dgate += tl.where(head < plain_heads, 0.0, inner)
+                    else:
+                        dgate += inner
                 scale = gate * refine_scale
-                dq_a, dk_a = correlation_gradients(higher, q_a, k_a, dweights, inner, scale, POINTS, R, BLOCK_R, PRECISION)
+                dq_a, dk_a, dlags = correlation_gradients(
+                    higher, q_a, k_a, dweights, inner, scale, head, first_row, lags_ptr, lags_head, dlags,
+                    LAGS, POINTS, R, BLOCK_R, PRECISION,
+                )  # fmt: skip
 
             # To the values
             dvalues = dot(weights, dout_tile, PRECISION)  # [BLOCK_L, BLOCK_DV]
             if REFINEMENT == "value":
                 dvalues_half = dvalues.to(DTYPE)
                 dvalues = dot(tl.trans(first_half), dvalues_half, PRECISION)
-            store_tile(dv, head, seat, dvalues, DV, BLOCK_DV)
+            store_tile(dv, head, v_seat, dvalues, DV, BLOCK_DV)
+            if SHIFT:  # no weight falls on the first item
+                first_entry, origin, entries, at, filled = seat
+                unmet = first_entry, origin, entries, at, filled & (rows < step_of(head, plain_heads))
+                store_zeros(dv, head, unmet, DV, BLOCK_DV)
             if STOCHASTIC:
                 dvalues_cov = dot(squares, dcov_tile, PRECISION)
                 if REFINEMENT == "value":
@@ -290,7 +356,7 @@ def _short_bwd_kernel(
                 if STOCHASTIC:
                     dfirst += 2 * first * dot(dvalues_cov_half, tl.trans(v_cov_tile), PRECISION)
             if REFINEMENT == "additive":
-                if seed_ptr is None and not STOCHASTIC:  # recomputing dM takes fewer registers than keeping it
+                if seed_ptr is None and not STOCHASTIC and not SHIFT:  # recomputing dM takes fewer registers than keeping it
                     dfirst = dot(dout_tile, tl.trans(v_tile), PRECISION, dfirst)
                 else:
                     dfirst += dweights
@@ -328,6 +394,9 @@ def _short_bwd_kernel(
         store_tile(dw_k, head, partial, dw_k_sum, R, BLOCK_R)
     if dgate_ptr is not None:
         tl.store(dgate_ptr + split * heads + head, tl.sum(dgate, 0))
+    if dlags_ptr is not None:
+        lag = tl.arange(0, 8)
+        tl.store(dlags_ptr + (split * heads + head) * LAGS + lag, tl.sum(dlags, 0), mask=lag < LAGS)
 
 
 def short_buffers(problem: Problem) -> dict[str, Tensor]:
@@ -371,7 +440,8 @@ def launch_short_backward(problem: Problem, douts: list[Tensor], gradients: Grad
             dout=p.view(douts[0]), dout_cov=p.covariance_view(douts[-1]),
             dq=p.view(gradients.dq), dk=p.view(dk), dv=p.view(dv), dv_cov=p.covariance_view(dv_cov),
             dw_q=p.view(dw_q, packed_tables), dw_k=p.view(dw_k, packed_tables),
-            dgate_ptr=gradients.gate_parts(splits), reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
+            dgate_ptr=gradients.gate_parts(splits), dlags_ptr=gradients.lag_parts(splits), reach=p.short_reach(),
+            batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
             SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, BLOCK_L=block, OFFSET=p.offset_type(block, *douts),
             **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
         ),

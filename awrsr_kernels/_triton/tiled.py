@@ -18,6 +18,10 @@ gate C_2 is kept as well, and out_cov = C_P + gate C_R. Refinement "stochastic" 
 The backward needs O(L): Q_A, K_A, Y or O_P, O_R, their counterparts for covariances, and a log-sum-exp per row and stage, in units
 of log 2.
 
+With lags, Q_A and K_A are as wide as all the rows that T compares: stage 1 writes the row's own, and `lags.py` copies those before
+beside it. With SHIFT, a head that is not plain meets the value after each column, but for the last. SKIP: stage 2 of "additive",
+which plain heads do without.
+
 If a batch with lengths also has short sequences, the short kernels run after these and write their rows; padding is written here.
 """
 
@@ -27,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lags import launch_widen
 from .launch import NO_VIEW, RUNTIME, ceil_div, flat, launch
 from .primitives import (
     LOG2E,
@@ -44,11 +49,12 @@ from .primitives import (
     row_index,
     score_tile,
     seats,
+    step_of,
     store_tile,
     table_start,
     visible_tile,
 )
-from .problem import Problem
+from .problem import Problem, block_of
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -64,8 +70,8 @@ def _tiled_fwd_kernel(
     lse_ptr, other_lse_ptr, other_scale,
     gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
-    score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
+    score_scale, drop_threshold, drop_scale, plain_heads,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, SHIFT: tl.constexpr, SKIP: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -111,6 +117,8 @@ def _tiled_fwd_kernel(
         other_lse = load_lse(other_lse_ptr, at, rows, length)
 
     end = tl.where(first_row < length, tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length, 0)
+    if SKIP:
+        end = tl.where(head < plain_heads, 0, end)
     # First the tiles that need no mask; with dropout or covariances two loops would spill registers
     SPLIT: tl.constexpr = seed_ptr is None and v_cov_ptr is None
     diagonal = tl.minimum(first_row if CAUSAL else length, end) // BLOCK_N * BLOCK_N if SPLIT else 0
@@ -132,6 +140,12 @@ def _tiled_fwd_kernel(
                 q_a_sum = q_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
                 w_tile = load_table(w_k, head, table_seat, DTYPE, R, BLOCK_R)
                 k_a_sum = k_a_sum * decay[:, None] + dot(weights.to(DTYPE), w_tile, PRECISION)
+            v_seat = column_seat
+            if SHIFT:
+                step = step_of(head, plain_heads)
+                v_seat = seats(entry, start, columns + step, length)
+                if MASKED:
+                    weights = tl.where(columns[None, :] + step <= rows[:, None], weights, 0.0)
             if VALUES and seed_ptr is not None:
                 weights = tl.where(keep_tile(seed_ptr, entry, head, rows, low, drop_threshold, BLOCK_N), weights, 0.0)
             if other_q_ptr is not None:  # before the other products, so that the tile of the other weights is soon free again
@@ -143,7 +157,7 @@ def _tiled_fwd_kernel(
                 )  # fmt: skip
                 cross_sums = cross_sums * decay[:, None] + dot((weights * other).to(DTYPE), cov_tile, PRECISION)
             if VALUES:
-                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                v_tile = load_tile(v, head // V_GROUP, v_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 sums = sums * decay[:, None] + dot(weights.to(DTYPE), v_tile, PRECISION)
             if v_cov_ptr is not None:
                 if other_q_ptr is None:
@@ -190,7 +204,7 @@ def tiled_widths(problem: Problem) -> dict[str, int | None]:
     widths: dict[str, int | None] = {"out": d_v} | ({"out_cov": d_v} if p.call.stochastic else {})
     widths["first_lse"] = None
     if refinement != "none":
-        widths |= {"q_a": p.rank, "k_a": p.rank, "higher_lse": None}
+        widths |= {"q_a": p.compared * p.rank, "k_a": p.compared * p.rank, "higher_lse": None}
     kinds = ("values", "cov") if p.call.stochastic else ("values",)
     if refinement in ("value", "additive"):
         widths |= {f"first_{kind}": d_v for kind in kinds}  # Y or O_P; P^2 V_cov or C_P
@@ -207,6 +221,7 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     if not dropped:
         arguments |= {"seed_ptr": None, "drop_scale": 1.0}
     arguments |= {"gate_ptr": p.gate if higher else None, "gate_stride": p.gate_stride()}
+    arguments |= {"plain_heads": p.call.plain_heads, "SHIFT": p.call.shift, "SKIP": higher and p.call.plain_heads > 0}
     values = higher or refinement in ("none", "value", "additive")
     arguments |= {
         "TABLES": refinement != "none" and not higher,
@@ -222,7 +237,8 @@ def stage_arguments(problem: Problem, buffers: dict[str, Tensor], higher: bool) 
     groups = {"K_GROUP": p.group, "V_GROUP": p.group}
     if higher:
         views |= {"q": p.view(buffers["q_a"]), "k": p.view(buffers["k_a"])}
-        arguments |= {"D": arguments["R"], "BLOCK_D": arguments["BLOCK_R"]}
+        width = p.compared * p.rank
+        arguments |= {"D": width, "BLOCK_D": block_of(width)}
         groups["K_GROUP"] = 1
         if refinement == "value":
             views |= {"v": p.view(buffers["first_values"]), "v_cov": p.covariance_view(buffers.get("first_cov"))}
@@ -255,6 +271,8 @@ def launch_tiled_forward(problem: Problem, keep: bool = True) -> list[Tensor]:
     programs = ceil_div(p.call.max_len, tile.block_m) * p.batch * p.heads
     stages = [False] if p.call.refinement == "none" else [False, True]
     for higher in stages:
+        if higher and p.lags is not None:
+            launch_widen(p, buffers["q_a"], buffers["k_a"])
         ADDED = higher and p.call.refinement == "additive"
         kept = "higher" if higher else "first"
         weighted, weighted_cov = buffers.get(f"{kept}_values", buffers["out"]), buffers.get(f"{kept}_cov", buffers.get("out_cov"))

@@ -13,14 +13,15 @@ and in stochastic attention, where squared weights multiply covariances and M is
 
     g += 2 Z*M*Z*(dC V_cov^T)    delta += 2 rowsum(dC*C), C the share of p in it    dv_cov = ((M*Z)^2)^T dC    dk -= k colsum(ds)
 
-in three kernels: one owns rows (dq and delta), one owns columns (dk, dv), and one owns rows of the tables (dW) and walks over the
-sequences that share them. Rows and columns run for stage 2 first (where "additive" multiplies p by its gate), then for stage 1.
+in three kernels: one owns rows (dq and delta), one owns columns (dk, dv), and one, in `tiled_tables.py`, owns rows of the tables.
+Rows and columns run for stage 2 first (where "additive" multiplies p by its gate), then for stage 1.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .lags import launch_gather
 from .launch import NO_VIEW, RUNTIME, allocate, ceil_div, flat, launch
 from .primitives import (
     before_points,
@@ -39,12 +40,15 @@ from .primitives import (
     score_factor,
     seats,
     slope_of_points,
+    step_of,
     store_tile,
+    store_zeros,
     table_start,
 )
 from .problem import Problem
 from .reduce import Gradients
 from .tiled import other_stage_arguments, stage_arguments, tiled_widths
+from .tiled_tables import launch_tables
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -59,8 +63,8 @@ def _tiled_bwd_rows_kernel(
     other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
     other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, dgate_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
-    score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr,
+    score_scale, drop_threshold, drop_scale, plain_heads,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, SHIFT: tl.constexpr, SKIP: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr,
@@ -125,6 +129,8 @@ def _tiled_bwd_rows_kernel(
     # First the tiles that need no mask; with dropout or covariances two loops would spill registers
     SPLIT: tl.constexpr = seed_ptr is None and v_cov_ptr is None
     end = tl.where(first_row < length, tl.minimum(length, first_row + BLOCK_M) if CAUSAL else length, 0)
+    if SKIP:
+        end = tl.where(head < plain_heads, 0, end)
     diagonal = tl.minimum(first_row if CAUSAL else length, end) // BLOCK_N * BLOCK_N if SPLIT else 0
     for MASKED in tl.static_range(0 if SPLIT else 1, 2):
         for low in range(diagonal if MASKED else 0, end if MASKED else diagonal, BLOCK_N):
@@ -136,8 +142,14 @@ def _tiled_bwd_rows_kernel(
             )
             dweights = tl.zeros((BLOCK_M, BLOCK_N), ACC)
             if VALUES:
-                v_tile = load_tile(v, head // V_GROUP, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+                v_seat = column_seat
+                if SHIFT:
+                    step = step_of(head, plain_heads)
+                    v_seat = seats(entry, start, columns + step, length)
+                v_tile = load_tile(v, head // V_GROUP, v_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
+                if SHIFT and MASKED:
+                    dweights = tl.where(columns[None, :] + step <= rows[:, None], dweights, 0.0)
                 if v_cov_ptr is not None:
                     mixed = weights
                     if other_q_ptr is not None:
@@ -177,8 +189,8 @@ def _tiled_bwd_columns_kernel(
     other_q_ptr, other_q_entry, other_q_head, other_q_row, other_k_ptr, other_k_entry, other_k_head, other_k_row,
     other_lse_ptr, other_gate_ptr, other_scale, lse_ptr, delta_ptr, gate_ptr, gate_stride, bounds_ptr, seed_ptr,
     rows_total, max_len, least, table_rows, batch, heads,
-    score_scale, drop_threshold, drop_scale,
-    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr,
+    score_scale, drop_threshold, drop_scale, plain_heads,
+    TABLES: tl.constexpr, VALUES: tl.constexpr, ADDED: tl.constexpr, SHIFT: tl.constexpr, SKIP: tl.constexpr,
     DISTANCE: tl.constexpr, POINTS: tl.constexpr, OTHER_DISTANCE: tl.constexpr,
     CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
     K_GROUP: tl.constexpr, V_GROUP: tl.constexpr, OTHER_GROUP: tl.constexpr, GROUP: tl.constexpr,
@@ -209,11 +221,16 @@ def _tiled_bwd_columns_kernel(
     first_row = (first_column // BLOCK_M) * BLOCK_M if CAUSAL else first_column * 0
 
     dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    step = 0
+    v_seat = column_seat
+    if SHIFT:  # alike for all heads that share the values
+        step = step_of(owner * GROUP, plain_heads)
+        v_seat = seats(entry, start, columns + step, length)
     if VALUES:
         dv_sum = tl.zeros((BLOCK_N, BLOCK_DV), ACC)
-        v_tile = load_tile(v, v_head, column_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+        v_tile = load_tile(v, v_head, v_seat, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
         if ADDED:
-            dv_sum += load_tile(dv_added, owner, column_seat, DV, BLOCK_DV)
+            dv_sum += load_tile(dv_added, owner, v_seat, DV, BLOCK_DV)
     if DISTANCE:
         dscore_sums = tl.zeros((BLOCK_N,), ACC)
     if v_cov_ptr is not None:
@@ -233,7 +250,10 @@ def _tiled_bwd_columns_kernel(
             dk_sum = tl.zeros((BLOCK_N, BLOCK_D), ACC)
             if DISTANCE:
                 dscore_sums = tl.zeros((BLOCK_N,), ACC)
-        for low in range(first_row, tl.where(first_column < length, length, 0), BLOCK_M):
+        end = tl.where(first_column < length, length, 0)
+        if SKIP:
+            end = tl.where(head < plain_heads, 0, end)
+        for low in range(first_row, end, BLOCK_M):
             rows = low + tl.arange(0, BLOCK_M)
             seat = seats(entry, start, rows, length)
             at = row_index(entry, head, heads, start, rows, rows_total, VARLEN)
@@ -247,6 +267,10 @@ def _tiled_bwd_columns_kernel(
                 dout_tile = load_tile(dout, head, seat, DV, BLOCK_DV)  # [BLOCK_M, BLOCK_DV]
                 dweights = dot(dout_tile, tl.trans(v_tile), PRECISION)
                 met = weights
+                if SHIFT:
+                    before = columns[None, :] + step <= rows[:, None]
+                    dweights = tl.where(before, dweights, 0.0)
+                    met = tl.where(before, weights, 0.0)
                 if v_cov_ptr is not None:
                     mixed = weights
                     if other_q_ptr is not None:
@@ -262,7 +286,7 @@ def _tiled_bwd_columns_kernel(
                 if seed_ptr is not None:
                     kept = keep_tile(seed_ptr, entry, head, rows, first_column, drop_threshold, BLOCK_N)
                     dweights = tl.where(kept, dweights * drop_scale, 0.0)
-                    met = tl.where(kept, weights * drop_scale, 0.0)
+                    met = tl.where(kept, met * drop_scale, 0.0)
                     if dv_cov_ptr is not None:
                         mixed = tl.where(kept, mixed * drop_scale, 0.0)
                 dv_sum += dot(tl.trans((met * gate).to(DTYPE)), dout_tile, PRECISION)
@@ -289,62 +313,14 @@ def _tiled_bwd_columns_kernel(
             dk_sum -= k_tile.to(ACC) * dscore_sums[:, None]
         store_tile(dk, owner, padded_seat, dk_sum, D, BLOCK_D)
     if VALUES:
+        if SHIFT:
+            padded_seat = padded_seats(entry, start, columns + step, length, rows_total, not VARLEN)
+            if first_column == 0:  # no weight falls on the first item
+                entry_, start_, none, at, filled = padded_seats(entry, start, columns, length, rows_total, not VARLEN)
+                store_zeros(dv, owner, (entry_, start_, none, at, filled & (columns < step)), DV, BLOCK_DV)
         store_tile(dv, owner, padded_seat, dv_sum, DV, BLOCK_DV)
     if dv_cov_ptr is not None:
         store_tile(dv_cov, owner, padded_seat, dv_cov_sum, DV, BLOCK_DV)
-
-
-@triton.jit(do_not_specialize=RUNTIME)
-def _tiled_bwd_tables_kernel(
-    q_ptr, q_entry, q_head, q_row, k_ptr, k_entry, k_head, k_row, dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row,
-    dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row, dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row,
-    dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row,
-    lse_ptr, bounds_ptr,
-    rows_total, max_len, least, batch, heads, splits, score_scale,
-    DISTANCE: tl.constexpr,
-    CAUSAL: tl.constexpr, VARLEN: tl.constexpr, ALIGN_RIGHT: tl.constexpr, PER_ENTRY: tl.constexpr,
-    K_GROUP: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    q, k = (q_ptr, q_entry, q_head, q_row), (k_ptr, k_entry, k_head, k_row)
-    dq_a, dk_a = (dq_a_ptr, dq_a_entry, dq_a_head, dq_a_row), (dk_a_ptr, dk_a_entry, dk_a_head, dk_a_row)
-    dw_q, dw_k = (dw_q_ptr, dw_q_entry, dw_q_head, dw_q_row), (dw_k_ptr, dw_k_entry, dw_k_head, dw_k_row)
-    pair = tl.program_id(0) % (splits * heads)
-    split, head = pair // heads, pair % heads
-    first_column = (tl.program_id(0) // (splits * heads)) * BLOCK_N
-    window = first_column + tl.arange(0, BLOCK_N)  # rows of the table, from the window's first
-    DTYPE: tl.constexpr = q_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    SHIFTED: tl.constexpr = ALIGN_RIGHT and not PER_ENTRY and (VARLEN or bounds_ptr is not None)
-    dw_q_sum = tl.zeros((BLOCK_N, BLOCK_R), ACC)
-    dw_k_sum = tl.zeros((BLOCK_N, BLOCK_R), ACC)
-
-    for step in range(split, batch, splits):
-        entry = tl.full((), step, tl.int32)
-        start, length = locate_long(bounds_ptr, entry, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
-        offset = max_len - length if SHIFTED else length * 0
-        columns = tl.where(window < offset, length, window - offset)  # rows before the first item: masked like those after the last
-        k_tile = load_tile(k, head // K_GROUP, seats(entry, start, columns, length), D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        first_row = tl.maximum(first_column - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else length * 0
-        reached = (first_column < offset + length) & (first_column + BLOCK_N > offset)
-        # Hoisted, |k|^2 would be spilled next to tiles of that height
-        for low in tl.range(first_row, tl.where(reached, length, 0), BLOCK_M, disable_licm=DISTANCE and BLOCK_M > 64):
-            rows = low + tl.arange(0, BLOCK_M)
-            seat = seats(entry, start, rows, length)
-            q_tile = load_tile(q, head, seat, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
-            lse = load_lse(lse_ptr, row_index(entry, head, heads, start, rows, rows_total, VARLEN), rows, length)
-            weights = known_softmax_tile(q_tile, k_tile, lse, rows, columns, length, score_scale, DISTANCE, True, CAUSAL, PRECISION)
-            at_columns = tl.trans(weights.to(DTYPE))  # [BLOCK_N, BLOCK_M]
-            dw_q_sum += dot(at_columns, load_tile(dq_a, head, seat, R, BLOCK_R), PRECISION)  # [BLOCK_N, BLOCK_R]
-            dw_k_sum += dot(at_columns, load_tile(dk_a, head, seat, R, BLOCK_R), PRECISION)
-
-    if PER_ENTRY:  # a program has one sequence
-        start, length = locate_long(bounds_ptr, split, rows_total, max_len, least, VARLEN, ALIGN_RIGHT)
-        table_seat = padded_seats(split, start, window, length, rows_total, not VARLEN)
-    else:
-        table_seat = seats(split, split * 0, window, max_len)
-    store_tile(dw_q, head, table_seat, dw_q_sum, R, BLOCK_R)
-    store_tile(dw_k, head, table_seat, dw_k_sum, R, BLOCK_R)
 
 
 class TiledBackward:
@@ -355,7 +331,7 @@ class TiledBackward:
         self.saved = dict(zip(tiled_widths(p), saved, strict=True))
         self.delta = p.row_numbers()
         g = self.gradients = Gradients(p)
-        self.dq_a, self.dk_a = (self.space(p.rank) for _ in range(2)) if p.w_q is not None else (g.dq, g.dq)
+        self.dq_a, self.dk_a = (self.space(p.compared * p.rank) for _ in range(2)) if p.w_q is not None else (g.dq, g.dq)
 
     def space(self, features: int) -> Tensor:
         return allocate(self.problem.q, self.problem.heads, features, self.problem.call.varlen)
@@ -398,23 +374,10 @@ class TiledBackward:
             ),
         )  # fmt: skip
 
-    def launch_tables(self) -> None:
-        """dW_q and dW_k: per entry directly, shared ones as parts of splits of the batch."""
-        p, per_entry = self.problem, self.problem.call.per_entry
-        tile = p.config("tiled_bwd_tables")
-        tiles = ceil_div(p.call.max_len, tile.block_n)
-        splits = p.batch if per_entry else p.splits(tiles * p.heads)
-        dw_q, dw_k = self.gradients.table_parts(splits, p.call.max_len)
-        packed = per_entry and p.call.varlen
-        used = _tiled_bwd_tables_kernel.arg_names
-        shared = {name: value for name, value in flat(**stage_arguments(p, self.saved, higher=False)).items() if name in used}
-        launch(
-            _tiled_bwd_tables_kernel, (tiles * splits * p.heads,), tile, p.q.device,
-            **flat(
-                dq_a=p.view(self.dq_a), dk_a=p.view(self.dk_a), dw_q=p.view(dw_q, packed), dw_k=p.view(dw_k, packed),
-                splits=splits, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, **shared,
-            ),
-        )  # fmt: skip
+    def gather_lags(self) -> None:
+        """Add to the gradients of rows those of their copies beside later rows."""
+        if self.problem.lags is not None:
+            launch_gather(self.problem, self.saved["q_a"], self.dq_a, self.dk_a, self.gradients)
 
 
 def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Tensor]) -> Gradients:
@@ -427,14 +390,17 @@ def launch_tiled_backward(problem: Problem, douts: list[Tensor], saved: list[Ten
     elif refinement == "value":
         between = [step.space(p.v.shape[-1]) for _ in douts]
         step.launch_stage(True, douts, [between[0], between[-1]])
+        step.gather_lags()
         step.launch_stage(False, between, dvs)
     elif refinement == "additive":  # stage 1 computes dv_cov of both stages, as their sum is squared
         from_higher = p.v.new_empty(p.v.shape, dtype=p.accumulator)
         step.launch_stage(True, douts, [from_higher, None])
+        step.gather_lags()
         step.launch_stage(False, douts, dvs, dv_added=from_higher)
     else:
         step.launch_stage(True, douts, dvs)
+        step.gather_lags()
         step.launch_stage(False, douts, dvs)
     if p.w_q is not None:
-        step.launch_tables()
+        launch_tables(p, step.saved, (step.dq_a, step.dk_a), step.gradients)
     return step.gradients

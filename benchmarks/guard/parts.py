@@ -92,7 +92,8 @@ def read_report(text: str) -> dict[str, float]:
     """
     figures: dict[str, float] = {}
     for row in json.loads(text):
-        case = [row["target"], row["dtype"], f"L{row['length']}", row["refinement"] + " W2" * row["gaussian"]]
+        kind = row["refinement"] + " W2" * row["gaussian"] + " lagged" * row.get("lagged", False)
+        case = [row["target"], row["dtype"], f"L{row['length']}", kind]
         name = " ".join([*case, *["dropout"] * row["dropout"], row["kernel"]])
         if "error" in row:
             raise CannotMeasure(f"{name}: {row['error']}")

@@ -31,6 +31,7 @@ def padded(length: int = 12, kv_heads: int = 2, table: str = "shared", gate: Any
     shape = {"shared": (length, 5), "head": (2, length, 5), "entry": (batch, 2, length, 5)}[table]
     given = [q, k, v, leaf(*shape), leaf(*shape)]
     learned = given[: 3 if options.get("refinement") == "none" else 5] + ([gate] if isinstance(gate, Tensor) else [])
+    learned += [options["lags"]] if "lags" in options else []
     if "lengths" in options:
         options["lengths"] = torch.tensor(options["lengths"], device=DEVICE)
     call = functools.partial(refined_attention, *given, gate=gate, backend="triton", **options)
@@ -117,6 +118,8 @@ CALLS: dict[str, Callable[[], Work]] = {
     "both": lambda: padded(70, lengths=[9, 70], refinement="additive", gate=leaf(1)),
     "tiled": lambda: padded(70, causal=False, refinement="additive", gate=leaf(2)),
     "tiled, grouped": lambda: padded(70, kv_heads=1, causal=False, batch=1),
+    "lagged": lambda: padded(refinement="additive", gate=leaf(2), lags=leaf(2), shift=True, plain_heads=1),
+    "lagged, both": lambda: padded(70, lags=leaf(2, 3), shift=True, lengths=[9, 70]),
     "packed": packed,
     "packed, content tables": lambda: packed("entry", align="left"),
     "stochastic": stochastic,

@@ -15,7 +15,7 @@ from awrsr_kernels import (
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
-from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, SHIFTED, STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.reference import rounded_at_every_step
 from awrsr_kernels.tolerance import allowed_errors, wrong_results
 
@@ -88,6 +88,15 @@ class RandomCall(NamedTuple):
     dropout_p: float
     wide_tables: bool
     seed: int
+    lags: str = "none"  # or how their factors come, (A,) or (H, A)
+    shift: bool = False
+    plain_heads: bool = False  # whether the first half of the heads is plain
+
+    def options(self, kind: Kind) -> dict[str, Any]:
+        """Shift and plain heads, where the kind of call has them."""
+        shift = self.shift and self.causal and not kind.stochastic and kind.refinement in SHIFTED
+        plain = self.plain_heads and not kind.stochastic and kind.refinement in ("none", "additive")
+        return {"shift": shift, "plain_heads": self.heads // 2 if plain else 0} if shift or plain else {}
 
 
 def random_calls(lengths: tuple[int, ...]) -> st.SearchStrategy[RandomCall]:
@@ -108,6 +117,9 @@ def random_calls(lengths: tuple[int, ...]) -> st.SearchStrategy[RandomCall]:
         dropout_p=st.sampled_from([0.0, 0.3]),
         wide_tables=st.booleans(),
         seed=st.integers(0, 2**63 - 1),
+        lags=st.sampled_from(["none", "shared", "head"]),
+        shift=st.booleans(),
+        plain_heads=st.booleans(),
     )
 
 
@@ -126,10 +138,12 @@ def tensors_of(case: RandomCall, kind: Kind, dtype: torch.dtype) -> dict[str, Te
     shapes = {name: of_items[name[0]] for name in kind.items} | {name: tables[p.table] for name in kind.tables}
     if kind.refinement == "additive" and p.gate != "none":
         shapes["gate"] = (1,) if p.gate == "one" else (p.heads,)
+    if p.lags != "none" and kind.tables and not kind.stochastic:
+        shapes["lags"] = (2,) if p.lags == "shared" else (p.heads, 3)
 
     def new(name: str, shape: tuple[int, ...]) -> Tensor:
         layout = torch.randint(4, (), generator=random).item()
-        wide = p.wide_tables and name in (*kind.tables, "gate") and dtype in (torch.float16, torch.bfloat16)
+        wide = p.wide_tables and name in (*kind.tables, "gate", "lags") and dtype in (torch.float16, torch.bfloat16)
 
         def drawn(*shape: int) -> Tensor:
             x = torch.randn(shape, generator=random)
@@ -154,6 +168,7 @@ def compute(case: RandomCall, kind: Kind, tensors: dict[str, Tensor], backend: s
     """Outputs and gradients by name; the outputs' gradients are such that `dtype` can hold."""
     p, random = case, torch.Generator().manual_seed(case.seed)
     args: dict[str, Any] = {"causal": p.causal, "dropout_p": p.dropout_p, "dropout_seed": p.seed - 2**62, "backend": backend}
+    args |= p.options(kind)
     if p.padded:
         args |= {"lengths": torch.tensor(p.lengths, device=DEVICE) if p.ragged else None, "padding_side": p.side}
     else:

@@ -25,6 +25,7 @@ TO_FUNCTION: list[Hop] = [
     ("launch_forward", "_triton/autograd.py"),
 ]
 RESIDENT, RESIDENT_BWD = "_triton/resident.py", "_triton/resident_bwd.py"
+TABLES, LAGS = "_triton/tiled_tables.py", "_triton/lags.py"
 FROM_BACKWARD: list[Hop] = [
     ("TritonAttention.backward", "_triton/autograd.py"),
     ("gradients_of", "_triton/autograd.py"),
@@ -50,9 +51,16 @@ PATHS: list[list[Hop]] = [
         for launcher, kernel in (
             ("launch_stage", "_tiled_bwd_rows_kernel"),
             ("launch_stage", "_tiled_bwd_columns_kernel"),
-            ("launch_tables", "_tiled_bwd_tables_kernel"),
         )
     ),
+    [*TO_TILED_BACKWARD, ("launch_tables", TABLES), ("_tiled_bwd_tables_kernel", TABLES)],
+    [CALLS[0], *TO_FUNCTION, ("launch_tiled_forward", "_triton/tiled.py"), ("launch_widen", LAGS), ("_widen_kernel", LAGS)],
+    [
+        *TO_TILED_BACKWARD,
+        ("TiledBackward.gather_lags", "_triton/tiled_bwd.py"),
+        ("launch_gather", LAGS),
+        ("_gather_kernel", LAGS),
+    ],
     [*TO_SUMS, ("Gradients.sum_partials", "_triton/reduce.py"), ("_sum_partials_kernel", "_triton/reduce.py")],
     [*TO_SUMS, ("Gradients.sum_query_heads", "_triton/reduce.py"), ("_sum_query_heads_kernel", "_triton/reduce.py")],
     [
