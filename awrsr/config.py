@@ -1,7 +1,7 @@
 """The options of a model and of its training. This module does not import torch, so that `--help` is quick."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,14 @@ WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when trai
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 USUAL_NEGATIVES = ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
 MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "backend", "data", "path"}  # in a run that is resumed
+OF_SASREC = ("suffix", "smeared_keys")  # options that need backbone sasrec
 REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value that had no effect
     "model": {"correlation_norm": False},
     "training": {"table_rate": 1.0},
+}
+EARLIER: dict[str, dict[str, Any]] = {  # what an option was in runs that do not store it, where that is not its default now
+    "model": {"sharpness": 0.0},
+    "training": {"average": 0},
 }
 
 
@@ -43,9 +48,7 @@ class AWRSRConfig:
     hidden: int = option(64, "Width of the network: the number of features of each event.", least=1, most=16384)
     layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1, most=1000)
     heads: int = option(2, "Number of attention heads in each block.", least=1, most=1024)
-    rank: int = option(
-        32, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257
-    )
+    rank: int = option(32, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257)
     tables: str = option(
         "position",
         "Where the rows of the tables come from. position: a learned row for each position, counted from the end of the history. "
@@ -59,16 +62,38 @@ class AWRSRConfig:
         "How position tables are initialised. normal: at random. orthogonal: with orthogonal columns. identity: with one column "
         "per position, or one shared by several positions if rank is less than max_len; events then attend to events with similar "
         "first-order weights. shifted: W_k is W_q shifted by one position; events then attend to whatever followed the events that "
-        "first-order weights point to.",
+        "first-order weights point to, exactly so if rank is max_len or more.",
         choices=("normal", "orthogonal", "identity", "shifted"),
     )
-    refine_scale: float = option(0.0, "Factor of the scores that become higher-order weights; 0 means 1 / sqrt(rank).", least=0)
+    sharpness: float = option(
+        0.0,
+        "How sharp higher-order weights begin: the score refine_scale * table_std^2 * rank that they give, before training, to two "
+        "events whose first-order weights all lie on rows of the tables that match. It sets refine_scale, unless that is given or "
+        "table_std is 0. 0: refine_scale is 1 / sqrt(rank).",
+        least=0,
+    )
+    refine_scale: float = option(
+        0.0, "Factor of the scores that become higher-order weights; 0 means that sharpness decides.", least=0
+    )
     learned_scale: bool = option(
         False, "Multiply refine_scale by a learned number per head, which starts at 1; not with refinement stochastic."
     )
     gate: float = option(1.0, "Factor of the higher-order weights; only used with refinement additive.", least=0)
     learned_gate: bool = option(
         False, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
+    )
+    suffix: int = option(
+        1,
+        "Number of events that first-order weights compare: with 3, an event attends to events that it resembles and whose two "
+        "events before resemble its own, by a learned factor per head and event. 1: only the events themselves. Only with backbone "
+        "sasrec; suffix times hidden / heads is at most 256.",
+        least=1,
+        most=256,
+    )
+    smeared_keys: bool = option(
+        False,
+        "Mix the key of each event with the key of the event before (token shift), by a learned share per head: in half of the "
+        "heads, events at first attend to what followed the events that they resemble. Only with backbone sasrec.",
     )
     feedforward: int = option(1, "Width of the feed-forward layer, as a multiple of hidden.", least=1, most=1000)
     activation: str = option("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu", "elu"))
@@ -104,13 +129,20 @@ class AWRSRConfig:
         check(self)
         if self.hidden % self.heads or self.hidden // self.heads > 256:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
+        if self.suffix * (self.hidden // self.heads) > 256:
+            width = f"hidden / heads = {self.hidden // self.heads}"
+            raise ValueError(f"suffix is {self.suffix}, must be at most 256 / {width}: what is compared is at most 256 wide")
         if self.learned_scale and self.refinement == "stochastic":
             raise ValueError("learned_scale is True, must be False with refinement 'stochastic', whose scores are distances")
         if self.backbone != "stosa":
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:
                     raise ValueError(f"{name} is {value!r}, which needs backbone 'stosa'; backbone is {self.backbone!r}")
-        elif self.temperature:
+            return
+        for name in OF_SASREC:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name} is {value!r}, which needs backbone 'sasrec'; backbone is {self.backbone!r}")
+        if self.temperature:
             raise ValueError(f"temperature is {self.temperature}, must be 0 with backbone 'stosa', whose scores are distances")
 
 
@@ -250,13 +282,14 @@ def _short(value: Any) -> str:
     return text if len(text := repr(value)) <= 40 else text[:40] + "..."
 
 
-def before_averaging() -> TrainingOptions:
-    """Options for runs that were stored before some options existed: these are off by default, except for the running average."""
-    return TrainingOptions(average=0)
+def earlier_values() -> dict[str, dict[str, Any]]:
+    """By section, what the options of a run are that its configuration does not store, as it was written before they existed."""
+    return {name: asdict(kind()) | EARLIER[name] for name, kind in (("model", AWRSRConfig), ("training", TrainingOptions))}
 
 
 def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The sections of a run's config.json, read from `source`, without options that no longer exist.
+    """The sections of a run's config.json, read from `source`, without options that no longer exist, and with the values of model
+    options that did not exist when it was written.
 
     Raises:
         ValueError: this is no configuration, or the run used such an option.
@@ -274,5 +307,6 @@ def without_removed_options(stored: dict[str, Any], source: str | Path) -> dict[
             if options.get(name, unused) != unused:
                 used = f"{source} uses {name} (it is {options[name]!r}), an option that was removed"
                 raise ValueError(f"{used}: load this run at the tag study-1 of this project, or train again without the option")
-        kept[section] = {name: value for name, value in options.items() if name not in removed}
+        earlier = EARLIER["model"] if section == "model" and options else {}
+        kept[section] = earlier | {name: value for name, value in options.items() if name not in removed}
     return kept

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .config import MAY_CHANGE, AWRSRConfig, before_averaging, without_removed_options
+from .config import MAY_CHANGE, earlier_values, without_removed_options
 from .data.prepare import DataOptions
 from .files import SEAL, STALE, STALE_NOTE, UNSEALED, read_json, write_json
 from .model_file import CONFIG, WEIGHTS, is_model, stored_sections, write_model
@@ -145,7 +145,7 @@ def state_to_resume(folder: Path, config: dict[str, Any]) -> dict[str, Any] | No
 
 def refuse_another_run(folder: Path, stored: dict[str, Any], config: dict[str, Any], what: str) -> None:
     """Raise ValueError if two configurations differ in what decides the results of a run."""
-    defaults = flat({"model": asdict(AWRSRConfig()), "training": asdict(before_averaging()), "data": asdict(DataOptions())})
+    defaults = flat(earlier_values() | {"data": asdict(DataOptions())})
     old, new = (defaults | flat(json.loads(json.dumps(each))) for each in (stored, config))
     fixed = {"epochs"} if config["training"]["schedule"] == "cosine" else set()  # the learning rate of each step depends on them
     ignored = MAY_CHANGE - fixed | {"checksum", "format", "epoch"}

@@ -56,11 +56,14 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
             "left": the first n rows, so that a row stands for an absolute position (language models, decoding; padding on the
             right).
         padding_side: an alias of align by its opposite: padding_side="left" is align="right".
-        table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale.
+        table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale. Default 1.
+        sharpness: instead of table_std, how sharp higher-order weights begin: the score refine_scale * table_std^2 * R, 0 or more,
+            that two positions get before training if their first-order weights all lie on rows of W that match. It sets
+            table_std, as the parameters keep that, and not refine_scale.
         table_init: initialisation of position tables, unused otherwise. "normal": at random. "orthogonal": with orthogonal columns
             (rows, if R > N). "identity": W_q = W_k with a column for each position, or for each few positions if R < N; items then
             attend to items with similar first-order weights. "shifted": W_k is W_q shifted by one position; items then attend to
-            what followed the items that first-order weights point to.
+            what followed the items that first-order weights point to, exactly so if R >= N, where rows are orthogonal.
         refine_scale: factor of the correlations; default 1/sqrt(R).
         learned_scale: whether each head multiplies refine_scale by a learned number that starts at 1; unused with "none".
         backend: backend of the operator. `state_dict` does not depend on it.
@@ -92,7 +95,8 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         batch_first: bool = True,
         align: str | None = None,
         padding_side: str | None = None,
-        table_std: float = 1.0,
+        table_std: float | None = None,
+        sharpness: float | None = None,
         table_init: str = "normal",
         refine_scale: float | None = None,
         learned_scale: bool = False,
@@ -115,8 +119,9 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             embed_dim, num_heads, max_len=max_len, refinement=refinement, tables=tables, rank=head_dim if rank is None else rank,
-            per_head=per_head, gate=gate, gate_init=gate_init, dropout=dropout, table_std=table_std, table_init=table_init,
-            refine_scale=refine_scale, learned_scale=learned_scale, backend=backend, causal=causal, align=align, **factory,
+            per_head=per_head, gate=gate, gate_init=gate_init, dropout=dropout, table_std=table_std, sharpness=sharpness,
+            table_init=table_init, refine_scale=refine_scale, learned_scale=learned_scale, backend=backend, causal=causal,
+            align=align, **factory,
         )  # fmt: skip
         self.embed_dim, self.num_kv_heads, self.head_dim = embed_dim, num_kv_heads, head_dim
         self.batch_first = checks.flag("batch_first", batch_first)

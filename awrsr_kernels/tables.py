@@ -42,7 +42,8 @@ class RefinedLayer(nn.Module):
         gate: bool | float,
         gate_init: float,
         dropout: float,
-        table_std: float,
+        table_std: float | None,
+        sharpness: float | None,
         table_init: str,
         refine_scale: float | None,
         learned_scale: bool,
@@ -59,20 +60,17 @@ class RefinedLayer(nn.Module):
         checks.choice("align", align, ("left", "right"))
         checks.choice("backend", backend, BACKENDS)
         checks.probability("dropout", dropout)
-        for name, value in (("gate_init", gate_init), ("table_std", table_std)):
-            checks.number(name, value)
-        checks.scale("refine_scale", refine_scale, 1)
-        if table_std < 0:
-            checks.refuse("table_std", str(table_std), "0 or more")
+        checks.number("gate_init", gate_init)
+        self.rank = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
+        self.table_std = start_std(table_std, sharpness, refine_scale, self.rank)
         if refinement != "additive" and gate is not True and gate is not False:
             checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')
         if gate_init and (refinement != "additive" or gate is not True):
             was = f'refinement is "{refinement}"' if refinement != "additive" else f"gate is {gate}"
             checks.refuse("gate_init", str(gate_init), f'left alone unless refinement is "additive" and its gate is learned; {was}')
         self.features, self.num_heads = features, num_heads
-        self.rank = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
         self.refinement, self.tables, self.align, self.gate_init = refinement, tables, align, gate_init
-        self.table_std, self.table_init = table_std, table_init
+        self.table_init = table_init
         self.dropout, self.refine_scale, self.backend = dropout, refine_scale, backend
         self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
         self.table_names = TABLES[: {"none": 0, "stochastic": 4}.get(refinement, 2)]
@@ -103,10 +101,8 @@ class RefinedLayer(nn.Module):
             self._draw_content_tables(self.to_tables)
         else:
             tables = [getattr(self, name) for name in self.table_names]
-            for w in tables:
-                _draw_position_tables(w, self.table_init, self.table_std)
-            for w_q, w_k in zip(tables[::2], tables[1::2], strict=True) if self.table_init == "shifted" else ():
-                w_k[..., 1:, :] = w_q[..., :-1, :]
+            for w_q, w_k in zip(tables[::2], tables[1::2], strict=True):
+                draw_position_tables(w_q, w_k, self.table_init, self.table_std)
         if isinstance(self.gate, Tensor):
             self.gate.fill_(self.gate_init)
         if self.scale is not None:
@@ -168,8 +164,39 @@ class RefinedLayer(nn.Module):
         return "left" if self.align == "right" else "right"
 
 
-def _draw_position_tables(w: Tensor, start: str, std: float) -> None:
-    """Fill (..., N, R) with entries whose mean square is std^2."""
+def start_std(table_std: float | None, sharpness: float | None, refine_scale: float | None, rank: int) -> float:
+    """The root mean square of the entries of tables before training: table_std itself, or what gives `sharpness`, which is the
+    score refine_scale * table_std^2 * rank of two positions whose first-order weights all lie on one matching pair of rows."""
+    factor = checks.scale("refine_scale", refine_scale, rank)
+    for name, value in (("table_std", table_std), ("sharpness", sharpness)):
+        if value is not None and checks.number(name, value) < 0:
+            checks.refuse(name, str(value), "0 or more")
+    if sharpness is None:
+        return 1.0 if table_std is None else checks.number("table_std", table_std)
+    if table_std is not None:
+        checks.refuse("table_std", str(table_std), f"left out if sharpness is given, which sets it; sharpness is {sharpness}")
+    if factor <= 0:
+        checks.refuse("refine_scale", str(refine_scale), f"above 0 if sharpness is given; sharpness is {sharpness}")
+    return (checks.number("sharpness", sharpness) / (factor * rank)) ** 0.5
+
+
+@torch.no_grad()
+def draw_position_tables(w_q: Tensor, w_k: Tensor, start: str, std: float) -> None:
+    """Fill two tables (..., N, R) with entries whose mean square is std^2, in one of the ways of `STARTS`.
+
+    "shifted" with R >= N is exact: rows of W_q are orthogonal, row j of W_k is row j - 1 of W_q, and row 0 of W_k, which nothing
+    precedes, is 0. With fewer columns, rows are random and nearly orthogonal.
+    """
+    exact = start == "shifted" and w_q.shape[-1] >= w_q.shape[-2]
+    for w in (w_q, w_k):
+        _draw(w, "orthogonal" if exact else start, std)
+    if start == "shifted":
+        w_k[..., 1:, :] = w_q[..., :-1, :]
+    if exact:
+        w_k[..., 0, :] = 0
+
+
+def _draw(w: Tensor, start: str, std: float) -> None:
     size, rank = w.shape[-2:]
     if start == "identity":
         column = torch.arange(size - 1, -1, -1) % rank

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from numpy.random import Generator
 
-from ..config import REMOVED, AWRSRConfig, before_averaging
+from ..config import REMOVED, earlier_values
 from ..files import checksum, read_json, stale
 from . import significance
 from .ranking import OF_RANKS, metric
@@ -250,8 +250,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _variants(folders: list[Path], configs: list[dict[str, Any]]) -> Variants:
     """Folders by variant, in the order of first appearance. A variant is named by the options that differ between variants."""
-    usual = asdict(AWRSRConfig()) | asdict(before_averaging())
-    defaults = REMOVED["model"] | REMOVED["training"] | usual  # for runs that lack an option
+    usual = earlier_values()
+    defaults = REMOVED["model"] | REMOVED["training"] | usual["model"] | usual["training"]  # for runs that lack an option
 
     def text(config: dict[str, Any], name: str) -> str:
         value = config.get(name, defaults.get(name, "unset"))

@@ -6,14 +6,19 @@ T packed events of B histories, L window, E hidden size, H heads, D head dim, R 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from awrsr_kernels import (
     RefinedMultiheadAttention,
+    attention_weights,
+    refined_attention,
+    refined_attention_varlen,
     stochastic_attention_weights,
     stochastic_refined_attention,
     stochastic_refined_attention_varlen,
 )
+from awrsr_kernels.lagging import lag, lagged, packed_places, padded_places
 from awrsr_kernels.tables import TABLES, RefinedLayer
 from awrsr_kernels.wasserstein import points
 
@@ -40,6 +45,10 @@ class Packed(NamedTuple):
         ends = self.cu_seqlens[1:].repeat_interleave(self.cu_seqlens.diff(), output_size=len(x))
         return torch.arange(size, size + len(x), device=x.device) - ends
 
+    def before(self, x: Tensor) -> Tensor:
+        """(T,): how many events precede each row of x in its history."""
+        return packed_places(self.cu_seqlens, len(x))
+
 
 class Padded(NamedTuple):
     """Padded histories. x is (B, L, E), with padding on the left."""
@@ -51,6 +60,10 @@ class Padded(NamedTuple):
         if x.shape[1] > size:
             raise ValueError(f"histories have {x.shape[1]} events, must have at most max_len={size}: keep the last events of each")
         return torch.arange(size - x.shape[1], size, device=x.device)
+
+    def before(self, x: Tensor) -> Tensor:
+        """(B, L): how many events precede each column of x in its history."""
+        return padded_places(self.lengths, x.shape[1])
 
 
 class RefinedAttention(RefinedLayer):
@@ -64,16 +77,51 @@ class RefinedAttention(RefinedLayer):
 
 
 class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
-    """Causal self-attention between events, for the SASRec backbone."""
+    """Causal self-attention between events, for the SASRec backbone.
+
+    suffix: how many events queries and keys are compared by, S_ij = sum over a of b_a q_(i-a) . k_(j-a) / sqrt(D), b_0 = 1 and the
+        others learned per head, from 1/2, 1/4, ... on.
+    smeared_keys: k_j becomes (1 - s) k_j + s k_(j-1), with s learned per head: from .05 in even heads, .95 in odd ones.
+    """
+
+    def __init__(self, hidden: int, heads: int, *, suffix: int = 1, smeared_keys: bool = False, **options: Any) -> None:
+        super().__init__(hidden, heads, **options)
+        halves = (0.5 ** torch.arange(1.0, suffix)).repeat(heads, 1)
+        self.suffix_factors = nn.Parameter(halves) if suffix > 1 else None
+        self.smear = nn.Parameter(3.0 * (-1.0) ** torch.arange(1, heads + 1)) if smeared_keys else None
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:  # type: ignore[override]
         """x (..., E) -> (..., E)."""
-        out: Tensor = super().forward(x, **where._asdict())  # type: ignore[assignment]  # without weights, as only x is given
-        return out
+        q, k, v = self.compared(x, where)
+        if isinstance(where, Packed):
+            out = refined_attention_varlen(q, k, v, **where._asdict(), **self._packed_options(x), **self._scale())
+        else:
+            q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+            options = where._asdict() | self._padded_options(x) | self._run_options() | self._scale()
+            out = refined_attention(q, k, v, **options).transpose(1, 2)
+        return self.out(out.flatten(-2))
 
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """First-order weights P and the refined weights M that multiply the values, (B, H, L, L) each."""
-        return super().weights(x, lengths=where.lengths)
+        q, k, _ = (a.transpose(1, 2) for a in self.compared(x, where))
+        return attention_weights(q, k, **where._asdict(), **self._padded_options(x), **self._scale())
+
+    def compared(self, x: Tensor, where: Packed | Padded) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (..., H, F) each, with the keys and queries of earlier events that are compared as well."""
+        q, k, v = self._split(self.qkv(x))
+        if self.smear is None and self.suffix_factors is None:
+            return q, k, v
+        before = where.before(x)
+        if self.smear is not None:
+            k = k.lerp(lag(k, 1, before, dim=-3), self.smear.sigmoid()[:, None].to(k.dtype))
+        if self.suffix_factors is not None:
+            factors = F.pad(self.suffix_factors, (1, 0), value=1.0)
+            q, k = lagged(q, factors, before, dim=-3), lagged(k, factors.shape[1], before, dim=-3)
+        return q, k, v
+
+    def _scale(self) -> dict[str, Any]:
+        """As of the queries alone, without those before."""
+        return {"softmax_scale": self.head_dim**-0.5}
 
     @torch.no_grad()
     def match_keys(self) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import AWRSRConfig
+from ..config import OF_SASREC, AWRSRConfig
 from .attention import DotProductAttention, Packed, Padded, StochasticAttention, positive
 from .distance import distance_columns, distance_rows, gaussian_points
 
@@ -145,7 +145,8 @@ class Block(Branch):
     attention: DotProductAttention
 
     def __init__(self, c: AWRSRConfig) -> None:
-        super().__init__(c, DotProductAttention(c.hidden, c.heads, **attention_options(c)))
+        own: dict[str, Any] = {name: getattr(c, name) for name in OF_SASREC}
+        super().__init__(c, DotProductAttention(c.hidden, c.heads, **own, **attention_options(c)))
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
         return self.after_attention(x, self.attention(self.before_attention(x), where))
@@ -200,11 +201,18 @@ def attention_options(c: AWRSRConfig) -> dict[str, Any]:
     gated = c.refinement == "additive"
     return {name: getattr(c, name) for name in names} | {
         "per_head": c.per_head or c.tables == "content",
-        "refine_scale": c.refine_scale or None,
+        "refine_scale": refine_scale(c),
+        "sharpness": None,
         "gate": True if c.learned_gate or not gated else c.gate,
         "gate_init": c.gate if c.learned_gate and gated else 0.0,
         "dropout": c.attention_dropout,
     }
+
+
+def refine_scale(c: AWRSRConfig) -> float | None:
+    """The factor of the scores that become higher-order weights; None: 1 / sqrt(rank)."""
+    square = c.table_std**2 * c.rank
+    return c.refine_scale or (c.sharpness / square if square else 0) or None
 
 
 def initialise(module: nn.Module) -> None:

@@ -42,6 +42,22 @@ def test_position_tables_start_as_they_are_asked_to(start: str, size: int, rank:
         assert torch.equal(w_q, w_k)
     else:
         assert torch.equal(w_k[:, 1:], w_q[:, :-1]) and not torch.equal(w_k[:, 0], w_q[:, 0])
+        if rank >= size:  # exact: a row matches the next one alone, at full score
+            wanted = torch.eye(size, device=DEVICE).roll(1, 1).tril(1).triu(1) * rank / 4
+            torch.testing.assert_close(w_q @ w_k.transpose(1, 2), wanted.expand(H, -1, -1), atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"refine_scale": 0.5}, {"tables": "content"}], ids=str)
+def test_sharpness_is_the_score_of_a_match_before_training(options: dict[str, Any]) -> None:
+    module = RefinedMultiheadAttention(E, H, max_len=9, rank=9, table_init="shifted", sharpness=25.0, **options)
+    assert (module.refine_scale or 1 / 3) * module.table_std**2 * 9 == pytest.approx(25)
+    if module.w_q is not None:
+        factor = module.refine_scale or 1 / 3
+        assert (factor * module.w_q[:-1] * module.w_k[1:]).sum(-1).tolist() == pytest.approx([25.0] * 8, rel=1e-4)
+    for other, message in (({"table_std": 1.0}, "table_std is 1.0; it must be left out if sharpness is given"),
+                           ({"refine_scale": 0.0}, "refine_scale is 0.0; it must be above 0 if sharpness")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            RefinedMultiheadAttention(E, H, max_len=9, sharpness=25.0, **other)
 
 
 @pytest.mark.parametrize("options", [{}, {"per_head": True}, {"tables": "content"}], ids=str)

@@ -16,7 +16,7 @@ import pytest
 
 from awrsr import AWRSR
 from awrsr.cli import main
-from awrsr.config import without_removed_options
+from awrsr.config import EARLIER, without_removed_options
 
 from .runs import flags, results
 
@@ -100,7 +100,8 @@ def test_flags_of_removed_options_are_unknown(flag: list[str], stopped: Callable
 
 def test_only_removed_options_are_left_out_of_what_is_stored() -> None:
     stored = {"model": {"hidden": 8, "correlation_norm": False}, "training": {"table_rate": 1}, "data": {"table_rate": 4}}
-    assert without_removed_options(stored, "x") == {"model": {"hidden": 8}, "training": {}, "data": {"table_rate": 4}}
+    kept = {"model": EARLIER["model"] | {"hidden": 8}, "training": {}, "data": {"table_rate": 4}}
+    assert without_removed_options(stored, "x") == kept
     assert stored["model"] == {"hidden": 8, "correlation_norm": False}
     assert without_removed_options({}, "x") == {}
     for damaged in ({"model": None}, {"data": []}, []):
