@@ -68,23 +68,32 @@ def make(options: Any) -> None:
 def add_stats_flags(to: ArgumentParser) -> None:
     to.add_argument("file", type=str, help="File of histories.")
     add_options(to, DataOptions, ("format", *COLUMNS))
+    to.add_argument("--no-headroom", action="store_true", help="Leave out the headroom, which takes seconds per million events.")
     to.add_argument("--json", type=str, default="", help="Also write the figures to this JSON file.")
 
 
 def stats(options: Any) -> None:
-    """Print how many users, items and events a file holds, how long histories are and
-    how popular items are. If the file is malformed, the error names the line.
+    """Print how many users, items and events a file holds, how long histories are, how
+    popular items are, and whether refinement can be expected to pay: how much better the
+    next item is predicted by whoever knows what followed the current item earlier in the
+    user's own history (headroom). If the file is malformed, the error names the line.
 
       awrsr data stats beauty.txt
       awrsr data stats ratings.csv --json stats.json
     """
+    from ..data.headroom import headroom, sentence
     from ..data.readers import read
     from ..data.stats import stats
     from ..data.stats import table as table_of
 
     columns: dict[str, Any] = {name.removesuffix("_column"): options[name] or None for name in COLUMNS[:3]}
     columns |= {name: options[name] for name in OF_READING}
-    values = stats(read(options.file, format=options.format, **columns))
+    histories = read(options.file, format=options.format, **columns)
+    values = stats(histories)
+    if not options.no_headroom:
+        values["headroom"] = headroom(histories, progress=True)
     print(table_of(values))
+    if not options.no_headroom:
+        print(f"\n{sentence(values['headroom'])}")
     if options.json:
         write_json(options.json, values)

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from .headroom import rows as rows_of_headroom
 from .histories import Histories
 from .synthetic import recall_answer
 from .times import as_date
@@ -50,7 +51,7 @@ def stats(histories: Histories) -> dict[str, Any]:
 
 
 def table(values: dict[str, Any]) -> str:
-    """The result of `stats` as text."""
+    """The result of `stats` as text, and that of `headroom` if it is among the values under this name."""
     rows = [
         *((name, f"{values[name]:,}") for name in ("users", "items", "events")),
         ("density", _percent(values["density"])),
@@ -67,6 +68,7 @@ def table(values: dict[str, Any]) -> str:
     ]
     if "time_first" in values:
         rows += [("first event", _moment(values["time_first"])), ("last event", _moment(values["time_last"]))]
+    rows += rows_of_headroom(values["headroom"]) if "headroom" in values else []
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {value:>20}" for label, value in rows)
 

@@ -114,4 +114,4 @@ def test_the_table_and_the_page_list_every_set() -> None:
     for name, remote in REGISTRY.items():
         assert remote.sizes, name
         sizes = " / ".join(f"{size:,}" for size in remote.sizes)
-        assert f"| {name} | {remote.about} | {sizes} | {remote.licence} | [" in page, name
+        assert f"| {name} | {remote.about} | {sizes} | {remote.licence} | " in page, name
