@@ -68,7 +68,7 @@ def fetch(
     source = urls[0] if len(urls) == 1 else f"{len(urls)} files below {base}"
     by_hand = f"or take {name}.txt from elsewhere" if remote.convert else f"or download {source} by other means"
     by_hand = f"{by_hand} and put it at {target}"
-    with _told(target, by_hand), atomic(target) as partial:
+    with _told(target, source, by_hand), atomic(target) as partial:
         files = _download(name, urls, progress and sys.stderr.isatty(), timeout)
         if (digest := sha256(b"".join(files)).hexdigest()) != remote.sha256:
             problem = f"{source} has SHA-256 {digest}, must have {remote.sha256}; the download was not kept"
@@ -82,14 +82,14 @@ def fetch(
 
 
 @contextmanager
-def _told(target: Path, by_hand: str) -> Iterator[None]:
+def _told(target: Path, source: str, by_hand: str) -> Iterator[None]:
     """Errors as FetchError, with what to do."""
     try:
         yield
     except requests.HTTPError as error:
         raise FetchError(f"download failed: {error}. Give another base_url, {by_hand}") from None
     except requests.RequestException as error:
-        problem = f"cannot reach {str(error.request.url) if error.request else 'the source'} ({type(error).__name__})"
+        problem = f"cannot reach {str(error.request.url) if error.request else source} ({type(error).__name__})"
         raise FetchError(f"{problem}. Check the connection or the proxy and try again, {by_hand}") from None
     except FetchError:
         raise
@@ -110,7 +110,7 @@ def _download(name: str, urls: list[str], bar: bool, timeout: float) -> list[byt
         for url in urls:
             with session.get(url, stream=True, timeout=timeout) as response:
                 response.raise_for_status()
-                if single:
+                if single and "Content-Encoding" not in response.headers:  # else the length is that of what is packed
                     shown.total = int(response.headers.get("Content-Length", 0)) or None
                 blocks = []
                 for block in response.iter_content(BLOCK):

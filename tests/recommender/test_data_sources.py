@@ -34,6 +34,7 @@ SMALL = {"small": Remote("Small.txt", hashlib.sha256(CONTENT).hexdigest()), "gon
 class Server(ThreadingHTTPServer):
     content = CONTENT
     busy = 0  # requests to refuse
+    missing = 0  # bytes that are announced and never sent
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.busy -= self.server.busy > 0
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(content) + self.server.missing))
         self.end_headers()
         self.wfile.write(content)
 
@@ -113,6 +114,13 @@ def test_an_old_file_survives_a_failed_download(server: Server, tmp_path: Path) 
 def test_a_file_that_is_not_there(server: Server, tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="404 .* put it at .*gone.txt"):
         small(server, tmp_path, "gone")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_connection_that_breaks_off(server: Server, tmp_path: Path) -> None:
+    server.missing = 5
+    with pytest.raises(FetchError, match="cannot reach .*Small.txt .* try again"):
+        small(server, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
