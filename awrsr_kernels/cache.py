@@ -23,6 +23,7 @@ class RefinedCache:
 
         k (B, H_kv, N, D)    v (B, H_kv, N, D_v)
         k_a (B, H, N, R)     except with "none"
+        q_a (B, H, N, R)     only with lags
         y (B, H, N, D_v)     only with "value"
         w_q, w_k             (B, H, N, R), only with content tables
         first, end           (B,) int64
@@ -41,6 +42,7 @@ class RefinedCache:
         value_dim: D_v in 1..256 (default D).
         rank: R in 1..256, required unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
+        lags: number A of lags that steps will use, 0 or more; not with "none".
         tables: "position" (the caller passes the whole table at every step; its number of rows limits the length) or "content" (the
             cache stores a row for every item; the length is not limited).
         dtype: dtype of q, k, v: float32, bfloat16, float16 or float64.
@@ -53,6 +55,7 @@ class RefinedCache:
     k: Tensor
     v: Tensor
     k_a: Tensor | None = None
+    q_a: Tensor | None = None
     y: Tensor | None = None
     w_q: Tensor | None = None
     w_k: Tensor | None = None
@@ -70,6 +73,7 @@ class RefinedCache:
         rank: int | None = None,
         refinement: str = "simple",
         tables: str = "position",
+        lags: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         **unknown: NoReturn,
@@ -85,10 +89,12 @@ class RefinedCache:
         d = checks.whole("head_dim", head_dim, 1, checks.MAX_FEATURES)
         d_v = d if value_dim is None else checks.whole("value_dim", value_dim, 1, checks.MAX_FEATURES)
         self.refinement, self.tables, self.heads = refinement, tables, heads
+        self.lags = checks.whole("lags", lags, 0, 0 if refinement == "none" else checks.MAX_LAGS)
         shapes = {"k": (kv_heads, d), "v": (kv_heads, d_v)}
         if refinement != "none":
             r = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
             shapes |= {"k_a": (heads, r)} | ({"w_q": (heads, r), "w_k": (heads, r)} if tables == "content" else {})
+            shapes |= {"q_a": (heads, r)} if self.lags else {}
         if refinement == "value":
             shapes["y"] = (heads, d_v)
         self._names = tuple(shapes)

@@ -34,25 +34,25 @@ class Call(NamedTuple):
 
     @classmethod
     def padded(cls, q: Tensor, w_q: Tensor | None, lengths: Tensor | None, padding_side: str, **options: Any) -> "Call":
-        """The call of a padded batch, from checked queries (B, H, L, D) and tables. options: those of `_settled`, checked here."""
+        """The call of a padded batch, from checked queries (B, H, L, D) and tables. options: those of `settled`, checked here."""
         checks.choice("padding_side", padding_side, ("left", "right"))
         checks.lengths(lengths, q)
-        return cls._settled(q, w_q, varlen=False, align_right=padding_side == "left", max_len=q.shape[2], **options)
+        return cls.settled(q, w_q, varlen=False, align_right=padding_side == "left", max_len=q.shape[2], **options)
 
     @classmethod
     def packed(
         cls, q: Tensor, w_q: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, align: str, *, per_entry: bool,
         **options: Any,
     ) -> "Call":  # fmt: skip
-        """The call of a packed batch, from checked queries (T, H, D) and tables. options: those of `_settled`, checked here."""
+        """The call of a packed batch, from checked queries (T, H, D) and tables. options: those of `settled`, checked here."""
         checks.choice("align", align, ("left", "right"))
         cu_seqlens = checks.cu_seqlens(cu_seqlens, q)
         table_rows = None if w_q is None or per_entry else w_q.shape[2]
         max_len = checks.max_seqlen(max_seqlen, cu_seqlens, q.shape[0], table_rows)
-        return cls._settled(q, w_q, varlen=True, align_right=align == "right", max_len=max_len, per_entry=per_entry, **options)
+        return cls.settled(q, w_q, varlen=True, align_right=align == "right", max_len=max_len, per_entry=per_entry, **options)
 
     @classmethod
-    def _settled(
+    def settled(
         cls, q: Tensor, w_q: Tensor | None, *, refinement: str, causal: bool, softmax_scale: float | None,
         refine_scale: float | None, dropout_p: float = 0.0, shift: bool = False, plain_heads: int = 0, **rest: Any,
     ) -> "Call":  # fmt: skip

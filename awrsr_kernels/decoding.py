@@ -9,10 +9,15 @@ rows of W that its weights multiply, K_A = P W_k and, for "value", Y = P V. It d
     p = softmax(softmax_scale q K^T)     q_a = p W_q     k_a = p W_k  (appended to K_A)     "value": y = p V  (appended to Y)
     r = softmax(refine_scale q_a K_A^T)  output: r V, "value" r Y, "additive" p V + gate r V
 
-All of these are attention outputs, so plain attention calls also compute the cache of a whole prompt.
+All of these are attention outputs, so plain attention calls also compute the cache of a whole prompt. With lags, scores of the
+second softmax also compare earlier rows of Q_A, which the cache then keeps as well:
+
+    q_a K_A^T + sum over a of lags[a-1] times what row a before has in Q_A, by K_A moved down by a rows
+
+and with `shift` a weight falls on the value of the row after; that of the new row itself falls on nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +43,9 @@ def refined_attention_prefill(
     *,
     align: str = "left",
     gate: Tensor | float | None = None,
+    lags: Tensor | Sequence[float] | None = None,
+    shift: bool = False,
+    plain_heads: int = 0,
     lengths: Tensor | None = None,
     padding_side: str = "right",
     softmax_scale: float | None = None,
@@ -68,7 +76,9 @@ def refined_attention_prefill(
     """
     if unknown:
         habits.refuse(refined_attention_prefill, unknown)
-    inputs, scales, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, softmax_scale, refine_scale, backend)
+    scales = {"softmax_scale": softmax_scale, "refine_scale": refine_scale}
+    options = scales | {"shift": shift, "plain_heads": plain_heads}
+    inputs, call, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, lags, options, backend)
     length = inputs.q.shape[2]
     if cache.end_bound:
         raise ValueError(f"cache is in use, up to row {cache.end_bound}; it must be empty (call its reset)")
@@ -86,7 +96,7 @@ def refined_attention_prefill(
     cache.first.copy_(length - real) if left else cache.first.zero_()
     cache.end.copy_(cache.first + real)
     with without_autocast(inputs.q.device):
-        return own_tensor(_prefill(inputs._replace(bounds=lengths), scales, backend, cache, left))
+        return own_tensor(_prefill(inputs._replace(bounds=lengths), call._replace(align_right=left), backend, cache))
 
 
 @habits.own_signature
@@ -100,6 +110,9 @@ def refined_attention_step(
     *,
     align: str = "left",
     gate: Tensor | float | None = None,
+    lags: Tensor | Sequence[float] | None = None,
+    shift: bool = False,
+    plain_heads: int = 0,
     softmax_scale: float | None = None,
     refine_scale: float | None = None,
     backend: str = "auto",
@@ -115,8 +128,8 @@ def refined_attention_step(
             with content tables, the rows of this item, (B, H, 1, R). Ignored, and may be None, if the refinement is "none".
         cache: changed in place: every entry gets one more item. The cache may be empty.
         align: as in `refined_attention_prefill`.
-        gate: factor of the higher-order weights in "additive", as in `refined_attention`. It must be the same in all calls, like
-            the scales.
+        gate, lags, shift, plain_heads: as in `refined_attention`. They must be the same in all calls, like the scales. A cache
+            that lags are used with has been made for them.
         backend: "triton" (one kernel), "torch" (plain torch operations on the rows in use), "reference" (the definition, over all
             rows of the cache) or "auto": triton where it can run on a GPU, otherwise torch.
 
@@ -129,21 +142,21 @@ def refined_attention_step(
     """
     if unknown:
         habits.refuse(refined_attention_step, unknown)
-    scales = softmax_scale, refine_scale
-    sight = _look(q, k, v, w_q, w_k, cache, align, gate, *scales, backend)
+    options = {"softmax_scale": softmax_scale, "refine_scale": refine_scale, "shift": shift, "plain_heads": plain_heads}
+    sight = _look(q, k, v, w_q, w_k, cache, align, gate, lags, options, backend)
     if sight is not None and sight.plan is not None:
         if w_q is not None and cache.tables == "position" and cache.refinement != "none":
             checks.enough_rows(w_q, cache.length_bound + 1)
         out: Tensor = sight.plan(sight)
     else:
-        inputs, settled, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, *scales, backend, one=True)
+        inputs, call, backend = _checked(q, k, v, w_q, w_k, cache, align, gate, lags, options, backend, one=True)
         table_rows = None
         if inputs.w_q is not None and cache.tables == "position":
             checks.enough_rows(inputs.w_q, cache.length_bound + 1)
             table_rows = inputs.w_q.shape[2]
         cache.make_room(1, table_rows)
         with without_autocast(inputs.q.device):
-            out = _kernel_step(inputs, settled, cache, sight) if backend == "triton" else _step(inputs, settled, backend, cache)
+            out = _kernel_step(inputs, call, cache, sight) if backend == "triton" else _step(inputs, call, backend, cache)
     cache.end.add_(1)
     cache.end_bound += 1
     cache.length_bound += 1
@@ -152,28 +165,28 @@ def refined_attention_step(
 
 def _look(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
-    gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str,
+    gate: Tensor | float | None, lags: Tensor | Sequence[float] | None, options: dict[str, Any], backend: str,
 ) -> plans.Sight | None:  # fmt: skip
     """A step as `plans.look` sees it; None too if its cache must grow, and has other tensors afterwards."""
     if not isinstance(cache, RefinedCache) or cache.end_bound >= cache.capacity:
         return None
-    decisive = (
-        "step", cache.refinement, cache.tables, cache.heads, align, softmax_scale.__class__, softmax_scale,
-        refine_scale.__class__, refine_scale,
-    )  # fmt: skip
-    return plans.look([q, k, v, w_q, w_k, gate, None, None, *_tensors(cache)], backend, decisive)
+    decisive = ["step", cache.refinement, cache.tables, cache.heads, align]
+    for value in options.values():
+        decisive += (value.__class__, value)
+    return plans.look([q, k, v, w_q, w_k, gate, None, None, *_tensors(cache), lags], backend, tuple(decisive))
 
 
 def _tensors(cache: RefinedCache) -> tuple[Tensor | None, ...]:
     """Those of a cache, as a step on the kernel takes them."""
-    return cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end
+    return cache.k, cache.v, cache.k_a, cache.y, cache.w_q, cache.w_k, cache.first, cache.end, cache.q_a
 
 
-def _kernel_step(inputs: Inputs, scales: tuple[float, float], cache: RefinedCache, sight: plans.Sight | None) -> Tensor:
+def _kernel_step(inputs: Inputs, call: Call, cache: RefinedCache, sight: plans.Sight | None) -> Tensor:
     """The step in one launch. If it has a sight, its signature gets a plan."""
     from ._triton.decode import triton_step
 
-    tensors, options = (*inputs[:6], *_tensors(cache)), (cache.refinement, *scales)
+    tensors = (*inputs[:6], *_tensors(cache), inputs.lags)
+    options = call.refinement, call.softmax_scale, call.refine_scale, call.shift, call.plain_heads
     if sight is not None:
         from ._triton.step_plan import step_plan_of
 
@@ -181,37 +194,43 @@ def _kernel_step(inputs: Inputs, scales: tuple[float, float], cache: RefinedCach
         if plan is not None:
             plans.remember(sight.signature, plan)
             return plan(sight)
-    out: Tensor = triton_step(*tensors, *options)
+    out: Tensor = triton_step(*tensors[:-2], *options[:3], *tensors[-2:], *options[3:])
     return out
 
 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, w_q: Tensor | None, w_k: Tensor | None, cache: RefinedCache, align: str,
-    gate: Tensor | float | None, softmax_scale: float | None, refine_scale: float | None, backend: str, one: bool = False,
-) -> tuple[Inputs, tuple[float, float], str]:  # fmt: skip
-    """The checked tensors, the scales and the chosen backend."""
+    gate: Tensor | float | None, lags: Tensor | Sequence[float] | None, options: dict[str, Any], backend: str, one: bool = False,
+) -> tuple[Inputs, Call, str]:  # fmt: skip
+    """The checked tensors, the call that they are a row or the beginning of, and the chosen backend."""
     if not isinstance(cache, RefinedCache):
         raise TypeError(f"cache is {type(cache).__name__}; it must be a RefinedCache")
     checks.choice("align", align, ("left", "right"))
-    checks.inference({"q": q, "k": k, "v": v, "w_q": w_q, "w_k": w_k, "gate": gate})
+    checks.inference({"q": q, "k": k, "v": v, "w_q": w_q, "w_k": w_k, "gate": gate, "lags": lags})
     q, k, v = checks.batch(q, k, v)
     checks.cached(cache, q, k, v, one)
     w_q, w_k = checks.cached_tables(w_q, w_k, q, cache, align)
-    gate = checks.gate(gate, cache.refinement, q.shape[1], q)
+    gate, factors = checks.gate(gate, cache.refinement, q.shape[1], q), checks.lags(lags, cache.refinement, w_q, q)
+    count = 0 if factors is None else factors.shape[1]
+    if count != cache.lags:
+        checks.refuse("lags", f"{count} factors", f"{cache.lags}, as many as the cache was made for (RefinedCache(lags=...))")
     rank = 1 if w_q is None else w_q.shape[-1]
     features = table_features(q.shape[-1], v.shape[-1], rank, False, cache.refinement)
-    scales = checks.scale("softmax_scale", softmax_scale, q.shape[-1]), checks.scale("refine_scale", refine_scale, rank)
-    return Inputs(q, k, v, w_q, w_k, gate, None), scales, choose_backend(backend, q, features)
+    options |= {"refinement": cache.refinement, "causal": True}
+    call = Call.settled(q, w_q, **options, varlen=False, align_right=False, max_len=q.shape[2], per_entry=True)
+    return Inputs(q, k, v, w_q, w_k, gate, None, lags=factors), call, choose_backend(backend, q, features)
 
 
-def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache, left: bool) -> Tensor:
-    """Compute the output, and store the rows of the prompts."""
+def _prefill(inputs: Inputs, whole: Call, backend: str, cache: RefinedCache) -> Tensor:
+    """Compute the output, and store the rows of the prompts. whole: the call."""
     q, k, v, w_q, w_k, gate, lengths, *_ = inputs
-    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    length, group, left = q.shape[2], q.shape[1] // k.shape[1], whole.align_right
     kept = {"k": k, "v": v}
-    call = Call("none", True, False, left, length, False, scales[0], 1.0, 0.0)
+    call = whole._replace(refinement="none", per_entry=False, refine_scale=1.0, shift=False, plain_heads=0)
+    apart = inputs.lags is not None or whole.shift or whole.plain_heads > 0  # the output is not a plain call's
     if w_q is None or w_k is None:
-        out = _attend(q, k, [v], call, backend, lengths)[0]
+        call = whole._replace(per_entry=False) if apart else call
+        out = run(inputs, call, None, backend)[0]
     else:
         if cache.tables == "content":
             kept |= {"w_q": w_q, "w_k": w_k}
@@ -221,12 +240,17 @@ def _prefill(inputs: Inputs, scales: tuple[float, float], backend: str, cache: R
         shared = w_q.shape[1] == 1  # then a key head's query heads read the same values
         keys, values = (k, v) if shared or group == 1 else (k.repeat_interleave(group, 1), per_query)
         tables = [w.to(q.dtype).expand(*keys.shape[:3], -1) for w in (w_q, w_k)]
-        direct = [values] if cache.refinement in ("value", "additive") else []
+        direct = [values] if cache.refinement == "value" or (cache.refinement == "additive" and not apart) else []
         q_a, k_a, *weighted = _attend(q, keys, [*tables, *direct], call, backend, lengths)
         kept |= {"k_a": k_a} | ({"y": weighted[0]} if cache.refinement == "value" else {})
-        call = call._replace(softmax_scale=scales[1])
-        out = _attend(q_a, k_a, [kept.get("y", per_query)], call, backend, lengths)[0]
-        if cache.refinement == "additive":
+        kept |= {"q_a": q_a} if cache.lags else {}
+        if apart:
+            w_q, w_k = (w.expand(*q.shape[:3], -1) for w in (w_q, w_k))
+            out = run(inputs._replace(w_q=w_q, w_k=w_k), whole, None, backend)[0]
+        else:
+            call = call._replace(softmax_scale=whole.refine_scale)
+            out = _attend(q_a, k_a, [kept.get("y", per_query)], call, backend, lengths)[0]
+        if cache.refinement == "additive" and not apart:
             wide = torch.promote_types(out.dtype, torch.float32)
             higher = out.to(wide) if gate is None else gate.to(wide).view(-1, 1, 1) * out
             out = (weighted[0] + higher).to(out.dtype)
@@ -274,14 +298,14 @@ def _append(cache: RefinedCache, **new: Tensor) -> None:
             rows.select(2, cache.end_bound).copy_(x)
 
 
-def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: RefinedCache) -> Tensor:
+def _step(inputs: Inputs, call: Call, backend: str, cache: RefinedCache) -> Tensor:
     """The equations in this module's docstring for one row, with the arithmetic of the backend."""
     q, k, v, w_q, w_k, gate, *_ = inputs
     _append(cache, k=k, v=v)
     softmax, meet, meet_tables, add = (_reference_arithmetic if backend == "reference" else _torch_arithmetic)(q, gate, cache)
-    p = softmax(q, cache.k, scales[0])
+    p = softmax(q, cache.k, call.softmax_scale)
     if w_q is None or w_k is None or cache.k_a is None:
-        out = meet(p, cache.v)
+        out = meet(_placed(p, p, call), cache.v)
     else:
         if cache.tables == "content":
             _append(cache, w_q=w_q, w_k=w_k)
@@ -289,13 +313,47 @@ def _step(inputs: Inputs, scales: tuple[float, float], backend: str, cache: Refi
         else:
             q_a, k_a = meet_tables(p, w_q, w_k)
         _append(cache, k_a=k_a)
-        r = softmax(q_a, cache.k_a, scales[1])
+        if cache.q_a is not None and inputs.lags is not None:
+            _append(cache, q_a=q_a)
+            q_a = _with_earlier(q_a, cache)
+        r = softmax(q_a, cache.k_a, call.refine_scale, inputs.lags)
         if cache.y is not None:
             _append(cache, y=meet(p, cache.v))
         elif cache.refinement == "additive":
             r = add(p, r)
-        out = meet(r, cache.v if cache.y is None else cache.y)
+        out = meet(_placed(r, p, call), cache.v if cache.y is None else cache.y)
     return own_tensor(out.to(q.dtype).view(*q.shape[:3], v.shape[-1]))
+
+
+def _with_earlier(q_a: Tensor, cache: RefinedCache) -> Tensor:
+    """(B, H, A + 1, R): the new row of Q_A and those before it, zero before the first item."""
+    assert cache.q_a is not None
+    rows = [q_a.reshape(*cache.q_a.shape[:2], 1, -1)]
+    for lag in range(1, cache.lags + 1):
+        at = cache.end - lag
+        earlier = cache.q_a[torch.arange(cache.batch, device=q_a.device), :, at.clamp(min=0)]
+        rows.append(torch.where((at >= cache.first)[:, None, None], earlier, 0)[:, :, None].to(q_a.dtype))
+    return torch.cat(rows, 2)
+
+
+def _moved_down(scores: Tensor, lags: Tensor) -> Tensor:
+    """(..., A + 1, n) -> (..., n): scores of a row and of those before it, each moved to the columns as far down, and added up."""
+    total = scores[..., 0, :].clone()
+    for lag in range(1, scores.shape[-2]):
+        factor = lags[:, lag - 1, None].to(scores.dtype)
+        total[..., lag:] += factor * scores[..., lag, :-lag] if lag < scores.shape[-1] else 0
+    return total
+
+
+def _placed(weights: Tensor, first: Tensor, call: Call) -> Tensor:
+    """Weights (B, H, n) or (B, H, 1, n) of the new row as values meet them: shifted, and those of plain heads P.
+
+    What the row gives to itself falls on the row after it, which is zero, or there is none.
+    """
+    if not call.shift and not call.plain_heads:
+        return weights
+    shifted = torch.nn.functional.pad(weights[..., :-1], (1, 0)) if call.shift else weights
+    return torch.cat([first[:, : call.plain_heads], shifted[:, call.plain_heads :]], 1)
 
 
 def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tuple[Callable[..., Any], ...]:
@@ -307,8 +365,9 @@ def _reference_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -
     def per_query(x: Tensor) -> Tensor:
         return x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(dtype)
 
-    def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        return masked_softmax(scale * queries.to(dtype) @ per_query(keys).transpose(-1, -2), visible)
+    def softmax(queries: Tensor, keys: Tensor, scale: float, lags: Tensor | None = None) -> Tensor:
+        scores = scale * queries.to(dtype) @ per_query(keys).transpose(-1, -2)
+        return masked_softmax(scores if lags is None else _moved_down(scores, lags)[:, :, None], visible)
 
     def meet(weights: Tensor, values: Tensor) -> Tensor:
         return weights @ per_query(values)
@@ -336,9 +395,10 @@ def _torch_arithmetic(q: Tensor, gate: Tensor | None, cache: RefinedCache) -> tu
     def rows(x: Tensor) -> Tensor:
         return x.narrow(2, 0, used).flatten(0, 1).to(wide)  # (B * heads, n, F)
 
-    def softmax(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-        queries = queries.reshape(batch * keys.shape[1], heads // keys.shape[1], keys.shape[3])
-        scores = torch.bmm(queries.to(wide) * scale, rows(keys).transpose(1, 2)).view(batch, heads, used)
+    def softmax(queries: Tensor, keys: Tensor, scale: float, lags: Tensor | None = None) -> Tensor:
+        queries = queries.reshape(batch * keys.shape[1], -1, keys.shape[3])
+        scores = torch.bmm(queries.to(wide) * scale, rows(keys).transpose(1, 2)).view(batch, heads, -1, used)
+        scores = scores[:, :, 0] if lags is None else _moved_down(scores, lags)
         return (scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)).softmax(-1)
 
     def meet(weights: Tensor, values: Tensor) -> Tensor:

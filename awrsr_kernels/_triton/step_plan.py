@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ..plans import BOUNDS, PLAIN, SEED, Sight
-from .decode import launch_step
+from .decode import CHANGED, launch_step
 from .repeat import Form, Repeated, form_of
 
-CHANGED = ("k", "v", "k_a", "y", "w_q", "w_k")  # in place
-NAMES = ("q", "new_k", "new_v", "new_w_q", "new_w_k", "gate", *CHANGED, "first", "end")  # of the tensors of `launch_step`
+CACHED = ("k", "v", "k_a", "y", "w_q", "w_k", "first", "end", "q_a")
+NAMES = ("q", "new_k", "new_v", "new_w_q", "new_w_k", "gate", *CACHED, "lags")  # of the tensors of `launch_step`
+Options = tuple[str, float, float, bool, int]  # refinement, scales, shift and plain heads
 
 
 class StepPlan(Repeated):
@@ -27,7 +28,7 @@ class StepPlan(Repeated):
         options: of `launch_step`, beside its tensors.
     """
 
-    def __init__(self, forms: list[Form], fields: list[int], names: list[str], options: tuple[str, float, float]) -> None:
+    def __init__(self, forms: list[Form], fields: list[int], names: list[str], options: Options) -> None:
         super().__init__(forms, fields)
         self.names, self.options = names, options
         self.changed = [i for i, name in enumerate(names) if name in CHANGED]
@@ -39,12 +40,12 @@ class StepPlan(Repeated):
         return self.results(given, addresses)[0]
 
     def launched(self, views: list[Tensor]) -> list[Tensor]:
-        refinement, *scales = self.options
         named: dict[str, Any] = dict.fromkeys(NAMES) | dict(zip(self.names, views, strict=True))
-        return [launch_step(**named, refinement=refinement, softmax_scale=scales[0], refine_scale=scales[1])]
+        named |= zip(("refinement", "softmax_scale", "refine_scale", "shift", "plain_heads"), self.options, strict=True)
+        return [launch_step(**named)]
 
 
-def step_plan_of(sight: Sight, tensors: Sequence[Tensor | None], options: tuple[str, float, float]) -> StepPlan | None:
+def step_plan_of(sight: Sight, tensors: Sequence[Tensor | None], options: Options) -> StepPlan | None:
     """The plan of a checked step on these tensors and with these options of `launch_step`.
 
     None if the tensors are not the caller's own, or one of the cache requires a gradient.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
-from awrsr_kernels.checks import REFINEMENTS
+from awrsr_kernels.checks import REFINEMENTS, SHIFTED
 
 from ..conftest import DEVICE
 
@@ -27,10 +27,19 @@ class Sequences(NamedTuple):
     prompts: list[int]
     refinement: str
     table: str
+    lagged: bool = False  # with two lags, and where the refinement allows it shifted, with a plain head
 
     @property
     def content(self) -> bool:
         return self.table == "content"
+
+    def options(self) -> dict[str, Any]:
+        """What calls take beside tensors of items."""
+        if not self.lagged:
+            return {}
+        lags = {} if self.refinement == "none" else {"lags": torch.tensor([0.5, -0.3], device=DEVICE)}
+        plain = {"plain_heads": 1} if self.refinement in ("none", "additive") else {}
+        return lags | plain | ({"shift": True} if self.refinement in SHIFTED else {})
 
     def to(self, dtype: torch.dtype) -> "Sequences":
         return self._replace(**{n: x.to(dtype) for n, x in zip(self._fields[:6], self[:6], strict=True) if x is not None})
@@ -38,7 +47,7 @@ class Sequences(NamedTuple):
     def full(self, steps: int, **options: Any) -> Tensor:
         """(B, H, T, D_v) by the reference."""
         lengths = torch.tensor([n + steps for n in self.prompts], device=DEVICE)
-        options = {"backend": "reference", "lengths": lengths, "padding_side": "right"} | options
+        options = {"backend": "reference", "lengths": lengths, "padding_side": "right"} | self.options() | options
         return refined_attention(*self[:5], refinement=self.refinement, gate=self.gate, **options)
 
     def cache(self, capacity: int = 4) -> RefinedCache:
@@ -46,6 +55,7 @@ class Sequences(NamedTuple):
         sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": d, "value_dim": d_v, "rank": self.w_q.shape[-1]}
         tables = "content" if self.content else "position"
         options = {"refinement": self.refinement, "tables": tables, "dtype": self.q.dtype, "device": DEVICE}
+        options["lags"] = 2 if "lags" in self.options() else 0
         return RefinedCache(batch, capacity, **sizes, **options)  # type: ignore[arg-type]
 
     def prompt(self, side: str) -> dict[str, Tensor]:
@@ -69,7 +79,8 @@ class Sequences(NamedTuple):
 
     def step(self, cache: RefinedCache, step: int, **options: Any) -> Tensor:
         tables = [self.row(w, step) if self.content else w for w in (self.w_q, self.w_k)]
-        return refined_attention_step(*(self.row(x, step) for x in self[:3]), *tables, cache, **{"gate": self.gate} | options)
+        options = {"gate": self.gate} | self.options() | options
+        return refined_attention_step(*(self.row(x, step) for x in self[:3]), *tables, cache, **options)
 
     def decode(self, cache: RefinedCache, steps: int, side: str, backend: str, prompt_backend: str | None = None) -> Tensor:
         """As `full`, from a prompt where there is one and steps."""
@@ -79,7 +90,7 @@ class Sequences(NamedTuple):
             lengths = torch.tensor(self.prompts, device=DEVICE)
             out = refined_attention_prefill(
                 **self.prompt(side), cache=cache, gate=self.gate, lengths=None if min(self.prompts) == window else lengths,
-                padding_side=side, backend=prompt_backend or backend,
+                padding_side=side, backend=prompt_backend or backend, **self.options(),
             )  # fmt: skip
             for b, n in enumerate(self.prompts):
                 first = window - n if side == "left" else 0
@@ -100,6 +111,7 @@ def sequences(
     heads: int = 4,
     kv_heads: int = 2,
     dtype: torch.dtype = torch.float64,
+    lagged: bool = False,
 ) -> Sequences:
     """Of uncommon widths, their last dimension not contiguous in memory."""
     batch, length, (d, d_v, r) = len(prompts), max(prompts) + steps, (5, 3, 6)
@@ -110,7 +122,7 @@ def sequences(
     w = {"shared": (length, r), "head": (heads, length, r), "content": (batch, heads, length, r)}[table]
     gate = new(heads) if refinement == "additive" else None
     items = new(batch, heads, length, d), new(batch, kv_heads, length, d), new(batch, kv_heads, length, d_v)
-    return Sequences(*items, new(*w), new(*w), gate, prompts, refinement, table)
+    return Sequences(*items, new(*w), new(*w), gate, prompts, refinement, table, lagged)
 
 
 def needs(backend: str, dtype: torch.dtype) -> None:

@@ -139,5 +139,6 @@ CALLS: dict[str, Callable[[], Work]] = {
     "step, none": lambda: step("none"),
     "step, value, content tables": lambda: step("value", "content", kv_heads=1),
     "step, additive": lambda: step("additive", "head", gate=torch.randn(2, device=DEVICE)),
+    "step, lagged": lambda: step("additive", gate=torch.randn(2, device=DEVICE), lagged=True),
     "step, number as gate": lambda: step("additive", prompts=(3, 3), gate=0.5),
 }

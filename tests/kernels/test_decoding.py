@@ -36,6 +36,10 @@ def test_rows_of_the_full_call(refinement: str, table: str, backend: str) -> Non
         given = sequences(refinement, table, prompts, 3, heads=2, kv_heads=kv_heads)
         out = given.decode(given.cache(), 3, side, backend, "torch" if backend == "triton" else None)
         torch.testing.assert_close(out, given.full(3), rtol=0, atol=1e-12)
+    for prompts, side in [([5, 3, 0], "left"), ([4, 4], "right"), ([0, 0], "right")]:
+        given = sequences(refinement, table, prompts, 3, heads=2, lagged=True)
+        out = given.decode(given.cache(), 3, side, backend, "torch" if backend == "triton" else None)
+        torch.testing.assert_close(out, given.full(3), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
