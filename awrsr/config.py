@@ -15,7 +15,8 @@ WATCHED = "NDCG@10"  # on validation: decides which epoch is kept, and when trai
 NEGATIVES = {"sampled_softmax": 1024, "cross_entropy": 0, "bce": 1, "bpr": 1, "gbce": 256}
 USUAL_NEGATIVES = ", ".join(f"{count} for {loss}" for loss, count in NEGATIVES.items() if count)
 MAY_CHANGE = {"epochs", "patience", "progress", "logger", "threads", "backend", "data", "path"}  # in a run that is resumed
-OF_SASREC = ("suffix", "smeared_keys")  # options that need backbone sasrec
+# Options that need backbone sasrec
+OF_SASREC = ("lags", "suffix", "smeared_keys", "shift", "shift_gate", "plain_heads", "unigram")
 REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value that had no effect
     "model": {"correlation_norm": False},
     "training": {"table_rate": 1.0},
@@ -82,6 +83,14 @@ class AWRSRConfig:
     learned_gate: bool = option(
         False, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
     )
+    lags: int = option(
+        0,
+        "Number of earlier events whose first-order weights are compared as well: with 2, higher-order weights fall on events "
+        "where the last three events attended alike, by learned factors per head that start at 1/2 and 1/4. Only with backbone "
+        "sasrec; (lags + 1) times rank is at most 256.",
+        least=0,
+        most=7,
+    )
     suffix: int = option(
         1,
         "Number of events that first-order weights compare: with 3, an event attends to events that it resembles and whose two "
@@ -94,6 +103,27 @@ class AWRSRConfig:
         False,
         "Mix the key of each event with the key of the event before (token shift), by a learned share per head: in half of the "
         "heads, events at first attend to what followed the events that they resemble. Only with backbone sasrec.",
+    )
+    shift: str = option(
+        "off",
+        "Whether weights fall on what followed the events that they were given to. off: no. heads: in all heads but the first "
+        "plain_heads. added: each head attends to the events and to what followed them; only with refinement none, at the cost of "
+        "twice as many heads. Only with backbone sasrec, not with refinement value.",
+        choices=("off", "heads", "added"),
+    )
+    shift_gate: float = option(
+        1.0, "Factor of what followed in shifted heads, learned per head from this value on; only used with shift.", least=0
+    )
+    plain_heads: int = option(
+        0,
+        "Number of heads, the first ones, with plain attention, neither refined nor shifted; with refinement none or additive and "
+        "backbone sasrec.",
+        least=0,
+    )
+    unigram: bool = option(
+        False,
+        "Shifted heads also attend without suffix, by a second softmax with a learned factor per head that starts at shift_gate; "
+        "needs shift heads, suffix 2 or more and refinement none.",
     )
     feedforward: int = option(1, "Width of the feed-forward layer, as a multiple of hidden.", least=1, most=1000)
     activation: str = option("relu", "Activation of the feed-forward layer.", choices=("relu", "gelu", "elu"))
@@ -129,9 +159,7 @@ class AWRSRConfig:
         check(self)
         if self.hidden % self.heads or self.hidden // self.heads > 256:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
-        if self.suffix * (self.hidden // self.heads) > 256:
-            width = f"hidden / heads = {self.hidden // self.heads}"
-            raise ValueError(f"suffix is {self.suffix}, must be at most 256 / {width}: what is compared is at most 256 wide")
+        self._check_heads()
         if self.learned_scale and self.refinement == "stochastic":
             raise ValueError("learned_scale is True, must be False with refinement 'stochastic', whose scores are distances")
         if self.backbone != "stosa":
@@ -144,6 +172,28 @@ class AWRSRConfig:
                 raise ValueError(f"{name} is {value!r}, which needs backbone 'sasrec'; backbone is {self.backbone!r}")
         if self.temperature:
             raise ValueError(f"temperature is {self.temperature}, must be 0 with backbone 'stosa', whose scores are distances")
+
+    def _check_heads(self) -> None:
+        """What heads compare, and what their weights fall on."""
+        if self.suffix * (self.hidden // self.heads) > 256:
+            width = f"hidden / heads = {self.hidden // self.heads}"
+            raise ValueError(f"suffix is {self.suffix}, must be at most 256 / {width}: what is compared is at most 256 wide")
+        if (self.lags + 1) * self.rank > 256 and self.refinement != "none":
+            raise ValueError(f"lags is {self.lags}, must be so small that (lags + 1) * rank is at most 256; rank is {self.rank}")
+        if self.plain_heads >= self.heads:
+            raise ValueError(f"plain_heads is {self.plain_heads}, must be below heads, {self.heads}")
+        needs = (
+            ("plain_heads", self.plain_heads, self.refinement in ("none", "additive"), "refinement none or additive"),
+            ("plain_heads", self.plain_heads, self.shift != "added", "shift off or heads"),
+            ("shift", self.shift != "off", self.refinement != "value", "another refinement than value"),
+            ("shift", self.shift == "added", self.refinement == "none", "refinement none"),
+            ("unigram", self.unigram, self.shift == "heads", "shift heads"),
+            ("unigram", self.unigram, self.suffix > 1, "suffix 2 or more"),
+            ("unigram", self.unigram, self.refinement == "none", "refinement none"),
+        )
+        for name, used, fits, needed in needs:
+            if used and not fits:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, which needs {needed}")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .lock import locked
 from .model_file import IDS, TRAINED, read_model
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
+from .presets import preset_options
 from .run_folder import save_model
 
 METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
@@ -41,6 +42,7 @@ class AWRSR(nn.Module):
 
     Args:
         config: what the network is made of; by default `AWRSRConfig()`.
+        preset: name of a bundle of options (`awrsr.presets.PRESETS`), such as "lagged", which replace those of `config`.
         options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
@@ -51,12 +53,13 @@ class AWRSR(nn.Module):
     _index: Index | None = None
     filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
 
-    def __init__(self, config: AWRSRConfig | None = None, **options: Any) -> None:
+    def __init__(self, config: AWRSRConfig | None = None, *, preset: str | None = None, **options: Any) -> None:
         super().__init__()
         if config is not None and not isinstance(config, AWRSRConfig):
             by_name = {str: f"AWRSR(refinement={config!r})", int: f"AWRSR(num_items={config!r})", dict: "AWRSR(**options)"}
             raise TypeError(_misplaced("config", config, "AWRSRConfig", by_name, "AWRSR(layers=1)"))
-        check_names("AWRSR", AWRSRConfig, options)
+        check_names("AWRSR", AWRSRConfig, options, "preset")
+        options = ({} if preset is None else preset_options(preset)) | options
         self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **options))
         self.sections: dict[str, Any] = {}  # how it was trained, and on what: saved with it
         self.register_load_state_dict_pre_hook(_to_network)

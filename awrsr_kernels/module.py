@@ -3,8 +3,7 @@
 B batch, L positions, T packed positions, E embed_dim, H heads, H_kv key and value heads, D head dim, R refinement rank, N max_len.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -66,10 +65,15 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
             what followed the items that first-order weights point to, exactly so if R >= N, where rows are orthogonal.
         refine_scale: factor of the correlations; default 1/sqrt(R).
         learned_scale: whether each head multiplies refine_scale by a learned number that starts at 1; unused with "none".
+        lags: A in 0..7, how many earlier positions higher-order weights compare as well, by a learned factor per head and lag that
+            starts at 1/2, 1/4, ...; (A + 1) R is at most 256. Unused with "none".
+        shift: whether weights fall on what followed the positions that they are given to; for "none", "simple" and "additive".
+            Needs causal. A new module then does not compute plain attention.
+        plain_heads: number of heads, the first ones, with plain attention, neither refined nor shifted; for "none" and "additive".
         backend: backend of the operator. `state_dict` does not depend on it.
 
     Parameters in `state_dict`: qkv.weight (E + 2 H_kv D, E), out.weight (E, E), their biases, w_q and w_k (N, R) or (H, N, R), or
-    to_tables (E, 2 R) or (E, 2 H R), gate (H,) and scale (H, 1, 1).
+    to_tables (E, 2 R) or (E, 2 H R), gate (H,), scale (H, 1, 1) and lags (H, A).
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
@@ -100,6 +104,9 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         table_init: str = "normal",
         refine_scale: float | None = None,
         learned_scale: bool = False,
+        lags: int = 0,
+        shift: bool = False,
+        plain_heads: int = 0,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -120,8 +127,8 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         super().__init__(
             embed_dim, num_heads, max_len=max_len, refinement=refinement, tables=tables, rank=head_dim if rank is None else rank,
             per_head=per_head, gate=gate, gate_init=gate_init, dropout=dropout, table_std=table_std, sharpness=sharpness,
-            table_init=table_init, refine_scale=refine_scale, learned_scale=learned_scale, backend=backend, causal=causal,
-            align=align, **factory,
+            table_init=table_init, refine_scale=refine_scale, learned_scale=learned_scale, lags=lags, shift=shift,
+            plain_heads=plain_heads, backend=backend, causal=causal, align=align, **factory,
         )  # fmt: skip
         self.embed_dim, self.num_kv_heads, self.head_dim = embed_dim, num_kv_heads, head_dim
         self.batch_first = checks.flag("batch_first", batch_first)
@@ -147,7 +154,7 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         """A new module with a copy of the weights of a torch.nn.MultiheadAttention, which can stand in its place.
 
         With refinement "none", and with "additive" while its learned gate is 0, module(x, x, x) returns what mha(x, x, x) returns
-        (with a causal mask, if causal). Other refinements change the result at once.
+        (with a causal mask, if causal). Other refinements, and shift, change the result at once.
 
         Args:
             mha: a module whose keys and values have the width of its queries, without bias_k, bias_v, add_zero_attn, forward hooks
@@ -265,7 +272,7 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         alignment = self._alignment(x, None, multihead.padding(key_padding_mask))
         out, weights = self._padded(x, alignment), None
         if weighs:
-            rows = x if alignment.turn is None else _turned(x, alignment.turn)
+            rows = x if alignment.turn is None else multihead.turned(x, alignment.turn)
             weights = self.weights(rows, lengths=alignment.lengths)[1]
             weights = weights if alignment.turn is None else multihead.turned_weights(weights, -alignment.turn)
             averages = average_attn_weights is None or checks.flag("average_attn_weights", average_attn_weights)
@@ -290,13 +297,15 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         dtype: dtype of the linear maps' output; default that of their weights, or the dtype of autocast if it is on.
 
         Raises:
-            ValueError: the module is not causal, or has position tables with align "right", where every new position shifts the
-                rows.
+            ValueError: the module is not causal; it has lags, shift or plain_heads; or it has position tables with align "right",
+                where every new position shifts the rows.
         """
         if unknown:
             habits.refuse(RefinedMultiheadAttention.make_cache, unknown)
         if not self.causal:
             checks.refuse("causal", "False", "True for decoding")
+        if self.shift or self.plain_heads or getattr(self, "lags", None) is not None:
+            raise ValueError("the module has lags, shift or plain_heads; it must have none of them for decoding")
         if self.max_len is not None and self.align == "right":
             checks.refuse("align", '"right"', '"left" for decoding with position tables, or tables="content"')
         weight = self._weight()
@@ -334,18 +343,18 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         if isinstance(cache, RefinedCache) and (cache.refinement, "" if cache.refinement == "none" else cache.tables) != mine:
             must = f"for {self.refinement}, tables {self.tables}, as made by make_cache"
             checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
-        with _onloaded(self, x) as x:
+        with multihead.onloaded(self, x) as x:
             q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
             options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
             out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
             return self.out(out.transpose(1, 2).flatten(-2))
 
     def _padded(self, x: Tensor, alignment: _Alignment) -> Tensor:
-        rows = x if alignment.turn is None else _turned(x, alignment.turn)
+        rows = x if alignment.turn is None else multihead.turned(x, alignment.turn)
         q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(rows)))
         out = refined_attention(q, k, v, lengths=alignment.lengths, **self._padded_options(rows), **self._run_options())
         out = self.out(out.transpose(1, 2).flatten(-2))
-        return out if alignment.turn is None else _turned(out, -alignment.turn)
+        return out if alignment.turn is None else multihead.turned(out, -alignment.turn)
 
     def _nested(self, x: Tensor) -> Tensor:
         """Of nested tensors in the layout that torch's encoders make of padded ones, (B, j, E)."""
@@ -421,23 +430,3 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         tables = "" if self.refinement == "none" else f", tables={self.tables!r}, rank={self.rank}, max_len={self.max_len}"
         way = f", causal={self.causal}, align={self.align!r}"
         return f"{self.embed_dim}, {self.num_heads}, refinement={self.refinement!r}{tables}{way}"
-
-
-@contextmanager
-def _onloaded(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
-    """Calls that are not `forward`: the hooks by which accelerate offloads a module's own weights run around `forward` alone."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        yield x
-        return
-    (x,), _ = hook.pre_forward(module, x)
-    try:
-        yield x
-    finally:
-        hook.post_forward(module, None)
-
-
-def _turned(x: Tensor, turn: Tensor) -> Tensor:
-    """(B, L, E), row i of entry b from row (i + turn[b]) % L."""
-    rows = (torch.arange(x.shape[1], device=x.device) + turn[:, None]) % x.shape[1]
-    return x.gather(1, rows[..., None].expand_as(x))  # take_along_dim would make dynamic sizes static under torch.compile

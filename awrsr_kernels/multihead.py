@@ -3,6 +3,8 @@
 B batch, L positions, E embed_dim, H heads.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -145,3 +147,23 @@ def turned_weights(weights: Tensor, turn: Tensor) -> Tensor:
     rows = (torch.arange(weights.shape[2], device=weights.device) + turn[:, None]) % weights.shape[2]
     weights = weights.gather(2, rows[:, None, :, None].expand_as(weights))
     return weights.gather(3, rows[:, None, None, :].expand_as(weights))
+
+
+@contextmanager
+def onloaded(module: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Calls that are not `forward`: the hooks by which accelerate offloads a module's own weights run around `forward` alone."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield x
+        return
+    (x,), _ = hook.pre_forward(module, x)
+    try:
+        yield x
+    finally:
+        hook.post_forward(module, None)
+
+
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """(B, L, E), row i of entry b from row (i + turn[b]) % L."""
+    rows = (torch.arange(x.shape[1], device=x.device) + turn[:, None]) % x.shape[1]
+    return x.gather(1, rows[..., None].expand_as(x))  # take_along_dim would make dynamic sizes static under torch.compile

@@ -28,6 +28,8 @@ class RefinedLayer(nn.Module):
     to_tables: Tensor | None
     gate: Tensor | float | None
     scale: Tensor | None
+    lags: Tensor | None
+    shift, plain_heads = False, 0  # also of layers that were pickled before there was a choice
 
     def __init__(
         self,
@@ -47,6 +49,9 @@ class RefinedLayer(nn.Module):
         table_init: str,
         refine_scale: float | None,
         learned_scale: bool,
+        lags: int = 0,
+        shift: bool = False,
+        plain_heads: int = 0,
         backend: str,
         causal: bool = True,
         align: str = "right",
@@ -75,7 +80,7 @@ class RefinedLayer(nn.Module):
         self.causal, self.per_head = checks.flag("causal", causal), checks.flag("per_head", per_head)
         self.table_names = TABLES[: {"none": 0, "stochastic": 4}.get(refinement, 2)]
         self.max_len: int | None = None
-        self.w_q = self.w_k = self.to_tables = self.gate = self.scale = None
+        self.w_q = self.w_k = self.to_tables = self.gate = self.scale = self.lags = None
 
         def new(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -84,6 +89,12 @@ class RefinedLayer(nn.Module):
             self.gate = new(num_heads) if gate is True else checks.number("gate", gate)
         if checks.flag("learned_scale", learned_scale) and self.table_names:
             self.scale = new(num_heads, 1, 1)
+        self.shift = checks.shift(shift, refinement, causal)
+        self.plain_heads = checks.plain_heads(plain_heads, refinement, num_heads)
+        if checks.whole("lags", lags, 0, checks.MAX_LAGS) and self.table_names:
+            if (lags + 1) * rank > checks.MAX_FEATURES:
+                checks.refuse("lags", str(lags), f"so few that (lags + 1) * rank is at most {checks.MAX_FEATURES}; rank is {rank}")
+            self.lags = new(num_heads, lags)
         heads = num_heads if per_head else 1
         if self.table_names and tables == "content":
             self.to_tables = new(features, len(self.table_names) * heads * self.rank)
@@ -96,7 +107,7 @@ class RefinedLayer(nn.Module):
 
     @torch.no_grad()
     def reset_refinement(self) -> None:
-        """Draw the tables, and set the gate to gate_init and the scale to 1."""
+        """Draw the tables, and set the gate to gate_init, the scale to 1 and the factors of lags to 1/2, 1/4, ..."""
         if self.to_tables is not None:
             self._draw_content_tables(self.to_tables)
         else:
@@ -107,6 +118,8 @@ class RefinedLayer(nn.Module):
             self.gate.fill_(self.gate_init)
         if self.scale is not None:
             self.scale.fill_(1)
+        if self.lags is not None:
+            self.lags.copy_(0.5 ** torch.arange(1, self.lags.shape[1] + 1))
 
     def _draw_content_tables(self, to_tables: Tensor) -> None:
         to_tables.normal_(std=self.table_std / self.features**0.5)
@@ -155,7 +168,11 @@ class RefinedLayer(nn.Module):
         return tables | self._weight_options() | self._run_options() | {"align": self.align}
 
     def _weight_options(self) -> dict[str, Any]:
-        return {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale, "causal": self.causal}
+        options = {"refinement": self.refinement, "gate": self.gate, "refine_scale": self.refine_scale, "causal": self.causal}
+        if self.stochastic:
+            return options
+        lags = getattr(self, "lags", None)  # a layer that was pickled before there were any has none
+        return options | {"lags": lags, "shift": self.shift, "plain_heads": self.plain_heads}
 
     def _run_options(self) -> dict[str, Any]:
         return {"dropout_p": self.dropout if self.training else 0.0, "backend": self.backend}

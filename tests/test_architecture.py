@@ -36,7 +36,7 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
-        "processes",
+        "processes presets",
         "files options habits",
         "lock data",
         "config",

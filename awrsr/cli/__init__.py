@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
+from ..presets import preset_options
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
 from .errors import Parser, one_line
 from .shared import as_flags, say, shield_ids
@@ -62,8 +63,9 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return super()._format_action_invocation(shown)
 
 
-def parser(demo: bool = False) -> ArgumentParser:
-    """All commands and their flags. demo: give train the defaults that suit the synthetic histories."""
+def parser(demo: bool = False, preset: str = "") -> ArgumentParser:
+    """All commands and their flags. demo: give train the defaults that suit the synthetic histories. preset: and those of a
+    preset."""
     top = Parser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
@@ -72,6 +74,8 @@ def parser(demo: bool = False) -> ArgumentParser:
         command.add_flags(sub)
         if demo and name == "train":
             sub.set_defaults(DEMO)
+        if preset and name == "train":
+            sub.set_defaults(preset_options(preset))
     return top
 
 
@@ -97,8 +101,9 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     found = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = found.command
     demo = name == "train" and not found.train.data
-    if demo or "--print-config" in " ".join(arguments):
-        found = parser(demo).parse_args(arguments)
+    preset = found.train.preset if name == "train" else ""
+    if demo or preset or "--print-config" in " ".join(arguments):
+        found = parser(demo, preset).parse_args(arguments)
     if demo:
         defaults = {option: value for option, value in DEMO.items() if found.train[option] == value}
         say(f"No --data: training on synthetic histories, with options that suit them: {as_flags(defaults)}")

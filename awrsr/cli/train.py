@@ -8,10 +8,11 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from ..config import MAY_CHANGE, AWRSRConfig, TrainingOptions
+from ..config import MAY_CHANGE, OF_SASREC, AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
 from ..lock import locked
+from ..presets import PLAIN, PRESET_HELP, PRESETS
 from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
 OUT_HELP = (
@@ -27,6 +28,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, in the form that --print-config prints.")
     to.add_argument("--out", type=str, default="", help=OUT_HELP)
     add_switch(to, "baseline", None, "Also train plain attention, in the folder <out>/plain (default: only without --data).")
+    to.add_argument("--preset", choices=("", *PRESETS), default="", help=PRESET_HELP)
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)
 
@@ -76,7 +78,7 @@ def run(options: Any) -> None:
         say(f"Training on {count} CPU thread{'s' * (count > 1)}; --threads N changes that: beside other work, 1 may be faster.")
     results = {}
     if with_baseline and config.refinement != "none":
-        results["plain"] = train_one(replace(config, refinement="none"), data, training, split, out / "plain")
+        results["plain"] = train_one(plain(config), data, training, split, out / "plain")
     results["plain" if config.refinement == "none" else config.refinement] = train_one(config, data, training, split, out)
     if not all(results.values()):
         return  # a process other than the first
@@ -88,6 +90,11 @@ def run(options: Any) -> None:
     if not data.data:
         print(f"  {typed(['awrsr', 'explain', '--run', out])}          # what the model pays attention to")
     print(f"  {typed(['awrsr', 'recommend', '--run', out, '-k', 5])}   # the best next items for every user")
+
+
+def plain(config: AWRSRConfig) -> AWRSRConfig:
+    """The same model with plain attention. It keeps the options of tables, which nothing reads."""
+    return replace(config, refinement="none", **{name: PLAIN[name] for name in OF_SASREC})
 
 
 def default_folder(data: DataOptions, config: AWRSRConfig, training: TrainingOptions) -> Path:

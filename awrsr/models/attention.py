@@ -77,51 +77,81 @@ class RefinedAttention(RefinedLayer):
 
 
 class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
-    """Causal self-attention between events, for the SASRec backbone.
+    """Causal self-attention between events, for the SASRec backbone. H' are the heads of a call, H at least.
 
     suffix: how many events queries and keys are compared by, S_ij = sum over a of b_a q_(i-a) . k_(j-a) / sqrt(D), b_0 = 1 and the
         others learned per head, from 1/2, 1/4, ... on.
     smeared_keys: k_j becomes (1 - s) k_j + s k_(j-1), with s learned per head: from .05 in even heads, .95 in odd ones.
+    shift: "heads": M is multiplied by M+ (reference.py) in all heads but the first plain_heads, times a factor c learned per head
+        from shift_gate on. "added": M is P + c P+ in each head, by a call with every head twice.
+    unigram: shifted heads add u U+, where U is P without the suffix and u is learned from shift_gate on, by further heads.
     """
 
-    def __init__(self, hidden: int, heads: int, *, suffix: int = 1, smeared_keys: bool = False, **options: Any) -> None:
-        super().__init__(hidden, heads, **options)
+    def __init__(
+        self, hidden: int, heads: int, *, suffix: int = 1, smeared_keys: bool = False, shift: str = "off", plain_heads: int = 0,
+        shift_gate: float = 1.0, unigram: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(hidden, heads, shift=shift == "heads", plain_heads=plain_heads, **options)
         halves = (0.5 ** torch.arange(1.0, suffix)).repeat(heads, 1)
         self.suffix_factors = nn.Parameter(halves) if suffix > 1 else None
         self.smear = nn.Parameter(3.0 * (-1.0) ** torch.arange(1, heads + 1)) if smeared_keys else None
+        begin = torch.full((heads - plain_heads,), shift_gate)
+        self.shift_gate = nn.Parameter(begin) if shift != "off" else None
+        self.unigram_gate = nn.Parameter(begin.clone()) if unigram else None
+        self.doubled = shift == "added"
 
     def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:  # type: ignore[override]
         """x (..., E) -> (..., E)."""
         q, k, v = self.compared(x, where)
         if isinstance(where, Packed):
-            out = refined_attention_varlen(q, k, v, **where._asdict(), **self._packed_options(x), **self._scale())
+            out = refined_attention_varlen(q, k, v, **where._asdict(), **self._packed_options(x))
         else:
             q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-            options = where._asdict() | self._padded_options(x) | self._run_options() | self._scale()
-            out = refined_attention(q, k, v, **options).transpose(1, 2)
-        return self.out(out.flatten(-2))
+            out = refined_attention(q, k, v, **where._asdict(), **self._padded_options(x), **self._run_options()).transpose(1, 2)
+        return self.out(self.joined(out.transpose(-2, -3)).transpose(-2, -3).flatten(-2))
 
     def weights(self, x: Tensor, where: Padded) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """First-order weights P and the refined weights M that multiply the values, (B, H, L, L) each."""
+        """First-order weights P and the weights M that multiply the values, with all factors, (B, H, L, L) each."""
         q, k, _ = (a.transpose(1, 2) for a in self.compared(x, where))
-        return attention_weights(q, k, **where._asdict(), **self._padded_options(x), **self._scale())
+        first, weights = attention_weights(q, k, **where._asdict(), **self._padded_options(x))
+        return first[:, : self.num_heads], self.joined(weights)
 
     def compared(self, x: Tensor, where: Packed | Padded) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, (..., H, F) each, with the keys and queries of earlier events that are compared as well."""
+        """Queries, keys and values, (..., H', F) each, with the queries and keys of earlier events that are compared as well."""
         q, k, v = self._split(self.qkv(x))
-        if self.smear is None and self.suffix_factors is None:
-            return q, k, v
-        before = where.before(x)
+        if self.smear is not None or self.suffix_factors is not None:
+            before = where.before(x)
         if self.smear is not None:
             k = k.lerp(lag(k, 1, before, dim=-3), self.smear.sigmoid()[:, None].to(k.dtype))
         if self.suffix_factors is not None:
             factors = F.pad(self.suffix_factors, (1, 0), value=1.0)
+            without_suffix = F.pad(q, (0, (factors.shape[1] - 1) * self.head_dim))
             q, k = lagged(q, factors, before, dim=-3), lagged(k, factors.shape[1], before, dim=-3)
+        if self.doubled:
+            q, k, v = (torch.cat([a, a], -2) for a in (q, k, v))
+        elif self.unigram_gate is not None:
+            n = self.plain_heads
+            q = torch.cat([q, without_suffix[..., n:, :]], -2)
+            k, v = (torch.cat([a, a[..., n:, :]], -2) for a in (k, v))
         return q, k, v
 
-    def _scale(self) -> dict[str, Any]:
-        """As of the queries alone, without those before."""
-        return {"softmax_scale": self.head_dim**-0.5}
+    def joined(self, out: Tensor) -> Tensor:
+        """Outputs or weights of the heads of a call, (..., H', L, F), times their factors: those of the layer, (..., H, L, F)."""
+        if self.shift_gate is None:
+            return out
+        heads, n = self.num_heads, self.plain_heads
+        gate = self.shift_gate[:, None, None].to(out.dtype)
+        if self.doubled:
+            return out[..., :heads, :, :] + gate * out[..., heads:, :, :]
+        shifted = gate * out[..., n:heads, :, :]
+        if self.unigram_gate is not None:
+            shifted = shifted + self.unigram_gate[:, None, None].to(out.dtype) * out[..., heads:, :, :]
+        return torch.cat([out[..., :n, :, :], shifted], -3)
+
+    def _weight_options(self) -> dict[str, Any]:
+        """With the scale of queries alone, without those before them."""
+        more = {"shift": True, "plain_heads": self.num_heads} if self.doubled else {}
+        return super()._weight_options() | {"softmax_scale": self.head_dim**-0.5} | more
 
     @torch.no_grad()
     def match_keys(self) -> None:

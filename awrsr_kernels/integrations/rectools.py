@@ -16,11 +16,12 @@ from .packed import PackedAttention, pack, unpack
 
 __all__ = ["RefinedLiGRLayers", "RefinedPreLNTransformerLayers", "RefinedTransformerLayers"]
 
-TABLES = ("w_q", "w_k", "to_tables")
+DRAWN_ANEW = ("w_q", "w_k", "to_tables", "scale", "lags")  # parameters of two dimensions or more, which have starts of their own
 
 
 class _FlatAttention(PackedAttention):
-    """PackedAttention whose tables are vectors in `parameters()`; as attributes and in `state_dict` they are tables.
+    """PackedAttention whose tables, scale and lags are vectors in `parameters()`; as attributes and in `state_dict` they keep their
+    shape.
 
     RecTools draws every parameter of two dimensions or more anew as training starts.
     """
@@ -29,7 +30,7 @@ class _FlatAttention(PackedAttention):
 
     def __init__(self, *sizes: int, **options: Any) -> None:
         super().__init__(*sizes, **options)
-        tables = {name: table for name, table in self._parameters.items() if table is not None and name in TABLES}
+        tables = {name: table for name, table in self._parameters.items() if table is not None and name in DRAWN_ANEW}
         self.shapes = {name: table.shape for name, table in tables.items()}
         for name, table in tables.items():
             setattr(self, name, nn.Parameter(table.detach().flatten()))

@@ -90,7 +90,7 @@ def test_learns_and_keeps_its_tables(options: dict[str, Any], dataset: Dataset) 
         assert attention.gate.abs().max() > 0.01
 
 
-@pytest.mark.parametrize("options", [{"per_head": True, "gate_init": 0.5}, {"tables": "content"}])
+@pytest.mark.parametrize("options", [{"per_head": True, "gate_init": 0.5, "learned_scale": True, "lags": 2}, {"tables": "content"}])
 def test_tables_and_gate_stay_as_drawn(options: dict[str, Any], dataset: Dataset) -> None:
     """As training starts, RecTools draws all it knows of two dimensions or more: linear maps, but no tables."""
     model = make(epochs=1, **options)

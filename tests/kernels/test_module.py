@@ -81,7 +81,8 @@ def test_the_refine_scale_is_passed_on(call: str) -> None:
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_padded_packed_and_jagged_batches_agree(kind: tuple[str, str], per_head: bool, align: str) -> None:
-    module = make(*kind, per_head=per_head, learned_scale=not per_head, align=align, num_kv_heads=1)
+    more = {"lags": 2, "shift": True, "plain_heads": 1} if kind[0] == "additive" and per_head else {}
+    module = make(*kind, per_head=per_head, learned_scale=not per_head, align=align, num_kv_heads=1, **more)
     side = "left" if align == "right" else "right"
     x, lengths = draw(B, L, E), torch.tensor(LENGTHS, device=DEVICE)
     _, real = padded(x, side)
@@ -239,6 +240,18 @@ def test_decodes_under_autocast() -> None:
         torch.testing.assert_close(rows, module(x), rtol=2e-2, atol=2e-2)
 
 
+def test_lags_shift_and_plain_heads_are_those_of_the_operator() -> None:
+    module, x = make(lags=2, shift=True, plain_heads=1), draw(B, L, E)
+    assert module.lags is not None and module.lags.shape == (H, 2) and "lags" in module.state_dict()
+    assert RefinedMultiheadAttention(E, H, max_len=L, lags=2).lags.tolist() == [[0.5, 0.25]] * H
+    q, k, v = (a.unflatten(-1, (H, -1)).transpose(1, 2) for a in module.qkv(x).chunk(3, -1))
+    options = {"gate": module.gate, "lags": module.lags, "shift": True, "plain_heads": 1, "refinement": "additive"}
+    out = refined_attention(q, k, v, module.w_q[-L:], module.w_k[-L:], **options)
+    torch.testing.assert_close(module(x), module.out(out.transpose(1, 2).flatten(-2)))
+    with pytest.raises(ValueError, match="must have none of them for decoding"):
+        make(align="left", shift=True).make_cache(B, L)
+
+
 @pytest.mark.parametrize("options,name", [({"align": "right"}, "align"), ({"align": "left", "causal": False}, "causal")])
 def test_what_cannot_decode_says_so(options: dict, name: str) -> None:
     with pytest.raises(ValueError, match=rf"\b{name}\b is .*must be .*for decoding"):
@@ -334,7 +347,11 @@ def test_a_gate_may_be_fixed() -> None:
         ({"gate_init": 0.5, "gate": False}, "gate_init", ValueError),
         ({"gate": None}, "gate", TypeError),
         ({"table_std": -1.0}, "table_std", ValueError),
-        ({"table_std": None}, "table_std", TypeError),
+        ({"table_std": "1"}, "table_std", TypeError),
+        ({"lags": 8}, "lags", ValueError),
+        ({"lags": 1, "rank": 200}, "lags", ValueError),
+        ({"shift": True, "causal": False}, "shift", ValueError),
+        ({"plain_heads": H}, "plain_heads", ValueError),
         ({"table_init": "zeros"}, "table_init", ValueError),
         ({"learned_scale": 1}, "learned_scale", TypeError),
         ({"refine_scale": "1"}, "refine_scale", TypeError),

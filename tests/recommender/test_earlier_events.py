@@ -17,6 +17,11 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"refinement": "none", "suffix": 3},
     {"refinement": "none", "smeared_keys": True, "suffix": 2},
     {"refinement": "additive", "smeared_keys": True, "suffix": 5, "learned_gate": True, "tables": "content"},
+    {"refinement": "none", "shift": "added", "shift_gate": 2.0},
+    {"refinement": "none", "shift": "heads", "plain_heads": 1, "suffix": 3, "unigram": True},
+    {"refinement": "simple", "shift": "heads"},
+    {"refinement": "additive", "lags": 2, "learned_scale": True},
+    {"refinement": "additive", "lags": 3, "shift": "heads", "plain_heads": 1, "suffix": 3, "learned_gate": True},
 )
 
 
@@ -55,6 +60,7 @@ def test_half_precision_and_maps_agree_with_the_model(options: dict[str, Any]) -
     x = model.embed(torch.tensor([history]), where := _padded(len(history)))
     values = block.attention._split(block.attention.qkv(block.before_attention(x)))[2][0]
     attended = block.attention.out(torch.einsum("hij,jhd->ihd", weights, values).flatten(-2))
+    assert (weights != 0).any(-1)[:, 1:].all()
     torch.testing.assert_close(block.attention(block.before_attention(x), where)[0], attended, **EXACT)
 
 
@@ -80,8 +86,22 @@ def test_options_start_as_described_and_need_their_backbone() -> None:
     attention = AWRSR(num_items=ITEMS, suffix=3, smeared_keys=True, heads=2).blocks[0].attention
     assert attention.suffix_factors.tolist() == [[0.5, 0.25]] * 2
     assert attention.smear.sigmoid().tolist() == pytest.approx([0.047, 0.953], abs=1e-3)
-    with pytest.raises(ValueError, match="suffix is 5, must be at most 256 / hidden / heads = 64"):
-        AWRSRConfig(hidden=128, suffix=5)
-    for option in ({"suffix": 3}, {"smeared_keys": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(option))} is .*, which needs backbone 'sasrec'"):
-            AWRSRConfig(backbone="stosa", **option)
+    options = {"lags": 2, "shift": "heads", "shift_gate": 3.0, "plain_heads": 2, "heads": 4, "rank": 8}
+    attention = AWRSR(num_items=ITEMS, **options).blocks[0].attention
+    assert attention.lags.tolist() == [[0.5, 0.25]] * 4 and attention.shift_gate.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"hidden": 128, "suffix": 5}, "suffix is 5, must be at most 256 / hidden / heads = 64"),
+    ({"rank": 64, "lags": 4}, r"lags is 4, must be so small that \(lags \+ 1\) \* rank is at most 256; rank is 64"),
+    ({"plain_heads": 2}, "plain_heads is 2, must be below heads, 2"),
+    ({"refinement": "simple", "plain_heads": 1}, "plain_heads is 1, which needs refinement none or additive"),
+    ({"refinement": "value", "shift": "heads"}, "shift is 'heads', which needs another refinement than value"),
+    ({"shift": "added"}, "shift is 'added', which needs refinement none"),
+    ({"refinement": "none", "unigram": True, "suffix": 3}, "unigram is True, which needs shift heads"),
+    ({"backbone": "stosa", "suffix": 3}, "suffix is 3, which needs backbone 'sasrec'"),
+    ({"backbone": "stosa", "lags": 2}, "lags is 2, which needs backbone 'sasrec'"),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AWRSRConfig(**options)
