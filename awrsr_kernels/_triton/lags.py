@@ -14,7 +14,7 @@ from .primitives import load_factor, load_tile, locate_long, seats, store_tile
 from .problem import Problem
 from .reduce import Gradients
 
-ROWS = Config(32, 32, 4, 1)  # block_m rows at a time
+ROWS = Config(16, 16, 4, 1)  # block_m rows at a time
 
 
 @triton.jit

@@ -82,11 +82,12 @@ def higher_weights(
         if STOCHASTIC:
             v_cov_tile = dot((first * first).to(DTYPE), v_cov_tile, PRECISION).to(DTYPE)
     scores = score_tile(q_a, k_a, POINTS, PRECISION)
-    for lag in tl.range(1, LAGS + 1):  # unrolled, the backward would spill more
-        move = move_down(first_row, lag, first.shape[0], DTYPE)
-        q_before, k_before = dot(move, q_a, PRECISION).to(DTYPE), dot(move, k_a, PRECISION).to(DTYPE)
-        factor = load_factor(lags_ptr, lags_head, head, lag, scores.dtype)
-        scores += factor * dot(q_before, tl.trans(k_before), PRECISION)
+    if LAGS > 0:
+        for lag in tl.range(1, LAGS + 1):  # unrolled, the backward would spill more
+            move = move_down(first_row, lag, first.shape[0], DTYPE)
+            q_before, k_before = dot(move, q_a, PRECISION).to(DTYPE), dot(move, k_a, PRECISION).to(DTYPE)
+            factor = load_factor(lags_ptr, lags_head, head, lag, scores.dtype)
+            scores += factor * dot(q_before, tl.trans(k_before), PRECISION)
     higher = softmax_of(scores, visible, scale)
     return higher, q_a, k_a, w_q_tile, w_k_tile, v_tile, v_cov_tile
 
