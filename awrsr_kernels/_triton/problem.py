@@ -163,11 +163,14 @@ class Problem:
         stride = 0 if lags is None or lags.shape[0] == 1 else lags.stride(0)
         return {"lags_ptr": lags, "lags_head": stride, "LAGS": self.compared - 1}
 
+    def followed(self) -> dict[str, Any]:
+        """Lags, shift and plain heads, for the short kernels."""
+        plain = self.call.plain_heads
+        options = {"plain_heads": plain, "SHIFT": self.call.shift, "PLAIN": plain > 0 and self.call.refinement == "additive"}
+        return self.lag_arguments() | options
+
     def refinement(self) -> dict[str, Any]:
-        return self.lag_arguments() | {
-            "plain_heads": self.call.plain_heads,
-            "SHIFT": self.call.shift,
-            "PLAIN": self.call.plain_heads > 0 and self.call.refinement == "additive",
+        return {
             "REFINEMENT": self.call.refinement,
             "STOCHASTIC": self.call.stochastic,
             "gate_ptr": self.gate,

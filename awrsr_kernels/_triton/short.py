@@ -419,7 +419,7 @@ def launch_short_forward(problem: Problem, outs: list[Tensor] | None = None) -> 
             out=p.view(outs[0]), out_cov=p.covariance_view(outs[-1]),
             reach=p.short_reach(), batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
             BLOCK_L=config.block_m, OFFSET=p.offset_type(config.block_m, *outs),
-            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.followed(), **p.widths,
         ),
     )  # fmt: skip
     return outs
@@ -444,7 +444,7 @@ def launch_short_backward(problem: Problem, douts: list[Tensor], gradients: Grad
             dgate_ptr=gradients.gate_parts(splits), dlags_ptr=gradients.lag_parts(splits), reach=p.short_reach(),
             batch=p.batch, heads=p.heads, run=run, GROUP=p.group,
             SHIFTED=p.bounds is not None or 2 * p.call.max_len <= block, BLOCK_L=block, OFFSET=p.offset_type(block, *douts),
-            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.widths,
+            **p.tensors, **p.sequences, **p.dropout, **p.refinement(), **p.followed(), **p.widths,
         ),
     )  # fmt: skip
     return gradients

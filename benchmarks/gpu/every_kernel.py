@@ -2,7 +2,8 @@
 
 The calls run forward and backward, with dropout, at a window for each of the regimes: short, resident and tiled. Sanitizers are
 slow, so there are few calls: every refinement padded, additive also packed, and one call with grouped queries. Stochastic
-attention, which has no resident regime, is only packed. A few steps are decoded.
+attention, which has no resident regime, is only packed. With lags, shift and a plain head there is a call for the short and one
+for the tiled regime. A few steps are decoded.
 
     python -m benchmarks.gpu.every_kernel
     compute-sanitizer --tool racecheck python -m benchmarks.gpu.every_kernel --batch 12 --processors 1
@@ -26,7 +27,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from awrsr_kernels import RefinedCache, refined_attention_prefill, refined_attention_step
+from awrsr_kernels import RefinedCache, refined_attention, refined_attention_prefill, refined_attention_step
 from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 from awrsr_kernels.tuned import replace_file
 
@@ -36,7 +37,9 @@ from ..operator.providers import ours
 from ..operator.workloads import BACKBONES, DOT, OPERATOR, STOCHASTIC, Shape, Task, build
 
 WINDOWS = {DOT: (20, 160, 320), STOCHASTIC: (20, 160)}  # one for each regime
-CALLS = ("padded", "packed", "grouped", "decoding")
+CALLS = ("padded", "packed", "grouped", "lagged", "decoding")
+LAGGED = (20, 160)  # windows of lagged calls, short and tiled
+OPTIONS: dict[str, Any] = {"shift": True, "plain_heads": 1}  # of lagged calls
 
 
 def problems(
@@ -69,6 +72,24 @@ def run(problem: tuple[Task, str]) -> None:
         assert all(torch.isfinite(x).all() for x in found)
 
 
+def lagged(batch: int, windows: Sequence[int], heads: int, dim: int, dtype: str, device: str) -> None:
+    """Forward and backward with two lags, shifted, a plain head beside others; histories of many lengths."""
+    for window in windows:
+
+        def new(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device).to(getattr(torch, dtype)).requires_grad_()
+
+        heads = max(heads, 2)
+        lengths = torch.tensor([window - 7 * i % window for i in range(batch)], device=device)
+        given = [*(new(batch, heads, window, dim) for _ in "qkv"), *(new(window, min(dim, 64)) for _ in "qk")]
+        gate, lags = new(heads), new(heads, 2)
+        out = refined_attention(
+            *given, refinement="additive", gate=gate, lags=lags, lengths=lengths, dropout_p=0.1, backend="triton", **OPTIONS
+        )
+        found = torch.autograd.grad(out.sum(), [*given, gate, lags])
+        assert all(torch.isfinite(x).all() for x in (out, *found))
+
+
 def decode(batch: int, heads: int, dim: int, dtype: str, device: str) -> None:
     """A prompt and a step of every refinement with both kinds of tables; entries of different lengths, the first of 40 items."""
     lengths = torch.tensor([40 - 7 * i % 40 for i in range(batch)], device=device)
@@ -76,14 +97,18 @@ def decode(batch: int, heads: int, dim: int, dtype: str, device: str) -> None:
     def new(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device=device).to(getattr(torch, dtype))
 
-    for refinement, tables in itertools.product(REFINEMENTS, ("position", "content")):
+    kinds = [(*kind, False) for kind in itertools.product(REFINEMENTS, ("position", "content"))]
+    for refinement, tables, lagged in [*kinds, ("additive", "position", heads > 1)]:
         sizes: dict[str, Any] = {"heads": heads, "head_dim": dim, "rank": dim, "refinement": refinement, "tables": tables}
+        options = OPTIONS | {"lags": torch.tensor([0.5, 0.25], device=device)} if lagged else {}
+        sizes["lags"] = 2 * lagged
         cache = RefinedCache(batch, 64, dtype=getattr(torch, dtype), device=device, **sizes)
         position = new(64, dim), new(64, dim)
         for length, call in ((40, functools.partial(refined_attention_prefill, lengths=lengths)), (1, refined_attention_step)):
             q, k, v, *content = (new(batch, heads, length, dim) for _ in range(5))
             w_q, w_k = content if tables == "content" else position
-            assert torch.isfinite(call(q, k, v, w_q, w_k, cache, backend="torch" if length > 1 else "triton")).all()
+            backend = "torch" if length > 1 else "triton"
+            assert torch.isfinite(call(q, k, v, w_q, w_k, cache, backend=backend, **options)).all()
 
 
 def pretend(processors: int | None) -> None:
@@ -151,7 +176,8 @@ def main() -> int:
     for backbone in (BACKBONES[name] for name in options.backbone):
         windows = options.windows or WINDOWS[backbone]
         todo += problems(options.batch, windows, *sizes, backbone, options.refinement, options.calls)
-    steps = [functools.partial(decode, options.batch, *sizes)] if "decoding" in options.calls else []
+    steps = [functools.partial(lagged, options.batch, LAGGED, *sizes)] if "lagged" in options.calls else []
+    steps += [functools.partial(decode, options.batch, *sizes)] if "decoding" in options.calls else []
     pretend(options.processors)
     if options.processes > 1:
         workers = min(options.processes, len(todo))
@@ -162,7 +188,8 @@ def main() -> int:
             run(problem)
     for step in steps:
         step()
-    print(f"{len(todo)} calls, forward and backward{', and steps of decoding' * len(steps)}")
+    more = {"lagged": ", lagged ones", "decoding": ", steps of decoding"}
+    print(f"{len(todo)} calls, forward and backward{''.join(text for name, text in more.items() if name in options.calls)}")
     if options.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for problem in todo:

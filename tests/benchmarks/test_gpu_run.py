@@ -263,10 +263,10 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
         pytest.skip("shapes for the interpreter; on a GPU the script itself runs")
     pytest.importorskip("triton", reason="needs Triton")
-    from awrsr_kernels._triton import decode, problem, reduce, resident, resident_bwd, short, tiled, tiled_bwd
+    from awrsr_kernels._triton import decode, lags, problem, reduce, resident, resident_bwd, short, tiled, tiled_bwd, tiled_tables
 
     reached, there = set(), set()
-    for module in (decode, reduce, resident, resident_bwd, short, tiled, tiled_bwd):
+    for module in (decode, lags, reduce, resident, resident_bwd, short, tiled, tiled_bwd, tiled_tables):
         there |= {name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")}
 
         def watch(kernel: Any, *rest: Any, launch: Any = module.launch, **arguments: Any) -> None:
@@ -281,9 +281,10 @@ def test_every_kernel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = every_kernel.problems(2, (4, 20, 30), 1, 16, "float32", "cpu")
     for each in problems:
         every_kernel.run(each)
-    every_kernel.decode(2, 1, 16, "float32", "cpu")
+    every_kernel.lagged(2, (4, 30), 2, 16, "float32", "cpu")
+    every_kernel.decode(2, 2, 16, "float32", "cpu")
     assert len(problems) == 3 * (4 + 1) + 1 and all(task.dropout_p > 0 for task, _ in problems)
-    assert reached == there and len(there) == 11
+    assert reached == there and len(there) == 13
 
 
 def test_each_window_is_of_a_regime() -> None:

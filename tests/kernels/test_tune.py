@@ -134,11 +134,11 @@ TINY = TuningCase(3, 2, 9, 8, 8, torch.float32, "additive", 0.2, ragged=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """Kernels by name with the configuration that each is launched with."""
     pytest.importorskip("triton", reason="needs Triton")
-    from awrsr_kernels._triton import resident, resident_bwd, short, tiled, tiled_bwd
+    from awrsr_kernels._triton import resident, resident_bwd, short, tiled, tiled_bwd, tiled_tables
 
     seen: list[tuple[str, Config]] = []
     inner = short.launch
-    for module in (short, resident, resident_bwd, tiled, tiled_bwd):
+    for module in (short, resident, resident_bwd, tiled, tiled_bwd, tiled_tables):
 
         def launch(kernel, grid, config, device, **arguments) -> None:  # type: ignore[no-untyped-def]
             block = arguments.get("BLOCK_L") or arguments.get("BLOCK") or (arguments["BLOCK_M"], arguments["BLOCK_N"])
