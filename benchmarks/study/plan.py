@@ -12,13 +12,22 @@ KEY = ("dataset", "backbone", "variant", "refinement", "tables", "layers", "loss
 REMOVED = ("correlation_norm", "table_rate")  # options that training no longer has: their runs stay, and TAG can repeat them
 TAG = "study-1"
 
-# How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md
-DATA: dict[str, dict[str, Any]] = {"wikipedia": {"collapse": True, "min_user_events": 5}}
+# How a data set is read, and what suits it whatever the attention: found for plain attention, see docs/study.md; of those with a
+# holdout, as docs/study-plan.md says
+HOLDOUT = {"jazz": 2, "nottingham": 8, "python": 2, "oneill": 8, "essen": 4, "redis": 3, "loans": 4, "sepsis": 4}
+HOLDOUT |= {"wikispeedia": 1, "assistments": 3}
+DATA: dict[str, dict[str, Any]] = {name: {"split": "last-n", "holdout": count} for name, count in HOLDOUT.items()}
+DATA["wikipedia"] = {"collapse": True, "min_user_events": 5}
+EPOCHS = {"jazz": 14, "nottingham": 14, "python": 10, "oneill": 10, "essen": 5, "redis": 10, "loans": 4, "sepsis": 20}
+EPOCHS |= {"wikispeedia": 6, "assistments": 6}
 BASE = {
     "beauty": "--epochs 25 --patience 5",
     "lastfm": "--batch-size 32 --epochs 60",
     "wikipedia": "--batch-size 32 --epochs 60 --hidden-dropout 0.2 --attention-dropout 0 --init copy",
     "synthetic": "--no-baseline",
+} | {
+    name: f"--schedule cosine --batch-size 32 --attention-dropout 0.1 --filter-seen no --epochs {count}"
+    for name, count in EPOCHS.items()
 }
 
 # As STOSA's authors have it, except for the loss, the window and more dropout

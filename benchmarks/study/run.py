@@ -2,14 +2,16 @@
 
     python benchmarks/study.py --folder data                       # everything; takes hours
     python benchmarks/study.py --only core --datasets wikipedia    # some cells
+    python benchmarks/study.py --only second-order                 # what docs/study-plan.md plans for the README's table
     python benchmarks/study.py --budget 60 --jobs 2                # as much as fits in an hour; rerun the command to continue
     python benchmarks/study.py --list                              # list what is done and what is missing
 
 A cell is one `awrsr train` command, run with several seeds. A finished run becomes an entry of study.json, and its ranks of the
 held-out events become a row of study_ranks.parquet. Finished runs are not repeated; a stopped run resumes from its last epoch.
-study_defaults.json stores the defaults of the options that the commands leave out; if one has changed, the study stops with an
-error. Cells with an option that has since been removed keep their results and are not run. Validation NDCG@10 chooses the epoch,
-and test events are ranked once. `study_report.py` turns these files into a report with pictures.
+study_defaults.json stores the defaults of the options that the commands leave out, and what presets set; if one has changed, the
+study stops with an error. Cells with an option that has since been removed keep their results and are not run. Validation NDCG@10
+chooses the epoch, and test events are ranked once. The groups second-order and second-order-more search first, and then run what
+the search chose. `study_report.py` turns these files into a report with pictures.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from tqdm import tqdm
 from awrsr.files import atomic, read_json, write_json
 from awrsr_kernels.tuning.arguments import whole
 from benchmarks.common.report import commit, device_name, versions
+from benchmarks.study import second_order
 from benchmarks.study.plan import DATA, GROUPS, KEY, REMOVED, TAG, Cell, plan
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/study"
@@ -60,10 +63,12 @@ class Results:
         return [entry for seed in range(cell.seeds) if (entry := self.of(cell, seed))]
 
     def add(self, entry: dict[str, Any], test: pl.DataFrame, popularity: np.ndarray) -> None:
-        """Add an entry, and for each target its rank, the length of its history and how often its item is trained on."""
+        """Add an entry, and for each target its rank, its user, the length of its history and how often its item is trained on."""
         key = {name: entry[name] for name in RUN_KEY}
         ranks = pl.DataFrame([key | {"ranks": test["rank"].clip(upper_bound=DEEPEST).to_list()}])
+        users = (test["user"].rank("dense") - 1).to_list()  # numbered as they are sorted
         targets = {"dataset": entry["dataset"], "history": test["position"].to_list(), "popularity": popularity.tolist()}
+        targets["user"] = users
         with self.lock:
             self.entries[run_key(entry)] = entry
             self.ranks = _replaced(self.ranks, ranks.with_columns(pl.col("ranks").cast(pl.List(pl.UInt8))), RUN_KEY)
@@ -82,15 +87,19 @@ def run_key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _replaced(table: pl.DataFrame | None, row: pl.DataFrame, key: tuple[str, ...]) -> pl.DataFrame:
     """The table with a row added; it replaces a row with the same key."""
-    return row if table is None else pl.concat([table.join(row, on=key, how="anti"), row]).sort(key)
+    if table is None:
+        return row
+    return pl.concat([table.join(row, on=key, how="anti"), row], how="diagonal_relaxed").sort(key)  # older rows may lack columns
 
 
 def defaults() -> dict[str, dict[str, Any]]:
-    """The defaults of `awrsr train`, with data and without."""
+    """The defaults of `awrsr train`, with data and without, and what its presets set."""
     from awrsr.cli import parser
+    from awrsr.presets import PRESETS
 
     taken = {name: vars(parser(demo).parse_args(["train"]).train) for name, demo in (("data", False), ("no data", True))}
-    return {name: {k: v for k, v in each.items() if k not in ("config", "out")} for name, each in taken.items()}
+    presets = {f"preset {name}": dict(preset.options) for name, preset in PRESETS.items()}
+    return {name: {k: v for k, v in each.items() if k not in ("config", "out")} for name, each in taken.items()} | presets
 
 
 def keep_defaults(folder: Path) -> list[str]:
@@ -174,8 +183,9 @@ def popularity(cell: Cell, file: Path | None, test: pl.DataFrame) -> np.ndarray:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--folder", type=Path, help="Folder with beauty.txt, lastfm.txt and wikipedia.txt (default: they are downloaded).")
-    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="Parts of the plan to run (default: all, in this order).")
+    add("--folder", type=Path, help="Folder with beauty.txt, jazz.txt and so on (default: they are downloaded).")
+    groups = [*second_order.GROUPS, *GROUPS]
+    add("--only", nargs="+", choices=groups, default=groups, help="Parts of the plan to run (default: all, in this order).")
     add("--datasets", nargs="+", default=[], help="Run only cells of these data sets.")
     add("--cells", nargs="+", default=[], help="Run only cells whose name contains one of these words.")
     add(
@@ -190,18 +200,14 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=Path, default=RESULTS, help="Folder of study.json (default: %(default)s).")
     add("--list", action="store_true", help="List what is done and what is missing, and run nothing.")
     options = parser.parse_args(arguments)
-    cells = [cell for cell in plan() if cell.group in options.only and (not options.datasets or cell.dataset in options.datasets)]
-    cells = [cell for cell in cells if not options.cells or any(word in cell.name for word in options.cells)]
+    results = Results(options.out)
+    cells = selected(options, results)
     if not cells:
         parser.error("no cell of the plan matches --only, --datasets and --cells; --list without them shows all cells")
-    results = Results(options.out)
     if options.list:
         for cell in cells:
-            print(f"{cell.group:8} {cell.name:64} {len(results.done(cell))} of {cell.seeds} seeds")
+            print(f"{cell.group:17} {cell.name:64} {len(results.done(cell))} of {cell.seeds} seeds")
         return 0
-    wanted = [(cell, seed) for cell in cells for seed in range(min(cell.seeds, options.seeds or cell.seeds))]
-    wanted.sort(key=lambda each: (options.only.index(each[0].group), each[1] > 0, each[1] > 2))  # a first look at all cells first
-    missing = [(cell, seed) for cell, seed in wanted if results.of(cell, seed) is None]
     try:
         with FileLock(options.out / ".study.lock", timeout=0):
             if changed := keep_defaults(options.out):
@@ -209,14 +215,41 @@ def main(arguments: list[str] | None = None) -> int:
                     f"out is {options.out}, whose runs were made with other defaults of `awrsr train`: {'; '.join(changed)}. "
                     f"Add the old values to the commands of plan and entries and delete {DEFAULTS}, or use another folder"
                 )
-            return run_all(missing, len(wanted), options, results)
+            end = time.monotonic() + 60 * options.budget if options.budget else float("inf")
+            search = [(cell, 0) for cell in cells if second_order.searching(cell)]
+            failed = run_all(search, end, options, results) if search else 0
+            cells = selected(options, results)  # those that the search chose have more seeds now
+            return run_all([(cell, seed) for cell in cells for seed in seeds(cell, options)], end, options, results) or failed
     except Timeout:
         parser.error(f"out is {options.out}, where another study.py is running: wait until it ends; --jobs gives it more processes")
 
 
-def run_all(missing: list[tuple[Cell, int]], total: int, options: argparse.Namespace, results: Results) -> int:
-    """Run what is missing while the budget lasts. A failed run does not stop the others; it makes the status 1."""
-    end = time.monotonic() + 60 * options.budget if options.budget else float("inf")
+def selected(options: argparse.Namespace, results: Results) -> list[Cell]:
+    """The cells that the command asks for."""
+    cells = [cell for cell in (*second_order.cells(results), *plan()) if cell.group in options.only]
+    cells = [cell for cell in cells if not options.datasets or cell.dataset in options.datasets]
+    return [cell for cell in cells if not options.cells or any(word in cell.name for word in options.cells)]
+
+
+def seeds(cell: Cell, options: argparse.Namespace) -> range:
+    return range(min(cell.seeds, options.seeds or cell.seeds))
+
+
+def in_order(wanted: list[tuple[Cell, int]], groups: list[str]) -> list[tuple[Cell, int]]:
+    """A first look at all cells first; those of the second order in their own order."""
+
+    def place(each: tuple[Cell, int]) -> tuple[int, ...]:
+        cell, seed = each
+        own = second_order.rank(cell, seed) if cell.group in second_order.GROUPS else (seed > 0, seed > 2)
+        return groups.index(cell.group), *own
+
+    return sorted(wanted, key=place)
+
+
+def run_all(wanted: list[tuple[Cell, int]], end: float, options: argparse.Namespace, results: Results) -> int:
+    """Run what is missing until the time `end`. A failed run does not stop the others; it makes the status 1."""
+    missing = [(cell, seed) for cell, seed in in_order(wanted, options.only) if results.of(cell, seed) is None]
+    total = len(wanted)
     failed: list[str] = []
     runnable = [(cell, seed) for cell, seed in missing if not cell.removed]
     if len(runnable) < len(missing):

@@ -16,6 +16,7 @@ from benchmarks.study import gains as study_gains
 from benchmarks.study import plan as study_plan
 from benchmarks.study import report as study_report
 from benchmarks.study import run as study
+from benchmarks.study import second_order
 from benchmarks.study import tables as study_tables
 from benchmarks.study.plan import Cell
 from benchmarks.study.run import Results
@@ -28,6 +29,7 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
     found = [Cell("core", "lastfm", kind, layers, seeds=5) for layers in (1, 2) for kind in ("none", "additive")]
     for module in (study, study_gains, study_tables):
         monkeypatch.setattr(module, "plan", lambda: found)
+    monkeypatch.setattr(second_order, "cells", lambda results: [])
     monkeypatch.setattr(study_gains, "RESAMPLES", 200)
     monkeypatch.setattr(study_gains, "FLIPS", 5000)
     return found
@@ -187,16 +189,20 @@ def test_the_list_says_what_is_missing(
 
 
 def test_names_of_cells_are_names_of_folders_and_differ() -> None:
-    found = study_plan.plan()
+    found = [*study_plan.plan(), *second_order.cells(Results(study.RESULTS))]
     assert len({cell.name for cell in found}) == len(found) == len({cell.key() for cell in found})
-    assert not any(set(cell.name) & set(" ,/") for cell in found) and {cell.group for cell in found} <= set(study_plan.GROUPS)
+    assert not any(set(cell.name) & set(" ,/") for cell in found) and {cell.group for cell in found} <= {
+        *study_plan.GROUPS,
+        *second_order.GROUPS,
+    }
 
 
 def test_every_cell_is_a_command_that_training_takes() -> None:
     from awrsr.cli import parser
 
     takes = parser()
-    for cell in (cell for cell in study_plan.plan() if not cell.removed):
+    planned = [*study_plan.plan(), *second_order.cells(Results(study.RESULTS))]
+    for cell in (cell for cell in planned if not cell.removed):
         parsed = takes.parse_args(["train", *cell.arguments(3)])
         assert parsed.train.refinement == cell.refinement and parsed.train.seed == 3
 
