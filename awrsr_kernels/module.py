@@ -297,21 +297,20 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         dtype: dtype of the linear maps' output; default that of their weights, or the dtype of autocast if it is on.
 
         Raises:
-            ValueError: the module is not causal; it has lags, shift or plain_heads; or it has position tables with align "right",
-                where every new position shifts the rows.
+            ValueError: the module is not causal, or has position tables with align "right", where every new position shifts the
+                rows.
         """
         if unknown:
             habits.refuse(RefinedMultiheadAttention.make_cache, unknown)
         if not self.causal:
             checks.refuse("causal", "False", "True for decoding")
-        if self.shift or self.plain_heads or getattr(self, "lags", None) is not None:
-            raise ValueError("the module has lags, shift or plain_heads; it must have none of them for decoding")
         if self.max_len is not None and self.align == "right":
             checks.refuse("align", '"right"', '"left" for decoding with position tables, or tables="content"')
-        weight = self._weight()
+        weight, lags = self._weight(), self._weight_options()["lags"]
         return RefinedCache(
             batch, capacity, heads=self.num_heads, kv_heads=self.num_kv_heads, head_dim=self.head_dim, rank=self.rank,
-            refinement=self.refinement, tables=self.tables, dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
+            refinement=self.refinement, tables=self.tables, lags=0 if lags is None else lags.shape[1],
+            dtype=dtype or autocast(weight[:0]).dtype, device=weight.device,
         )  # fmt: skip
 
     @habits.own_signature
@@ -345,7 +344,8 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
             checks.refuse("cache", f"for {cache.refinement}, tables {cache.tables}", must)
         with multihead.onloaded(self, x) as x:
             q, k, v = (a.transpose(1, 2) for a in self._split(self.qkv(x)))
-            options = {"gate": self.gate, "refine_scale": self.refine_scale, "align": self.align, "backend": self.backend}
+            options = self._weight_options() | {"align": self.align, "backend": self.backend}
+            options = {name: x for name, x in options.items() if name not in ("refinement", "causal")}  # the cache's, and True
             out = call(q, k, v, cache=cache, **self._cached_tables(x), **where, **options)
             return self.out(out.transpose(1, 2).flatten(-2))
 

@@ -52,6 +52,9 @@ def refine(
     tables: str = "content",
     per_head: bool = True,
     gate: bool = True,
+    lags: int = 0,
+    shift: bool = False,
+    plain_heads: int = 0,
     max_positions: int | None = None,
     **unknown: NoReturn,
 ) -> PreTrainedModel:
@@ -69,6 +72,8 @@ def refine(
             "position" (row j is learned for the j-th real token).
         per_head: whether each query head has tables of its own.
         gate: "additive" alone: whether each head learns a gate, from zero; otherwise it is 1.
+        lags: A in 0..7, how many earlier positions higher-order weights compare as well, by learned factors (`refined_attention`).
+        shift, plain_heads: as in `refined_attention`. Heads that are shifted change the model at once.
         max_positions: rows N of position tables, default the config's `max_position_embeddings`.
 
     Returns:
@@ -105,8 +110,19 @@ def refine(
         "gate": checks.flag("gate", gate) and refinement == "additive",
         "max_positions": positions,
     }
+    settings |= _following(settings, lags, shift, plain_heads, model.config.num_attention_heads)
     _install(model, attentions, settings)
     return model
+
+
+def _following(settings: dict[str, Any], lags: int, shift: bool, plain_heads: int, heads: int) -> dict[str, Any]:
+    """The settings of lags, shift and plain heads, checked; those that are off are left out, as in models saved earlier."""
+    lags, refinement = checks.whole("lags", lags, 0, checks.MAX_LAGS), settings["refinement"]
+    if (width := (lags + 1) * settings["rank"]) > checks.MAX_FEATURES:
+        checks.refuse("lags", str(lags), f"so few that (lags + 1) * rank, now {width}, is at most {checks.MAX_FEATURES}")
+    found = {"lags": lags, "shift": checks.shift(shift, refinement, True)}
+    found["plain_heads"] = checks.plain_heads(plain_heads, refinement, heads)
+    return {name: value for name, value in found.items() if value}
 
 
 def load(path: str, *, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
@@ -175,7 +191,7 @@ def _packed(parts: Parts, tables: Tables, packing: Packing, scale: float, dropou
     w_q, w_k = tables.packed(packing.longest)
     out = refined_attention_varlen(
         q, k, v, w_q, w_k, packing.bounds.to(q.device), packing.longest, align="left",
-        refinement=tables.refinement, gate=tables.gate, softmax_scale=scale, dropout_p=dropout,
+        refinement=tables.refinement, softmax_scale=scale, dropout_p=dropout, **tables.options,
     )  # fmt: skip
     return out.unflatten(0, (batch, -1)).contiguous()
 

@@ -33,6 +33,7 @@ from .decoders import (
     {"refinement": "additive", "tables": "position", "per_head": False},
     {"refinement": "simple", "tables": "position"},
     {"refinement": "value", "layers": [1]},
+    {"tables": "position", "lags": 2, "shift": True, "plain_heads": 1},
 ], ids=str)  # fmt: skip
 def test_generation_with_the_cache_equals_generation_without(make: Any, beams: int, options: dict[str, Any]) -> None:
     model, given = trained(make(), **options), padded([9, 4, 6], "left")

@@ -136,10 +136,11 @@ class RefinedCacheLayer(CacheLayerMixin):
         self.rows = self._new_rows(
             q.shape[0], q.shape[2], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[-1], value_dim=v.shape[-1],
             rank=w_q.shape[-1], refinement=tables.refinement, tables=kept, dtype=v.dtype, device=v.device,
+            lags=0 if tables.lags is None else tables.lags.shape[1],
         )  # fmt: skip
         w_q, w_k = (tables.w_q, tables.w_k) if tables.content else tables.whole()
         return refined_attention_prefill(
-            q, k, v, w_q, w_k, self.rows, gate=tables.gate, lengths=padding.lengths, padding_side=padding.side, softmax_scale=scale
+            q, k, v, w_q, w_k, self.rows, lengths=padding.lengths, padding_side=padding.side, softmax_scale=scale, **tables.options
         )
 
     def _new_rows(self, batch: int, length: int, **sizes: Any) -> RefinedCache:
@@ -162,7 +163,7 @@ class RefinedCacheLayer(CacheLayerMixin):
         outs = []
         for at in range(parts[0].shape[2]):
             q, k, v = (x[:, :, at : at + 1] for x in parts)
-            outs.append(self._step((q, k, v), *self._rows_of(tables, at, q.shape[1]), tables.gate, scale))
+            outs.append(self._step((q, k, v), *self._rows_of(tables, at, q.shape[1]), tables.options, scale))
         return torch.cat(outs, 2)
 
     def _rows_of(self, tables: Tables, at: int, heads: int) -> tuple[Tensor, Tensor]:
@@ -177,10 +178,10 @@ class RefinedCacheLayer(CacheLayerMixin):
             checks.refuse("max_positions", str(limit), f"at least the {longest} positions of the input")
         return tables.at(items[:, None], heads)
 
-    def _step(self, parts: Parts, w_q: Tensor, w_k: Tensor, gate: Tensor | None, scale: float) -> Tensor:
+    def _step(self, parts: Parts, w_q: Tensor, w_k: Tensor, options: dict[str, Any], scale: float) -> Tensor:
         assert self.rows is not None
         q, k, v = parts
-        return refined_attention_step(q, k, v, w_q, w_k, self.rows, gate=gate, softmax_scale=scale)
+        return refined_attention_step(q, k, v, w_q, w_k, self.rows, softmax_scale=scale, **options)
 
     def reset(self) -> None:
         self.length = 0 if self.prefix is None else self.prefix.length
@@ -265,8 +266,8 @@ class StaticRefinedLayer(RefinedCacheLayer):
     def _new_rows(self, batch: int, length: int, **sizes: Any) -> RefinedCache:
         return RefinedCache(batch, self.max_cache_len, **sizes)
 
-    def _step(self, parts: Parts, w_q: Tensor, w_k: Tensor, gate: Tensor | None, scale: float) -> Tensor:
-        out = super()._step(parts, w_q, w_k, gate, scale)
+    def _step(self, parts: Parts, w_q: Tensor, w_k: Tensor, options: dict[str, Any], scale: float) -> Tensor:
+        out = super()._step(parts, w_q, w_k, options, scale)
         self._fix()
         return out
 
@@ -305,8 +306,8 @@ def attend(parts: Parts, tables: Tables, padding: Padding, scale: float, dropout
     """Attention of a whole window, without a cache."""
     (q, k, v), (w_q, w_k) = parts, tables.padded(parts[0], padding)
     return refined_attention(
-        q, k, v, w_q, w_k, refinement=tables.refinement, gate=tables.gate, lengths=padding.lengths, padding_side=padding.side,
-        softmax_scale=scale, dropout_p=dropout,
+        q, k, v, w_q, w_k, refinement=tables.refinement, lengths=padding.lengths, padding_side=padding.side,
+        softmax_scale=scale, dropout_p=dropout, **tables.options,
     )  # fmt: skip
 
 

@@ -20,12 +20,20 @@ class Tables(NamedTuple):
     w_q: Tensor  # content: (B, H, L, R), the rows of the pass; position: (H, N, R), or (1, N, R) shared by the heads
     w_k: Tensor
     gate: Tensor | None
+    lags: Tensor | None
     refinement: str
     content: bool
+    shift: bool
+    plain_heads: int
 
     @property
     def learn(self) -> bool:
-        return any(x is not None and x.requires_grad for x in self[:3])
+        return any(x is not None and x.requires_grad for x in self[:4])
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What prompts, steps and whole windows take beside the tables."""
+        return {"gate": self.gate, "lags": self.lags, "shift": self.shift, "plain_heads": self.plain_heads}
 
     def padded(self, q: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
         """W_q and W_k for a window of queries (B, H, L, D): (B, H, L, R); or (H, L, R) or (L, R) from position tables without
@@ -66,7 +74,8 @@ class RefinedTables(nn.Module):
     """The learned part of one refined layer: tables W_q and W_k and, with a gate, one number per head.
 
     Parameters w_q and w_k: (H, R, E), or (1, R, E) shared by the heads, for "content"; (H, N, R) or (1, N, R) for "position". They
-    are drawn so that rows have variance 1 (content: for inputs that have). Parameter gate: (H,), zero at first, or None.
+    are drawn so that rows have variance 1 (content: for inputs that have). Parameter gate: (H,), zero at first, or None. Parameter
+    lags: (H, A), 1/2, 1/4, ... at first, or None.
 
     Other code (accelerate, PEFT, FSDP) may replace the parameters while `forward` runs, so nothing else may read them.
     """
@@ -81,6 +90,9 @@ class RefinedTables(nn.Module):
         factory: Any = {"device": next(attention.parameters()).device, "dtype": dtype}
         self.w_q, self.w_k = (nn.Parameter(torch.empty(count, *shape, **factory)) for _ in range(2))
         self.gate = nn.Parameter(torch.empty(self.heads, **factory)) if settings["gate"] else None
+        lags = settings.get("lags", 0)  # models that were saved before there were any do not say
+        self.lags = nn.Parameter(torch.empty(self.heads, lags, **factory)) if lags else None
+        self.shift, self.plain_heads = settings.get("shift", False), settings.get("plain_heads", 0)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -90,11 +102,13 @@ class RefinedTables(nn.Module):
             initialization.normal_(w, std=self.hidden_size**-0.5 if self.content else 1.0)
         if self.gate is not None:
             initialization.zeros_(self.gate)
+        if self.lags is not None:
+            initialization.copy_(self.lags, (0.5 ** torch.arange(1, self.lags.shape[1] + 1)).expand_as(self.lags))
 
     def forward(self, hidden: Tensor) -> Tables:
         """hidden: (B, L, E), the attention module's input."""
         w_q, w_k = (self._rows(hidden, w) if self.content else w for w in (self.w_q, self.w_k))
-        return Tables(w_q, w_k, self.gate, self.refinement, self.content)
+        return Tables(w_q, w_k, self.gate, self.lags, self.refinement, self.content, self.shift, self.plain_heads)
 
     def _rows(self, hidden: Tensor, w: Tensor) -> Tensor:
         rows = F.linear(hidden, w.flatten(0, 1).to(hidden.dtype)).unflatten(-1, w.shape[:2])  # (B, L, 1 or H, R)
