@@ -124,7 +124,7 @@ def cells(results: Made) -> list[Cell]:
 def rank(each: Cell, seed: int) -> tuple[int, ...]:
     """Runs are made in the order of this: first a look at all contestants with the usual setting, then the rest of the search, then
     seed by seed; each of these where refinement is predicted to win, and then elsewhere."""
-    searching = each.seeds == 1 and each.variant not in NAMES
+    searching = not seed and each.variant not in NAMES
     return each.dataset not in PREDICTED, seed, searching, DATASETS.index(each.dataset)
 
 

@@ -1,0 +1,150 @@
+"""Tables and the picture of the second order."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from awrsr.evaluation.compare import LEVEL
+from benchmarks.study.gains import METRIC, Gain, Runs, contrast
+from benchmarks.study.plan import SEEDS
+from benchmarks.study.plots import GREEN, GREY, draw, style
+from benchmarks.study.second_gains import HEADROOM, Second, criteria
+from benchmarks.study.second_order import DATASETS, FEW, NAMES, PREDICTED, SETTINGS, compared, planned
+from benchmarks.study.tables import grid
+
+MARKS = ("<!-- second order: begin -->", "<!-- second order: end -->")  # of the part of a page that the report writes
+OTHERS = tuple(dataset for dataset in DATASETS if dataset not in PREDICTED)
+
+
+def marked(page: str, text: str) -> str:
+    """A page with the part between the marks replaced; a page without marks stays."""
+    if not all(mark in page for mark in MARKS):
+        return page
+    before, rest = page.split(MARKS[0], 1)
+    return f"{before}{MARKS[0]}\n\n{text.strip()}\n\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}"
+
+
+def reached(second: Second, dataset: str, name: str) -> str:
+    """NDCG@10 of a contestant; with fewer than all seeds, how many."""
+    if (dataset, name) not in second.runs:
+        return "not run"
+    runs = second.runs[dataset, name]
+    done = "" if len(runs.entries) >= SEEDS else f" ({len(runs.entries)} of {SEEDS})"
+    return f"{runs.mean():.4f}{done}{'' if second.settings[dataset, name] else '*'}"
+
+
+def predicted(second: Second) -> list[str]:
+    """Rows of contestants, columns of the sets on which refinement is predicted to win; and what a contestant costs."""
+    rows = []
+    for name in NAMES:
+        rows.append([name, *(reached(second, dataset, name) for dataset in PREDICTED), *cost(second, name)])
+    heads = [f"{dataset} ({HEADROOM[dataset][0]:.1f} %)" for dataset in PREDICTED]
+    return grid(" | ".join(["model", *heads, "parameters", "CPU time"]), rows)
+
+
+def cost(second: Second, name: str) -> list[str]:
+    """Parameters on jazz, and processor time per epoch as a multiple of plain attention's, the median over the predicted sets."""
+    both = [[second.runs.get((dataset, each)) for each in (name, "plain")] for dataset in PREDICTED]
+    ratios = [seconds(model) / seconds(plain) for model, plain in both if model and plain]
+    params = f"{second.runs['jazz', name].average('params'):,.0f}" if ("jazz", name) in second.runs else "-"
+    return [params, f"{np.median(ratios):.2f}" if ratios else "-"]
+
+
+def seconds(runs: Runs) -> float:
+    return runs.average("train_cpu_seconds") / runs.average("epochs")
+
+
+def others(second: Second) -> list[str]:
+    """Rows of the sets on which no win is predicted."""
+    rows = []
+    for dataset in OTHERS:
+        gain = second.gains.get((dataset, "refined", "plain"))
+        ended = "not run" if gain is None else gain_text(gain)
+        rows.append([f"{dataset} ({HEADROOM[dataset][0]:.1f} %)", *(reached(second, dataset, name) for name in FEW), ended])
+    return grid(" | ".join(["data (headroom)", *FEW, "refined over plain"]), rows)
+
+
+def gain_text(gain: Gain) -> str:
+    """A gain with its p, if it has one."""
+    if np.isnan(gain.p):
+        return f"{gain.relative:+.1%}, no claim"
+    verdict = "not shown" if gain.p >= LEVEL else "better" if gain.difference > 0 else "worse"
+    return f"{gain.relative:+.1%}, {verdict} (p {gain.p:.3f})" if gain.p >= 0.001 else f"{gain.relative:+.1%}, {verdict} (p < .001)"
+
+
+def answers(second: Second) -> list[str]:
+    """Rows of the comparisons that decide, on the predicted sets."""
+    deciding = [("refined", "plain"), ("refined", "mean"), ("refined", "two plain layers"), ("lagged", "two plain layers")]
+    deciding += [("lagged", "suffix-3 and unigram"), ("suffix-3 and lagged", "suffix-3 and unigram")]
+    rows = []
+    for dataset in PREDICTED:
+        gains = [second.gains.get((dataset, *each)) for each in deciding]
+        rows.append([dataset, *("not run" if gain is None else gain_text(gain) for gain in gains)])
+    return grid(" | ".join(["data", *(f"{model} over {base}" for model, base in deciding)]), rows)
+
+
+def missing(second: Second) -> list[str]:
+    """Which runs are missing, a line per set and state."""
+    lines = []
+    for dataset in DATASETS:
+        states: dict[str, list[str]] = {}
+        for name in NAMES if dataset in PREDICTED else FEW:
+            if not second.finished(dataset, name):
+                states.setdefault(second.state(dataset, name), []).append(name)
+        lines += [[dataset, "all" if len(names) == len(NAMES) else ", ".join(names), state] for state, names in states.items()]
+    if not lines:
+        return ["All runs of these tables have been made."]
+    return ["Missing runs:", "", *grid("data | models | done", lines)]
+
+
+def short(second: Second) -> str:
+    """What pages show: the tables, what was decided, and what is missing."""
+    about = "Test NDCG@10, five seeds, by set with its headroom; `k of 5`: so many seeds so far; `*`: the search is not finished."
+    lines = [f"{about} Parameters: on jazz. CPU time: of an epoch, as a multiple of plain attention's.", "", *predicted(second)]
+    lines += ["", *answers(second), "", "Sets below the threshold:", "", *others(second), "", "What the plan calls success:", ""]
+    lines += [*grid("criterion | found | verdict", [[*each] for each in criteria(second)]), "", *missing(second)]
+    return "\n".join(lines)
+
+
+def markdown(second: Second, short: str) -> str:
+    """The page of all tables."""
+    finished = sum(not np.isnan(gain.p) for gain in second.gains.values())
+    lines = [
+        f"Of {planned()} planned comparisons, {finished} have all their runs; p-values are Holm-corrected for all {planned()}."
+    ]
+    lines += ["", short, "", "**All comparisons**", ""]
+    rows = []
+    for dataset in DATASETS:
+        for model, base in compared(dataset):
+            gain = second.gains.get((dataset, model, base))
+            if gain is None:
+                continue
+            row = [dataset, model, base, f"{gain.model.mean():.4f}, {gain.base.mean():.4f}", gain_text(gain)]
+            rows.append([*row, f"{gain.low:+.4f} .. {gain.high:+.4f}"])
+    lines += [*grid("data | model | versus | NDCG@10 | gain | 95 % interval", rows), ""]
+    rest = [[d, name, reached(second, d, name)] for d in OTHERS for name in NAMES if name not in FEW and (d, name) in second.runs]
+    if rest:
+        lines += ["**Other models below the threshold**", "", *grid("data | model | NDCG@10", rest), ""]
+    rows = [[d, n, s] for (d, n), s in second.settings.items() if d in PREDICTED and s is not None]
+    if rows:
+        lines += [f"**Settings that the search chose** (of {', '.join(SETTINGS)})", "", *grid("data | model | setting", rows), ""]
+    return "\n".join(lines)
+
+
+def picture(second: Second) -> Figure | None:
+    """Gains of every contestant over plain attention, a panel per predicted set."""
+    names = [name for name in NAMES if name != "plain"][::-1]
+    sets = [dataset for dataset in PREDICTED if (dataset, "plain") in second.runs]
+    if not sets:
+        return None
+    figure = Figure(figsize=(2.1 * len(sets) + 1.6, 4.2), layout="constrained")
+    axes = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axis, dataset in zip(axes, sets, strict=True):
+        for y, name in enumerate(names):
+            if (dataset, name) in second.runs:
+                gain = contrast(METRIC, second.runs[dataset, name], second.runs[dataset, "plain"])
+                draw(axis, gain, y, GREEN if "refined" in name or "lagged" in name else GREY)
+        style(axis, names if axis is axes[0] else [""] * len(names))
+        state = "" if all(second.finished(dataset, name) for name in NAMES) else "\nruns missing"
+        axis.set_title(f"{dataset}\n{HEADROOM[dataset][0]:.1f} % headroom{state}", fontsize=8)
+    figure.supxlabel("gain in test NDCG@10 over one plain layer (%), with 95 % interval\ngreen: refined attention", fontsize=8)
+    return figure
