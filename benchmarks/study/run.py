@@ -40,6 +40,7 @@ ENTRIES, RANKS, TARGETS = "study.json", "study_ranks.parquet", "study_targets.pa
 DEFAULTS = "study_defaults.json"
 DEEPEST = 21  # larger ranks are stored as this one: metrics up to @20 do not distinguish them
 RUN_KEY = (*KEY, "seed")
+QUICKLY, SMALL = 3, 19  # levels of compression: after each run, and after all, which takes seconds
 
 
 class Results:
@@ -73,11 +74,16 @@ class Results:
             self.entries[run_key(entry)] = entry
             self.ranks = _replaced(self.ranks, ranks.with_columns(pl.col("ranks").cast(pl.List(pl.UInt8))), RUN_KEY)
             self.targets = _replaced(self.targets, pl.DataFrame([targets]), ("dataset",))
-            for table, name in ((self.ranks, RANKS), (self.targets, TARGETS)):
-                with atomic(self.folder / name) as temporary:
-                    table.write_parquet(temporary, compression="zstd", compression_level=19)
+            self.write_tables(QUICKLY)
             order = sorted(self.entries, key=lambda key: [str(x).zfill(4) for x in key])
             write_json(self.folder / ENTRIES, [self.entries[key] for key in order])
+
+    def write_tables(self, level: int) -> None:
+        """Write ranks and targets, compressed with this level."""
+        for table, name in ((self.ranks, RANKS), (self.targets, TARGETS)):
+            if table is not None:
+                with atomic(self.folder / name) as temporary:
+                    table.write_parquet(temporary, compression="zstd", compression_level=level)
 
 
 def run_key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -219,7 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
             search = [(cell, 0) for cell in cells if second_order.searching(cell)]
             failed = run_all(search, end, options, results) if search else 0
             cells = selected(options, results)  # those that the search chose have more seeds now
-            return run_all([(cell, seed) for cell in cells for seed in seeds(cell, options)], end, options, results) or failed
+            failed |= run_all([(cell, seed) for cell in cells for seed in seeds(cell, options)], end, options, results)
+            results.write_tables(SMALL)
+            return failed
     except Timeout:
         parser.error(f"out is {options.out}, where another study.py is running: wait until it ends; --jobs gives it more processes")
 
