@@ -59,11 +59,11 @@ train: .venv/ready ## train a plain and a refined recommender on synthetic histo
 study-core: .venv/ready ## make the missing runs of the README's table; 4 hours of two cores, resumable (BUDGET=minutes, DATA=folder, JOBS=2)
 	$(BIN)/python benchmarks/study.py --only second-order $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) \
 	  --jobs $(or $(JOBS),2)
-	$(BIN)/python benchmarks/study_report.py --pages docs/study.md
+	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
 
 study: .venv/ready ## make all missing runs of the study, tables and pictures; hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
 	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
-	$(BIN)/python benchmarks/study_report.py --pages docs/study.md
+	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
 
 cost: .venv/ready ## write the report on cost and its pictures, from committed results
 	$(BIN)/python -m benchmarks.operator.cost_report

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = "Folder that contains study.json, and to which tables and pictures are written (default: %(default)s)."
     parser.add_argument("--out", type=Path, default=RESULTS, help=text)
     parser.add_argument("--only", choices=("study", "second-order"), help="Write only one of the two reports (default: both).")
-    text = "Pages whose part between two marks, comments with the words second order, is replaced by tables (default: none)."
+    text = "Pages whose parts between <!-- second order: begin --> and end, or second order in brief, are replaced by tables."
     parser.add_argument("--pages", type=Path, nargs="+", default=[], help=text)
     options = parser.parse_args(arguments)
     results = Results(options.out)
@@ -56,7 +56,8 @@ def second_order(results: Results, out: Path, pages: list[Path]) -> None:
         return
     short = second_tables.short(second)
     page = second_tables.markdown(second, short)
-    texts = {path: second_tables.marked(path.read_text(encoding="utf-8"), short) for path in pages}
+    parts = dict(zip(second_tables.PARTS, (short, second_tables.brief(second)), strict=True))
+    texts = {path: second_tables.marked(path.read_text(encoding="utf-8"), parts) for path in pages}
     for path, text in {out / "second_order.md": page, **texts}.items():
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

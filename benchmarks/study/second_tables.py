@@ -11,16 +11,18 @@ from benchmarks.study.second_gains import HEADROOM, Second, criteria
 from benchmarks.study.second_order import DATASETS, FEW, NAMES, PREDICTED, SETTINGS, compared, planned
 from benchmarks.study.tables import grid
 
-MARKS = ("<!-- second order: begin -->", "<!-- second order: end -->")  # of the part of a page that the report writes
+PARTS = ("second order", "second order in brief")  # of pages, between <!-- PART: begin --> and <!-- PART: end -->
 OTHERS = tuple(dataset for dataset in DATASETS if dataset not in PREDICTED)
 
 
-def marked(page: str, text: str) -> str:
-    """A page with the part between the marks replaced; a page without marks stays."""
-    if not all(mark in page for mark in MARKS):
-        return page
-    before, rest = page.split(MARKS[0], 1)
-    return f"{before}{MARKS[0]}\n\n{text.strip()}\n\n{MARKS[1]}{rest.split(MARKS[1], 1)[1]}"
+def marked(page: str, texts: dict[str, str]) -> str:
+    """A page with the text of each part between its marks; a page without marks stays."""
+    for part, text in texts.items():
+        begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
+        if begin in page and end in page:
+            before, rest = page.split(begin, 1)
+            page = f"{before}{begin}\n\n{text.strip()}\n\n{end}{rest.split(end, 1)[1]}"
+    return page
 
 
 def reached(second: Second, dataset: str, name: str) -> str:
@@ -103,6 +105,18 @@ def short(second: Second) -> str:
     lines += ["", *answers(second), "", "Sets below the threshold:", "", *others(second), "", "What the plan calls success:", ""]
     lines += [*grid("criterion | found | verdict", [[*each] for each in criteria(second)]), "", *missing(second)]
     return "\n".join(lines)
+
+
+def brief(second: Second) -> str:
+    """What the README shows: the table of all models on the predicted sets, and how many of its runs there are."""
+    wanted = [(dataset, name) for dataset in PREDICTED for name in NAMES]
+    done = sum(second.seeds(*each) for each in wanted)
+    ended = all(second.finished(*each) for each in wanted)
+    about = "Five seeds." if ended else (
+        f"**{done} of {SEEDS * len(wanted)} runs have been made**; `k of 5`: so many seeds so far; `*`: the search of settings is "
+        "not finished. docs/study.md lists what is missing."
+    )  # fmt: skip
+    return "\n".join(["Test NDCG@10, by set with its headroom. " + about, "", *predicted(second)])
 
 
 def markdown(second: Second, short: str) -> str:

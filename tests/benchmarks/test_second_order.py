@@ -79,6 +79,7 @@ def test_criteria_are_met_failed_or_open(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [verdict for *_, verdict in second_gains.criteria(found)] == ["met"] * 4
     page = second_tables.markdown(found, second_tables.short(found))
     assert "All runs of these tables have been made." in page and "171 have all their runs" in page
+    assert "Five seeds." in second_tables.brief(found)
     worse = second(monkeypatch, {"refined": -0.05, "lagged": 0.02})
     worse = Second(worse.runs, worse.settings | {("jazz", "lagged"): None}, worse.gains)
     worse = Second(worse.runs, worse.settings, worse.corrected())
@@ -86,6 +87,7 @@ def test_criteria_are_met_failed_or_open(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [verdict for *_, verdict in verdicts] == ["not met"] * 4
     assert "runs are missing on jazz" in verdicts[2][1] and np.isnan(worse.gains["jazz", "lagged", "plain"].p)
     assert "| jazz | lagged | 5 of 5 seeds, search not finished |" in second_tables.short(worse)
+    assert "300 of 300 runs have been made" in second_tables.brief(worse)
 
 
 def test_a_user_counts_once_however_many_targets() -> None:
@@ -95,9 +97,10 @@ def test_a_user_counts_once_however_many_targets() -> None:
 
 
 def test_only_the_part_between_the_marks_is_replaced() -> None:
-    begin, end = second_tables.MARKS
-    assert second_tables.marked(f"a\n{begin}\nold\n{end}\nb", "new") == f"a\n{begin}\n\nnew\n\n{end}\nb"
-    assert second_tables.marked("no marks", "new") == "no marks"
+    long, brief = second_tables.PARTS
+    page = f"a\n<!-- {long}: begin -->\nold\n<!-- {long}: end -->\nb"
+    assert second_tables.marked(page, {long: "new", brief: "short"}) == page.replace("\nold\n", "\n\nnew\n\n")
+    assert second_tables.marked("no marks", {long: "new"}) == "no marks"
 
 
 def test_the_committed_tables_follow_from_the_committed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
