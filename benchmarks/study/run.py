@@ -15,8 +15,9 @@ the search chose. `study_report.py` turns these files into a report with picture
 """
 
 import argparse
+import multiprocessing
+import os
 import shlex
-import subprocess
 import sys
 import threading
 import time
@@ -136,9 +137,28 @@ def source(dataset: str, folder: Path | None) -> Path | None:
 
 
 def train_apart(arguments: list[str], log: Path) -> int:
-    """The exit status of `awrsr train` in a process of its own."""
+    """The exit status of `awrsr train` in a process of its own.
+
+    It is forked from one that has imported everything and computed nothing, where systems have such: imports take 5 s a run.
+    """
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["awrsr.cli", "awrsr.training.run", "benchmarks.study.run"])
+    process = context.Process(target=_train, args=(arguments, log))
+    process.start()
+    process.join()
+    return int(process.exitcode)
+
+
+def _train(arguments: list[str], log: Path) -> None:
+    """`awrsr train`, in this process; all output goes to the end of a file."""
+    from awrsr.cli import main as awrsr
+
     with log.open("a", encoding="utf-8") as file:
-        return subprocess.run([sys.executable, "-m", "awrsr", "train", *arguments], stdout=file, stderr=file).returncode
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.exit(awrsr(["train", *arguments]))
 
 
 def trained(arguments: list[str], data: Path | None, out: Path) -> dict[str, Any]:
