@@ -103,7 +103,7 @@ def on_what_followed(weights: Tensor, call: Call) -> Tensor:
     """M+ of the heads that are not plain if the call shifts, M of the others."""
     if not call.shift:
         return weights
-    shifted = F.pad(weights.tril(-1)[..., :-1], (1, 0))
+    shifted = F.pad(weights.tril(-1), (1, 0))[..., : weights.shape[-1]]  # so, because torch.export allows any length
     return torch.cat([weights[:, : call.plain_heads], shifted[:, call.plain_heads :]], 1) if call.plain_heads else shifted
 
 

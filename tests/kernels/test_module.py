@@ -1,6 +1,7 @@
 """RefinedMultiheadAttention: what it computes, in which forms it takes a batch, what it keeps of torch's own module."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,10 @@ def test_lags_shift_and_plain_heads_are_those_of_the_operator() -> None:
     module, x = make(lags=2, shift=True, plain_heads=1), draw(B, L, E)
     assert module.lags is not None and module.lags.shape == (H, 2) and "lags" in module.state_dict()
     assert RefinedMultiheadAttention(E, H, max_len=L, lags=2).lags.tolist() == [[0.5, 0.25]] * H
+    torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), module(x))
+    older = RefinedMultiheadAttention(E, H, max_len=L, device=DEVICE)
+    del older.__dict__["lags"], older.__dict__["shift"], older.__dict__["plain_heads"]  # as pickled before there were any
+    assert older(draw(1, L, E).float()).shape == (1, L, E)
     q, k, v = (a.unflatten(-1, (H, -1)).transpose(1, 2) for a in module.qkv(x).chunk(3, -1))
     options = {"gate": module.gate, "lags": module.lags, "shift": True, "plain_heads": 1, "refinement": "additive"}
     out = refined_attention(q, k, v, module.w_q[-L:], module.w_k[-L:], **options)

@@ -71,6 +71,8 @@ def exported(format: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[AWR
         ("torch", {"refinement": "simple", "per_head": False}),
         ("torch", {"refinement": "value", "tables": "content"}),
         ("torch", {"refinement": "additive", "learned_gate": True, "layers": 2}),
+        ("torch", {"lags": 2, "suffix": 3, "smeared_keys": True, "shift": "heads", "plain_heads": 1, "learned_scale": True}),
+        ("onnx", {"refinement": "none", "suffix": 3, "shift": "heads", "plain_heads": 1, "unigram": True}),
         ("torch", {"refinement": "additive", "max_len": 1}),
         ("torch", {"backbone": "stosa", "refinement": "stochastic", "norm": "post", "activation": "elu"}),
         ("torch", {"backbone": "stosa", "refinement": "value", "tables": "content"}),
