@@ -60,11 +60,12 @@ FEW = ("plain", "mean", "refined")  # of the README's table where refinement is 
 # Model and base of each comparison that counts; of the first kind everywhere, of the second where refinement is predicted to win
 EVERYWHERE = (("refined", "plain"), ("refined", "mean"))
 RIVALS = ("shifted values", "smeared keys", "suffix-3", "suffix-5", "suffix-3 and unigram", "suffix-5 and unigram")
+SUFFIXES = RIVALS[2:]
 WHERE_PREDICTED = (
     ("refined", "two plain layers"),
     *(("refined", rival) for rival in RIVALS[:2]),
     *(("lagged", base) for base in ("plain", "two plain layers", "refined", *RIVALS)),
-    *(("suffix-3 and lagged", base) for base in ("lagged", *RIVALS[2:])),
+    *(("suffix-3 and lagged", base) for base in ("lagged", *SUFFIXES)),
     *((rival, base) for rival in RIVALS for base in ("plain", "two plain layers")),
 )
 

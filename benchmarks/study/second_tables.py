@@ -7,7 +7,7 @@ from awrsr.evaluation.compare import LEVEL
 from benchmarks.study.gains import METRIC, Gain, Runs, contrast
 from benchmarks.study.plan import SEEDS
 from benchmarks.study.plots import GREEN, GREY, draw, style
-from benchmarks.study.second_gains import HEADROOM, Second, criteria
+from benchmarks.study.second_gains import EXPECTED, HEADROOM, Second, criteria, predictions
 from benchmarks.study.second_order import DATASETS, FEW, NAMES, PREDICTED, SETTINGS, compared, planned
 from benchmarks.study.tables import grid
 
@@ -80,8 +80,10 @@ def answers(second: Second) -> list[str]:
     rows = []
     for dataset in PREDICTED:
         gains = [second.gains.get((dataset, *each)) for each in deciding]
-        rows.append([dataset, *("not run" if gain is None else gain_text(gain) for gain in gains)])
-    return grid(" | ".join(["data", *(f"{model} over {base}" for model, base in deciding)]), rows)
+        expected = " and ".join(EXPECTED[dataset])
+        rows.append([dataset, expected, *("not run" if gain is None else gain_text(gain) for gain in gains)])
+    heads = ["data", "predicted: refined over plain, lagged over two layers", *(f"{model} over {base}" for model, base in deciding)]
+    return grid(" | ".join(heads), rows)
 
 
 def missing(second: Second) -> list[str]:
@@ -103,7 +105,8 @@ def short(second: Second) -> str:
     about = "Test NDCG@10, five seeds, by set with its headroom; `k of 5`: so many seeds so far; `*`: the search is not finished."
     lines = [f"{about} Parameters: on jazz. CPU time: of an epoch, as a multiple of plain attention's.", "", *predicted(second)]
     lines += ["", *answers(second), "", "Sets below the threshold:", "", *others(second), "", "What the plan calls success:", ""]
-    lines += [*grid("criterion | found | verdict", [[*each] for each in criteria(second)]), "", *missing(second)]
+    lines += [*grid("criterion | found | verdict", [[*each] for each in criteria(second)]), "", "What else it predicts:", ""]
+    lines += [*grid("prediction | found | verdict", [[*each] for each in predictions(second)]), "", *missing(second)]
     return "\n".join(lines)
 
 

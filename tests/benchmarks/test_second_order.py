@@ -23,10 +23,12 @@ def test_the_code_is_the_plan_as_written() -> None:
     rows = dict(re.findall(r"^\| (\w+): .+? \| (.+)$", page, re.MULTILINE))
     assert rows.keys() == set(DATASETS)
     for name, row in rows.items():
-        holdout, epochs, headroom, _, predicted, _ = row.split(" | ", 5)
+        holdout, epochs, headroom, _, predicted, lagged = row.split(" | ", 5)
         assert name not in HOLDOUT or (int(holdout), int(epochs)) == (HOLDOUT[name], EPOCHS[name]), name
         assert float(headroom.split()[0]) == second_gains.HEADROOM[name][0]
         assert ("**wins**" in predicted) == (name in PREDICTED) == (second_gains.HEADROOM[name][0] >= 5), name
+        expected = second_gains.EXPECTED.get(name, ("", ""))
+        assert expected[0] in predicted and lagged.startswith(expected[1]), name
     assert f"all {second_order.planned()} comparisons" in page.replace("\n", " ")
 
 
@@ -77,6 +79,7 @@ def test_criteria_are_met_failed_or_open(monkeypatch: pytest.MonkeyPatch) -> Non
     found = second(monkeypatch, {"refined": 0.05, "lagged": 0.05, "mean": 0.01})
     found = Second(found.runs, found.settings, found.corrected())
     assert [verdict for *_, verdict in second_gains.criteria(found)] == ["met"] * 4
+    assert [verdict for *_, verdict in second_gains.predictions(found)][1:] == ["held", "failed", "failed"]
     page = second_tables.markdown(found, second_tables.short(found))
     assert "All runs of these tables have been made." in page and "171 have all their runs" in page
     assert "Five seeds." in second_tables.brief(found)
