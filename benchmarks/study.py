@@ -1,6 +1,6 @@
 """Forwards to `python -m benchmarks.study.run`."""
 
-from forward import forward
+if __name__ == "__main__":  # its runs import this file, too
+    from forward import forward
 
-if __name__ == "__main__":
     forward("study.run")
