@@ -55,14 +55,16 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
             "left": the first n rows, so that a row stands for an absolute position (language models, decoding; padding on the
             right).
         padding_side: an alias of align by its opposite: padding_side="left" is align="right".
-        table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale. Default 1.
+        table_std: initial root mean square of the entries of W, 0 or more; for content tables, if x has unit scale. By default
+            sharpness decides for position tables, and content tables have 1.
         sharpness: instead of table_std, how sharp higher-order weights begin: the score refine_scale * table_std^2 * R, 0 or more,
             that two positions get before training if their first-order weights all lie on rows of W that match. It sets
-            table_std, as the parameters keep that, and not refine_scale.
-        table_init: initialisation of position tables, unused otherwise. "normal": at random. "orthogonal": with orthogonal columns
-            (rows, if R > N). "identity": W_q = W_k with a column for each position, or for each few positions if R < N; items then
-            attend to items with similar first-order weights. "shifted": W_k is W_q shifted by one position; items then attend to
-            what followed the items that first-order weights point to, exactly so if R >= N, where rows are orthogonal.
+            table_std, as the parameters keep that, and not refine_scale. By default 25 for position tables.
+        table_init: initialisation of position tables, unused otherwise. "shifted" (default): W_k is W_q shifted by one position;
+            items then attend to what followed the items that first-order weights point to, exactly so if R >= N, where rows are
+            orthogonal. "normal": at random. "orthogonal": with orthogonal columns (rows, if R > N). "identity": W_q = W_k with a
+            column for each position, or for each few positions if R < N; items then attend to items with similar first-order
+            weights.
         refine_scale: factor of the correlations; default 1/sqrt(R).
         learned_scale: whether each head multiplies refine_scale by a learned number that starts at 1; unused with "none".
         lags: A in 0..7, how many earlier positions higher-order weights compare as well, by a learned factor per head and lag that
@@ -101,7 +103,7 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
         padding_side: str | None = None,
         table_std: float | None = None,
         sharpness: float | None = None,
-        table_init: str = "normal",
+        table_init: str = "shifted",
         refine_scale: float | None = None,
         learned_scale: bool = False,
         lags: int = 0,

@@ -13,6 +13,7 @@ from .backends import BACKENDS
 
 TABLES = ("w_q", "w_k", "w_q_cov", "w_k_cov")  # the last two for refinement "stochastic" alone
 STARTS = ("normal", "orthogonal", "identity", "shifted")
+SHARPNESS = 25.0  # of position tables by default: what a match needs against the small entries of P (docs/module.md)
 
 
 class RefinedLayer(nn.Module):
@@ -67,6 +68,8 @@ class RefinedLayer(nn.Module):
         checks.probability("dropout", dropout)
         checks.number("gate_init", gate_init)
         self.rank = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
+        if table_std is None and sharpness is None and tables == "position":
+            sharpness = SHARPNESS if checks.scale("refine_scale", refine_scale, 1) > 0 else None
         self.table_std = start_std(table_std, sharpness, refine_scale, self.rank)
         if refinement != "additive" and gate is not True and gate is not False:
             checks.refuse("gate", str(gate), f'left alone unless refinement is "additive"; refinement is "{refinement}"')

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from ... import checks
+from ...tables import SHARPNESS, draw_position_tables, start_std
 from .masks import Padding
 
 
@@ -74,8 +75,8 @@ class RefinedTables(nn.Module):
     """The learned part of one refined layer: tables W_q and W_k and, with a gate, one number per head.
 
     Parameters w_q and w_k: (H, R, E), or (1, R, E) shared by the heads, for "content"; (H, N, R) or (1, N, R) for "position". They
-    are drawn so that rows have variance 1 (content: for inputs that have). Parameter gate: (H,), zero at first, or None. Parameter
-    lags: (H, A), 1/2, 1/4, ... at first, or None.
+    start as those of `RefinedMultiheadAttention` do: shifted by one position and sharp; content tables with variance 1, for inputs
+    that have it. Parameter gate: (H,), zero at first, or None. Parameter lags: (H, A), 1/2, 1/4, ... at first, or None.
 
     Other code (accelerate, PEFT, FSDP) may replace the parameters while `forward` runs, so nothing else may read them.
     """
@@ -98,8 +99,14 @@ class RefinedTables(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the tables and set the gate to zero; parameters that transformers has loaded keep their values."""
-        for w in (self.w_q, self.w_k):
-            initialization.normal_(w, std=self.hidden_size**-0.5 if self.content else 1.0)
+        if self.content:
+            for w in (self.w_q, self.w_k):
+                initialization.normal_(w, std=self.hidden_size**-0.5)
+        else:
+            w_q, w_k = torch.empty_like(self.w_q), torch.empty_like(self.w_k)
+            draw_position_tables(w_q, w_k, "shifted", start_std(None, SHARPNESS, None, w_q.shape[-1]))
+            initialization.copy_(self.w_q, w_q)
+            initialization.copy_(self.w_k, w_k)
         if self.gate is not None:
             initialization.zeros_(self.gate)
         if self.lags is not None:
