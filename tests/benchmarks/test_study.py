@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ def test_a_run_is_a_training_in_a_process_of_its_own(tmp_path: Path) -> None:
         study.trained([*model, "--heads", "0"], data, out)
     printed = (out / "output.txt").read_text(encoding="utf-8")
     assert str(out) in printed and "heads" in printed
+    runpy.run_path(str(study.RESULTS.parents[1] / "study.py"), run_name="__mp_main__")  # as that process imports the command
 
 
 def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path) -> None:
