@@ -86,8 +86,9 @@ def refined_attention(
         (B, H, L, D_v) in v's dtype; jagged if q is. "triton" and "torch" are differentiable once. Entries do not depend on each
         other, nor, with `causal`, earlier items on later ones, whatever finite numbers these hold. Since 0 * NaN is NaN, a NaN or
         Inf can reach earlier items of its entry: from v and the tables on every backend, as in torch's own attention; from q and k
-        with refinement "value", and on "torch". Where short entries share a tile (on "triton" and, with lengths, on "torch"), it
-        can also reach the others in the tile. What stands in padding never has an effect.
+        with refinement "value", on "torch", and with lags in the short regime of "triton". Where short entries share a tile (on
+        "triton" and, with lengths, on "torch"), it can also reach the others in the tile. What stands in padding never has an
+        effect.
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it. ValueError: the named backend cannot run, or
@@ -98,7 +99,8 @@ def refined_attention(
         habits.refuse(refined_attention, unknown)
     decisive = (
         "padded", refinement, causal.__class__, causal, padding_side, align, softmax_scale.__class__, softmax_scale,
-        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, shift.__class__, shift, plain_heads,
+        refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, shift.__class__, shift,
+        plain_heads.__class__, plain_heads,
     )  # fmt: skip
     sight = plans.look([q, k, v, w_q, w_k, gate, lengths, dropout_seed, None, lags], backend, decisive)
     if sight is not None and sight.plan is not None:
@@ -172,7 +174,7 @@ def refined_attention_varlen(
     decisive = (
         "packed", refinement, causal.__class__, causal, align, padding_side, softmax_scale.__class__, softmax_scale,
         refine_scale.__class__, refine_scale, dropout_p.__class__, dropout_p, max_seqlen.__class__, max_seqlen,
-        shift.__class__, shift, plain_heads,
+        shift.__class__, shift, plain_heads.__class__, plain_heads,
     )  # fmt: skip
     sight = plans.look([q, k, v, w_q, w_k, gate, cu_seqlens, dropout_seed, None, lags], backend, decisive)
     if sight is not None and sight.plan is not None:

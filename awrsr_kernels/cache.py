@@ -42,7 +42,7 @@ class RefinedCache:
         value_dim: D_v in 1..256 (default D).
         rank: R in 1..256, required unless refinement is "none".
         refinement: "none", "simple", "value" or "additive".
-        lags: number A of lags that steps will use, 0 or more; not with "none".
+        lags: number A of lags that prompts and steps will use, in 0..7; 0 with "none".
         tables: "position" (the caller passes the whole table at every step; its number of rows limits the length) or "content" (the
             cache stores a row for every item; the length is not limited).
         dtype: dtype of q, k, v: float32, bfloat16, float16 or float64.
@@ -89,7 +89,9 @@ class RefinedCache:
         d = checks.whole("head_dim", head_dim, 1, checks.MAX_FEATURES)
         d_v = d if value_dim is None else checks.whole("value_dim", value_dim, 1, checks.MAX_FEATURES)
         self.refinement, self.tables, self.heads = refinement, tables, heads
-        self.lags = checks.whole("lags", lags, 0, 0 if refinement == "none" else checks.MAX_LAGS)
+        self.lags = checks.whole("lags", lags, 0, checks.MAX_LAGS)
+        if self.lags and refinement == "none":
+            checks.refuse("lags", str(lags), '0 with refinement "none"')
         shapes = {"k": (kv_heads, d), "v": (kv_heads, d_v)}
         if refinement != "none":
             r = checks.whole("rank", rank, 1, checks.MAX_FEATURES)

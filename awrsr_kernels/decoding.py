@@ -128,8 +128,8 @@ def refined_attention_step(
             with content tables, the rows of this item, (B, H, 1, R). Ignored, and may be None, if the refinement is "none".
         cache: changed in place: every entry gets one more item. The cache may be empty.
         align: as in `refined_attention_prefill`.
-        gate, lags, shift, plain_heads: as in `refined_attention`. They must be the same in all calls, like the scales. A cache
-            that lags are used with has been made for them.
+        gate, lags, shift, plain_heads: as in `refined_attention`. They must be the same in all calls, like the scales. Steps
+            with A lags need a cache that was made for as many, `RefinedCache(lags=A)`.
         backend: "triton" (one kernel), "torch" (plain torch operations on the rows in use), "reference" (the definition, over all
             rows of the cache) or "auto": triton where it can run on a GPU, otherwise torch.
 
@@ -170,7 +170,7 @@ def _look(
     """A step as `plans.look` sees it; None too if its cache must grow, and has other tensors afterwards."""
     if not isinstance(cache, RefinedCache) or cache.end_bound >= cache.capacity:
         return None
-    decisive = ["step", cache.refinement, cache.tables, cache.heads, align]
+    decisive = ["step", cache.refinement, cache.tables, cache.heads, cache.lags, align]
     for value in options.values():
         decisive += (value.__class__, value)
     return plans.look([q, k, v, w_q, w_k, gate, None, None, *_tensors(cache), lags], backend, tuple(decisive))

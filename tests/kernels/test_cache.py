@@ -137,6 +137,8 @@ def test_either_mode_without_gradients(mode: Any) -> None:
         ({"rank": None}, "rank", TypeError),
         ({"refinement": "stochastic"}, "refinement", ValueError),
         ({"tables": "items"}, "tables", ValueError),
+        ({"lags": 8}, "lags", ValueError),
+        ({"lags": 1, "refinement": "none"}, "lags", ValueError),
         ({"dtype": torch.int64}, "dtype", TypeError),
     ],
 )

@@ -143,15 +143,16 @@ def test_seeds_and_gates_that_are_numbers(repeated: list[Launches]) -> None:
 @pytest.mark.parametrize("seen", [1, 3])
 def test_what_is_refused_at_first_is_refused_later(seen: int) -> None:
     given = [torch.randn(2, 2, 9, 8, device=DEVICE) for _ in "qkv"] + [torch.randn(9, 5, device=DEVICE)] * 2
-    lengths = torch.tensor([3, 9], device=DEVICE)
+    lengths, plain = torch.tensor([3, 9], device=DEVICE), {"refinement": "additive", "plain_heads": 1}
     call = functools.partial(refined_attention, *given, backend="triton")
     for _ in range(seen):
-        call(lengths=lengths, dropout_p=0.0, causal=True), call(dropout_p=0.5, dropout_seed=1)
+        call(lengths=lengths, dropout_p=0.0, causal=True), call(dropout_p=0.5, dropout_seed=1), call(**plain)
     wrong: list[tuple[type[Exception], dict[str, Any]]] = [
         (TypeError, {"lengths": lengths, "causal": 1}),
         (TypeError, {"lengths": lengths, "dropout_p": False}),
         (TypeError, {"dropout_p": 0.5, "dropout_seed": True}),
         (TypeError, {"lengths": 3}),
+        (TypeError, plain | {"plain_heads": 1.0}),
         (ValueError, {"dropout_p": 0.5, "dropout_seed": 2**70}),
         (ValueError, {"lengths": lengths[:1]}),
     ]
@@ -200,14 +201,16 @@ def test_a_cache_that_steps_change_grows_and_ends_where_its_tables_do(repeated: 
     assert torch.equal(cache.end, before) and cache.end_bound == 4
 
 
-def test_a_step_that_would_need_a_gradient_is_refused_when_its_plan_is_known() -> None:
-    given = sequences("simple", "shared", [0], 5, heads=2, dtype=torch.float32)
-    learned = given._replace(w_q=given.w_q.clone().requires_grad_())
-    cache = given.cache(8)
+def test_a_step_that_would_need_a_gradient_or_other_lags_is_refused_when_its_plan_is_known() -> None:
+    given = sequences("simple", "shared", [0], 5, heads=2, dtype=torch.float32, lagged=True)
+    learned, cache = given._replace(w_q=given.w_q.clone().requires_grad_()), given.cache(8)
     with torch.no_grad():
         for i in range(3):
             learned.step(cache, i, backend="triton")
     with pytest.raises(ValueError, match="w_q is a tensor that requires a gradient"):
+        learned.step(cache, 3, backend="triton")
+    cache.lags = 3  # the tensors of a cache for three lags are the same
+    with torch.no_grad(), pytest.raises(ValueError, match="lags is 2 factors; it must be 3"):
         learned.step(cache, 3, backend="triton")
 
 
