@@ -21,8 +21,10 @@ REMOVED: dict[str, dict[str, Any]] = {  # options of older runs, with the value 
     "model": {"correlation_norm": False},
     "training": {"table_rate": 1.0},
 }
-EARLIER: dict[str, dict[str, Any]] = {  # what an option was in runs that do not store it, where that is not its default now
-    "model": {"sharpness": 0.0},
+# What an option was in runs that do not store it, where that is not its default now
+BEFORE = {"layers": 2, "rank": 32, "table_init": "normal", "sharpness": 0.0, "learned_scale": False}
+EARLIER: dict[str, dict[str, Any]] = {
+    "model": BEFORE | {"gate": 1.0, "learned_gate": False},
     "training": {"average": 0},
 }
 
@@ -47,9 +49,9 @@ class AWRSRConfig:
     )
     max_len: int = option(50, "Number of events that the model reads: the last ones of each history.", least=1, most=65536)
     hidden: int = option(64, "Width of the network: the number of features of each event.", least=1, most=16384)
-    layers: int = option(2, "Number of blocks, each of attention and a feed-forward layer.", least=1, most=1000)
+    layers: int = option(1, "Number of blocks, each of attention and a feed-forward layer.", least=1, most=1000)
     heads: int = option(2, "Number of attention heads in each block.", least=1, most=1024)
-    rank: int = option(32, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257)
+    rank: int = option(64, "Number of columns of the tables W_q and W_k that refinement learns; at most 256.", least=1, below=257)
     tables: str = option(
         "position",
         "Where the rows of the tables come from. position: a learned row for each position, counted from the end of the history. "
@@ -59,7 +61,7 @@ class AWRSRConfig:
     per_head: bool = option(True, "Give each head its own position tables instead of sharing one pair.")
     table_std: float = option(1.0, "Root mean square of the entries of the tables before training.", least=0)
     table_init: str = option(
-        "normal",
+        "shifted",
         "How position tables are initialised. normal: at random. orthogonal: with orthogonal columns. identity: with one column "
         "per position, or one shared by several positions if rank is less than max_len; events then attend to events with similar "
         "first-order weights. shifted: W_k is W_q shifted by one position; events then attend to whatever followed the events that "
@@ -67,21 +69,21 @@ class AWRSRConfig:
         choices=("normal", "orthogonal", "identity", "shifted"),
     )
     sharpness: float = option(
-        0.0,
+        25.0,
         "How sharp higher-order weights begin: the score refine_scale * table_std^2 * rank that they give, before training, to two "
         "events whose first-order weights all lie on rows of the tables that match. It sets refine_scale, unless that is given or "
-        "table_std is 0. 0: refine_scale is 1 / sqrt(rank).",
+        "table_std is 0. 0, or backbone stosa: refine_scale is 1 / sqrt(rank).",
         least=0,
     )
     refine_scale: float = option(
         0.0, "Factor of the scores that become higher-order weights; 0 means that sharpness decides.", least=0
     )
     learned_scale: bool = option(
-        False, "Multiply refine_scale by a learned number per head, which starts at 1; not with refinement stochastic."
+        True, "Multiply refine_scale by a learned number per head, which starts at 1; without effect with refinement stochastic."
     )
-    gate: float = option(1.0, "Factor of the higher-order weights; only used with refinement additive.", least=0)
+    gate: float = option(2.0, "Factor of the higher-order weights; only used with refinement additive.", least=0)
     learned_gate: bool = option(
-        False, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
+        True, "Learn the gate of each head, starting from the value of gate; only with refinement additive."
     )
     lags: int = option(
         0,
@@ -160,8 +162,6 @@ class AWRSRConfig:
         if self.hidden % self.heads or self.hidden // self.heads > 256:
             raise ValueError(f"hidden is {self.hidden}, must be a multiple of heads ({self.heads}), at most 256 per head")
         self._check_heads()
-        if self.learned_scale and self.refinement == "stochastic":
-            raise ValueError("learned_scale is True, must be False with refinement 'stochastic', whose scores are distances")
         if self.backbone != "stosa":
             for name, value in (("refinement", "stochastic"), ("mean_branch", "published")):
                 if getattr(self, name) == value:

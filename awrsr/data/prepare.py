@@ -15,7 +15,8 @@ from .times import moment as moment  # callers find it here
 # Equal items attend to each other from the start, tables learn fast, and first-order weights do not drown higher-order ones.
 # The epochs suffice for two plain layers to learn the task, too.
 DEMO: dict[str, Any] = {"layers": 1, "init": "match", "table_std": 0.5, "refine_scale": 2.8, "gate": 4.0}
-DEMO |= {"hidden_dropout": 0.0, "attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
+DEMO |= {"rank": 32, "table_init": "normal", "learned_scale": False, "learned_gate": False, "hidden_dropout": 0.0}
+DEMO |= {"attention_dropout": 0.0, "learning_rate": 3e-3, "epochs": 30, "patience": 0}
 
 OF_READING = ("separator", "columns", "header", "missing_ids", "drop_duplicates")  # options with the name of an argument of `read`
 OF_SPLIT = {"holdout": "last-n", "validation_from": "time", "test_from": "time"}  # options that only one split uses

@@ -197,12 +197,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 
 def attention_options(c: AWRSRConfig) -> dict[str, Any]:
     """The configuration as arguments of `RefinedMultiheadAttention`."""
-    names = ("refinement", "max_len", "rank", "tables", "table_std", "table_init", "learned_scale", "backend")
+    names = ("refinement", "max_len", "rank", "tables", "table_std", "table_init", "backend")
     gated = c.refinement == "additive"
     return {name: getattr(c, name) for name in names} | {
         "per_head": c.per_head or c.tables == "content",
         "refine_scale": refine_scale(c),
         "sharpness": None,
+        "learned_scale": c.learned_scale and c.refinement != "stochastic",  # whose scores are distances
         "gate": True if c.learned_gate or not gated else c.gate,
         "gate_init": c.gate if c.learned_gate and gated else 0.0,
         "dropout": c.attention_dropout,
@@ -211,7 +212,7 @@ def attention_options(c: AWRSRConfig) -> dict[str, Any]:
 
 def refine_scale(c: AWRSRConfig) -> float | None:
     """The factor of the scores that become higher-order weights; None: 1 / sqrt(rank)."""
-    square = c.table_std**2 * c.rank
+    square = c.table_std**2 * c.rank * (c.backbone != "stosa")  # whose scores are distances; sharpness was not tried there
     return c.refine_scale or (c.sharpness / square if square else 0) or None
 
 

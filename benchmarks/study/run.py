@@ -58,7 +58,7 @@ class Results:
     def of(self, cell: Cell, seed: int) -> dict[str, Any] | None:
         """The entry of a run, made by the command that the plan has now."""
         entry = self.entries.get((*cell.key(), seed))
-        return entry if entry is not None and entry["command"] == cell.command(seed) else None
+        return entry if entry is not None and entry["command"] in cell.commands(seed) else None
 
     def done(self, cell: Cell) -> list[dict[str, Any]]:
         """The entries of a cell, by seed."""

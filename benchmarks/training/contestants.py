@@ -32,7 +32,6 @@ from awrsr.models import attention
 from awrsr.models.network import AWRSRNetwork
 from awrsr.training.batches import Batch, Batches, Windows
 from awrsr.training.losses import LOSSES, draw_negatives
-from awrsr_kernels import module
 
 from ..common.clock import WrongResult, reason_of, traced, turns, wait
 from ..common.kernels import seen
@@ -120,13 +119,14 @@ class RightPadded(NamedTuple):
 
 def stock_attention(
     q: Tensor, k: Tensor, v: Tensor, *, w_q: Any, w_k: Any, refinement: str, gate: Any, refine_scale: float | None, causal: bool,
-    dropout_p: float, lengths: Tensor, form: str, padding_side: str, backend: str,
+    dropout_p: float, lengths: Tensor, form: str, padding_side: str, backend: str, softmax_scale: float, **unused: Any,
 ) -> Tensor:  # fmt: skip
     """One of FORMS under the operator's names, for items (B, H, L, D) that are padded on the right.
 
     w_q, w_k: tables by position, (N, R) or (..., H, N, R). Each history's last item has their last row.
     """
-    assert causal and refine_scale is None and not (dropout_p and refinement == "additive")
+    assert causal and refine_scale is None and not (dropout_p and refinement == "additive") and not any(unused.values())
+    assert softmax_scale == q.shape[-1] ** -0.5
 
     def by_item(w: Tensor) -> Tensor:
         """(B, 1 or H, L, R)"""
@@ -162,7 +162,7 @@ def replaced(it: Contestant) -> AbstractContextManager[Any]:
     if it.backend in FORMS:
         packed = "refined_attention_varlen", stock_attention_varlen
         name, call = packed if it.layout == "packed" else ("refined_attention", stock_attention)
-        return mock.patch.object(module, name, functools.partial(call, form=it.backend))  # type: ignore[operator]
+        return mock.patch.object(attention, name, functools.partial(call, form=it.backend))  # type: ignore[operator]
     return nullcontext()
 
 

@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from awrsr.config import AWRSRConfig
+from awrsr.config import EARLIER, AWRSRConfig
 from awrsr.data.histories import split
 from awrsr.data.readers import read
 from awrsr.data.synthetic import make
@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     random.seed(options.seed)
     c = {name: getattr(options, name) for name in ("backbone", "max_len", "hidden", "layers", "heads", "rank")}
+    c = EARLIER["model"] | c  # committed results are of these, and no rival has a learned scale
     c |= {} if options.attention_dropout is None else {"attention_dropout": options.attention_dropout}
     tasks = []
     try:

@@ -112,19 +112,28 @@ def test_other_options_are_another_run(cells: list[Cell], trained: list[list[str
     assert len(json.loads((out / study.ENTRIES).read_text(encoding="utf-8"))) == 4
 
 
+def test_cells_from_before_defaults_changed_name_the_old_ones() -> None:
+    cell = next(cell for cell in study_plan.plan() if cell.dataset == "beauty")
+    assert cell.arguments(0)[:2] == ["--rank", "32"] and "--no-learned-gate" in cell.arguments(0)
+    now, then = cell.commands(0)
+    assert now == cell.command(0) and study_plan.EARLIER in now
+    assert then.startswith("awrsr train --data data/beauty.txt --epochs")
+    assert all(study_plan.EARLIER not in cell.command(0) for cell in study_plan.plan() if cell.dataset == "synthetic")
+
+
 def test_a_default_that_changed_stops_the_study(
     cells: list[Cell], trained: list[list[str]], tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Commands name what differs from the defaults, so runs of the same command could otherwise be of different models."""
     was = study.defaults()
-    assert was["data"]["rank"] == 32 and was["data"]["gate"] != was["no data"]["gate"]
+    assert was["data"]["rank"] == 64 and was["data"]["gate"] != was["no data"]["gate"]
     study.main(arguments(tmp_path, "--seeds", "1"))
     kept = (out / study.DEFAULTS).read_text(encoding="utf-8")
     assert json.loads(kept) == was
     monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"rank": 16}})
     with pytest.raises(SystemExit):
         study.main(arguments(tmp_path))
-    assert "rank is 16 with data, was 32" in capsys.readouterr().err
+    assert "rank is 16 with data, was 64" in capsys.readouterr().err
     assert len(trained) == 4 and (out / study.DEFAULTS).read_text(encoding="utf-8") == kept
     (out / study.DEFAULTS).write_text(json.dumps(was | {"data": was["data"] | {"table_rate": 7}}), encoding="utf-8")
     monkeypatch.setattr(study, "defaults", lambda: was | {"data": was["data"] | {"new": False}})

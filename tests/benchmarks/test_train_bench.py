@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from awrsr.config import AWRSRConfig
+from awrsr.config import EARLIER, AWRSRConfig
 from awrsr.data.histories import split
 from awrsr.data.synthetic import make
-from awrsr_kernels import module
+from awrsr.models import attention
 from benchmarks.common import compare, pages
 from benchmarks.common.clock import WrongResult
 from benchmarks.common.report import Row
@@ -39,7 +39,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def task() -> TrainingTask:
     parts = split(make(users=40, items=20, length=9))
-    config = AWRSRConfig(num_items=parts.histories.num_items, max_len=6, hidden=8, rank=4, layers=1)
+    config = AWRSRConfig(num_items=parts.histories.num_items, max_len=6, hidden=8, **EARLIER["model"] | {"rank": 4, "layers": 1})
     return TrainingTask(parts, config, "bce", 16, torch.device("cpu"), 0, "made")
 
 
@@ -110,7 +110,7 @@ def test_stock_attention_passes_the_gate(refinement: str, task: TrainingTask) ->
 def test_stock_attention_is_what_runs(task: TrainingTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the reference nor another backend stands in for it, in any layout, and in evaluation too."""
     for name in ("refined_attention", "refined_attention_varlen"):
-        monkeypatch.setattr(module, name, None)
+        monkeypatch.setattr(attention, name, None)
     work = Work(torch.arange(16).numpy(), torch.arange(16).numpy())
     for layout in pages.LAYOUTS:
         it = contestant(task, "simple", layout, "sdpa2-math")
@@ -171,8 +171,8 @@ def test_a_sabotaged_backend_stops_the_benchmark(
 ) -> None:
     """In float64 whatever the flaw; in float32 what is more than rounding."""
     wanted = yardstick(task, "additive", batch_size=8)
-    right = module.refined_attention_varlen
-    monkeypatch.setattr(module, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
+    right = attention.refined_attention_varlen
+    monkeypatch.setattr(attention, "refined_attention_varlen", lambda *a, **k: FLAWS[flaw](right, *a, **k))
     with pytest.raises(WrongResult, match=r"torch packed additive, torch.float\d\d: the loss of step \d+ is"):
         check(contestant(task, "additive", "packed", "torch", dropout=0.0), wanted, dtype)
 
@@ -187,8 +187,8 @@ def test_wrong_ranks_stop_it_too(task: TrainingTask, monkeypatch: pytest.MonkeyP
 def test_a_failing_gate_writes_nothing(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = module.refined_attention
-    monkeypatch.setattr(module, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
+    right = attention.refined_attention
+    monkeypatch.setattr(attention, "refined_attention", lambda *a, **k: right(*a, **k) * (1 + (k["backend"] == "torch")))
     options = ["--data", str(data), "--out", str(tmp_path / "out"), "--refinements", "additive", *SMALL]
     assert train_bench.main(options) == 1
     assert "WRONG, nothing was written: torch bucketed additive" in capsys.readouterr().err

@@ -19,6 +19,7 @@ def make_model(seed: int = 0, **changes: Any) -> AWRSR:
     """In evaluation mode, with weights large enough to tell items and positions apart."""
     torch.manual_seed(seed)
     usual = {"num_items": ITEMS, "max_len": WINDOW, "hidden": 8, "heads": 2, "layers": 2, "rank": 3, "backend": "torch"}
+    usual |= {"sharpness": 0.0, "gate": 1.0, "learned_gate": False, "learned_scale": False}
     model = AWRSR(AWRSRConfig(**(usual | changes))).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

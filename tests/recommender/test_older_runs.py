@@ -42,7 +42,8 @@ def resuming(run: str, **changes: Any) -> list[str]:
     """The command that resumes a run."""
     stored = json.loads((OLDER / run / "config.json").read_text())
     removed = {"num_items", "correlation_norm", "table_rate", "seen", "fingerprint"}
-    options = {name: value for section in stored.values() for name, value in section.items() if name not in removed} | changes
+    options = {name: value for section in stored.values() for name, value in section.items() if name not in removed}
+    options = EARLIER["model"] | options | changes  # some defaults have changed since, and these are not stored
     switches = [f"--{'' if value else 'no-'}{name.replace('_', '-')}" for name, value in options.items() if isinstance(value, bool)]
     return ["train", "--out", run, *switches, *flags(**{k: v for k, v in options.items() if v != "" and not isinstance(v, bool)})]
 

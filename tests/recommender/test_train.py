@@ -232,7 +232,7 @@ def test_a_model_without_its_state_keeps_its_configuration(finished: Path, run: 
     (run / "last.ckpt").unlink()
     before = everything(run)
     assert main(command(finished / "data.txt", run, epochs=2, gate=4.0)) == 1
-    assert f"{run} holds the model of another run: model.gate was 1.0 and is 4.0" in capsys.readouterr().err
+    assert f"{run} holds the model of another run: model.gate was 2.0 and is 4.0" in capsys.readouterr().err
     assert everything(run) == before
 
 
