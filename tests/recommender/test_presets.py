@@ -41,6 +41,10 @@ def test_presets_cover_every_option_that_decides_what_attention_computes() -> No
     assert set(OF_SASREC) < PLAIN.keys() and all(preset.own.keys() <= {*PLAIN, "rank"} for preset in PRESETS.values())
 
 
+def test_the_model_without_a_preset_is_the_refined_one() -> None:
+    assert AWRSR(preset="refined", **SMALL).config == AWRSRConfig(**SMALL)
+
+
 def test_the_command_line_starts_from_a_preset_and_keeps_what_is_given() -> None:
     _, options = parsed(["train", "--data", "x", "--preset", "lagged", "--rank", "32", "--no-learned-gate"])
     wanted = PRESETS["lagged"].options | {"rank": 32, "learned_gate": False}
