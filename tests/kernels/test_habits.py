@@ -143,7 +143,8 @@ def test_a_slip_of_the_fingers_is_told_the_nearest_name(name: str, instead: str)
 
 def test_a_name_like_no_other_is_told_all_of_them() -> None:
     assert refused("refined_attention_step", zzz=1).endswith(
-        "zzz: its arguments are q, k, v, w_q, w_k, cache, align, gate, lags, shift, plain_heads, softmax_scale, refine_scale, backend"
+        "zzz: its arguments are q, k, v, w_q, w_k, cache, align, gate, lags, shift, plain_heads, softmax_scale, refine_scale, "
+        "backend"
     )
 
 
