@@ -150,7 +150,7 @@ def markdown(second: Second, short: str) -> str:
 def picture(second: Second) -> Figure | None:
     """Gains of every contestant over plain attention, a panel per predicted set."""
     names = [name for name in NAMES if name != "plain"][::-1]
-    sets = [dataset for dataset in PREDICTED if (dataset, "plain") in second.runs]
+    sets = [dataset for dataset in PREDICTED if {"plain"} < {name for of, name in second.runs if of == dataset}]
     if not sets:
         return None
     figure = Figure(figsize=(2.1 * len(sets) + 1.6, 4.2), layout="constrained")
