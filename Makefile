@@ -3,7 +3,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
 LIBRARIES := test-rectools test-replay test-recbole
 
-# glibc keeps memory that was freed: getting it back page by page took a fifth of the tests' time.
+# glibc keeps memory that was freed: getting it back page by page took a fifth of the tests' time, and of the study's.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
 
 # Where `make test` leaves its reports, whose seconds `make guard` compares.
@@ -57,12 +57,12 @@ train: .venv/ready ## train a plain and a refined recommender on synthetic histo
 
 # Both run what benchmarks/results/ lacks. BUDGET: minutes. DATA: folder with jazz.txt and so on, otherwise fetched.
 study-core: .venv/ready ## make the missing runs of the README's table; 4 hours of two cores, resumable (BUDGET=minutes, DATA=folder, JOBS=2)
-	$(BIN)/python benchmarks/study.py --only second-order $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) \
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/study.py --only second-order $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) \
 	  --jobs $(or $(JOBS),2)
 	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
 
 study: .venv/ready ## make all missing runs of the study, tables and pictures; hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
-	$(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
 
 cost: .venv/ready ## write the report on cost and its pictures, from committed results
