@@ -57,8 +57,8 @@ train: .venv/ready ## train a plain and a refined recommender on synthetic histo
 
 # Both run what benchmarks/results/ lacks. BUDGET: minutes. DATA: folder with jazz.txt and so on, otherwise fetched.
 study-core: .venv/ready ## make the missing runs of the README's table; 4 hours of two cores, resumable (BUDGET=minutes, DATA=folder, JOBS=2)
-	$(KEEP_MEMORY) $(BIN)/python benchmarks/study.py --only second-order $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) \
-	  --jobs $(or $(JOBS),2)
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/study.py --only second-order $(if $(BUDGET),--budget $(BUDGET)) \
+	  $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),2)
 	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
 
 study: .venv/ready ## make all missing runs of the study, tables and pictures; hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
