@@ -1,12 +1,15 @@
 """The second order: a plan written first, the same search for every contestant, and a verdict that the files decide."""
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from awrsr.config import AWRSRConfig
+from awrsr.presets import preset_options
 from benchmarks.study import gains as study_gains
 from benchmarks.study import run as study
 from benchmarks.study import second_gains, second_order, second_tables
@@ -30,6 +33,8 @@ def test_the_code_is_the_plan_as_written() -> None:
         expected = second_gains.EXPECTED.get(name, ("", ""))
         assert expected[0] in predicted and lagged.startswith(expected[1]), name
     assert f"all {second_order.planned()} comparisons" in page.replace("\n", " ")
+    defaults = asdict(AWRSRConfig())
+    assert preset_options("refined").items() <= defaults.items()  # what is called the default is what was measured
 
 
 class Made:
