@@ -56,6 +56,7 @@ class RefinedCache:
     v: Tensor
     k_a: Tensor | None = None
     q_a: Tensor | None = None
+    lags: int = 0  # also of caches that were pickled before there were any
     y: Tensor | None = None
     w_q: Tensor | None = None
     w_k: Tensor | None = None
@@ -95,6 +96,8 @@ class RefinedCache:
         shapes = {"k": (kv_heads, d), "v": (kv_heads, d_v)}
         if refinement != "none":
             r = checks.whole("rank", rank, 1, checks.MAX_FEATURES)
+            if (width := (self.lags + 1) * r) > checks.MAX_FEATURES:
+                checks.refuse("lags", str(lags), f"so few that (lags + 1) * rank, now {width}, is at most {checks.MAX_FEATURES}")
             shapes |= {"k_a": (heads, r)} | ({"w_q": (heads, r), "w_k": (heads, r)} if tables == "content" else {})
             shapes |= {"q_a": (heads, r)} if self.lags else {}
         if refinement == "value":
@@ -107,7 +110,7 @@ class RefinedCache:
         self.end_bound, self.length_bound, self.ragged = 0, 0, False
 
     def __repr__(self) -> str:
-        kind = "" if self.refinement == "none" else f", tables={self.tables!r}"
+        kind = "" if self.refinement == "none" else f", tables={self.tables!r}" + f", lags={self.lags}" * (self.lags > 0)
         used = f"{self.end_bound} of {self.capacity} rows"
         return f"RefinedCache({self.batch} entries, {used}, refinement={self.refinement!r}{kind}, {self.dtype}, {self.device})"
 

@@ -98,7 +98,8 @@ def cases(target: str) -> list[CompileCase]:
                     resident = length == RESIDENT and is_resident(length, True, *sizes)
                     if tiled if length == TILED else resident or is_short(length, *sizes):
                         every += [CompileCase(target, name, dtype, d, length, width, 1, stochastic) for d in (False, True)]
-                        if name == "additive" and not stochastic and length != RESIDENT:
+                        lagged = length == TILED or (length != RESIDENT and is_short(length, *sizes, lagged=True))
+                        if name == "additive" and not stochastic and lagged:
                             every += [CompileCase(target, name, dtype, d, length, width, lagged=True) for d in (False, True)]
         every += [CompileCase(target, name, dtype, False, STEP, width) for width in WIDTHS for name in REFINEMENTS]
     return every
@@ -129,7 +130,8 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     features, with any tile. The sums over parts of gradients (`_triton/reduce.py`) spill nothing anywhere.
 
     The short backward of a lagged call holds the scores and their gradient in two places, and the matrix that moves rows: 64 rows
-    spill up to 616 bytes, 32 rows up to 208. Its forward spills nothing up to 64 features, with 128 up to 112 bytes.
+    spill up to 616 bytes, 32 rows up to 208. Its forward spills nothing in half precision with up to 64 features, otherwise up to
+    112 bytes.
 
     The resident backward holds tiles of both weights, their gradients, and up to four sums: it spills up to 340 bytes with 32
     features and 1.1 KB with 64. Twice the warps would spill less, but compute every exponential twice.
@@ -149,7 +151,7 @@ def spill_budget(case: CompileCase, kernel: str) -> int:
     if "resident" in kernel and half:
         return 0 if "fwd" in kernel else 352 if case.width <= 32 else 1152
     if "fwd" in kernel and case.width <= 128:
-        if case.lagged and "short" in kernel and case.width == 128:
+        if case.lagged and "short" in kernel and (case.width == 128 or not half):
             return 128
         return 0 if half or not (case.stochastic and case.refinement == "additive" and "tiled" in kernel) else 8
     if "fwd" in kernel:

@@ -20,6 +20,7 @@ LENGTHS = (16, 32, 64)  # classes of the short regime
 RESIDENT = 256  # the one length class of the resident regime; longer sequences go to the tiled one
 WIDTHS = (32, 64, 128, 256)
 TILED = 0  # the length class of the tiled kernels
+OF_HOPPER = 232448  # bytes of shared memory that a program may have there
 
 
 class Config(NamedTuple):
@@ -189,11 +190,16 @@ def key_of(kernel: str, max_len: int, features: tuple[int, int, int], itemsize: 
     return key if key in TABLE else None
 
 
-def is_short(max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, stochastic: bool = False) -> bool:
+def is_short(
+    max_len: int, features: tuple[int, int, int], itemsize: int, shared: int, stochastic: bool = False, lagged: bool = False
+) -> bool:  # fmt: skip
     """Whether a call runs in the short regime, which holds every matrix of a head on chip.
 
-    shared: bytes of shared memory that a program may have.
+    shared: bytes of shared memory that a program may have. lagged: whether the call has lags.
     """
+    # A lagged backward of 64 rows with operands in registers would keep 2.7 KB a thread in local memory, one of 32 in float32 1.6 KB
+    if lagged and max_len > (16 if itemsize > 2 else 32 if shared < OF_HOPPER else 64):
+        return False
     if stochastic and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
         return False
     keys = [key_of(kernel, max_len, features, itemsize) for kernel in SHORT_KERNELS]

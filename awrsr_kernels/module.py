@@ -431,4 +431,7 @@ class RefinedMultiheadAttention(multihead.TorchNames, RefinedLayer):
     def extra_repr(self) -> str:
         tables = "" if self.refinement == "none" else f", tables={self.tables!r}, rank={self.rank}, max_len={self.max_len}"
         way = f", causal={self.causal}, align={self.align!r}"
+        lags = self._weight_options()["lags"]
+        way += "" if lags is None else f", lags={lags.shape[1]}"
+        way += ", shift=True" * self.shift + f", plain_heads={self.plain_heads}" * (self.plain_heads > 0)
         return f"{self.embed_dim}, {self.num_heads}, refinement={self.refinement!r}{tables}{way}"

@@ -98,7 +98,7 @@ class Problem:
         grouped-query attention, where the regimes sum dK differently.
         """
         if self.reach is None:
-            sizes = self.short_features, self.q.dtype.itemsize, self.shared, self.call.stochastic
+            sizes = self.short_features, self.q.dtype.itemsize, self.shared, self.call.stochastic, self.lags is not None
             reach = next((n for n in reversed(LENGTHS) if is_short(n, *sizes)), 0)
             if self.call.max_len <= reach:  # with a symbolic max_len, the one guard: a graph per regime
                 self.reach = self.call.max_len
