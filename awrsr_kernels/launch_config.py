@@ -197,7 +197,7 @@ def is_short(
 
     shared: bytes of shared memory that a program may have. lagged: whether the call has lags.
     """
-    # A lagged backward of 64 rows with operands in registers would keep 2.7 KB a thread in local memory, one of 32 in float32 1.6 KB
+    # With operands in registers a lagged backward of 64 rows would keep 2.7 KB a thread in local memory; in float32 one of 32, 1.6
     if lagged and max_len > (16 if itemsize > 2 else 32 if shared < OF_HOPPER else 64):
         return False
     if stochastic and max_len > 32 and max(features) > 64:  # a backward of 64 rows would keep 1.3 KB a thread in local memory
