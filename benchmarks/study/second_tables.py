@@ -25,20 +25,22 @@ def marked(page: str, texts: dict[str, str]) -> str:
     return page
 
 
-def reached(second: Second, dataset: str, name: str) -> str:
-    """NDCG@10 of a contestant; with fewer than all seeds, how many."""
+def reached(second: Second, dataset: str, name: str, marks: bool = True) -> str:
+    """NDCG@10 of a contestant; with `marks` also how many seeds, if not all, and whether its search goes on."""
     if (dataset, name) not in second.runs:
         return "not run"
     runs = second.runs[dataset, name]
+    if not marks:
+        return f"{runs.mean():.4f}"
     done = "" if len(runs.entries) >= SEEDS else f" ({len(runs.entries)} of {SEEDS})"
     return f"{runs.mean():.4f}{done}{'' if second.settings[dataset, name] else '*'}"
 
 
-def predicted(second: Second) -> list[str]:
+def predicted(second: Second, marks: bool = True) -> list[str]:
     """Rows of contestants, columns of the sets on which refinement is predicted to win; and what a contestant costs."""
     rows = []
     for name in NAMES:
-        rows.append([name, *(reached(second, dataset, name) for dataset in PREDICTED), *cost(second, name)])
+        rows.append([name, *(reached(second, dataset, name, marks) for dataset in PREDICTED), *cost(second, name)])
     heads = [f"{dataset} ({HEADROOM[dataset][0]:.1f} %)" for dataset in PREDICTED]
     return grid(" | ".join(["model", *heads, "parameters", "CPU time"]), rows)
 
@@ -115,11 +117,14 @@ def brief(second: Second) -> str:
     wanted = [(dataset, name) for dataset in PREDICTED for name in NAMES]
     done = sum(second.seeds(*each) for each in wanted)
     ended = all(second.finished(*each) for each in wanted)
-    about = "Five seeds." if ended else (
-        f"**{done} of {SEEDS * len(wanted)} runs have been made**; `k of 5`: so many seeds so far; `*`: the search of settings is "
-        "not finished. docs/study.md lists what is missing."
-    )  # fmt: skip
-    return "\n".join(["Test NDCG@10, by set with its headroom. " + about, "", *predicted(second)])
+    begun = [each for each in wanted if each in second.runs]
+    first = {second.seeds(*each) for each in begun} == {1} and not any(second.settings[each] for each in begun)
+    about = "Five seeds." if ended else f"**{done} of {SEEDS * len(wanted)} runs have been made**; "
+    if first:
+        about += "each figure is of one seed of five, and the search of settings is not finished."
+    elif not ended:
+        about += "`k of 5`: so many seeds so far; `*`: the search of settings is not finished."
+    return "\n".join(["Test NDCG@10, by set with its headroom. " + about, "", *predicted(second, marks=not first)])
 
 
 def markdown(second: Second, short: str) -> str:
