@@ -1,6 +1,12 @@
-"""Named bundles of model options: the refined models, and the rivals that they are to be compared with."""
+"""Named bundles of model options: refined models and their rivals; and which one suits data."""
 
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from typing import Any, NamedTuple
+
+from .config import AWRSRConfig
+from .data.headroom import headroom, sentence
+from .data.histories import Split
 
 # What a preset sets, besides its own: a single layer of plain attention
 PLAIN: dict[str, Any] = {"refinement": "none", "layers": 1, "tables": "position", "table_std": 1.0, "table_init": "normal"}
@@ -9,6 +15,9 @@ PLAIN |= {"suffix": 1, "smeared_keys": False, "shift": "off", "shift_gate": 1.0,
 
 REFINED = {"refinement": "additive", "rank": 64, "sharpness": 25.0, "learned_scale": True, "learned_gate": True}
 HALVES = {"shift": "heads", "plain_heads": 1}  # of two heads, one says where events attend, one what followed there
+
+
+AUTO, NONE = "auto", "none"  # the data decide; the defaults of options, and what is given
 
 
 class Preset(NamedTuple):
@@ -41,6 +50,9 @@ PRESETS = {
         "times as wide in what it compares and of half as many heads more, a handful of factors per head",
         {"suffix": 3, "unigram": True, "shift_gate": 2.0} | HALVES,
     ),
+    "published": Preset(
+        "refined attention that starts at random: two passes, two tables of max_len x 32", {"refinement": "additive", "rank": 32}
+    ),
     "refined": Preset(
         "refined attention that starts at what followed: two passes, two tables of max_len x 64 and two factors per head",
         {"table_init": "shifted", "gate": 2.0} | REFINED,
@@ -60,12 +72,36 @@ PRESETS = {
 def preset_options(name: str) -> dict[str, Any]:
     """The options of a preset. Raises ValueError for a name that is none."""
     if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, must be one of {', '.join(PRESETS)}")
+        raise ValueError(f"preset is {name!r}, must be one of {', '.join((AUTO, *PRESETS))}")
     return PRESETS[name].options
 
 
+DECIDES = {"rank", *PLAIN} - {"refinement", "layers"}  # whoever gives one of these has chosen a model
+
+
+def undecided(values: Mapping[str, Any], given: Collection[str] = ()) -> bool:
+    """Whether the data may decide the preset: no option of presets is given, or has another value than its default."""
+    usual = asdict(AWRSRConfig())
+    return DECIDES.isdisjoint(given) and all(values[name] == usual[name] for name in (*DECIDES, "refinement"))
+
+
+def suited(split: Split, config: AWRSRConfig, progress: bool = False) -> tuple[str, str]:
+    """The preset that suits histories, and a sentence that says why. Test events are not looked at.
+
+    Where knowing what followed the last one or two items earlier adds PAYS or more to first-order predictions
+    (`awrsr.data.headroom`), it is "lagged", or "refined" with a single head; elsewhere, and with backbone stosa, "published".
+    """
+    if config.backbone != "sasrec":
+        return "published", f"The others are not for backbone {config.backbone}."
+    found = headroom(split.before_test(), progress=progress)
+    name = ("lagged" if config.heads > 1 else "refined") if found["pays"] else "published"
+    return name, sentence(found)
+
+
 PRESET_HELP = (
-    "Start from a named bundle of model options instead of the defaults; options that are given as well take precedence. Each is "
-    "one layer, unless --layers says otherwise, and all but plain and mean need backbone sasrec. "
+    "Start from a named bundle of model options; options that are given as well take precedence. Each is one layer, unless "
+    "--layers says otherwise, and all but plain, mean, published and refined need backbone sasrec. auto: lagged if awrsr data "
+    "stats, without test events, expects refinement to pay, otherwise published. none: the defaults of the options; auto means "
+    "this, too, if you give options that presets set, other than --layers and --refinement additive. "
     + " ".join(f"{name}: {preset.about}." for name, preset in PRESETS.items())
 )

@@ -6,7 +6,7 @@ B users of a batch, N items, S features of what is multiplied for scores, H head
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from .lock import locked
 from .model_file import IDS, TRAINED, read_model
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
-from .presets import preset_options
+from .presets import AUTO, preset_options, suited, undecided
 from .run_folder import save_model
 
 METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
@@ -42,12 +42,15 @@ class AWRSR(nn.Module):
 
     Args:
         config: what the network is made of; by default `AWRSRConfig()`.
-        preset: name of a bundle of options (`awrsr.presets.PRESETS`), such as "lagged", which replace those of `config`.
+        preset: name of a bundle of options (`awrsr.presets.PRESETS`), such as "lagged", which replace those of `config`. "auto":
+            the first `fit` chooses one that suits the histories (`awrsr.presets.suited`), and this attribute then names it. The
+            default, unless you give `config`, num_items or an option that presets set, layers and refinement "additive" apart.
         options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
     network: AWRSRNetwork
     config: AWRSRConfig
+    preset: str | None = None
     item_ids: np.ndarray | None = None
     trained: np.ndarray | None = None  # (N,) bool: items that occurred in training; None if that is not known
     _index: Index | None = None
@@ -59,8 +62,12 @@ class AWRSR(nn.Module):
             by_name = {str: f"AWRSR(refinement={config!r})", int: f"AWRSR(num_items={config!r})", dict: "AWRSR(**options)"}
             raise TypeError(_misplaced("config", config, "AWRSRConfig", by_name, "AWRSR(layers=1)"))
         check_names("AWRSR", AWRSRConfig, options, "preset")
-        options = ({} if preset is None else preset_options(preset)) | options
-        self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **options))
+        named = {} if preset in (None, AUTO) else preset_options(preset)
+        self.network = AWRSRNetwork(replace(config or AWRSRConfig(), **named | options))
+        open_to_data = config is None and not self.config.num_items and undecided(asdict(self.config), options)
+        if preset == AUTO and not open_to_data:
+            raise ValueError("preset is 'auto', with which config, num_items and options that presets set must not be given")
+        self.preset = preset or (AUTO if open_to_data else None)
         self.sections: dict[str, Any] = {}  # how it was trained, and on what: saved with it
         self.register_load_state_dict_pre_hook(_to_network)
 
@@ -120,9 +127,13 @@ class AWRSR(nn.Module):
         parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
         settings = replace(options or TrainingOptions(), **changes)
         if not self.config.num_items:
+            own: dict[str, Any] = {}
+            if self.preset == AUTO:
+                self.preset, _ = suited(parts, self.config, progress=settings.progress)
+                own = preset_options(self.preset) | {"layers": self.config.layers}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
-                self.network = AWRSRNetwork(replace(self.config, num_items=parts.histories.num_items))
+                self.network = AWRSRNetwork(replace(self.config, **own, num_items=parts.histories.num_items))
         with nullcontext() if out is None else locked(out):
             record = train(self, parts, settings, out)
             if out is not None and record:

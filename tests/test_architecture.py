@@ -36,10 +36,11 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
-        "processes presets",
+        "processes",
         "files options habits",
         "lock data",
         "config",
+        "presets",
         "models",
         "model_file evaluation",
         "run_folder",

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
-from ..presets import preset_options
+from ..presets import AUTO, NONE, preset_options, undecided
 from . import analyse, compare, data, evaluate, explain, export, recommend, train
 from .errors import Parser, one_line
 from .shared import as_flags, say, shield_ids
@@ -94,6 +94,12 @@ def spellings(of: ArgumentParser) -> set[str]:
     return set(of._option_string_actions).union(*map(spellings, commands))
 
 
+def option_names(arguments: list[str]) -> set[str]:
+    """The options that are typed, by their names in Python."""
+    flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
+    return {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+
+
 def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     """The name of the command, and its options."""
     top = parser()
@@ -102,8 +108,11 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     name = found.command
     demo = name == "train" and not found.train.data
     preset = found.train.preset if name == "train" else ""
-    if demo or preset or "--print-config" in " ".join(arguments):
-        found = parser(demo, preset).parse_args(arguments)
+    named = "" if preset in (AUTO, NONE) else preset
+    if demo or named or "--print-config" in " ".join(arguments):
+        found = parser(demo, named).parse_args(arguments)
+    if preset == AUTO and not undecided(found.train, option_names(arguments)):
+        found.train.preset = NONE
     if demo:
         defaults = {option: value for option, value in DEMO.items() if found.train[option] == value}
         say(f"No --data: training on synthetic histories, with options that suit them: {as_flags(defaults)}")

@@ -12,7 +12,7 @@ from ..config import MAY_CHANGE, OF_SASREC, AWRSRConfig, TrainingOptions
 from ..data.histories import Split
 from ..data.prepare import DEMO, DataOptions, divide, histories
 from ..lock import locked
-from ..presets import PLAIN, PRESET_HELP, PRESETS
+from ..presets import AUTO, NONE, PLAIN, PRESET_HELP, PRESETS, preset_options, suited
 from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
 OUT_HELP = (
@@ -28,7 +28,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, in the form that --print-config prints.")
     to.add_argument("--out", type=str, default="", help=OUT_HELP)
     add_switch(to, "baseline", None, "Also train plain attention, in the folder <out>/plain (default: only without --data).")
-    to.add_argument("--preset", choices=("", *PRESETS), default="", help=PRESET_HELP)
+    to.add_argument("--preset", choices=(AUTO, NONE, *PRESETS), default=AUTO, help=PRESET_HELP)
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)
 
@@ -69,6 +69,10 @@ def run(options: Any) -> None:
     if count := int((~split.trained_items()).sum()):
         say(f"{count:,} items occur in held-out events only, and are not recommended.")
     out = Path(options.out or default_folder(data, config, training))
+    if options.preset == AUTO:
+        name, why = suited(split, config, progress=training.progress)
+        say(f"{why} Hence --preset {name}.")
+        config = replace(config, **preset_options(name) | {"layers": config.layers})
     config = replace(config, num_items=split.histories.num_items)
     with_baseline = options.baseline if options.baseline is not None else not data.data
     if training.device() == "cpu":

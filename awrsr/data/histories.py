@@ -273,6 +273,12 @@ class Split:
         ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
         return Split(numbered, *ends), unknown
 
+    def before_test(self) -> Histories:
+        """The histories without test events, and without users and items that have no others."""
+        h = self.histories
+        position = np.arange(len(h.items)) - np.repeat(h.offsets[:-1], h.lengths)
+        return h.keep(position < np.repeat(self.validation_end, h.lengths))
+
     def trained_items(self) -> np.ndarray:
         """(N,) bool: items with an event among those that train the model."""
         h = self.histories

@@ -8,7 +8,7 @@ from benchmarks.study.gains import METRIC, Gain, Runs, contrast
 from benchmarks.study.plan import SEEDS
 from benchmarks.study.plots import GREEN, GREY, draw, style
 from benchmarks.study.second_gains import EXPECTED, HEADROOM, Second, criteria, predictions
-from benchmarks.study.second_order import DATASETS, FEW, NAMES, PREDICTED, SETTINGS, compared, planned
+from benchmarks.study.second_order import DATASETS, ELSEWHERE, NAMES, PREDICTED, SETTINGS, by_default, compared, planned
 from benchmarks.study.tables import grid
 
 PARTS = ("second order", "second order in brief")  # of pages, between <!-- PART: begin --> and <!-- PART: end -->
@@ -61,10 +61,11 @@ def others(second: Second) -> list[str]:
     """Rows of the sets on which no win is predicted."""
     rows = []
     for dataset in OTHERS:
-        gain = second.gains.get((dataset, "refined", "plain"))
-        ended = "not run" if gain is None else gain_text(gain)
-        rows.append([f"{dataset} ({HEADROOM[dataset][0]:.1f} %)", *(reached(second, dataset, name) for name in FEW), ended])
-    return grid(" | ".join(["data (headroom)", *FEW, "refined over plain"]), rows)
+        gains = [second.gains.get((dataset, name, "plain")) for name in ("refined", by_default(dataset))]
+        ended = ["not run" if gain is None else gain_text(gain) for gain in gains]
+        ended[1] = f"{by_default(dataset)}: {ended[1]}"
+        rows.append([f"{dataset} ({HEADROOM[dataset][0]:.1f} %)", *(reached(second, dataset, name) for name in ELSEWHERE), *ended])
+    return grid(" | ".join(["data (headroom)", *ELSEWHERE, "refined over plain", "the default over plain"]), rows)
 
 
 def gain_text(gain: Gain) -> str:
@@ -93,7 +94,7 @@ def missing(second: Second) -> list[str]:
     lines = []
     for dataset in DATASETS:
         states: dict[str, list[str]] = {}
-        for name in NAMES if dataset in PREDICTED else FEW:
+        for name in NAMES if dataset in PREDICTED else ELSEWHERE:
             if not second.finished(dataset, name):
                 states.setdefault(second.state(dataset, name), []).append(name)
         lines += [[dataset, "all" if len(names) == len(NAMES) else ", ".join(names), state] for state, names in states.items()]
@@ -143,7 +144,8 @@ def markdown(second: Second, short: str) -> str:
             row = [dataset, model, base, f"{gain.model.mean():.4f}, {gain.base.mean():.4f}", gain_text(gain)]
             rows.append([*row, f"{gain.low:+.4f} .. {gain.high:+.4f}"])
     lines += [*grid("data | model | versus | NDCG@10 | gain | 95 % interval", rows), ""]
-    rest = [[d, name, reached(second, d, name)] for d in OTHERS for name in NAMES if name not in FEW and (d, name) in second.runs]
+    more = [name for name in NAMES if name not in ELSEWHERE]
+    rest = [[d, name, reached(second, d, name)] for d in OTHERS for name in more if (d, name) in second.runs]
     if rest:
         lines += ["**Other models below the threshold**", "", *grid("data | model | NDCG@10", rest), ""]
     rows = [[d, n, s] for (d, n), s in second.settings.items() if d in PREDICTED and s is not None]
