@@ -10,14 +10,15 @@ examples, from the repository root:
                                                           the same histories padded, bucketed and packed
   python benchmarks/attn_bench.py --backbone stochastic --refinement all --dropout 0.1
                                                           stochastic attention, on a CPU at STOSA's sizes
+  python benchmarks/attn_bench.py --refinement lagged --preset recsys
   python benchmarks/attn_bench.py --precompile 8
   python benchmarks/attn_bench.py --compare before/results.json after/results.json --threshold 1.15
 
 providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one stock call per
 value block, so that flash kernels can run); sdpa2-flash and sdpa2-split-cudnn (sdpa2-split by this kernel only), sdpa2-efficient,
 sdpa2-cudnn and sdpa2-math (sdpa2 by this kernel only); sdpa2+compile; flex2 (FlexAttention, GPU); flex2-flash (sdpa2-split in
-FlexAttention by its FLASH backend, GPU, half precision); varlen2 (varlen_attn, GPU, packed). A kernel that cannot run is left out
-with torch's reason.
+FlexAttention by its FLASH backend, GPU, half precision); varlen2 (varlen_attn, GPU, packed); lagged2 (for --refinement lagged, which
+the others but textbook cannot compute: stock attention with log-sum-exps). A kernel that cannot run is left out with torch's reason.
 providers, ours: reference, torch and triton; torch-jagged and triton-jagged (the same on packed rows, as jagged tensors).
 provider sdpa: plain attention, for comparison; it computes something else, and less.
 providers with --backbone stochastic: stosa (STOSA's formulation, L x L matrices); stosa+compile; sdpa2-squares (stock attention
@@ -69,7 +70,7 @@ from benchmarks.operator.measure import PASSES, Entrant, Gate, measure_memory, n
 from benchmarks.operator.providers import PROVIDERS, Provider, side_by_side
 from benchmarks.operator.report import graph_reasons, make_rows, table
 from benchmarks.operator.roofline import Rates, free_bytes, measure_rates
-from benchmarks.operator.workloads import BACKBONES, OPERATOR, Shape, Task, build
+from benchmarks.operator.workloads import BACKBONES, DOT, LAGGED, OPERATOR, Shape, Task, build
 
 
 def options_parser() -> argparse.ArgumentParser:
@@ -116,9 +117,10 @@ def options_parser() -> argparse.ArgumentParser:
     add(
         "--refinement",
         nargs="+",
-        choices=(*STOCHASTIC_ATTENTION_REFINEMENTS, "all"),
+        choices=(*STOCHASTIC_ATTENTION_REFINEMENTS, LAGGED, "all"),
         default=["simple"],
-        help="refinements to measure (default simple)",
+        help="refinements to measure (default simple); lagged, which all leaves out: additive with two lags and shift, half of the "
+        "heads plain",
     )
     add("--dtype", choices=workloads.DTYPES, help="data type (default: float32 on a CPU, bfloat16 on a GPU)")
     add(
@@ -171,9 +173,10 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
     options.backbone = BACKBONES[options.backbone]
     known = OPERATOR[options.backbone]
-    options.refinement = list(known) if "all" in options.refinement else list(dict.fromkeys(options.refinement))
+    named = [name for name in options.refinement if name != "all"]
+    options.refinement = list(dict.fromkeys([*known, *named] if "all" in options.refinement else named))
     for name in options.refinement:
-        if name not in known:
+        if name not in known and (name != LAGGED or options.backbone != DOT):
             parser.error(f"argument --refinement: was {name}, must be one of {', '.join(known)} with this --backbone")
     of_it = [p.name for p in side_by_side(options.backbone)]
     for name in options.providers or ():

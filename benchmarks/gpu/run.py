@@ -82,7 +82,7 @@ BENCHMARKS = {  # name: options of attn_bench.py; kernels are compiled in parall
     "recsys": ["--shapes", *TWELVE, *WIDE, "--providers", *EAGER, *PINNED],
     "variant": ["--shapes", *(shape for shape in TWELVE if int(shape.split(",")[2]) > 64), "--providers", "triton"],
     "long": ["--preset", "long", "--providers", *EAGER],
-    "refinements": ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "--dropout", "0.1"],
+    "refinements": ["--shapes", "512,4,50,64", "512,4,128,64", "--refinement", "all", "lagged", "--dropout", "0.1"],
     "compiled": ["--shapes", "512,4,128,64", "--providers", "textbook+compile", "flex2", "sdpa2-split", "triton"],
     "stochastic": ["--backbone", "stochastic", "--shapes", "128,4,100,16", "512,2,50,32", "--refinement", "simple", "stochastic"],
     "rivals": ["--preset", "recsys"],  # every provider, also those that compile for each shape

@@ -172,6 +172,7 @@ class Gate:
 
             def excerpt(dtype: torch.dtype) -> dict[str, Tensor]:
                 names = ("q", "k", "v", "w_q", "w_k", "gate", "dout", *(COVARIANCES if view.stochastic else ()))
+                names += ("lags",) * (view.lags is not None)
                 parts = {n: _excerpt_of(n, getattr(view, n), index, heads, kv_heads).detach().to(dtype) for n in names}
                 leaves: dict[str, Any] = {n: parts[n].requires_grad_(not n.startswith("dout")) for n in names}
                 return _compute(reference, replace(view, **leaves, bounds=bounds))[0]
@@ -195,7 +196,7 @@ def _only(batch: Batch, index: Tensor, heads: int) -> Batch:
 def _excerpt_of(name: str, x: Tensor, index: Tensor, heads: int, kv_heads: int) -> Tensor:
     name = name if name.startswith("dout") else name.removeprefix("d")
     name = name.removesuffix("_cov")
-    if name in ("w_q", "w_k"):
+    if name in ("w_q", "w_k", "lags"):
         return x
     if name == "gate":
         return x[:heads]

@@ -13,6 +13,8 @@ flex2              sdpa2 in FlexAttention, compiled; needs a GPU
 flex2-flash        sdpa2-split in FlexAttention by its FLASH backend; needs a GPU, half precision, and torch and flash-attn-4 as
                    new as that backend
 varlen2            sdpa2-split in torch's varlen_attn, the packed rival; needs a GPU, half precision, torch as new as that call
+lagged2            for lagged attention alone (`lagged.py`): attention calls that return their log-sum-exps, with rows of earlier
+                   positions side by side; by the CPU's flash call, on a GPU by FlexAttention, compiled
 sdpa               plain attention: the least that any of these could cost; another result, so not counted as a rival
 torch, triton      ours
 torch-jagged, triton-jagged  the same packed rows as jagged tensors of torch.nested, made and taken apart in each call
@@ -49,8 +51,9 @@ from awrsr_kernels import (
 from ..common.pages import ROLES
 from ..common.stock import FORMS, Attend, Form, Tensors, by_stock, stock, two_calls
 from ..common.stosa import stosa
+from .lagged import lagged_calls, textbook_lagged
 from .wasserstein import FlashCpu, squares, tensors_of
-from .workloads import DOT, STOCHASTIC, Batch, Outputs
+from .workloads import DOT, LAGGED, STOCHASTIC, Batch, Outputs
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,21 @@ ONE_MASK: Limit = (
     "two attention calls draw two masks; dropout of the sum P + gate R needs one",
 )
 OWN_MASKS: Limit = (lambda b: b.dropout_p, "attention calls draw a mask each; squared weights need that of the weights")
+NOT_LAGGED: Limit = (lambda b: b.refinement == LAGGED, "cannot shift weights: it returns no log-sum-exps; lagged2 does")
+ONLY_LAGGED: Limit = (lambda b: b.refinement != LAGGED, "for lagged attention only")
 OF_SQUARES = OWN_MASKS, NOT_PACKED
-OF_STOCK = ONE_MASK, NOT_PACKED
-OF_FLEX = NEEDS_GPU, NO_DROPOUT, NOT_PACKED
+OF_STOCK = ONE_MASK, NOT_PACKED, NOT_LAGGED
+OF_VARLEN = NEEDS_GPU, NO_DROPOUT, ONLY_PACKED, NOT_LAGGED
+OF_FLEX = NEEDS_GPU, NO_DROPOUT, NOT_PACKED, NOT_LAGGED
 
 
 def ours(batch: Batch, backend: str, jagged: bool = False) -> Outputs:
     """The public call."""
     options: dict[str, Any] = {"refinement": batch.refinement, "dropout_p": batch.dropout_p, "dropout_seed": batch.dropout_seed}
-    if batch.refinement == "additive":
+    if batch.refinement in ("additive", LAGGED):
         options["gate"] = batch.gate
+    if batch.refinement == LAGGED:
+        options |= {"refinement": "additive", "lags": batch.lags, "shift": True, "plain_heads": batch.plain_heads}
     tensors: tuple[Any, ...] = batch.q, batch.k, batch.v, batch.w_q, batch.w_k
     padded: Callable[..., Outputs] = refined_attention
     packed: Callable[..., Outputs] = refined_attention_varlen
@@ -149,9 +157,15 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, w_q: Tensor, w_k: Tensor, gate: Te
     return F.dropout(first + gate[:, None, None] * higher, dropout_p) @ v
 
 
-def _textbook(batch: Batch, function: Callable[..., Tensor] = textbook) -> Tensor:
+def _textbook(batch: Batch, prepare: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda f: f) -> Tensor:
     tensors = batch.q, batch.k, batch.v, batch.w_q, batch.w_k, batch.gate
-    return function(*tensors, batch.refinement, batch.dropout_p)
+    if batch.refinement == LAGGED:
+        return prepare(textbook_lagged)(*tensors, batch.lags, batch.plain_heads, batch.dropout_p)
+    return prepare(textbook)(*tensors, batch.refinement, batch.dropout_p)
+
+
+def _lagged(batch: Batch) -> Tensor:
+    return lagged_calls(batch, flex_lse if batch.q.is_cuda else FlashCpu.apply)
 
 
 def _stosa(batch: Batch, function: Callable[..., Outputs] = stosa) -> Outputs:
@@ -246,12 +260,13 @@ PROVIDERS = {
     p.name: p
     for p in (
         Provider("textbook", "rival", _textbook, (NOT_PACKED,), squares=(10, 10)),
-        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled(textbook)), (NOT_PACKED,), squares=(8, 8)),
+        Provider("textbook+compile", "rival", lambda b: _textbook(b, _compiled), (NOT_PACKED,), squares=(8, 8)),
         *(_of_form(name, form) for name, form in FORMS.items()),
         Provider("sdpa2+compile", "rival", _sdpa2_compiled, OF_STOCK, (6, 0)),
         Provider("flex2", "rival", functools.partial(two_stage, attend=flex), OF_FLEX),
         Provider("flex2-flash", "rival", FLASH_FLEX, (*OF_FLEX, HALF, FLEX_HAS_FLASH, FLASH_ATTN)),
-        Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), (NEEDS_GPU, NO_DROPOUT, ONLY_PACKED)),
+        Provider("varlen2", "rival", lambda b: two_stage(b, varlen(b), split=True), OF_VARLEN),
+        Provider("lagged2", "rival", _lagged, (ONLY_LAGGED, NOT_PACKED, OWN_MASKS)),
         Provider("sdpa", "floor", two_stage, (NOT_PACKED,), backbones=BOTH),
         Provider("reference", "ours", OURS["reference"], squares=(13, 13), backbones=BOTH),
         Provider("torch", "ours", OURS["torch"], backbones=BOTH),

@@ -19,6 +19,8 @@ from awrsr_kernels.checks import REFINEMENTS, STOCHASTIC_ATTENTION_REFINEMENTS
 DOT, STOCHASTIC = "dot-product", "stochastic"
 BACKBONES = {"dot": DOT, "stochastic": STOCHASTIC}  # as options and as results have them
 OPERATOR = {DOT: REFINEMENTS, STOCHASTIC: STOCHASTIC_ATTENTION_REFINEMENTS}  # backbone: its refinements
+LAGGED = "lagged"  # besides those: additive with LAGS, shift, and half of the heads plain, as the recommender's preset has it
+LAGS = (0.5, 0.25)
 Outputs = Tensor | tuple[Tensor, ...]  # of a call; in stochastic attention means and covariances
 LAYOUTS = ("padded", "bucketed", "packed")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -104,6 +106,11 @@ class Task:
         return self.shape.D, self.shape.D_v, 1 if self.refinement == "none" else self.shape.R
 
     @property
+    def plain_heads(self) -> int:
+        """Number of heads that are neither refined nor shifted."""
+        return self.shape.H // 2 if self.refinement == LAGGED else 0
+
+    @property
     def label(self) -> str:
         s = self.shape
         size = f"{s.B} users, window {s.L}, batches of {self.batch_size}" if self.users else f"B {s.B} L {s.L}"
@@ -121,6 +128,7 @@ class Task:
             none              n^2/2 * (D + D_v)                     multiply-adds
             simple            n^2/2 * (D + 2 R) + n^2/2 * (R + D_v)
             value, additive   the same plus n^2/2 * D_v             for P V
+            lagged            as additive with 3 R in stage 2, in the heads that are not plain, and none in the others
 
         and in stochastic attention, whose points have 2 D features and whose squared weights meet covariances,
 
@@ -135,11 +143,13 @@ class Task:
         """
         s = self.shape
         d, d_v = (2 * s.D, 2 * s.D_v) if self.stochastic else (s.D, s.D_v)
-        width = d + d_v
+        width: float = d + d_v
         if self.refinement != "none":
             width += 6 * s.R if self.refinement == "stochastic" else 3 * s.R
         if self.refinement in ("value", "additive"):
             width += d if self.stochastic and self.refinement == "additive" else d_v
+        if self.refinement == LAGGED:
+            width += (5 * s.R + d_v - 3 * s.R) * (1 - self.plain_heads / s.H) - 3 * s.R * self.plain_heads / s.H
         pairs = sum(n * n for n in self.users) / 2 if self.users else s.B * s.L**2 / 2
         return 2 * s.H * pairs * width * {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[pass_]
 
@@ -168,6 +178,8 @@ class Batch:
     packed: bool = False
     positions: Tensor | None = None  # (T,), packed: each row's place in its sequence
     dropout_seed: int | None = None
+    lags: Tensor | None = None  # (A,) factors of earlier rows, for LAGGED
+    plain_heads: int = 0
     q_cov: Tensor | None = None  # this and those below: of the stochastic backbone alone, whose batches have all of them
     k_cov: Tensor | None = None
     v_cov: Tensor | None = None
@@ -183,7 +195,7 @@ class Batch:
     def plain(self) -> "Batch":
         """The batch for plain dot-product attention."""
         without: dict[str, Any] = dict.fromkeys(COVARIANCES)
-        return replace(self, refinement="none", **without)
+        return replace(self, refinement="none", lags=None, plain_heads=0, **without)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -195,8 +207,10 @@ class Batch:
             names += ["q_cov", "k_cov", "v_cov"]
         if self.refinement == "stochastic":
             names += ["w_q_cov", "w_k_cov"]
-        if self.refinement == "additive":
+        if self.refinement in ("additive", LAGGED):
             names.append("gate")
+        if self.refinement == LAGGED:
+            names.append("lags")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -221,7 +235,7 @@ class Batch:
         per_head = matrices * 8 * self.max_len**2
         if len(chosen) * heads * per_head > GATE_BYTES:
             chosen = chosen[:1]
-        kept = min(kv_heads, max(1, GATE_BYTES // (per_head * heads // kv_heads)))
+        kept = kv_heads if self.plain_heads else min(kv_heads, max(1, GATE_BYTES // (per_head * heads // kv_heads)))
         heads = heads // kv_heads * kept
         if not self.packed:
             index = torch.tensor(chosen, device=self.q.device)
@@ -277,6 +291,8 @@ def build(task: Task, layout: str) -> list[Batch]:
         elif task.users:
             bounds = torch.tensor(lengths, device=device)
         made = Batch(q, k, v, w_q, w_k, gate, dout, task.refinement, task.dropout_p, bounds, layout == "packed", places)
+        if task.refinement == LAGGED:
+            made = replace(made, lags=torch.tensor(LAGS, device=device, dtype=dtype).requires_grad_(), plain_heads=task.plain_heads)
         if not task.stochastic:
             return made
         *covs, dout_cov = items(lengths, window, covariance=True)

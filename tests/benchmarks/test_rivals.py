@@ -9,9 +9,10 @@ from torch import Tensor
 
 from benchmarks.common.kernels import seen, short
 from benchmarks.common.stock import FORMS, Form, by_stock
+from benchmarks.operator.lagged import lagged_calls
 from benchmarks.operator.measure import PASSES, Entrant, Gate, name_kernels
-from benchmarks.operator.providers import PROVIDERS, flex, lacks_flash_flex, ours, stock, two_stage
-from benchmarks.operator.workloads import DOT, OPERATOR, STOCHASTIC, Shape, build
+from benchmarks.operator.providers import PROVIDERS, flex, flex_lse, lacks_flash_flex, ours, stock, two_stage
+from benchmarks.operator.workloads import DOT, LAGGED, OPERATOR, STOCHASTIC, Shape, build
 
 from .tasks import PROBLEMS, same, task, users_task
 
@@ -33,6 +34,21 @@ CHECKED = {DOT: (*STOCK, "textbook"), STOCHASTIC: ("stosa", "sdpa2-squares")}
 def test_rivals_compute_the_definition(form: str, backbone: str, refinement: str) -> None:
     batch = build(task(refinement, "float64", backbone=backbone), "padded")[0]
     same(batch, PROVIDERS[form].call(batch), ours(batch, "reference"))
+
+
+def test_rivals_of_lagged_attention_compute_it_and_all_others_say_why_they_cannot() -> None:
+    batches = build(task(LAGGED, "float64"), "padded")
+    for name in ("lagged2", "textbook", "torch"):
+        assert PROVIDERS[name].refusal(batches[0]) is None
+        same(batches[0], PROVIDERS[name].call(batches[0]), ours(batches[0], "reference"))
+        Gate().check(Entrant(PROVIDERS[name], "padded", batches))
+    others = [
+        p
+        for p in PROVIDERS.values()
+        if p.role == "rival" and DOT in p.backbones and p.name.split("+")[0] not in ("lagged2", "textbook")
+    ]
+    assert others and all(p.refusal(batches[0]) for p in others)
+    assert PROVIDERS["lagged2"].refusal(build(task("additive"), "padded")[0]) == "for lagged attention only"
 
 
 @pytest.mark.parametrize("refinement", OPERATOR[STOCHASTIC])
@@ -72,6 +88,9 @@ def test_squares_in_flex(refinement: str, monkeypatch: pytest.MonkeyPatch) -> No
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 9, 9, device="cpu")
     monkeypatch.setattr("benchmarks.operator.providers._flex_tools", lambda *_: (flex_attention, mask))
     torch.testing.assert_close(PROVIDERS["flex2-squares"].call(batch), ours(batch, "reference"), rtol=0, atol=1e-12)
+    lagged = build(task(LAGGED, "float64"), "padded")[0]
+    lagged = dataclasses.replace(lagged, **{name: x.detach() for name, x in lagged.leaves.items()})
+    torch.testing.assert_close(lagged_calls(lagged, flex_lse), ours(lagged, "reference"), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("refinement", OPERATOR[DOT])
