@@ -17,8 +17,9 @@ examples, from the repository root:
 providers, rivals: textbook (L x L matrices); textbook+compile; sdpa2 (two stock attention calls); sdpa2-split (one stock call per
 value block, so that flash kernels can run); sdpa2-flash and sdpa2-split-cudnn (sdpa2-split by this kernel only), sdpa2-efficient,
 sdpa2-cudnn and sdpa2-math (sdpa2 by this kernel only); sdpa2+compile; flex2 (FlexAttention, GPU); flex2-flash (sdpa2-split in
-FlexAttention by its FLASH backend, GPU, half precision); varlen2 (varlen_attn, GPU, packed); lagged2 (for --refinement lagged, which
-the others but textbook cannot compute: stock attention with log-sum-exps). A kernel that cannot run is left out with torch's reason.
+FlexAttention by its FLASH backend, GPU, half precision); varlen2 (varlen_attn, GPU, packed); lagged2 (for --refinement lagged:
+stock attention with log-sum-exps; the others, but for textbook, cannot compute it). A kernel that cannot run is left out with
+torch's reason.
 providers, ours: reference, torch and triton; torch-jagged and triton-jagged (the same on packed rows, as jagged tensors).
 provider sdpa: plain attention, for comparison; it computes something else, and less.
 providers with --backbone stochastic: stosa (STOSA's formulation, L x L matrices); stosa+compile; sdpa2-squares (stock attention
