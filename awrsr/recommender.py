@@ -84,9 +84,10 @@ class AWRSR(nn.Module):
                 raise AttributeError(f"AWRSR has no attribute {name}: did you mean {method[0]}?") from None
             raise
 
-    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t."""
-        return self.network(items, cu_seqlens, max_seqlen)
+    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, last: bool = False) -> Tensor:
+        """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t. last: only the rows of the
+        last event of each history, (B, S)."""
+        return self.network(items, cu_seqlens, max_seqlen, last)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         return self.network.state_dict(*args, **options)
@@ -229,8 +230,8 @@ class AWRSR(nn.Module):
         events, cu_seqlens = spans(histories.offsets[users + 1] - length, length)
         device = self.items.weight.device
         ends = torch.from_numpy(cu_seqlens).to(device)
-        hidden = self(torch.from_numpy(histories.items[events]).to(device), ends, int(length.max(initial=0)))
-        return hidden[ends[1:] - 1] @ (self.item_table() if table is None else table).T
+        states = self(torch.from_numpy(histories.items[events]).to(device), ends, int(length.max(initial=0)), last=True)
+        return states @ (self.item_table() if table is None else table).T
 
     @names_arguments
     @torch.inference_mode()

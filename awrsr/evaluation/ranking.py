@@ -130,8 +130,7 @@ def rank_batch(network: AWRSRNetwork, batch: Any, table: Tensor | None = None) -
     """(B,) ranks of the targets of a batch of `Targets.batches`. table: the network's `item_table`, if it was computed already."""
     device = next(network.parameters()).device
     (items, cu_seqlens, max_seqlen), targets, row, seen = batch
-    hidden = network(items.to(device), cu_seqlens.to(device), max_seqlen)
-    last = hidden[cu_seqlens[1:].to(device) - 1]
+    last = network(items.to(device), cu_seqlens.to(device), max_seqlen, last=True)
     filtered = (None, None) if row is None else (row.to(device), seen.to(device))
     return ranks(last, network.item_table() if table is None else table, targets.to(device), *filtered)
 

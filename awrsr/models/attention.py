@@ -100,11 +100,12 @@ class DotProductAttention(RefinedAttention, RefinedMultiheadAttention):
         self.unigram_gate = nn.Parameter(begin.clone()) if unigram else None
         self.doubled = shift == "added"
 
-    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:  # type: ignore[override]
-        """x (..., E) -> (..., E)."""
+    def forward(self, x: Tensor, where: Packed | Padded, rows: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x (..., E) -> (..., E). rows: of packed histories, those of the output that are wanted."""
         q, k, v = self.compared(x, where)
         if isinstance(where, Packed):
             out = refined_attention_varlen(q, k, v, **where._asdict(), **self._packed_options(x))
+            out = out if rows is None else out[rows]
         else:
             q, k, v = (a.transpose(1, 2) for a in (q, k, v))
             out = refined_attention(q, k, v, **where._asdict(), **self._padded_options(x), **self._run_options()).transpose(1, 2)
@@ -183,15 +184,17 @@ class StochasticAttention(RefinedAttention):
         self.cov_out = nn.Linear(hidden, hidden)
         self.reset_parameters()
 
-    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
-        """x (..., 2 E) [mean | cov] -> (..., 2 E) [mean | cov], with covariances that are not made positive."""
-        rows = self.project(x)
+    def forward(self, x: Tensor, where: Packed | Padded, rows: Tensor | None = None) -> Tensor:
+        """x (..., 2 E) [mean | cov] -> (..., 2 E) [mean | cov], with covariances that are not made positive. rows: of packed
+        histories, those of the output that are wanted."""
+        inputs = self.project(x)
         if isinstance(where, Packed):
-            mean, cov = stochastic_refined_attention_varlen(**rows, **where._asdict(), **self._packed_options(x))
+            mean, cov = stochastic_refined_attention_varlen(**inputs, **where._asdict(), **self._packed_options(x))
+            mean, cov = (mean, cov) if rows is None else (mean[rows], cov[rows])
         else:
             options = where._asdict() | self._padded_options(x) | self._run_options()
-            rows = {name: a.transpose(1, 2) for name, a in rows.items()}
-            mean, cov = (a.transpose(1, 2) for a in stochastic_refined_attention(**rows, **options))
+            inputs = {name: a.transpose(1, 2) for name, a in inputs.items()}
+            mean, cov = (a.transpose(1, 2) for a in stochastic_refined_attention(**inputs, **options))
         mean, cov = mean.flatten(-2), self.cov_out(cov.flatten(-2))
         return torch.cat([torch.zeros_like(cov) if self.mean_out is None else self.mean_out(mean), cov], -1)
 

@@ -41,25 +41,29 @@ class AWRSRNetwork(nn.Module):
         if c.init == "copy":
             self.blocks[-1].attention.pass_values()
 
-    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, last: bool = False) -> Tensor:
         """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t.
 
         items: (T,) in 0..N-1. cu_seqlens: (B + 1,), rising from 0 to T. max_seqlen: the longest history, at most max_len.
+        last: only the rows of the last event of each history, (B, S); no history may be empty. What the last block computes after
+        attention is then left out for all other rows.
         """
         if max_seqlen > self.config.max_len:
             raise ValueError(
                 f"max_seqlen is {max_seqlen}, must be at most max_len={self.config.max_len}: keep the last events of each history"
             )
-        return self.encode(items, Packed(cu_seqlens, max_seqlen))
+        return self.encode(items, Packed(cu_seqlens, max_seqlen), cu_seqlens[1:] - 1 if last else None)
 
     def forward_padded(self, items: Tensor, lengths: Tensor) -> Tensor:
         """The same for padded histories, (B, L), padded on the left with any id below N -> (B, L, S). lengths: (B,) in 0..L."""
         return self.encode(items, Padded(lengths))
 
-    def encode(self, items: Tensor, where: Packed | Padded) -> Tensor:
+    def encode(self, items: Tensor, where: Packed | Padded, rows: Tensor | None = None) -> Tensor:
+        """rows: those that are wanted, all by default."""
         x = self.embed(items, where)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, where)
+        x = self.blocks[-1](x, where, rows)
         x = self.norm(x) if self.config.norm == "pre" else x
         if self.by_distance:
             return distance_rows(gaussian_points(x))
@@ -148,8 +152,10 @@ class Block(Branch):
         own: dict[str, Any] = {name: getattr(c, name) for name in OF_SASREC}
         super().__init__(c, DotProductAttention(c.hidden, c.heads, **own, **attention_options(c)))
 
-    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
-        return self.after_attention(x, self.attention(self.before_attention(x), where))
+    def forward(self, x: Tensor, where: Packed | Padded, rows: Tensor | None = None) -> Tensor:
+        """rows: those of the output that are wanted, all by default."""
+        attended = self.attention(self.before_attention(x), where, rows)
+        return self.after_attention(x if rows is None else x[rows], attended)
 
 
 class StochasticBlock(nn.Module):
@@ -169,8 +175,9 @@ class StochasticBlock(nn.Module):
         mean, cov = self.halves(x)
         return torch.cat([mean if self.mean is None else self.mean.before_attention(mean), self.cov.before_attention(cov)], -1)
 
-    def forward(self, x: Tensor, where: Packed | Padded) -> Tensor:
-        (mean, cov), attended = self.halves(x), self.attention(self.before_attention(x), where).chunk(2, -1)
+    def forward(self, x: Tensor, where: Packed | Padded, rows: Tensor | None = None) -> Tensor:
+        attended = self.attention(self.before_attention(x), where, rows).chunk(2, -1)
+        mean, cov = self.halves(x if rows is None else x[rows])
         mean = mean if self.mean is None else self.mean.after_attention(mean, attended[0])
         return torch.cat([mean, self.cov.after_attention(cov, attended[1])], -1)
 

@@ -161,6 +161,14 @@ def test_histories_without_events_are_passed_over() -> None:
     torch.testing.assert_close(model(items, cumulative([0, 3, 0, 2, 0], "cpu"), longest), model(*packed(lists)), **EXACT)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, PUBLISHED, {"suffix": 3, "shift": "added", "refinement": "none"}], ids=str)
+def test_the_last_rows_alone_are_those_of_all_rows(kind: Kind) -> None:
+    for norm in ("pre", "post"):
+        model, (items, cu_seqlens, longest) = make_model(**kind, norm=norm).double(), packed(mixed([3, WINDOW, 1, 6]))
+        rows = model(items, cu_seqlens, longest)[cu_seqlens[1:] - 1]
+        torch.testing.assert_close(model(items, cu_seqlens, longest, last=True), rows, **EXACT)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_positions_count_from_the_end(kind: Kind) -> None:
     """A model of a longer window gives the same numbers where the last rows of its tables are those of the shorter one."""
