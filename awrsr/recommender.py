@@ -43,14 +43,16 @@ class AWRSR(nn.Module):
     Args:
         config: what the network is made of; by default `AWRSRConfig()`.
         preset: name of a bundle of options (`awrsr.presets.PRESETS`), such as "lagged", which replace those of `config`. "auto":
-            the first `fit` chooses one that suits the histories (`awrsr.presets.suited`), and this attribute then names it. The
-            default, unless you give `config`, num_items or an option that presets set, layers and refinement "additive" apart.
+            the first `fit` chooses one that suits the histories (`awrsr.presets.suited`); `preset` then names it, and
+            `preset_reason` says why. The default, unless you give `config`, num_items or an option that presets set, layers and
+            refinement "additive" apart.
         options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
     network: AWRSRNetwork
     config: AWRSRConfig
     preset: str | None = None
+    preset_reason: str = ""  # why the data chose the preset
     item_ids: np.ndarray | None = None
     trained: np.ndarray | None = None  # (N,) bool: items that occurred in training; None if that is not known
     _index: Index | None = None
@@ -130,7 +132,7 @@ class AWRSR(nn.Module):
         if not self.config.num_items:
             own: dict[str, Any] = {}
             if self.preset == AUTO:
-                self.preset, _ = suited(parts, self.config, progress=settings.progress)
+                self.preset, self.preset_reason = suited(parts, self.config, progress=settings.progress)
                 own = preset_options(self.preset) | {"layers": self.config.layers}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
