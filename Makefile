@@ -10,7 +10,7 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
 SUITE = .guard/suite/$(or $(shell git describe --always --dirty --abbrev=40 '--exclude=*'),unknown)
 
 .DEFAULT_GOAL := help
-.PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study study-core cost
+.PHONY: help lint hooks test test-fast test-libraries $(LIBRARIES) guard train study study-core theory cost
 .PHONY: torture bench bench-stochastic bench-train track compile-report gpu docs screenshots
 
 help: ## print this list
@@ -64,6 +64,9 @@ study-core: .venv/ready ## make the missing runs of the README's table; 4 hours 
 study: .venv/ready ## make all missing runs of the study, tables and pictures; hours, resumable (BUDGET=minutes, DATA=folder, JOBS=1)
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/study.py $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--folder $(DATA)) --jobs $(or $(JOBS),1)
 	$(BIN)/python benchmarks/study_report.py --pages docs/study.md README.md
+
+theory: .venv/ready ## compute what one refined layer does by construction; minutes
+	$(BIN)/python -m benchmarks.theory.construction
 
 cost: .venv/ready ## write the report on cost and its pictures, from committed results
 	$(BIN)/python -m benchmarks.operator.cost_report

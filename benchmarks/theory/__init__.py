@@ -1,0 +1,1 @@
+"""What one refined layer can do that one plain layer cannot: constructions and trained models."""
