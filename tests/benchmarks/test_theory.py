@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.theory import construction
+from benchmarks.theory import construction, trained
 from benchmarks.theory.construction import Layer, chosen, enough_columns, judge, sequence
+from benchmarks.theory.models import CONTESTANTS, Contestant
+from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, one_hop
 
 from ..conftest import DEVICE
 
@@ -60,3 +62,67 @@ def test_the_page_has_the_table_of_the_committed_rows_and_the_bound_holds_in_it(
     assert [(r["length"], r["earlier"], r["columns"]) for r in rows] == [(n, c, x.columns) for n, c, x in construction.problems()]
     bounded = [r for r in rows if r["columns"] >= enough_columns(r["length"], r["earlier"], 0.2)]
     assert bounded and all(r["some"] >= 0.8 for r in bounded)
+
+
+def test_a_hop_goes_to_what_followed_the_last_earlier_occurrence() -> None:
+    assert one_hop(torch.tensor([[3, 1, 2, 1, 3, 1]])).tolist() == [[-1, -1, -1, 2, 1, 4]]
+
+
+def test_hops_are_taken_as_often_as_the_first_token_says() -> None:
+    task = Hops(length=40, most=3)
+    tokens, answers = task.draw(30, generator())
+    assert set(task.kinds(tokens).tolist()) == {1, 2, 3} and (answers[:, 0] == NOT_ASKED).all()
+    for row, found, count in zip(tokens[:, 1:].tolist(), answers[:, 1:].tolist(), task.kinds(tokens).tolist(), strict=True):
+        for start in range(len(row)):
+            place = start
+            for _ in range(count):
+                earlier = [m for m in range(place) if row[m] == row[place]]
+                place = earlier[-1] + 1 if earlier else -1
+                if place < 0:
+                    break
+            assert found[start] == (row[place] if place >= 0 else NOT_ASKED)
+        assert all(a != b for a, b in zip(row, row[1:], strict=False))
+
+
+def test_induction_asks_at_second_occurrences_for_what_followed_the_first() -> None:
+    for row, found in zip(*(x.tolist() for x in Induction(12).draw(5, generator())), strict=True):
+        assert sorted(row) == sorted(2 * list(set(row)))
+        for place, answer in enumerate(found):
+            assert answer == (row[row.index(row[place]) + 1] if row[place] in row[:place] else NOT_ASKED)
+
+
+def test_recall_asks_for_the_value_of_each_key_once() -> None:
+    tokens, answers = Recall(length=32, pairs=4, vocabulary=64).draw(20, generator())
+    for row, found in zip(tokens.tolist(), answers.tolist(), strict=True):
+        value = dict(zip(row[0:8:2], row[1:8:2], strict=True))
+        asked = [place for place, answer in enumerate(found) if answer != NOT_ASKED]
+        assert len(asked) == len(value) == 4 and all(place >= 8 and found[place] == value[row[place]] for place in asked)
+
+
+@pytest.mark.parametrize("model", CONTESTANTS, ids=lambda model: model.name)
+def test_no_model_sees_the_future_and_each_learns(model: Contestant) -> None:
+    torch.manual_seed(0)
+    task: Task = Induction(10)
+    network = model.build(task, 16, 2)
+    tokens, answers = task.draw(4, generator())
+    later = tokens.clone()
+    later[:, 6:] = later[:, 6:].flip(1)
+    one, other = (trained.states(network, x) for x in (tokens, later))
+    torch.testing.assert_close(one[:, :6], other[:, :6], rtol=0, atol=1e-6)
+    (one @ network.item_table().T)[answers != NOT_ASKED].logsumexp(-1).sum().backward()
+    assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in network.parameters())
+
+
+def test_runs_resume_after_the_search_and_use_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = trained.Part((Induction(8), Induction(6)), CONTESTANTS[:1], 4 * trained.CHECKS, hidden=8)
+    monkeypatch.setattr(trained, "PARTS", {"tiny": tiny})
+    monkeypatch.setattr(trained, "TESTED", 64)
+    monkeypatch.setattr(trained, "TOKENS", 64)
+    results = trained.Results(tmp_path / "trained.json")
+    assert [run.rate for run in trained.wanted(results.entries, ["tiny"])] == list(trained.RATES)
+    for run in trained.wanted({}, ["tiny"]):
+        results.add(trained.train(run) | {"accuracy": float(run.rate == 3e-3)})
+    results = trained.Results(tmp_path / "trained.json")  # from the file
+    left = [run for run in trained.wanted(results.entries, ["tiny"]) if run.key not in results.entries]
+    assert len(left) == 2 * trained.SEEDS - 1 and {run.rate for run in left} == {3e-3}
+    assert len(results.entries[tuple(results.entries)[0]]["curve"]) == trained.CHECKS
