@@ -40,7 +40,8 @@ def cell(rows: Sequence[Row], value: Value) -> str:
 
 
 def table(entries: Entries, part: str) -> list[str]:
-    """A line per model: accuracy by task, or by what sequences ask for; parameters, and processor time per step, on the first task."""
+    """A line per model: accuracy by task, or by what sequences ask for; on the first task, parameters and processor time per step
+    as a multiple of the first model's."""
     tasks = sorted(PARTS[part].tasks, key=lambda task: (task.length, task.name))
     kinds = sorted({kind for row in entries.values() if row["part"] == part for kind in row.get("by_kind", ())}, key=int)
     heads = [f"{kind} hop{'s' * (kind != '1')}" for kind in kinds] or [task.name for task in tasks]

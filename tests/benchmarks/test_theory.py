@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.theory import construction, trained
+from benchmarks.theory import construction, report, trained
 from benchmarks.theory.construction import Layer, chosen, enough_columns, judge, sequence
 from benchmarks.theory.models import CONTESTANTS, Contestant
 from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, one_hop
@@ -126,3 +126,5 @@ def test_runs_resume_after_the_search_and_use_what_it_chose(tmp_path: Path, monk
     left = [run for run in trained.wanted(results.entries, ["tiny"]) if run.key not in results.entries]
     assert len(left) == 2 * trained.SEEDS - 1 and {run.rate for run in left} == {3e-3}
     assert len(results.entries[tuple(results.entries)[0]]["curve"]) == trained.CHECKS
+    lines = report.table(results.entries, "tiny")
+    assert "| plain |  | 1.000 (1.000, 1 of 5 seeds) |" in lines[2] and lines[0].startswith("| model | induction 6 | induction 8 |")
