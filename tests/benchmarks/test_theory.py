@@ -115,7 +115,8 @@ def test_no_model_sees_the_future_and_each_learns(model: Contestant) -> None:
 
 def test_runs_resume_after_the_search_and_use_what_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = trained.Part((Induction(8), Induction(6)), CONTESTANTS[:1], 4 * trained.CHECKS, hidden=8)
-    monkeypatch.setattr(trained, "PARTS", {"tiny": tiny})
+    for module in (trained, report):
+        monkeypatch.setattr(module, "PARTS", {"tiny": tiny})
     monkeypatch.setattr(trained, "TESTED", 64)
     monkeypatch.setattr(trained, "TOKENS", 64)
     results = trained.Results(tmp_path / "trained.json")
