@@ -18,7 +18,8 @@ from .tasks import Task
 
 
 class Contestant(NamedTuple):
-    """A model. preset: of the recommender; attention: instead of it, a class below; width: a multiple of the usual hidden size."""
+    """A model. preset: of the recommender; attention: instead of it, a class below; width: a multiple of the usual hidden size.
+    chosen: the layers, from 0, that have this attention, all by default; the others have plain attention."""
 
     name: str
     preset: str = "plain"
@@ -26,6 +27,7 @@ class Contestant(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
     attention: type["Weighted"] | None = None
     width: int = 1
+    chosen: tuple[int, ...] | None = None
 
     def build(self, task: Task, hidden: int, heads: int) -> AWRSRNetwork:
         """A new model for a task. All start alike but for the attention: events attend to events like them, and pass on what
@@ -39,11 +41,16 @@ class Contestant(NamedTuple):
         }
         if options["refinement"] == "additive":
             options["rank"] = min(task.length, 256 // (options["lags"] + 1))
-        config = AWRSRConfig(**sizes, **options, hidden_dropout=0.0, attention_dropout=0.0, feedforward=2, activation="gelu")
-        network = AWRSRNetwork(config)
+        own: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "feedforward": 2, "activation": "gelu"}
+        network = AWRSRNetwork(AWRSRConfig(**options | sizes | own))
         if self.attention is not None:
             for block in network.blocks:
                 block._modules["attention"] = self.attention(block.attention, heads)
+        if self.chosen is not None:
+            plain = AWRSRNetwork(AWRSRConfig(**preset_options("plain") | {"layers": self.layers} | sizes | own))
+            for nth in self.chosen:
+                plain.blocks[nth]._modules["attention"] = network.blocks[nth].attention
+            return plain
         return network
 
 
@@ -122,4 +129,16 @@ CONTESTANTS = (
     Contestant("talking heads", attention=TalkingHeads),
     Contestant("differential", attention=Differential),
     Contestant("Nexus", attention=Nexus),
+)
+
+LAYERS = 4  # of the language models; SECOND: refined there, after a layer that has seen the text around
+SECOND = (1,)
+LANGUAGE = (
+    Contestant("four plain layers", layers=LAYERS),
+    Contestant("five plain layers", layers=LAYERS + 1),
+    Contestant("second layer refined", "refined", LAYERS, chosen=SECOND),
+    Contestant("second layer lagged", "lagged", LAYERS, chosen=SECOND),
+    Contestant("all layers lagged", "lagged", LAYERS),
+    Contestant("second layer smeared", "smeared", LAYERS, chosen=SECOND),
+    Contestant("second layer suffix-3", "suffix", LAYERS, (("unigram", False), ("shift_gate", 3.0)), chosen=SECOND),
 )

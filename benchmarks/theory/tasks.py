@@ -1,9 +1,12 @@
-"""Tasks on which depth matters: induction heads, chains of hops, recall of many pairs. Every batch is drawn anew.
+"""Tasks on which depth matters: induction heads, chains of hops, recall of many pairs; and text. Every batch is drawn anew.
 
 B sequences, L positions. A batch is (tokens, answers), (B, L) each; answers are -1 where nothing is asked.
 """
 
+import sysconfig
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
@@ -98,7 +101,34 @@ class Recall:
         return tokens.scatter(1, asked, keys), answers.scatter(1, asked, values)
 
 
-Task = Induction | Hops | Recall
+@dataclass(frozen=True)
+class Text:
+    """The next byte of Python's own library, in windows at random places. A tenth of its files, by name, is held out."""
+
+    length: int = 256
+    vocabulary: int = 256
+    tested: bool = False
+
+    @property
+    def name(self) -> str:
+        return "text"
+
+    def draw(self, count: int, generator: Generator) -> Batch:
+        source = library()[self.tested]
+        starts = torch.randint(len(source) - self.length, (count, 1), generator=generator)
+        window = source[starts + torch.arange(self.length + 1)].long()
+        return window[:, :-1], window[:, 1:]
+
+
+@cache
+def library() -> tuple[Tensor, Tensor]:
+    """The bytes of the modules of Python's library: those to learn from, and those held out."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    parts = [b"".join(path.read_bytes() for nth, path in enumerate(files) if (nth % 10 == 0) is held) for held in (False, True)]
+    return torch.frombuffer(bytearray(parts[0]), dtype=torch.uint8), torch.frombuffer(bytearray(parts[1]), dtype=torch.uint8)
+
+
+Task = Induction | Hops | Recall | Text
 
 
 def one_hop(tokens: Tensor) -> Tensor:

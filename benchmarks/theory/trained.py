@@ -28,8 +28,8 @@ from awrsr.files import read_json, write_json
 from awrsr.models.network import AWRSRNetwork
 from awrsr_kernels.tuning.arguments import whole
 from benchmarks.common.report import commit, versions
-from benchmarks.theory.models import CONTESTANTS, Contestant
-from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task
+from benchmarks.theory.models import CONTESTANTS, LANGUAGE, Contestant
+from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, Text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/theory/trained.json"
 RATES = (1e-3, 3e-3, 1e-2)
@@ -62,6 +62,7 @@ PARTS = {
     "longer": Part((Induction(128),), deep("plain", "plain", 2, 3), 2000),
     "recall": Part((Recall(), Recall(length=128, pairs=16)), DEPTHS, 400, hidden=128),
     "hops": Part((Hops(length=64, most=8),), DEPTHS, 1500),
+    "language": Part((Text(),), LANGUAGE, 1000),
 }
 WIDE = ("induction", "plain, ten times as wide")  # with the first task of this part alone: it takes ten times as long as others
 
@@ -111,14 +112,19 @@ def states(network: AWRSRNetwork, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracies(network: AWRSRNetwork, task: Task) -> dict[str, float]:
-    """Share of right answers over all, and by what sequences ask for, if they ask for different things."""
+    """Share of right answers over all, and by what sequences ask for, if they ask for different things; and of text the loss, in
+    nats per byte."""
     generator = torch.Generator().manual_seed(TEST_SEED)
     right: dict[str, list[float]] = {"all": []}
+    if isinstance(task, Text):
+        task, right["loss"] = Text(task.length, tested=True), []
     for _ in range(max(1, TESTED // TOKENS)):
         tokens, answers = task.draw(max(1, TOKENS // task.length), generator)
         scores = states(network, tokens) @ network.item_table().T
         hit, asked = scores.argmax(-1) == answers, answers != NOT_ASKED
         right["all"] += hit[asked].float().tolist()
+        if isinstance(task, Text):
+            right["loss"].append(F.cross_entropy(scores.flatten(0, 1), answers.flatten()).item())
         if isinstance(task, Hops):
             for kind in range(1, task.most + 1):
                 of_kind = task.kinds(tokens) == kind

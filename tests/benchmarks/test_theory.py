@@ -8,8 +8,8 @@ import torch
 
 from benchmarks.theory import construction, report, trained
 from benchmarks.theory.construction import Layer, chosen, enough_columns, judge, sequence
-from benchmarks.theory.models import CONTESTANTS, Contestant
-from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, one_hop
+from benchmarks.theory.models import CONTESTANTS, LANGUAGE, Contestant
+from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, Text, library, one_hop
 
 from ..conftest import DEVICE
 
@@ -99,7 +99,21 @@ def test_recall_asks_for_the_value_of_each_key_once() -> None:
         assert len(asked) == len(value) == 4 and all(place >= 8 and found[place] == value[row[place]] for place in asked)
 
 
-@pytest.mark.parametrize("model", CONTESTANTS, ids=lambda model: model.name)
+def test_text_asks_for_the_next_byte_and_holds_files_out() -> None:
+    learned, held_out = (bytes(part.tolist()) for part in library())
+    for tested, source, other in ((False, learned, held_out), (True, held_out, learned)):
+        tokens, answers = Text(64, tested=tested).draw(3, generator())
+        for row, found in zip(tokens.tolist(), answers.tolist(), strict=True):
+            assert row[1:] == found[:-1] and bytes([*row, found[-1]]) in source
+        assert bytes(tokens[0].tolist()) not in other
+
+
+def test_chosen_layers_alone_are_refined() -> None:
+    network = LANGUAGE[2].build(Induction(10), 16, 2)
+    assert [block.attention.refinement for block in network.blocks] == ["none", "additive", "none", "none"]
+
+
+@pytest.mark.parametrize("model", (*CONTESTANTS, *LANGUAGE), ids=lambda model: model.name)
 def test_no_model_sees_the_future_and_each_learns(model: Contestant) -> None:
     torch.manual_seed(0)
     task: Task = Induction(10)
