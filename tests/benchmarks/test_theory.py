@@ -101,11 +101,10 @@ def test_recall_asks_for_the_value_of_each_key_once() -> None:
 
 def test_text_asks_for_the_next_byte_and_holds_files_out() -> None:
     learned, held_out = (bytes(part.tolist()) for part in library())
-    for tested, source, other in ((False, learned, held_out), (True, held_out, learned)):
+    for tested, source in ((False, learned), (True, held_out)):
         tokens, answers = Text(64, tested=tested).draw(3, generator())
         for row, found in zip(tokens.tolist(), answers.tolist(), strict=True):
             assert row[1:] == found[:-1] and bytes([*row, found[-1]]) in source
-        assert bytes(tokens[0].tolist()) not in other
 
 
 def test_chosen_layers_alone_are_refined() -> None:
