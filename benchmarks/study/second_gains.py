@@ -133,8 +133,8 @@ def criteria(second: Second) -> list[tuple[str, str, str]]:
         g = second.gains[dataset, model, base]
         return g.p < P and g.relative > 0 and g.relative >= least
 
-    def level(dataset: str) -> bool:
-        g = second.gains[dataset, "refined", "two plain layers"]
+    def level(dataset: str, model: str) -> bool:
+        g = second.gains[dataset, model, "two plain layers"]
         fewer = g.model.average("params") <= g.base.average("params")
         return fewer and g.relative >= -0.01 and not (g.p < LEVEL and g.relative < 0)
 
@@ -149,13 +149,17 @@ def criteria(second: Second) -> list[tuple[str, str, str]]:
         judge(PREDICTED, "refined above plain and above the mean, p < .01 corrected, on every predicted set but at most one",
               lambda d: above(d, "refined", "plain") and above(d, "refined", "mean"), 1, "refined", "plain", "mean"),
         judge(PREDICTED, "refined at least level with two plain layers at no more parameters, on every predicted set",
-              level, 0, "refined", "two plain layers"),
+              lambda d: level(d, "refined"), 0, "refined", "two plain layers"),
         judge(MUSIC, "lagged above two plain layers by 5 % or more, p < .01 corrected, on every music set",
               lambda d: above(d, "lagged", "two plain layers", 0.05), 0, "lagged", "two plain layers"),
         judge(others, "elsewhere refined loses no more than noise against plain, and holds the earlier figures",
               lambda d: harmless(d, "refined"), 0, "refined", "plain"),
-        judge(others, "added: the same of what `--preset auto` takes there", lambda d: harmless(d, by_default(d)), 0,
-              "lagged", "published", "plain"),
+        judge(PREDICTED, "added: the default, lagged there, above plain and above the mean in the same way",
+              lambda d: above(d, "lagged", "plain") and above(d, "lagged", "mean"), 1, "lagged", "plain", "mean"),
+        judge(PREDICTED, "added: the default at least level with two plain layers in the same way",
+              lambda d: level(d, "lagged"), 0, "lagged", "two plain layers"),
+        judge(others, "added: elsewhere the default loses no more than noise in the same way",
+              lambda d: harmless(d, by_default(d)), 0, "lagged", "published", "plain"),
     ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ SUFFIXES = RIVALS[2:]
 WHERE_PREDICTED = (
     ("refined", "two plain layers"),
     *(("refined", rival) for rival in RIVALS[:2]),
-    *(("lagged", base) for base in ("plain", "two plain layers", "refined", *RIVALS)),
+    *(("lagged", base) for base in ("plain", "mean", "two plain layers", "refined", *RIVALS)),
     *(("suffix-3 and lagged", base) for base in ("lagged", *SUFFIXES)),
     *((rival, base) for rival in RIVALS for base in ("plain", "two plain layers")),
 )
