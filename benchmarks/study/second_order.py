@@ -98,7 +98,8 @@ def cell(dataset: str, name: str, setting: str = USUAL, seeds: int = SEEDS) -> C
     group = GROUPS[0] if dataset in PREDICTED or name in ELSEWHERE else GROUPS[1]
     kind, layers = contestant.refinement, contestant.layers
     if dataset in OLDER:
-        older = {(c.refinement, c.layers, c.variant): c for c in (*core(), *why()) if c.dataset == dataset}
+        of_it = [c for c in (*core(), *why()) if c.dataset == dataset and c.tables == "position"]
+        older = {(c.refinement, c.layers, c.variant): c for c in of_it}
         same = {"plain": ("none", 1, "default"), "two plain layers": ("none", 2, "default"), "mean": ("additive", 1, EQUAL)}
         same["published"] = ("additive", 1, "default")
         if name in same:

@@ -38,6 +38,13 @@ def test_the_code_is_the_plan_as_written() -> None:
     assert all((measured[name] >= 100 * PAYS) == (second_order.by_default(name) == "lagged") for name in DATASETS)
 
 
+def test_older_runs_stand_for_the_same_models() -> None:
+    for dataset in second_order.OLDER:
+        found = [second_order.cell(dataset, name) for name in ("plain", "two plain layers", "mean", "published")]
+        assert [(c.refinement, c.layers) for c in found] == [("none", 1), ("none", 2), ("additive", 1), ("additive", 1)]
+        assert all(c.tables == "position" and c.seeds == SEEDS for c in found), dataset
+
+
 def test_no_run_leaves_its_model_to_the_data() -> None:
     for cell in (*second_order.cells(Made(USUAL)), *plan()):
         words = cell.arguments(0)
