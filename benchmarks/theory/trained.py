@@ -133,7 +133,12 @@ def accuracies(network: AWRSRNetwork, task: Task) -> dict[str, float]:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train a model, and return what is stored of it. AdamW, 10 % of the steps to reach the rate and a cosine back to 0."""
+    """Train a model, and return what is stored of it."""
+    return fitted(run)[1]
+
+
+def fitted(run: Run) -> tuple[AWRSRNetwork, dict[str, Any]]:
+    """The trained model of a run, and what is stored of it. AdamW, 10 % of the steps to reach the rate and a cosine back to 0."""
     torch.set_num_threads(1)
     part = PARTS[run.part]
     torch.manual_seed(run.seed)
@@ -156,11 +161,12 @@ def train(run: Run) -> dict[str, Any]:
         if (step + 1) % (part.steps // CHECKS) == 0:
             curve.append(round(accuracies(network, run.task)["all"], 4))
     found = accuracies(network, run.task)
-    return {
+    entry = {
         "part": run.part, "task": run.task.name, "model": run.model.name, "rate": run.rate, "seed": run.seed,
         "accuracy": found.pop("all"), "loss": loss.item(), "curve": curve, "steps": part.steps, "cpu_seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in network.parameters()), "commit": commit(),
-    } | ({"by_kind": found} if found else {})  # fmt: skip
+    }  # fmt: skip
+    return network, entry | ({"by_kind": found} if found else {})
 
 
 class Results:
