@@ -67,6 +67,7 @@ study: .venv/ready ## make all missing runs of the study, tables and pictures; h
 
 theory: .venv/ready ## compute what one refined layer does by construction; minutes
 	$(BIN)/python -m benchmarks.theory.construction
+	$(BIN)/python -m benchmarks.theory.maps
 
 cost: .venv/ready ## write the report on cost and its pictures, from committed results
 	$(BIN)/python -m benchmarks.operator.cost_report

@@ -1,7 +1,5 @@
-"""Tables and the picture of the trained models, from results/theory/trained.json.
-
-python -m benchmarks.theory.report      # writes trained.md and trained.png beside it
-"""
+"""Tables and the picture of the trained models: `python -m benchmarks.theory.report` writes trained.md and trained.png beside
+results/theory/trained.json, which it reads."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -9,16 +7,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from awrsr.analysis.explain import picture as attention
 from awrsr.files import read_json
-from benchmarks.theory.trained import PARTS, RATES, RESULTS, SEEDS, Entries, Results, Run, fitted, searched
+from benchmarks.theory.trained import PARTS, RESULTS, SEEDS, Entries, Results, Run, searched
 
 Row = dict[str, Any]
 Value = Callable[[Row], float]
-SHOWN = 32  # items of the sequence that is drawn
 
 
 def accuracy(row: Row) -> float:
@@ -98,29 +93,15 @@ def picture(entries: Entries) -> Figure:
     return figure
 
 
-def maps(entries: Entries) -> Figure:
-    """P and M of one refined layer on a sequence in which each item occurs twice, after the training that the table reports."""
-    part, task = "induction", next(task for task in PARTS["induction"].tasks if task.length == SHOWN)
-    model = next(model for model in PARTS[part].models if model.name == "refined")
-    network, _ = fitted(Run(part, task, model, searched(part, model, entries) or RATES[1], 0))
-    tokens, _ = task.draw(1, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        weights, refined = network.weights_padded(tokens, torch.tensor([task.length]))[0]
-    return attention(weights[0], refined[0], tokens[0].tolist(), refinement="additive")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results (default: %(default)s)")
-    parser.add_argument("--maps", action="store_true", help="draw the attention of a refined model, which is trained for it")
     options = parser.parse_args(arguments)
     if not options.results.exists() or not read_json(options.results)["rows"]:
         parser.error(f"argument --results: {options.results} holds no runs; benchmarks.theory.trained makes them")
     entries = Results(options.results).entries
     options.results.with_suffix(".md").write_text(markdown(entries), encoding="utf-8")
     picture(entries).savefig(options.results.with_suffix(".png"), dpi=150)
-    if options.maps:
-        maps(entries).savefig(options.results.with_name("maps.png"), dpi=150)
     print(markdown(entries))
     return 0
 

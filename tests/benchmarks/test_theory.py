@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.theory import construction, report, trained
+from benchmarks.theory import construction, maps, report, trained
 from benchmarks.theory.construction import Layer, chosen, enough_columns, judge, sequence
 from benchmarks.theory.models import CONTESTANTS, LANGUAGE, Contestant
 from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, Text, library, one_hop
@@ -142,3 +142,13 @@ def test_runs_resume_after_the_search_and_use_what_it_chose(tmp_path: Path, monk
     assert len(results.entries[tuple(results.entries)[0]]["curve"]) == trained.CHECKS
     lines = report.table(results.entries, "tiny")
     assert "| plain |  | 1.000 (1.000, 1 of 5 seeds) |" in lines[2] and lines[0].startswith("| model | induction 6 | induction 8 |")
+
+
+def test_the_page_says_what_the_drawn_model_reaches() -> None:
+    row = json.loads((construction.RESULTS / "maps.json").read_text(encoding="utf-8"))["rows"][0]
+    assert f"right in {row['accuracy']:.1%}".replace("%", " %") in PAGE.read_text(encoding="utf-8") and row["steps"] == 500
+
+
+def test_a_layer_is_drawn() -> None:
+    figure = maps.draw(maps.RUN.model.build(maps.TASK, 8, 2))
+    assert len(figure.axes) >= 3
