@@ -348,7 +348,7 @@ class AWRSR(nn.Module):
             model = cls()
         saved = read_model(folder, **changes)
         model.network, model.item_ids, model.filter_seen = saved.network, saved.item_ids, saved.filter_seen
-        model.trained, model.sections = saved.trained, saved.sections
+        model.trained, model.sections, model.preset = saved.trained, saved.sections, None
         return model.eval()
 
 

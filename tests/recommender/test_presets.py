@@ -92,7 +92,9 @@ def test_the_command_line_says_which_preset_suits_and_options_that_presets_set_r
     run = ["train", "--data", f"{tmp_path / 'x.txt'}", "--out", f"{tmp_path / 'run'}", "--layers", "2", "--refinement", "additive"]
     assert main([*run, "--hidden", "8", "--epochs", "1", "--no-progress", "--accelerator", "cpu"]) == 0
     assert "Refinement can be expected to pay" in (said := capsys.readouterr().out) and "Hence --preset lagged." in said
-    config = AWRSR.load(tmp_path / "run").config
+    loaded = AWRSR.load(tmp_path / "run")
+    config = loaded.config
+    assert loaded.preset is None  # nothing is left to choose
     assert config == AWRSRConfig(num_items=config.num_items, hidden=8, **PRESETS["lagged"].options | {"layers": 2})
     for given in (["--gate", "2"], ["--no-learned-gate"], ["--table_init=shifted"], ["--refinement", "none"], ["--rank=64"]):
         assert parsed(["train", "--data", "x", *given])[1].preset == NONE, given
