@@ -41,8 +41,17 @@ def predicted(second: Second, marks: bool = True) -> list[str]:
     rows = []
     for name in NAMES:
         rows.append([name, *(reached(second, dataset, name, marks) for dataset in PREDICTED), *cost(second, name)])
-    heads = [f"{dataset} ({HEADROOM[dataset][0]:.1f} %)" for dataset in PREDICTED]
+    heads = [f"{dataset} ({HEADROOM[dataset][0]:.1f} %{'' if marks else made(second, dataset)})" for dataset in PREDICTED]
     return grid(" | ".join(["model", *heads, "parameters", "CPU time"]), rows)
+
+
+def made(second: Second, dataset: str) -> str:
+    """How many seeds the contestants have on a data set that is not finished, for its heading."""
+    counts = [second.seeds(dataset, name) for name in NAMES]
+    if all(second.finished(dataset, name) for name in NAMES):
+        return ""
+    least = f"{min(counts)} to " if min(counts) < max(counts) else ""
+    return f", {least}{max(counts)} seed{'s' * (max(counts) > 1)}"
 
 
 def cost(second: Second, name: str) -> list[str]:
@@ -118,14 +127,9 @@ def brief(second: Second) -> str:
     wanted = [(dataset, name) for dataset in PREDICTED for name in NAMES]
     done = sum(second.seeds(*each) for each in wanted)
     ended = all(second.finished(*each) for each in wanted)
-    begun = [each for each in wanted if each in second.runs]
-    first = {second.seeds(*each) for each in begun} == {1} and not any(second.settings[each] for each in begun)
-    about = "Five seeds." if ended else f"**{done} of {SEEDS * len(wanted)} runs have been made**; "
-    if first:
-        about += "each figure is of one seed of five, and the search of settings is not finished."
-    elif not ended:
-        about += "`k of 5`: so many seeds so far; `*`: the search of settings is not finished."
-    return "\n".join(["Test NDCG@10, by set with its headroom. " + about, "", *predicted(second, marks=not first)])
+    missing = f"**{done} of {SEEDS * len(wanted)} runs have been made**; a heading says how many seeds so far."
+    about = "Five seeds." if ended else missing
+    return "\n".join(["Test NDCG@10, by set with its headroom. " + about, "", *predicted(second, marks=False)])
 
 
 def markdown(second: Second, short: str) -> str:
