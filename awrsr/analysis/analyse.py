@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..config import WATCHED
-from ..data.histories import Split, spans
+from ..data.histories import spans
+from ..data.splits import Split
 from ..evaluation import significance
 from ..evaluation.ranking import Evaluation, Targets, evaluate, metric
 from ..models.network import in_evaluation

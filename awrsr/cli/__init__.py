@@ -4,7 +4,7 @@ recommendations.
   awrsr train                                  show on synthetic data what refinement does
   awrsr data fetch beauty                      download public data
   awrsr train --data beauty.txt --out runs/b   train a model and evaluate it
-  awrsr recommend --run runs/b -k 5            list the best next items of every user
+  awrsr recommend runs/b -k 5                  list the best next items of every user
 """
 
 import os
@@ -21,9 +21,9 @@ from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
 from ..presets import AUTO, NONE, preset_options, undecided
-from . import analyse, compare, data, evaluate, explain, export, recommend, train
+from . import analyse, compare, data, evaluate, explain, export, recommend, similar, train
 from .errors import Parser, one_line
-from .shared import as_flags, say, shield_ids
+from .shared import UsageError, as_flags, say, shield_ids
 
 
 class Command(NamedTuple):
@@ -40,6 +40,7 @@ COMMANDS = {
     "train": Command(train.add_flags, train.run),
     "evaluate": Command(evaluate.add_flags, evaluate.run),
     "recommend": Command(recommend.add_flags, recommend.run),
+    "similar": Command(similar.add_flags, similar.run),
     "compare": Command(compare.add_flags, compare.run),
     "explain": Command(explain.add_flags, explain.run),
     "analyse": Command(analyse.add_flags, analyse.run),
@@ -106,7 +107,7 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     arguments = shield_ids(sys.argv[1:] if arguments is None else arguments, spellings(top))
     found = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = found.command
-    demo = name == "train" and not found.train.data
+    demo = name == "train" and not (found.train.data or found.train.train_data)
     preset = found.train.preset if name == "train" else ""
     named = "" if preset in (AUTO, NONE) else preset
     if demo or named or "--print-config" in " ".join(arguments):
@@ -140,8 +141,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, PanicException) as error:
         if os.environ.get("AWRSR_DEBUG"):
             raise
-        print(f"{who}: {one_line(error)}", file=sys.stderr)
-        return 1
+        usage = isinstance(error, UsageError)
+        print(f"{who}: {one_line(error)}" + f"; see {who} --help" * usage, file=sys.stderr)
+        return 1 + usage
     except KeyboardInterrupt:
         say(f"{who}: interrupted", file=sys.stderr)
         return 130

@@ -11,9 +11,10 @@ from typing import Any, TextIO
 import numpy as np
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ..data.histories import Histories, Split
+from ..data.histories import Histories
 from ..data.ids import as_texts, id_text
-from ..data.prepare import OF_READING, OF_SPLIT, DataOptions, divide, histories
+from ..data.prepare import OF_READING, OF_SPLIT, PARTS, DataOptions, divide, histories, prepare
+from ..data.splits import Split
 from ..files import first_process
 from ..processes import set_threads
 
@@ -52,18 +53,47 @@ def identifier(word: str) -> str:
 
 
 def shield_ids(arguments: list[str], options: Collection[str]) -> list[str]:
-    """Arguments in which words after --user and --history that begin with a dash, but are no option, begin with DASH."""
+    """Arguments in which words after --user, --history and --item that begin with a dash, but are no option, begin with DASH."""
     shielded, of_ids = [], False
     for word in arguments:
         is_option = word.partition("=")[0] in options or re.fullmatch(r"-k\d+", word) is not None
         shielded.append(DASH + word if of_ids and word.startswith("-") and not is_option else word)
-        of_ids = word in ("--user", "--history") if is_option else of_ids
+        of_ids = word in ("--user", "--history", "--item") if is_option else of_ids
     return shielded
 
 
+class UsageError(ValueError):
+    """A command line that says too little or too much."""
+
+
+def add_folder(to: ArgumentParser) -> None:
+    to.add_argument("folder", nargs="?", type=str, default="", metavar="RUN", help="Run folder that awrsr train wrote.")
+    to.add_argument("--run", type=str, default="", help="The same, as an option.")
+
+
+def folder_of(options: Any) -> str:
+    """The run folder, which may be named in two ways. Raises ValueError unless it is named in one."""
+    if bool(options.folder) == bool(options.run):
+        twice = f"{options.folder} and --run {options.run} are two run folders; name one"
+        raise UsageError(twice if options.run else "RUN is missing, the folder of a run")
+    return str(options.folder or options.run)
+
+
 def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.") -> None:
-    to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
+    add_folder(to)
     add_data(to, data_help)
+
+
+def add_titles(to: ArgumentParser) -> None:
+    help = "Table of items (CSV, Parquet or JSON lines) whose other columns are shown beside each item."
+    to.add_argument("--titles", type=str, default="", help=help)
+
+
+def titles_of(options: Any) -> Any:
+    """The table of --titles, or None."""
+    from ..data.item_files import read_titles
+
+    return read_titles(options.titles) if options.titles else None
 
 
 def add_data(to: ArgumentParser, data_help: str) -> None:
@@ -95,8 +125,8 @@ class OpenRun:
         from ..recommender import AWRSR
 
         set_threads(options.threads)
-        self.options = options
-        self.model = AWRSR.load(folder or options.run)
+        self.options, self.folder = options, folder or folder_of(options)
+        self.model = AWRSR.load(self.folder)
         self.stored = self.model.sections.get("data", {})
         known = self.stored.keys() & DataOptions.__dataclass_fields__
         unused = {name for name, split in OF_SPLIT.items() if split != self.stored.get("split")}  # older runs may store them
@@ -104,7 +134,7 @@ class OpenRun:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def histories(self, everyone: bool = False) -> Histories:
-        """Filtered as in the run; everyone: with users and items that the run leaves out."""
+        """All events, filtered as in the run; everyone: with users and items that the run leaves out."""
         options, data = self.options, self.data
         if everyone:
             data = replace(data, min_user_events=1, min_item_events=1)
@@ -112,20 +142,46 @@ class OpenRun:
             alike = options.data == "-" or suffix(options.data) == suffix(data.data)
             alike = alike and options.format in ("auto", data.format)  # then the run's format and columns apply
             columns = {name: getattr(data if alike and is_default(name, options) else options, name) for name in COLUMNS}
-            return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns))
+            kept: dict[str, Any] = dict.fromkeys(PARTS, "") | {"split": "none"} if data.train_data else {}
+            return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns, **kept))
+        return histories(self.own_data(data))
+
+    def given(self) -> Split:
+        """The split of `awrsr evaluate`: that of the run, or its parts if --test-data names a file."""
+        options = self.options
+        before = options.train_data or options.data
+        if not options.test_data:
+            if options.train_data or options.validation_data:
+                raise UsageError("--train-data and --validation-data need --test-data")
+            return self.split()
+        if options.train_data and options.data or options.part != "test":
+            raise UsageError("with --test-data, name what came before by --data or --train-data, and leave --part out")
+        self.data = replace(self.data, test_data="")  # of a run whose parts had files of their own
+        parts: list[Histories] = []
+        for file in (before, options.validation_data, options.test_data):
+            options.data = file
+            parts += [self.histories(everyone=True)] if file or not parts else []
+        return Split.of_parts(Split.of_parts(*parts[:-1]).histories, None, parts[-1])
+
+    def own_data(self, data: DataOptions) -> DataOptions:
+        """The options of the run's own data, with files where they are now."""
+        options = self.options
         if "data" not in self.stored:
-            raise ValueError(f"{options.run} was fitted in Python and does not say where its histories are; add --data FILE")
+            raise ValueError(f"{self.folder} was fitted in Python and does not say where its histories are; add --data FILE")
         for name in ("format", *COLUMNS):
             if not is_default(name, options):
                 raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
-        return histories(replace(data, data=self.own_file()))
+        for file in (data.files[name] for name in PARTS if name in data.files):
+            if not Path(file).exists():
+                raise ValueError(f"{file}, the run's own data, does not exist; add --data FILE")
+        return data if data.train_data else replace(data, data=self.own_file())
 
     def own_file(self) -> str:
         """Where the run's own data lie: where they were when it was trained or, if they are gone from there, under the same name
         seen from here."""
         given, place = self.data.data, self.stored.get("path", "")
         if given == "-":
-            raise ValueError(f"{self.options.run} was trained on standard input; add --data FILE, or --data - to read it again")
+            raise ValueError(f"{self.folder} was trained on standard input; add --data FILE, or --data - to read it again")
         if not given or place and Path(place).exists():
             return place or given
         if not Path(given).exists():
@@ -136,7 +192,12 @@ class OpenRun:
 
     def split(self) -> Split:
         """The histories, split as in the run. Warns if they are not those of the run."""
-        split = divide(self.histories(), self.data)
+        if self.data.train_data and not self.options.data:
+            split = prepare(self.own_data(self.data))
+        elif self.data.train_data:
+            raise ValueError("--data cannot be divided as in the run, whose parts had files of their own; name --test-data FILE")
+        else:
+            split = divide(self.histories(), self.data)
         fingerprint = self.stored.get("fingerprint")  # older runs have none
         if fingerprint != split.fingerprint() and (fingerprint or self.options.data):
             changed = "--data differs from the run's data" if self.options.data else f"{self.data.name} has changed since the run"

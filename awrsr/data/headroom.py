@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from .histories import Histories, spans, split
+from .histories import Histories, spans
+from .splits import split
 
 WINDOW = 50  # the usual longest input of a model
 EVENTS = 6000  # sampled for validation, and as many for test

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.histories import Split, spans
+from ..data.histories import spans
 from ..data.ids import as_column
+from ..data.splits import Split
 from ..data.synthetic import recall_answer
 from ..files import atomic, write_columns
 from ..models.network import AWRSRNetwork, in_evaluation

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from tqdm import tqdm
 
@@ -20,8 +20,15 @@ from ..files import atomic
 from ..run_folder import STATE, read_state, seal_state
 
 
-def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
-    """A Trainer for a run. validates: whether there are validation targets."""
+def make_trainer(
+    o: TrainingOptions,
+    folder: Path,
+    validates: bool = True,
+    callbacks: Sequence[L.Callback] = (),
+    logger: Logger | None = None,
+) -> L.Trainer:
+    """A Trainer for a run. validates: whether there are validation targets. callbacks: further ones. logger: instead of the named
+    one."""
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     return L.Trainer(
         accelerator=o.accelerator,
@@ -38,8 +45,8 @@ def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SaveState(folder / STATE), *([Progress()] if o.progress else [])],
-        logger=loggers[o.logger](folder, "logs") if o.logger in loggers else False,
+        callbacks=[SaveState(folder / STATE), *([Progress()] if o.progress else []), *callbacks],
+        logger=logger or (loggers[o.logger](folder, "logs") if o.logger in loggers else False),
         plugins=[AtomicCheckpoints()],
         default_root_dir=folder,
     )

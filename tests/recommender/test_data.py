@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awrsr.data.histories import Histories, Split, number, split
+from awrsr.data.histories import Histories, number
 from awrsr.data.readers import DataError, read
+from awrsr.data.splits import Split, split
 from awrsr.data.synthetic import write
 
 EVENTS = [("3", "10"), ("3", "20"), ("1", "10"), ("1", "30"), ("1", "10"), ("2", "40")]  # users one after another, in time order

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from awrsr.data.histories import split
+from awrsr.data.splits import split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.models.network import in_evaluation
 

@@ -15,7 +15,8 @@ import torch
 
 from awrsr import AWRSR, AWRSRConfig, recommender
 from awrsr.config import TrainingOptions
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 
 from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model, same_weights

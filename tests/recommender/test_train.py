@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from awrsr import AWRSR, TrainingOptions, files
 from awrsr.cli import main
-from awrsr.data.histories import Histories, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import split
 from awrsr.run_folder import state_to_resume
 from awrsr.training import loop, trainer
 from awrsr.training import run as training

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from awrsr import AWRSR, TrainingOptions
 from awrsr.cli import main
 from awrsr.config import NEGATIVES
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.training import run as training
 from awrsr.training.batches import Windows

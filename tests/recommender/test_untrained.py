@@ -8,7 +8,8 @@ import pytest
 
 from awrsr import AWRSR
 from awrsr.cli import main
-from awrsr.data.histories import Histories, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import split
 
 from .runs import QUICK, SMALL, flags, histories
 
