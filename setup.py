@@ -23,6 +23,7 @@ setup(
         "model": [  # the recommender `awrsr`; the operator does without
             "lightning>=2.5,<3",  # the training loop: checkpoints, several devices, precision, loggers
             "jsonargparse>=4.40,<5",  # the command line with YAML configuration; errors.py reads its messages
+            "shtab<2",  # what shells need to complete it
             "polars>=1.32,<3",  # CSV and Parquet; tested with 1.44 and 2.1
             "narwhals>=2,<3",  # tables of pandas and of other libraries, in and out
             "safetensors<1",  # weights that hold no code

@@ -36,7 +36,7 @@ FLOORS = {
         "tune __init__",
     ],
     "awrsr": [
-        "processes",
+        "processes progress",
         "files options habits",
         "lock data",
         "config",

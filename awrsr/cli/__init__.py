@@ -13,6 +13,7 @@ import warnings
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from copy import copy
+from importlib.metadata import version
 from inspect import getdoc
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from polars.exceptions import PanicException
 from ..data.prepare import DEMO
 from ..presets import AUTO, NONE, preset_options, undecided
 from . import analyse, compare, data, evaluate, explain, export, recommend, similar, train
-from .errors import Parser, one_line
+from .errors import Parser, one_line, spellings
 from .shared import UsageError, as_flags, say, shield_ids
 
 
@@ -64,10 +65,23 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return super()._format_action_invocation(shown)
 
 
+class PrintCompletion(Action):
+    """Prints what a shell needs to complete commands, options and their values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
 def parser(demo: bool = False, preset: str = "") -> ArgumentParser:
     """All commands and their flags. demo: give train the defaults that suit the synthetic histories. preset: and those of a
     preset."""
-    top = Parser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    release = version("awrsr-kernels")
+    top = Parser(prog="awrsr", description=__doc__, version=release, formatter_class=Help, allow_abbrev=False)
+    help = "Print what your shell needs to complete commands and options: awrsr --print-completion bash > FILE, then source FILE."
+    top.add_argument("--print-completion", action=PrintCompletion, choices=("bash", "zsh", "fish"), default=SUPPRESS, help=help)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
     for name, command in COMMANDS.items():
@@ -87,12 +101,6 @@ def add(to: Any, name: str, documented: Any) -> ArgumentParser:
     to.add_subcommand(name.split()[-1], sub, help=" ".join(description.partition(".")[0].split()) + ".")
     sub.prog = f"awrsr {name}"
     return sub
-
-
-def spellings(of: ArgumentParser) -> set[str]:
-    """Every option of a parser and of its commands, as it is typed."""
-    commands = [sub for action in of._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
-    return set(of._option_string_actions).union(*map(spellings, commands))
 
 
 def option_names(arguments: list[str]) -> set[str]:

@@ -157,11 +157,11 @@ class OpenRun:
         if options.train_data and options.data or options.part != "test":
             raise UsageError("with --test-data, name what came before by --data or --train-data, and leave --part out")
         self.data = replace(self.data, test_data="")  # of a run whose parts had files of their own
-        parts: list[Histories] = []
+        parts: list[Histories | None] = []
         for file in (before, options.validation_data, options.test_data):
             options.data = file
-            parts += [self.histories(everyone=True)] if file or not parts else []
-        return Split.of_parts(Split.of_parts(*parts[:-1]).histories, None, parts[-1])
+            parts.append(None if parts and not file else self.histories(everyone=True))
+        return Split.of_parts(*parts)  # type: ignore[arg-type]
 
     def own_data(self, data: DataOptions) -> DataOptions:
         """The options of the run's own data, with files where they are now."""

@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from ..config import MAY_CHANGE, OF_SASREC, WATCHED, AWRSRConfig, TrainingOptions
+from ..data.ids import many
 from ..data.prepare import DEMO, DataOptions, prepare
 from ..data.splits import Split
 from ..lock import locked
@@ -128,6 +129,7 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
 
     from ..recommender import AWRSR
     from ..training.run import report, train
+    from ..training.trainer import EpochLines
 
     seen = "left out of the ranking" if training.filters_seen(split) else "ranked as well"
     whole = training.loss == "sampled_softmax" and training.num_negatives() >= config.num_items
@@ -137,11 +139,15 @@ def train_one(config: AWRSRConfig, data: DataOptions, training: TrainingOptions,
     model = AWRSR(config)
     try:
         with locked(out):
-            record = train(model, split, training, out, data=asdict(data) | place_of(data))
+            lines = [] if training.progress else [EpochLines()]
+            record = train(model, split, training, out, callbacks=lines, data=asdict(data) | place_of(data))
             if not record:
                 return {}
-            best = f"epoch {record['best_epoch']} is the best on validation (NDCG@10 {record['best']:.4f})"
-            say(f"{record['epochs']} epochs, {best if len(split.targets('validation')[0]) else 'nothing held out'}")
+            validates = len(split.targets("validation")[0]) > 0
+            best = f"epoch {record['best_epoch']} is the best on validation ({WATCHED} {record['best']:.4f})"
+            say(f"{many(record['epochs'], 'epoch')}, {best if validates else 'nothing held out'}")
+            if validates and record["best_epoch"] == training.epochs:
+                say(f"The best epoch was the last one, so more may help: --epochs {2 * training.epochs}")
             return report(model, split, training, record, out, asdict(data))
     except KeyboardInterrupt:
         say(f"\nRerun the same command to resume from the last completed epoch in {out}.", file=sys.stderr)

@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.histories import spans
 from ..data.ids import as_column
@@ -20,6 +19,7 @@ from ..data.splits import Split
 from ..data.synthetic import recall_answer
 from ..files import atomic, write_columns
 from ..models.network import AWRSRNetwork, in_evaluation
+from ..progress import bar
 
 SCORE_BLOCK = 1 << 21  # scores held at a time
 LEAST_ROWS = 32  # targets of a block at least: fewer would read a large table too often, and their scores take less memory than it
@@ -192,12 +192,12 @@ def evaluate(
     targets = Targets(split, part, network.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
     ranked = np.empty(len(targets), dtype=np.int64)
     network, start = in_evaluation(network), time.process_time()
-    bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
+    shown = bar(total=len(targets), desc=f"{part} ranks", unit="user", shown=progress, leave=False)
     table = network.item_table()
     for chosen, batch in targets.batches(batch_size):
         ranked[chosen] = rank_batch(network, batch, table).cpu().numpy()
-        bar.update(len(chosen))
-    bar.close()
+        shown.update(len(chosen))
+    shown.close()
     seconds = time.process_time() - start
     return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
 
