@@ -20,7 +20,9 @@ def on_screen() -> bool:
 
 def bar(iterable: Any = None, *, shown: bool = True, **options: Any) -> Any:
     """A bar of tqdm, on a screen if it is to be shown, which is as wide as the screen is at any time."""
-    kind = tqdm.tqdm
+    kind: Any = tqdm.tqdm
     if in_notebook():
-        from tqdm.notebook import tqdm as kind  # type: ignore[assignment]
+        from tqdm import notebook
+
+        kind = notebook.tqdm
     return kind(iterable, disable=not (shown and on_screen()), dynamic_ncols=True, **options)
