@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
+from . import recommending
 from .config import AWRSRConfig
 from .data.histories import Histories, spans
 from .data.ids import Index, as_column, id_series, number_ids, warn
@@ -20,7 +21,7 @@ from .habits import names_arguments
 from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
 from .options import FALLBACKS
-from .recommending import SCORE_BLOCK, Rules, at_least_one, item_lists, numbers_of, top_items
+from .recommending import Rules, at_least_one, item_lists, numbers_of, top_items
 
 
 class Answers:
@@ -92,16 +93,15 @@ class Answers:
             given, names = histories_of(histories, self.names, user=user, item=item, time=time)
         if users is not None:
             given = given.of_users(users)
-        index = Index(given.user_ids)
         known, unknown = given.numbered_as(self.index())
         if unknown:
             self._warn_of_unknown(given, known, unknown, fallback)
         rules = Rules(
-            item_lists("candidates", candidates, self.index(), index),
-            item_lists("exclude", exclude, self.index(), index),
+            item_lists("candidates", candidates, self.index(), given.user_ids),
+            item_lists("exclude", exclude, self.index(), given.user_ids),
             self.filter_seen if filter_seen is None else filter_seen, filter_untrained, fallback,
         )  # fmt: skip
-        table, *more = top_items(self, known, numbers_of("k", k, index), rules, batch_size)
+        table, *more = top_items(self, known, numbers_of("k", k, given.user_ids), rules, batch_size)
         for each in more:
             table.vstack(each, in_place=True)
         table = pl.DataFrame([column.rechunk() for column in table])  # for table.rechunk, a forked process would wait for ever
@@ -180,7 +180,7 @@ class Answers:
         if not self.network.by_distance:
             table = nn.functional.normalize(table, dim=1)
         best, left_out = [], torch.from_numpy(self.untrained()).to(table.device)
-        for block in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
+        for block in torch.from_numpy(places).to(table.device).split(max(1, recommending.SCORE_BLOCK // count)):
             scores = (rows_of_columns(table[block]) if self.network.by_distance else table[block]) @ table.T
             best.append(scores.index_fill_(1, left_out, -torch.inf).scatter_(1, block[:, None], -torch.inf).topk(k))
         score, similar = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))

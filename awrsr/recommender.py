@@ -26,7 +26,7 @@ from .presets import AUTO, preset_options, suited, undecided
 from .run_folder import save_model
 
 if TYPE_CHECKING:
-    from .evaluation.baselines import Metrics
+    from .evaluation.report import Metrics
 
 METHODS = ("fit", "evaluate", "recommend", "similar_items", "user_vectors", "item_vectors", "attention_maps", "save")
 Model = TypeVar("Model", bound="AWRSR")
@@ -182,19 +182,28 @@ class AWRSR(Answers, nn.Module):
         *,
         histories: Any = None,
         part: str = "test",
+        metrics: Sequence[str] = (),
+        per: str = "event",
+        sampled_negatives: int = 0,
         filter_seen: bool | None = None,
         batch_size: int = 1024,
         user: str | None = None,
         item: str | None = None,
         time: str | None = None,
     ) -> "Metrics":
-        """Rank the whole catalogue for every held-out event, and average HR, NDCG and MRR. Ties count against the model.
+        """Rank the whole catalogue for held-out events, and average what is asked for. Ties count against the model.
 
         Args:
             test: events to predict, in the forms of `fit`, each from all events of its user before it: those of `histories`, then
                 earlier ones of `test`. Or a `Split`. Without it, the events that the last `fit` held out.
             histories: what users did before `test`; by default all events that the last `fit` was given.
             part: of a `Split` or of the last `fit`: "test" or "validation".
+            metrics: names with cut-offs, by default HR and NDCG at 5, 10 and 20, and MRR; per user those of
+                `awrsr.evaluation.lists.list_metric` at 10, which says what each is.
+            per: "event": each event is predicted from all before it. "user": each user gets one list, predicted from all events
+                before the part, and what counts are all different items that the user took in it.
+            sampled_negatives: rank each event among so many random items instead of the catalogue. This is not what users would
+                get and may order models wrongly (Krichene and Rendle, KDD 2020): a warning says so, as do the metrics' names.
             filter_seen: leave out the items of the history; None does what training did.
             batch_size: targets ranked at a time.
             user, item, time: names of a table's columns, as for `fit`.
@@ -206,8 +215,7 @@ class AWRSR(Answers, nn.Module):
         Raises:
             ValueError: there is nothing to predict, or from; the model knows no item of it.
         """
-        from .evaluation.baselines import Metrics, baselines
-        from .evaluation.ranking import evaluate
+        from .evaluation.report import event_metrics, user_metrics
 
         parts, columns = test, {"user": user, "item": item, "time": time}
         if test is None:
@@ -221,8 +229,11 @@ class AWRSR(Answers, nn.Module):
         filter_seen = self.filter_seen if filter_seen is None else filter_seen
         if not len(parts.targets(part)[0]):
             raise ValueError(f"{part} holds no event that the model knows and that follows another of its user")
-        ranked = evaluate(self, parts, part, filter_seen=filter_seen, batch_size=batch_size)
-        return Metrics(ranked.metrics(), baselines(parts, ranked, filter_seen), len(ranked.ranks))
+        if per == "user" and not sampled_negatives:
+            return user_metrics(self, parts, part, metrics, filter_seen, batch_size)
+        if per != "event":
+            raise ValueError(f"per is {per!r}, must be event or, without sampled_negatives, user")
+        return event_metrics(self, parts, part, metrics, filter_seen, batch_size, sampled_negatives)
 
     @torch.inference_mode()
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:

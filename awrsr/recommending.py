@@ -57,14 +57,14 @@ class Rules(NamedTuple):
         return np.flatnonzero(may)
 
 
-def item_lists(name: str, given: Any, index: Index, users: Index) -> Lists | None:
+def item_lists(name: str, given: Any, index: Index, users: np.ndarray) -> Lists | None:
     """Items for all users or for each, from what a caller gave.
 
     Args:
         name: of the argument, for messages.
         given: ids for all users, in any container; or for each user: a mapping, a Series of lists, a table of users and items, or
             `Histories`. A table without a column of users is for all.
-        index: finds items of the catalogue. users: finds the users that items are for.
+        index: finds items of the catalogue. users: (U,) ids of those that items are for.
 
     Raises:
         ValueError: candidates hold no item of the catalogue. TypeError: this is no such container.
@@ -86,11 +86,11 @@ def item_lists(name: str, given: Any, index: Index, users: Index) -> Lists | Non
     known, unknown = lists.numbered_as(index)
     if name == "candidates":
         _known(name, np.where(np.arange(len(lists.items)) < unknown, -1, 0))
-    place = users.find(lists.user_ids)
+    place = Index(users).find(lists.user_ids)
     owner = place[known.owners]
     order = np.argsort(owner, kind="stable")
     order = order[np.searchsorted(owner[order], 0) :]  # without those of other users
-    offsets = np.append(0, np.cumsum(np.bincount(owner[order], minlength=len(users.ids))))
+    offsets = np.append(0, np.cumsum(np.bincount(owner[order], minlength=len(users))))
     return Lists(known.items[order], offsets)
 
 
@@ -110,12 +110,30 @@ def _known(name: str, places: np.ndarray) -> np.ndarray:
     return places[places >= 0]
 
 
-@torch.inference_mode()
 def top_items(
     model: Any, histories: Histories, k: int | np.ndarray, rules: Rules, batch_size: int
 ) -> Iterator[pl.DataFrame]:
     """Tables of bounded size with a row per recommendation: user, item, rank (1 is the best) and score, which is null for the most
-    popular items. model: an `AWRSR`. histories: with items numbered as in it. k: for all users, or (U,) for each."""
+    popular items. Arguments as for `best_items`."""
+    ids = model.ids()
+    for user, item, rank, score, by_model in best_items(model, histories, k, rules, batch_size):
+        named = {"user": as_column(histories.user_ids[user]), "item": as_column(ids[item]), "rank": rank}
+        null = pl.Series(np.where(by_model, score, np.nan), nan_to_null=True, dtype=pl.Float32) if not by_model.all() else score
+        yield pl.DataFrame(named | {"score": null})
+
+
+@torch.inference_mode()
+def best_items(
+    model: Any, histories: Histories, k: int | np.ndarray, rules: Rules, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches of recommendations: user and item by their places, rank (1 is the best), score, and whether it is the model's, not
+    one of the most popular items'. The first batch is empty.
+
+    Args:
+        model: an `AWRSR`.
+        histories: with items numbered as in it.
+        k: for all users, or (U,) for each.
+    """
     model = in_evaluation(model)
     ids, trained = model.ids(), model.trained
     columns = rules.columns(trained, len(ids))
@@ -129,13 +147,8 @@ def top_items(
     step = max(1, min(batch_size, SCORE_BLOCK // max(len(columns), 1)))
     most = min(int(np.max(k, initial=0)), len(columns))
 
-    def rows(user: np.ndarray, item: np.ndarray, rank: np.ndarray, score: np.ndarray, by_model: np.ndarray) -> pl.DataFrame:
-        named = {"user": as_column(histories.user_ids[user]), "item": as_column(ids[item]), "rank": rank}
-        null = pl.Series(np.where(by_model, score, np.nan), nan_to_null=True, dtype=pl.Float32) if not by_model.all() else score
-        return pl.DataFrame(named | {"score": null})
-
     nobody = np.empty(0, dtype=np.int64)
-    yield rows(nobody, nobody, nobody, table.new_empty(0).cpu().numpy(), nobody == 0)
+    yield nobody, nobody, nobody, table.new_empty(0).cpu().numpy(), nobody == 0
     for first in range(0, len(users), step):
         chosen = users[first : first + step]
         by_model = histories.lengths[chosen] > 0
@@ -162,7 +175,7 @@ def top_items(
         if isinstance(k, np.ndarray):
             kept &= np.arange(most) < k[chosen, None]
         row, place = np.nonzero(kept)
-        yield rows(chosen[row], columns[item[row, place]], place + 1, score[row, place], by_model[row])
+        yield chosen[row], columns[item[row, place]], place + 1, score[row, place], by_model[row]
 
 
 def popularity_order(trained: np.ndarray | None, columns: np.ndarray) -> Tensor | None:
@@ -176,7 +189,7 @@ def popularity_order(trained: np.ndarray | None, columns: np.ndarray) -> Tensor 
     return torch.from_numpy(scores)
 
 
-def numbers_of(name: str, given: Any, users: Index) -> int | np.ndarray:
+def numbers_of(name: str, given: Any, users: np.ndarray) -> int | np.ndarray:
     """A number for all users, or (U,) one for each, from a number or from a mapping or a Series whose keys are the users.
 
     Raises:
@@ -186,11 +199,11 @@ def numbers_of(name: str, given: Any, users: Index) -> int | np.ndarray:
         return at_least_one(given)
     pairs = list(given.items())
     ids, place = number_ids(id_series("user", [user for user, _ in pairs]), lambda row: f"key {row} of {name}", "keep")
-    numbers = np.zeros(len(users.ids), dtype=np.int64)
-    found = users.find(ids)[place]
+    numbers = np.zeros(len(users), dtype=np.int64)
+    found = Index(users).find(ids)[place]
     numbers[found[found >= 0]] = np.array([at_least_one(value) for _, value in pairs])[found >= 0]
     if len(without := np.flatnonzero(numbers == 0)):
-        raise ValueError(f"{name} holds no number for user {users.ids[without].tolist()[0]!r}")
+        raise ValueError(f"{name} holds no number for user {users[without].tolist()[0]!r}")
     return numbers
 
 

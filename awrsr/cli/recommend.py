@@ -11,7 +11,7 @@ import polars as pl
 from jsonargparse import ArgumentParser
 
 from ..data.histories import Histories
-from ..data.ids import Index, many
+from ..data.ids import many
 from ..data.item_files import read_items
 from ..data.tables import with_titles
 from ..files import atomic, write_columns
@@ -81,9 +81,9 @@ def run(options: Any) -> None:
     if options.user:
         chosen = [find_user(histories, user) for user in options.user]
         histories = histories.keep(np.isin(histories.owners, chosen))
-    users, index = Index(histories.user_ids), model.index()
+    index = model.index()
     lists = {name: options[name] and read_items(options[name]) or None for name in ("candidates", "exclude")}
-    candidates, exclude = (item_lists(name, given, index, users) for name, given in lists.items())
+    candidates, exclude = (item_lists(name, given, index, histories.user_ids) for name, given in lists.items())
     seen = filter_seen(options)
     seen = model.filter_seen if seen is None else seen
     fallback = options.fallback if model.trained is not None and model.trained.dtype != bool else "none"  # of an older run

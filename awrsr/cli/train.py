@@ -161,7 +161,8 @@ def place_of(data: DataOptions) -> dict[str, str]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """Print a table of test metrics, a row per model and per baseline."""
-    from ..evaluation.baselines import BASELINES, table_lines
+    from ..evaluation.baselines import BASELINES
+    from ..evaluation.report import table_lines
 
     first = next(iter(results.values()))
     with_recall = all("recall" in result for result in results.values())

@@ -7,45 +7,15 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-import polars as pl
 
 from ..data.histories import spans, sums
 from ..data.splits import Split
 from ..data.synthetic import recall_answer
-from .ranking import Evaluation, metrics
+from .ranking import METRICS, Evaluation, metrics
 
 BASELINES = "baselines"  # in metrics.json: part -> baseline -> its metrics
 POPULARITY, MARKOV, LAST_TIME = "popularity", "Markov chain", "last time"
 EVENTS = 1 << 22  # seen events that are looked at together
-
-
-class Metrics(dict[str, float]):
-    """The metrics of a model by name, such as "NDCG@10". Printed, it is a table with the baselines.
-
-    Args:
-        values: of the model.
-        others: those of the baselines, by their name.
-        targets: the number of held-out events they are means over.
-    """
-
-    def __init__(self, values: dict[str, float], others: dict[str, dict[str, float]], targets: int) -> None:
-        super().__init__(values)
-        self.baselines, self.targets = others, targets
-
-    def table(self) -> pl.DataFrame:
-        """A row for the model and for each baseline: model, and a column per metric."""
-        return pl.DataFrame([{"model": name} | row for name, row in {"this model": dict(self), **self.baselines}.items()])
-
-    def __repr__(self) -> str:
-        return "\n".join([*table_lines({"this model": self, **self.baselines}), f"means over {self.targets:,} held-out events"])
-
-
-def table_lines(rows: dict[str, dict[str, float]], corner: str = "") -> list[str]:
-    """Metrics as a table for people: a line per model."""
-    width = max(map(len, (corner, *rows))) + 2
-    names = list(next(iter(rows.values())))
-    head = corner.ljust(width) + "".join(name.rjust(9) for name in names)
-    return [head, *(row.ljust(width) + "".join(f"{values[name]:9.4f}" for name in names) for row, values in rows.items())]
 
 
 class Counts:
@@ -94,6 +64,13 @@ class Counts:
         return np.where(key >= self.most, among, self.at_least_as_used(items) + fewer)
 
 
+    def best_after(self, current: int) -> np.ndarray:
+        """The items that followed this one, by their keys, the best first; among equal ones the first of the catalogue."""
+        pairs = slice(self.starts[current], self.starts[current + 1])
+        after = self.codes[pairs] % self.size
+        return after[np.lexsort((after, -self.uses[after], -self.counts[pairs]))]
+
+
 class Asked(NamedTuple):
     """(M,) targets: the item, the one before it, and what followed that last time in the same history, -1 if nothing did."""
 
@@ -102,9 +79,16 @@ class Asked(NamedTuple):
     answer: np.ndarray
 
 
-def baselines(split: Split, ranked: Evaluation, filter_seen: bool) -> dict[str, dict[str, float]]:
-    """The metrics of each baseline on the targets of an evaluation. As there, ties count against it, and items of the history are
-    left out with filter_seen; what followed last time is then one of them, and has no line of its own."""
+def baselines(
+    split: Split, ranked: Evaluation, filter_seen: bool, names: tuple[str, ...] = METRICS
+) -> dict[str, dict[str, float]]:
+    """The metrics of each baseline on the targets of an evaluation."""
+    return {name: metrics(each, names) for name, each in baseline_ranks(split, ranked, filter_seen).items()}
+
+
+def baseline_ranks(split: Split, ranked: Evaluation, filter_seen: bool) -> dict[str, np.ndarray]:
+    """The ranks that each baseline gives to the targets of an evaluation. As there, ties count against it, and items of the history
+    are left out with filter_seen; what followed last time is then one of them, and has no ranks of its own."""
     h, counts = split.histories, Counts(split)
     start = h.offsets[ranked.users]
     asked = Asked(ranked.items, h.items[start + ranked.places - 1], recall_answer(h, ranked.users, ranked.places))
@@ -113,12 +97,12 @@ def baselines(split: Split, ranked: Evaluation, filter_seen: bool) -> dict[str, 
         seen_popular, seen_chain, impossible = _seen_above(split, counts, asked, start, ranked.places)
         popular = np.where(impossible, counts.size, popular - seen_popular)
         chain = np.where(impossible, counts.size, chain - seen_chain)
-        return {POPULARITY: metrics(popular), MARKOV: metrics(chain)}
+        return {POPULARITY: popular, MARKOV: chain}
     answered = asked.answer >= 0
     its_key = counts.keys(asked.current, asked.answer.clip(min=0))
     moved_up = answered & (its_key < counts.keys(asked.current, asked.items))
     last_time = np.where(answered & (asked.answer == asked.items), 1, chain + moved_up)
-    return {POPULARITY: metrics(popular), MARKOV: metrics(chain), LAST_TIME: metrics(last_time)}
+    return {POPULARITY: popular, MARKOV: chain, LAST_TIME: last_time}
 
 
 def _seen_above(

@@ -8,8 +8,9 @@ import pytest
 from awrsr.data.histories import Histories
 from awrsr.data.splits import Split, split
 from awrsr.evaluation import baselines as module
-from awrsr.evaluation.baselines import BASELINES, LAST_TIME, MARKOV, POPULARITY, Metrics, baselines
+from awrsr.evaluation.baselines import BASELINES, LAST_TIME, MARKOV, POPULARITY, baselines
 from awrsr.evaluation.ranking import Evaluation, metrics
+from awrsr.evaluation.report import Metrics
 
 
 def parts(seed: int, users: int = 12, items: int = 9) -> Split:

@@ -129,7 +129,7 @@ def test_no_flag_is_guessed_from_its_beginning(stopped: Callable[..., tuple[int,
         ("train --dropout 0.1", "did you mean --hidden-dropout or --attention-dropout?"),
         ("train --zzz 1", "awrsr train: there is no option --zzz; see awrsr train --help"),
         ("recommend --run RUN --topk 5", "awrsr recommend: there is no option --topk: did you mean -k?"),
-        ("recommend", "awrsr recommend: run is missing; see awrsr recommend --help"),
+        ("similar run", "awrsr similar: --item is missing; see awrsr similar --help"),
         ("train stray", "awrsr train: 'stray' is one word too many"),
         ("train --epochs many", "awrsr train: epochs is 'many', must be of type int"),
         ("train --loss bpx", "awrsr train: --loss is 'bpx', must be one of sampled_softmax, "),
@@ -142,7 +142,7 @@ def test_a_command_line_that_does_not_fit_is_told_what_does(
     assert status == 2 and message in said and said.endswith("\n") and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("name, flag", [("train", "--data"), ("evaluate", "--run"), ("recommend", "--run")])
+@pytest.mark.parametrize("name, flag", [("train", "--data")])
 def test_a_path_without_its_option_is_told_which(
     name: str, flag: str, tmp_path: Path, stopped: Callable[..., tuple[int, str]]
 ) -> None:
