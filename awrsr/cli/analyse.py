@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..files import atomic, write_json
-from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_folder, add_part, filter_seen
+from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_folder, add_part, add_titles, filter_seen, labels_of
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -19,6 +19,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--examples", type=int, default=3, help="Show this many histories that gained most and as many that lost most.")
     to.add_argument("--output", type=str, default="", help="HTML file to write (default: analysis.html in the run folder).")
     to.add_argument("--json", type=str, default="", help="Also write the numbers to this JSON file.")
+    add_titles(to)
     add_filter_seen(to)
 
 
@@ -44,7 +45,9 @@ def run(options: Any) -> None:
         analysis = replace(analysis, other=f"the baseline run {Path(options.baseline).name}")
     output = Path(options.output or Path(opened.folder) / "analysis.html")
     with atomic(output) as temporary:
-        temporary.write_text(page(analysis, f"Attention of {Path(opened.folder).name}"), encoding="utf-8")
+        ids = opened.model.ids().tolist() if options.titles else []
+        labels = dict(zip(ids, labels_of(options, ids), strict=True))
+        temporary.write_text(page(analysis, f"Attention of {Path(opened.folder).name}", labels), encoding="utf-8")
     if options.json:
         write_json(options.json, analysis.to_json())
     print(f"Report: {output}")

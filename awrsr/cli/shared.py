@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import polars as pl
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from ..data.histories import Histories
-from ..data.ids import as_texts, id_text
+from ..data.ids import as_column, as_texts, id_text
 from ..data.prepare import OF_READING, OF_SPLIT, PARTS, DataOptions, divide, histories, prepare
 from ..data.splits import Split
 from ..files import first_process
@@ -114,6 +115,19 @@ def add_filter_seen(to: ArgumentParser) -> None:
 def filter_seen(options: Any) -> bool | None:
     """The value of --filter-seen; None means what the run did."""
     return {"auto": None, "yes": True, "no": False}[options.filter_seen]
+
+
+def labels_of(options: Any, items: Collection[Any]) -> list[str]:
+    """What to call items in pictures and reports: by the first column of --titles that has something for them, or by their ids."""
+    from ..data.tables import with_titles
+
+    titles = titles_of(options)
+    if titles is None:
+        return [str(item) for item in items]
+    ids = as_column(np.array(list(items)))
+    named = with_titles(pl.DataFrame({"item": ids}), titles).to_dict(as_series=False)
+    column = next(values for name, values in named.items() if name != "item")
+    return [str(item) if name is None else str(name) for item, name in zip(items, column, strict=True)]
 
 
 class OpenRun:

@@ -96,8 +96,8 @@ def run(options: Any) -> None:
     ranks = " and the rank of every held-out event" if held_out else ""
     print(f"\n{out} holds the model, its metrics{ranks}. Next:\n")
     if not data.files:
-        print(f"  {typed(['awrsr', 'explain', '--run', out])}          # what the model pays attention to")
-    print(f"  {typed(['awrsr', 'recommend', '--run', out, '-k', 5])}   # the best next items for every user")
+        print(f"  {typed(['awrsr', 'explain', out])}          # what the model pays attention to")
+    print(f"  {typed(['awrsr', 'recommend', out, '-k', 5])}   # the best next items for every user")
 
 
 def plain(config: AWRSRConfig) -> AWRSRConfig:
@@ -173,7 +173,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         better = [other for other, reached in first[BASELINES]["test"].items() if reached[WATCHED] >= result["test"][WATCHED]]
         if better:
-            print(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which need no training.")
+            print(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which need{'s' * (len(better) == 1)} no training.")
     if with_recall:
         recall = next(iter(results.values()))["recall"]
         print(

@@ -165,6 +165,45 @@ def split(
     return parts
 
 
+def time_folds(
+    histories: Any,
+    n: int = 3,
+    *,
+    length: float | None = None,
+    user: str | None = None,
+    item: str | None = None,
+    time: str | None = None,
+) -> list[Split]:
+    """Splits whose tests follow one another in time, each trained on all that came before: cross-validation for data that change.
+
+    Args:
+        histories: of all users, in any form that `AWRSR.fit` takes, with times.
+        n: number of splits, the earliest first.
+        length: of each test, in the unit of times (seconds, if they were dates). By default the tests together take the last half
+            of the time. Validation has as many events before each test as there are in it.
+        user, item, time: names of a table's columns, as for `AWRSR.fit`.
+
+    Raises:
+        ValueError: there are no times; n is below 1; the tests are longer than the time; a part has no events.
+    """
+    events, names = histories_of(histories, user=user, item=item, time=time)
+    if events.times is None:
+        raise ValueError("time_folds needs times; these histories have none")
+    if n < 1:
+        raise ValueError(f"n is {n}, must be 1 or more splits")
+    first, last = float(events.times.min()), float(events.times.max())
+    length = (last - first) / (2 * n) if length is None else length
+    if not 0 < n * length < last - first:
+        run = f"{first:.15g} to {last:.15g}"
+        raise ValueError(f"{many(n, 'test')} of length {length:.15g} must be shorter than the time from {run}")
+    folds = []
+    for back in range(n, 0, -1):
+        begin, end = last - back * length, last - (back - 1) * length
+        known = events.keep(events.times <= end)
+        folds.append(replace(split(known, "time", test_from=np.nextafter(begin, np.inf)), names=names))
+    return folds
+
+
 def _as_many_before(test_from: float, times: np.ndarray) -> float | None:
     """The moment from which on there are as many events before `test_from` as from it on; if there are fewer, half of them."""
     before = np.sort(times[times < test_from])

@@ -144,3 +144,17 @@ def test_recommend_takes_files_of_items(parts: Path, tmp_path: Path, printed: Ca
     similar = pl.read_csv(io.StringIO(printed("similar", run, "--item", "i1", "-k", 2, "--titles", tmp_path / "items.csv")))
     assert similar.columns == ["item", "similar", "name", "rank", "score"]
     assert similar["similar"].to_list() == model.similar_items(["i1"], k=2)["similar"].to_list()
+
+
+def test_pictures_and_reports_show_titles(
+    home: Path, tmp_path: Path, printed: Callable[..., str]
+) -> None:
+    titles = tmp_path / "items.csv"
+    pl.DataFrame({"item": [f"i{n}" for n in range(1, 24)], "name": [f"title {n}" for n in range(1, 24)]}).write_csv(titles)
+    line = ["explain", home / "run", "--history", "i0", "i3", "i7", "--titles", titles, "--output", tmp_path / "a.svg"]
+    said = printed(*line)
+    assert "title 3" in said and "i3" not in said and "i0" in said
+    report = tmp_path / "a.html"
+    printed("analyse", home / "run", "--users", 20, "--titles", titles, "--output", report)
+    text = report.read_text()
+    assert ">title 3<" in text and ">i3<" not in text
