@@ -173,7 +173,8 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     for name, result in results.items():
         better = [other for other, reached in first[BASELINES]["test"].items() if reached[WATCHED] >= result["test"][WATCHED]]
         if better:
-            print(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which need{'s' * (len(better) == 1)} no training.")
+            need = "needs" if len(better) == 1 else "need"
+            print(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which {need} no training.")
     if with_recall:
         recall = next(iter(results.values()))["recall"]
         print(
