@@ -28,7 +28,7 @@ from .run_folder import save_model
 if TYPE_CHECKING:
     from .evaluation.report import Metrics
 
-METHODS = ("fit", "evaluate", "recommend", "similar_items", "user_vectors", "item_vectors", "attention_maps", "save")
+METHODS = ("fit", "fit_more", "evaluate", "recommend", "similar_items", "user_vectors", "item_vectors", "attention_maps", "save")
 Model = TypeVar("Model", bound="AWRSR")
 
 
@@ -168,6 +168,49 @@ class AWRSR(Answers, nn.Module):
             if out is not None and record:
                 report(self, parts, settings, record, Path(out))
         self.fitted, self.curve = parts, record.get("curve", [])
+        return self.eval()
+
+    def fit_more(
+        self: Model,
+        events: Any,
+        *,
+        histories: Any = None,
+        replay: float = 1.0,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        callbacks: Sequence[Any] = (),
+        logger: Any = None,
+        **changes: Any,
+    ) -> Model:
+        """Train further on new events, at a small share of what a new training costs, and return self in evaluation mode.
+
+        Users and items may be new; the row of a new item begins as the mean of the rows of what stands beside it. Training goes
+        over the histories that have new events and over as many others, so that what was learned is not forgotten.
+
+        Args:
+            events: the new ones, in the forms of `fit`, which come after all earlier ones of their users.
+            histories: all earlier events; by default those that the last `fit` or `fit_more` was given. Nothing is held out.
+            replay: how many other histories are trained on, as a multiple of those with new events.
+            user, item, time: names of a table's columns, as for `fit`.
+            callbacks, logger: of Lightning, as for `fit`.
+            changes: training options; by default those of `fit`, with 2 epochs, .3 times the learning rate and no average.
+
+        Raises:
+            ValueError: the model was not fitted, or loaded and `histories` are not given; an option is out of its range.
+        """
+        own = ("histories", "replay", "user", "item", "time", "callbacks", "logger")
+        check_names("fit_more", TrainingOptions, changes, *own)
+        from .training.more import train_more
+
+        self.known_items()
+        columns: dict[str, Any] = {"user": user, "item": item, "time": time}
+        given = self._fitted("histories").histories if histories is None else histories_of(histories, self.names, **columns)[0]
+        new, names = histories_of(events, self.names, **columns)
+        if not replay >= 0:
+            raise ValueError(f"replay is {replay}, must be 0 or more")
+        self.fitted = replace(train_more(self, given, new, replay, changes, callbacks=callbacks, logger=logger), names=self.names)
+        self.names = self.names or names
         return self.eval()
 
     @property
