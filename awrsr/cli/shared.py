@@ -177,12 +177,12 @@ class OpenRun:
             parts.append(None if parts and not file else self.histories(everyone=True))
         return Split.of_parts(*parts)  # type: ignore[arg-type]
 
-    def own_data(self, data: DataOptions) -> DataOptions:
-        """The options of the run's own data, with files where they are now."""
+    def own_data(self, data: DataOptions, check: bool = True) -> DataOptions:
+        """The options of the run's own data, with files where they are now. check: refuse options that say how a file is read."""
         options = self.options
         if "data" not in self.stored:
             raise ValueError(f"{self.folder} was fitted in Python and does not say where its histories are; add --data FILE")
-        for name in ("format", *COLUMNS):
+        for name in ("format", *COLUMNS) if check else ():
             if not is_default(name, options):
                 raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
         for file in (data.files[name] for name in PARTS if name in data.files):

@@ -15,6 +15,7 @@ from ..data.prepare import DEMO, DataOptions, prepare
 from ..data.splits import Split
 from ..lock import locked
 from ..presets import AUTO, NONE, PLAIN, PRESET_HELP, PRESETS, preset_options, suited
+from .more import continue_run
 from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
 OUT_HELP = (
@@ -30,6 +31,9 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--config", action=ActionConfigFile, help="YAML file of options, in the form that --print-config prints.")
     to.add_argument("--out", type=str, default="", help=OUT_HELP)
     add_switch(to, "baseline", None, "Also train plain attention, in the folder <out>/plain (default: only without --data).")
+    help = "Run folder to train further on the events of --data, which come after its own; users and items may be new. The result "
+    help += "goes into another folder (default: <RUN>-more). --epochs and the like then default to what suits that."
+    to.add_argument("--continue", type=str, default="", metavar="RUN", help=help)
     to.add_argument("--preset", choices=(AUTO, NONE, *PRESETS), default=AUTO, help=PRESET_HELP)
     for title, kind in OPTIONS.items():
         add_options(to.add_argument_group(title), kind)
@@ -46,6 +50,7 @@ def run(options: Any) -> None:
       awrsr train --data beauty.txt --refinement additive --epochs 20 --out runs/beauty
       awrsr train --data beauty.txt --refinement none --print-config > plain.yaml
       awrsr train --config plain.yaml --seed 1
+      awrsr train --continue runs/beauty --data new.csv
 
     The run folder then holds model.safetensors (weights, item ids and configuration),
     metrics.json and the rank of every held-out event. If training is interrupted or
@@ -62,6 +67,8 @@ def run(options: Any) -> None:
 
     Defaults without --data, unless you set the option yourself:
     """
+    if options["continue"]:
+        return continue_run(options)
     data, config, training = (kind(**options_of(kind, options)) for kind in OPTIONS.values())
     if data.train_data:  # other commands may be started in another folder
         data = replace(data, **{name: str(Path(file).absolute()) for name, file in data.files.items()})

@@ -1,5 +1,8 @@
 """Further training: on new events of known users and of new ones, with new items."""
 
+import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,8 +11,10 @@ import pytest
 import torch
 
 from awrsr import AWRSR, Histories
+from awrsr.cli import main
 from awrsr.training.more import company, with_more_items
 
+from .runs import everything, histories, train, write
 from .small import as_numbered, make_model
 
 QUICK: dict[str, Any] = {"progress": False, "threads": 1, "accelerator": "cpu"}
@@ -56,6 +61,25 @@ def test_a_loaded_model_needs_what_came_before(fitted: AWRSR, tmp_path: Any) -> 
     assert loaded.trained is not None and loaded.trained.sum() == 40 * 9 + 2 and loaded.ids()[-1] == "i9"
     again = AWRSR.load(tmp_path).fit_more(events, histories=cycles(40, 6, 9), **QUICK)
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_run_is_continued_in_a_folder_of_its_own(tmp_path: Path, printed: Callable[..., str]) -> None:
+    data = write(tmp_path / "data.txt")
+    train(data, tmp_path / "run", epochs=1)
+    before = everything(tmp_path / "run")
+    (tmp_path / "new.csv").write_text("user,item\nu1,i3\nnewcomer,i4\nnewcomer,novel\nnewcomer,i5\n")
+    line = ["train", "--continue", tmp_path / "run", "--data", tmp_path / "new.csv", "--no-progress"]
+    assert "Trained further on 4 events of 2 users: 1 new user, 1 new item." in printed(*line)
+    assert everything(tmp_path / "run") == before
+    table = pl.read_csv(io.StringIO(printed("recommend", tmp_path / "run-more", "-k", 2)))
+    assert table["user"].n_unique() == len(histories()) + 1 and "newcomer" in table["user"]
+    events = pl.read_parquet(tmp_path / "run-more" / "events.parquet")
+    assert events.filter(user="newcomer")["item"].to_list() == ["i4", "novel", "i5"]
+    assert events.filter(user="u1")["item"].to_list() == [*histories()["u1"], "i3"]
+    again = [*line[:2], tmp_path / "run-more", *line[3:], "--out", tmp_path / "third"]
+    assert "0 new users, 0 new items" in printed(*again)
+    assert main(["train", "--continue", str(tmp_path / "run")]) == 2
+    assert main([str(each) for each in [*line, "--out", tmp_path / "run"]]) == 2
 
 
 def test_a_new_item_begins_among_its_company() -> None:
