@@ -96,7 +96,7 @@ gpu: ## run GPU tests, benchmarks, profile and tuner, in under ten minutes (PYTH
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,transformers,docs,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,search,transformers,docs,dev]'
 	touch $@
 
 .venv-libraries/ready: setup.py constraints-libraries.txt

@@ -36,6 +36,7 @@ setup(
         ],
         "onnx": ["onnx<2", "onnxscript<1", "onnxruntime<2"],  # awrsr export --format onnx, and its check
         "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone
+        "search": ["optuna>=4,<6"],  # awrsr search
         "tensorboard": ["tensorboard<3"],  # awrsr train --logger tensorboard
         # Libraries whose recommenders the adapters refine (`awrsr_kernels.integrations`); constraints-libraries.txt pins what works
         # together.

@@ -47,7 +47,7 @@ FLOORS = {
         "run_folder",
         "training answers",
         "recommender",
-        "analysis export",
+        "analysis export search",
         "cli",
         "__init__ __main__",
     ],

@@ -22,7 +22,7 @@ from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
 from ..presets import AUTO, NONE, preset_options, undecided
-from . import analyse, compare, data, evaluate, explain, export, recommend, similar, train
+from . import analyse, compare, data, evaluate, explain, export, recommend, search, similar, train
 from .errors import Parser, one_line, spellings
 from .shared import UsageError, as_flags, say, shield_ids
 
@@ -39,6 +39,7 @@ COMMANDS = {
     "data make": Command(data.add_make_flags, data.make),
     "data stats": Command(data.add_stats_flags, data.stats),
     "train": Command(train.add_flags, train.run),
+    "search": Command(search.add_flags, search.run),
     "evaluate": Command(evaluate.add_flags, evaluate.run),
     "recommend": Command(recommend.add_flags, recommend.run),
     "similar": Command(similar.add_flags, similar.run),
