@@ -44,7 +44,8 @@ def run(options: Any) -> None:
     if not data.files:
         raise UsageError("--data is missing")
     config, training = (kind(**options_of(kind, options)) for kind in (AWRSRConfig, TrainingOptions))
-    fixed = [each.name for kind in (AWRSRConfig, TrainingOptions) for each in fields(kind) if options[each.name] != each.default]
+    known = [each for kind in (AWRSRConfig, TrainingOptions) for each in fields(kind) if each.name in options]
+    fixed = [each.name for each in known if options[each.name] != each.default]
     if "patience" not in fixed:
         training = TrainingOptions(**options_of(TrainingOptions, options) | {"patience": PATIENCE})
     split = prepare(data)

@@ -243,7 +243,13 @@ def find_user(histories: Histories, user: str) -> int:
 
 def as_flags(options: dict[str, Any]) -> str:
     """Options as one would type them."""
-    return typed(part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value))
+    flags = {name: name.replace("_", "-") for name in options}
+    switches = {True: "--", False: "--no-"}
+    return typed(
+        part
+        for name, value in options.items()
+        for part in ([switches[value] + flags[name]] if isinstance(value, bool) else ["--" + flags[name], value])
+    )
 
 
 def typed(words: Iterable[Any]) -> str:
