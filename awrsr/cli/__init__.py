@@ -22,6 +22,7 @@ from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
 from ..presets import AUTO, NONE, preset_options, undecided
+from ..progress import coloured
 from . import analyse, compare, data, evaluate, explain, export, recommend, search, similar, train
 from .errors import Parser, one_line, spellings
 from .shared import UsageError, as_flags, say, shield_ids
@@ -130,6 +131,11 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     return (f"data {options.action}", options[options.action]) if name == "data" else (name, options)
 
 
+def _warning(message: Any, *_: Any) -> str:
+    """A warning without source lines."""
+    return f"{coloured('Warning', 'yellow', sys.stderr)}: {message}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit status: 0; 1 for bad input; 2 for a wrong command line; 130 when interrupted; 141 when the reader of its
     output has gone."""
@@ -138,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     # threads that sleep at once made it slower by half where there was none
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"Warning: {message}\n"  # without source lines
+    formatted, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         name, options = parsed(arguments)
         who = f"awrsr {name}"
@@ -151,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("AWRSR_DEBUG"):
             raise
         usage = isinstance(error, UsageError)
-        print(f"{who}: {one_line(error)}" + f"; see {who} --help" * usage, file=sys.stderr)
+        print(f"{coloured(who, 'red', sys.stderr)}: {one_line(error)}" + f"; see {who} --help" * usage, file=sys.stderr)
         return 1 + usage
     except KeyboardInterrupt:
         say(f"{who}: interrupted", file=sys.stderr)

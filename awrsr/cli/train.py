@@ -15,6 +15,7 @@ from ..data.prepare import DEMO, DataOptions, prepare
 from ..data.splits import Split
 from ..lock import locked
 from ..presets import AUTO, NONE, PLAIN, PRESET_HELP, PRESETS, preset_options, suited
+from ..progress import coloured
 from .more import continue_run
 from .shared import add_options, add_switch, as_flags, options_of, say, typed
 
@@ -176,12 +177,13 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     recalled = ["HR@1 recall".rjust(13)] * with_recall
     recalled += [f"{result['recall']['HR@1']:13.4f}" for result in results.values() if with_recall]
     lines = table_lines({name: result["test"] for name, result in results.items()} | first[BASELINES]["test"], "test")
-    print("\n" + "\n".join(line + more for line, more in zip_longest(lines, recalled, fillvalue="")))
+    lines = [line + more for line, more in zip_longest(lines, recalled, fillvalue="")]
+    print("\n" + "\n".join(coloured(line, "bold") if 0 < nth <= len(results) else line for nth, line in enumerate(lines)))
     for name, result in results.items():
         better = [other for other, reached in first[BASELINES]["test"].items() if reached[WATCHED] >= result["test"][WATCHED]]
         if better:
             need = "needs" if len(better) == 1 else "need"
-            print(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which {need} no training.")
+            print(coloured(f"\nBy {WATCHED}, {name} is no better than {' and '.join(better)}, which {need} no training.", "yellow"))
     if with_recall:
         recall = next(iter(results.values()))["recall"]
         print(

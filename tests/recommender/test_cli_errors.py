@@ -1,5 +1,6 @@
 """The command line when something is wrong: one line that says what, nothing half-written; and help that teaches at once."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from awrsr import AWRSR, AWRSRConfig
 from awrsr.cli import COMMANDS, main, parser
+from awrsr.progress import coloured
 
 from . import runs
 from .runs import SMALL, command, everything
@@ -234,3 +236,15 @@ def test_a_run_fitted_in_python_does_not_know_its_data(
     AWRSR(AWRSRConfig(**SMALL)).fit(runs.histories(), epochs=1, out="run", progress=False, **runs.QUICK)
     for action in ("evaluate", "recommend", "explain"):
         assert "was fitted in Python and does not say where its histories are; add --data FILE" in refused(action, "--run", "run")
+
+
+@pytest.mark.parametrize(("variables", "shown"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals(variables: dict[str, str], shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    terminal = io.StringIO()
+    assert coloured("text", "red", terminal) == "text"
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert coloured("text", "red", terminal) == ("\x1b[31mtext\x1b[0m" if shown else "text")
