@@ -162,7 +162,7 @@ def test_ctrl_c_ends_any_command_with_130(home: Path, monkeypatch: pytest.Monkey
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("awrsr.evaluation.ranking.evaluate", interrupted)
+    monkeypatch.setattr("awrsr.evaluation.report.evaluate", interrupted)
     assert main(["evaluate", "--run", str(home / "run")]) == 130
     assert capsys.readouterr().err == "awrsr evaluate: interrupted\n"
 
