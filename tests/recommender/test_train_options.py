@@ -305,8 +305,7 @@ def test_a_bar_with_loss_and_ndcg_on_a_terminal(
     drawn = next(line for line in reversed(terminal.getvalue().split("\r")) if "epoch" in line)
     assert "epoch 2/2: 100%" in drawn and "8/8" in drawn and "loss=" in drawn
     assert f"NDCG@10={last[0]:.4f}, best={last[1]:.4f}" in drawn
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
-    assert [line.split()[1] for line in lines] == ["1/2", "2/2"] and all("NDCG@10" in line for line in lines)
+    assert "epoch 1/2" not in capsys.readouterr().out
 
 
 # Devices.
