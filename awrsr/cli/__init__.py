@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     # threads that sleep at once made it slower by half where there was none
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    formatted, warnings.formatwarning = warnings.formatwarning, _warning
+    formatted, warnings.formatwarning = warnings.formatwarning, _warning  # type: ignore[assignment]
     try:
         name, options = parsed(arguments)
         who = f"awrsr {name}"

@@ -43,7 +43,7 @@ def run(options: Any) -> None:
     data = DataOptions(**options_of(DataOptions, options))
     if not data.files:
         raise UsageError("--data is missing")
-    config, training = (kind(**options_of(kind, options)) for kind in (AWRSRConfig, TrainingOptions))
+    config, training = AWRSRConfig(**options_of(AWRSRConfig, options)), TrainingOptions(**options_of(TrainingOptions, options))
     known = [each for kind in (AWRSRConfig, TrainingOptions) for each in fields(kind) if each.name in options]
     fixed = [each.name for each in known if options[each.name] != each.default]
     if "patience" not in fixed:
