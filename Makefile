@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
-LIBRARIES := test-rectools test-replay test-recbole
+LIBRARIES := test-rectools test-replay test-recbole test-metrics
 
 # glibc keeps memory that was freed: getting it back page by page took a fifth of the tests' time, and of the study's.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
@@ -96,7 +96,7 @@ gpu: ## run GPU tests, benchmarks, profile and tuner, in under ten minutes (PYTH
 
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,transformers,docs,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[model,onnx,tensorboard,search,transformers,docs,dev]'
 	touch $@
 
 .venv-libraries/ready: setup.py constraints-libraries.txt

@@ -23,7 +23,9 @@ setup(
         "model": [  # the recommender `awrsr`; the operator does without
             "lightning>=2.5,<3",  # the training loop: checkpoints, several devices, precision, loggers
             "jsonargparse>=4.40,<5",  # the command line with YAML configuration; errors.py reads its messages
+            "shtab<2",  # what shells need to complete it
             "polars>=1.32,<3",  # CSV and Parquet; tested with 1.44 and 2.1
+            "narwhals>=2,<3",  # tables of pandas and of other libraries, in and out
             "safetensors<1",  # weights that hold no code
             "pooch<2",  # public data: download, checksum, cache
             "requests<3",  # pooch's downloads
@@ -34,6 +36,7 @@ setup(
         ],
         "onnx": ["onnx<2", "onnxscript<1", "onnxruntime<2"],  # awrsr export --format onnx, and its check
         "transformers": ["transformers==5.24.*"],  # awrsr_kernels.integrations.transformers, tested with this release alone
+        "search": ["optuna>=4,<6"],  # awrsr search
         "tensorboard": ["tensorboard<3"],  # awrsr train --logger tensorboard
         # Libraries whose recommenders the adapters refine (`awrsr_kernels.integrations`); constraints-libraries.txt pins what works
         # together.

@@ -5,10 +5,21 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .config import AWRSRConfig, TrainingOptions
-    from .data import DataError, DataWarning, Histories, Split, read, split
+    from .data import DataError, DataWarning, Histories, Split, read, split, time_folds
     from .recommender import AWRSR
 
-__all__ = ["AWRSR", "AWRSRConfig", "DataError", "DataWarning", "Histories", "Split", "TrainingOptions", "read", "split"]
+__all__ = [
+    "AWRSR",
+    "AWRSRConfig",
+    "DataError",
+    "DataWarning",
+    "Histories",
+    "Split",
+    "TrainingOptions",
+    "read",
+    "split",
+    "time_folds",
+]
 
 HOMES = {"AWRSR": "recommender", "AWRSRConfig": "config", "TrainingOptions": "config"}  # of names; the others are in data
 

@@ -6,7 +6,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from .data.histories import Split
+from .data.splits import Split
 from .habits import refuse_unknown
 from .options import check, option
 from .processes import MOST_THREADS

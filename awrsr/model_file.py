@@ -1,7 +1,7 @@
 """A model is one file, model.safetensors: its weights, the ids of its items and its configuration, under one checksum.
 
-Ids are JSON in a tensor of bytes, another tensor says which items occurred in training, and the configuration is JSON in the
-file's metadata. Older versions wrote three files without checksums, which are read as well.
+Ids are JSON in a tensor of bytes, another tensor says how often each item occurred in training, and the configuration is JSON in
+the file's metadata. Older versions wrote three files without checksums, which are read as well.
 """
 
 import json
@@ -35,7 +35,7 @@ class SavedModel(NamedTuple):
     network: AWRSRNetwork
     item_ids: np.ndarray  # (N,)
     filter_seen: bool
-    trained: np.ndarray | None  # (N,) bool: items that occurred in training, if that is known
+    trained: np.ndarray | None  # (N,) events of each item in training; bool in older files; None if that is not known
     sections: dict[str, Any]  # further parts of the configuration: training, data, epoch
 
 

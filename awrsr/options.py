@@ -5,6 +5,8 @@ from dataclasses import field, fields
 from math import inf, isfinite
 from typing import Any
 
+FALLBACKS = ("popular", "none")  # what users without any known item get
+
 
 def option(
     default: Any, help: str, *, choices: Sequence[str] = (), least: float = -inf, below: float = inf, most: float = inf

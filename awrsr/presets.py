@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from .config import AWRSRConfig
 from .data.headroom import headroom, sentence
-from .data.histories import Split
+from .data.splits import Split
 
 # What a preset sets, besides its own: a single layer of plain attention
 PLAIN: dict[str, Any] = {"refinement": "none", "layers": 1, "tables": "position", "table_std": 1.0, "table_init": "normal"}

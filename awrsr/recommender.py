@@ -3,37 +3,36 @@
 B users of a batch, N items, S features of what is multiplied for scores, H heads.
 """
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
 
+from .answers import Answers
 from .config import AWRSRConfig, TrainingOptions, check_names
-from .data.containers import UserLists
-from .data.histories import Histories, Split, spans, split
-from .data.ids import Index, as_column, id_series, number_ids, warn
+from .data.ids import warn
+from .data.splits import Split, split
+from .data.tables import histories_of
 from .habits import meant, names_arguments
 from .lock import locked
 from .model_file import IDS, TRAINED, read_model
-from .models.distance import rows_of_columns
 from .models.network import AWRSRNetwork, in_evaluation
 from .presets import AUTO, preset_options, suited, undecided
 from .run_folder import save_model
 
-METHODS = ("fit", "recommend", "similar_items", "attention_maps", "save")
-SCORE_BLOCK = 1 << 24  # scores held at a time
+if TYPE_CHECKING:
+    from .evaluation.report import Metrics
+
+METHODS = ("fit", "fit_more", "evaluate", "recommend", "similar_items", "user_vectors", "item_vectors", "attention_maps", "save")
 Model = TypeVar("Model", bound="AWRSR")
-UserHistories = Histories | UserLists
 
 
-class AWRSR(nn.Module):
+class AWRSR(Answers, nn.Module):
     """Sequential recommender whose attention weights attend to one another.
 
     It is a `torch.nn.Module` around a network, `model.network`, and a call computes what the network does. The attributes of the
@@ -49,14 +48,9 @@ class AWRSR(nn.Module):
         options: single options of it by name, such as refinement="additive" or layers=1.
     """
 
-    network: AWRSRNetwork
-    config: AWRSRConfig
     preset: str | None = None
     preset_reason: str = ""  # why the data chose the preset
-    item_ids: np.ndarray | None = None
-    trained: np.ndarray | None = None  # (N,) bool: items that occurred in training; None if that is not known
-    _index: Index | None = None
-    filter_seen: bool = True  # leave items of the history out of recommendations; training sets it from the data
+    curve: Sequence[dict[str, float]] = ()  # of the last `fit`
 
     def __init__(self, config: AWRSRConfig | None = None, *, preset: str | None = None, **options: Any) -> None:
         super().__init__()
@@ -86,6 +80,12 @@ class AWRSR(nn.Module):
                 raise AttributeError(f"AWRSR has no attribute {name}: did you mean {method[0]}?") from None
             raise
 
+    def __repr__(self) -> str:
+        c = self.config
+        preset = f", preset {self.preset}" if self.preset else ""
+        kind = f"{c.backbone}, refinement {c.refinement}{preset}, {c.layers} x {c.heads} heads, {c.hidden} wide"
+        return f"AWRSR({kind}, {c.num_items:,} items)" if c.num_items else f"AWRSR({kind}, not fitted)"
+
     def forward(self, items: Tensor, cu_seqlens: Tensor, max_seqlen: int, last: bool = False) -> Tensor:
         """Packed histories -> (T, S): the product of row t and `item_table` scores what follows event t. last: only the rows of the
         last event of each history, (B, S)."""
@@ -99,35 +99,61 @@ class AWRSR(nn.Module):
 
     def fit(
         self: Model,
-        histories: UserHistories | Split,
+        histories: Any,
         options: TrainingOptions | None = None,
         *,
+        validation: Any = None,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        callbacks: Sequence[Any] = (),
+        logger: Any = None,
         out: str | Path | None = None,
         **changes: Any,
     ) -> Model:
         """Train, keep the weights of the epoch with the best validation NDCG@10, and return self in evaluation mode.
 
         Args:
-            histories: `Histories`, a mapping from users to items, a pandas Series of lists whose index is the users, or a list of
-                lists of item ids, in time order. The last event of each history is held out for test, and the one before it for
-                validation. Pass a `Split` to divide them differently;
-                `split(histories, "none")` holds nothing out, and trains on everything for all epochs.
+            histories: a table of events, of pandas, polars, PyArrow or another library that narwhals knows, one row per event;
+                `Histories`; a mapping from users to items, a pandas Series of lists whose index is the users, or a list of lists of
+                item ids, in time order. The last event of each history is held out for test, and the one before it for validation.
+                Pass a `Split` to divide them differently; `split(histories, "none")` holds nothing out, and trains on everything
+                for all epochs.
             options: how to train; by default `TrainingOptions()`.
+            validation: events that follow those of `histories`, in the same forms; then nothing of `histories` is held out.
+            user, item, time: names of a table's columns, by default the usual ones ("user_id", "timestamp", ...). time "none": rows
+                are in order of time.
+            callbacks: callbacks of Lightning.
+            logger: a logger of Lightning, which gets loss and NDCG@10 of each epoch; or a name, as in `TrainingOptions`.
             out: run folder, whose training resumes if it holds an unfinished run; without it, nothing is kept on disk.
             changes: single training options by name, such as epochs=20 or loss="bce".
 
         Raises:
-            ValueError: an option is out of its range; `out` holds another run; a model fitted before does not know an item.
+            ValueError: an option is out of its range; `out` holds another run; a model fitted before does not know an item; a
+                table has no such column.
+            TypeError: histories are of no such form.
             BlockingIOError: another process writes into `out`.
             FloatingPointError: the loss became infinite or NaN.
         """
         if options is not None and not isinstance(options, TrainingOptions):
             by_name = {int: f"fit(histories, epochs={options!r})", dict: "fit(histories, **options)"}
             raise TypeError(_misplaced("options", options, "TrainingOptions", by_name, "fit(histories, epochs=20)"))
-        check_names("fit", TrainingOptions, changes, "out")
+        if isinstance(logger, str):
+            changes, logger = changes | {"logger": logger}, None
+        check_names("fit", TrainingOptions, changes, "out", "validation", "user", "item", "time", "callbacks")
         from .training.run import report, train  # Lightning takes seconds to import, and only training needs it
 
-        parts = histories if isinstance(histories, Split) else split(Histories.from_lists(histories))
+        columns: dict[str, Any] = {"user": user, "item": item, "time": time}
+        if isinstance(histories, Split):
+            parts = histories
+            if validation is not None:
+                raise ValueError("validation must not be given with a Split, which has its own; Split.of_parts joins parts")
+        elif validation is not None:
+            training, names = histories_of(histories, **columns)
+            parts = replace(Split.of_parts(training, histories_of(validation, names, **columns)[0]), names=names)
+        else:
+            parts = split(histories, **columns)
+        self.names = parts.names or self.names
         settings = replace(options or TrainingOptions(), **changes)
         if not self.config.num_items:
             own: dict[str, Any] = {}
@@ -138,134 +164,119 @@ class AWRSR(nn.Module):
                 torch.manual_seed(settings.seed)
                 self.network = AWRSRNetwork(replace(self.config, **own, num_items=parts.histories.num_items))
         with nullcontext() if out is None else locked(out):
-            record = train(self, parts, settings, out)
+            record = train(self, parts, settings, out, callbacks=callbacks, logger=logger)
             if out is not None and record:
                 report(self, parts, settings, record, Path(out))
+        self.fitted, self.curve = parts, record.get("curve", [])
         return self.eval()
 
-    @names_arguments
-    def recommend(
-        self,
-        histories: UserHistories,
-        k: int = 10,
+    def fit_more(
+        self: Model,
+        events: Any,
         *,
-        filter_seen: bool | None = None,
-        filter_untrained: bool = True,
-        batch_size: int = 1024,
-    ) -> pl.DataFrame:
-        """The k best next items for each history. Users may be new to the model.
+        histories: Any = None,
+        replay: float = 1.0,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+        callbacks: Sequence[Any] = (),
+        logger: Any = None,
+        **changes: Any,
+    ) -> Model:
+        """Train further on new events, at a small share of what a new training costs, and return self in evaluation mode.
+
+        Users and items may be new; the row of a new item begins as the mean of the rows of what stands beside it. Training goes
+        over the histories that have new events and over as many others, so that what was learned is not forgotten.
 
         Args:
-            histories: as for `fit`. Items that the model does not know are left out with a `DataWarning`; a user without any known
-                item gets no row.
-            k: at least 1; where there are fewer items to recommend, all of them are.
-            filter_seen: leave out the items of the history, so that a user who has seen almost all items may get fewer than k. None
-                does what training did, where "auto" keeps these items if users take items again.
-            filter_untrained: leave out items that occur in no event that trained the model (`untrained_items`), whose scores say
-                little: held-out events alone hold them.
-            batch_size: users scored at a time; fewer with a large catalogue.
-
-        Returns:
-            A row per recommendation, with users in the order given: user, item, rank (1 is the best) and score (with backbone
-            stosa, the negative squared distance).
+            events: the new ones, in the forms of `fit`, which come after all earlier ones of their users.
+            histories: all earlier events; by default those that the last `fit` or `fit_more` was given. Nothing is held out.
+            replay: how many other histories are trained on, as a multiple of those with new events.
+            user, item, time: names of a table's columns, as for `fit`.
+            callbacks, logger: of Lightning, as for `fit`.
+            changes: training options; by default those of `fit`, with 2 epochs, .3 times the learning rate and no average.
 
         Raises:
-            ValueError: k is below 1; the model was not fitted.
+            ValueError: the model was not fitted, or loaded and `histories` are not given; an option is out of its range.
         """
-        given = Histories.from_lists(histories)
-        known, unknown = given.numbered_as(self.index())
+        own = ("histories", "replay", "user", "item", "time", "callbacks", "logger")
+        check_names("fit_more", TrainingOptions, changes, *own)
+        from .training.more import train_more
+
+        self.known_items()
+        columns: dict[str, Any] = {"user": user, "item": item, "time": time}
+        given = self._fitted("histories").histories if histories is None else histories_of(histories, self.names, **columns)[0]
+        new, names = histories_of(events, self.names, **columns)
+        if not replay >= 0:
+            raise ValueError(f"replay is {replay}, must be 0 or more")
+        self.fitted = replace(train_more(self, given, new, replay, changes, callbacks=callbacks, logger=logger), names=self.names)
+        self.names = self.names or names
+        return self.eval()
+
+    @property
+    def history(self) -> pl.DataFrame:
+        """A row per epoch of the last `fit`: epoch, loss and, if events were held out for it, validation NDCG@10."""
+        return pl.DataFrame(self.curve)
+
+    @names_arguments
+    def evaluate(
+        self,
+        test: Any = None,
+        *,
+        histories: Any = None,
+        part: str = "test",
+        metrics: Sequence[str] = (),
+        per: str = "event",
+        sampled_negatives: int = 0,
+        filter_seen: bool | None = None,
+        batch_size: int = 1024,
+        user: str | None = None,
+        item: str | None = None,
+        time: str | None = None,
+    ) -> "Metrics":
+        """Rank the whole catalogue for held-out events, and average what is asked for. Ties count against the model.
+
+        Args:
+            test: events to predict, in the forms of `fit`, each from all events of its user before it: those of `histories`, then
+                earlier ones of `test`. Or a `Split`. Without it, the events that the last `fit` held out.
+            histories: what users did before `test`; by default all events that the last `fit` was given.
+            part: of a `Split` or of the last `fit`: "test" or "validation".
+            metrics: names with cut-offs, by default HR and NDCG at 5, 10 and 20, and MRR; per user those of
+                `awrsr.evaluation.lists.list_metric` at 10, which says what each is.
+            per: "event": each event is predicted from all before it. "user": each user gets one list, predicted from all events
+                before the part, and what counts are all different items that the user took in it.
+            sampled_negatives: rank each event among so many random items instead of the catalogue. This is not what users would
+                get and may order models wrongly (Krichene and Rendle, KDD 2020): a warning says so, as do the metrics' names.
+            filter_seen: leave out the items of the history; None does what training did.
+            batch_size: targets ranked at a time.
+            user, item, time: names of a table's columns, as for `fit`.
+
+        Returns:
+            A mapping from metrics to values, with those of simple baselines: the most popular items, a Markov chain and what
+            followed last time. It prints as a table.
+
+        Raises:
+            ValueError: there is nothing to predict, or from; the model knows no item of it.
+        """
+        from .evaluation.report import event_metrics, user_metrics
+
+        parts, columns = test, {"user": user, "item": item, "time": time}
+        if test is None:
+            parts = self._fitted("test")
+        elif not isinstance(test, Split):
+            before = self._fitted("histories").histories if histories is None else histories_of(histories, self.names, **columns)[0]
+            parts, part = Split.of_parts(before, None, histories_of(test, self.names, **columns)[0]), "test"
+        parts, unknown = parts.numbered_as(self.index())
         if unknown:
-            missing = given.item_ids[self.index().find(given.item_ids) < 0]
-            examples = ", ".join(map(repr, missing[:3].tolist())) + ", ..." * (len(missing) > 3)
-            alone = np.count_nonzero((known.lengths == 0) & (given.lengths > 0))
-            warn(
-                f"{unknown:,} of {len(given.items):,} events are left out, since the model does not know their items ({examples})"
-                + (f"; {alone:,} of {given.num_users:,} users have no others and get no recommendation" if alone else "")
-            )
-        tables = self.top_items(known, k, filter_seen=filter_seen, filter_untrained=filter_untrained, batch_size=batch_size)
-        table, *more = tables
-        for each in more:
-            table.vstack(each, in_place=True)
-        return pl.DataFrame([column.rechunk() for column in table])  # for table.rechunk, or pl.concat, a forked process would wait
-
-    @torch.inference_mode()
-    def top_items(
-        self,
-        histories: Histories,
-        k: int,
-        *,
-        filter_seen: bool | None = None,
-        filter_untrained: bool = True,
-        batch_size: int = 1024,
-    ) -> Iterator[pl.DataFrame]:
-        """Like `recommend`, for histories whose items are numbered as in this model. Yields tables of bounded size."""
-        count = self.known_items()
-        k = min(at_least_one(k), count)
-        model = in_evaluation(self)
-        step = max(1, min(batch_size, SCORE_BLOCK // count))
-        users, item_table, ids = np.flatnonzero(histories.lengths), self.item_table(), self.ids()
-
-        def table(user: np.ndarray, item: np.ndarray, rank: np.ndarray, score: np.ndarray) -> pl.DataFrame:
-            return pl.DataFrame(
-                {"user": as_column(histories.user_ids[user]), "item": as_column(ids[item]), "rank": rank, "score": score}
-            )
-
-        left_out = torch.from_numpy(self.untrained()).to(item_table.device) if filter_untrained else None
-        nobody = np.empty(0, dtype=np.int64)
-        yield table(nobody, nobody, nobody, item_table.new_empty(0).cpu().numpy())
-        for first in range(0, len(users), step):
-            chosen = users[first : first + step]
-            scores = model.scores(histories, chosen, item_table)
-            if self.filter_seen if filter_seen is None else filter_seen:
-                events, _ = spans(histories.offsets[chosen], histories.lengths[chosen])
-                row = np.repeat(np.arange(len(chosen)), histories.lengths[chosen])
-                scores[torch.from_numpy(row), torch.from_numpy(histories.items[events])] = -torch.inf
-            if left_out is not None and len(left_out):
-                scores.index_fill_(1, left_out, -torch.inf)
-            score, item = (x.cpu().numpy() for x in scores.topk(k))
-            row, column = np.nonzero(score > -np.inf)
-            yield table(chosen[row], item[row, column], column + 1, score[row, column])
-
-    def scores(self, histories: Histories, users: np.ndarray, table: Tensor | None = None) -> Tensor:
-        """(B, N) scores of every item as the next one of these users. Their histories must not be empty. table: `item_table`."""
-        length = np.minimum(histories.lengths[users], self.config.max_len)
-        events, cu_seqlens = spans(histories.offsets[users + 1] - length, length)
-        device = self.items.weight.device
-        ends = torch.from_numpy(cu_seqlens).to(device)
-        states = self(torch.from_numpy(histories.items[events]).to(device), ends, int(length.max(initial=0)), last=True)
-        return states @ (self.item_table() if table is None else table).T
-
-    @names_arguments
-    @torch.inference_mode()
-    def similar_items(self, items: Sequence[Any], k: int = 10) -> pl.DataFrame:
-        """The k items most similar to each given item, of those that occurred in training.
-
-        Args:
-            items: item ids.
-            k: at least 1; N - 1 if it is more.
-
-        Returns:
-            A row per pair: item, similar, rank (1 = most similar), score: the cosine of their embeddings; for backbone stosa, the
-            negative squared distance.
-
-        Raises:
-            ValueError: the model does not know an id; k is below 1.
-        """
-        count = self.known_items()
-        k = min(at_least_one(k), count - 1)
-        places = self.places(items)
-        table = self.item_table()
-        if not self.by_distance:
-            table = nn.functional.normalize(table, dim=1)
-        best, left_out = [], torch.from_numpy(self.untrained()).to(table.device)
-        for block in torch.from_numpy(places).to(table.device).split(max(1, SCORE_BLOCK // count)):
-            scores = (rows_of_columns(table[block]) if self.by_distance else table[block]) @ table.T
-            best.append(scores.index_fill_(1, left_out, -torch.inf).scatter_(1, block[:, None], -torch.inf).topk(k))
-        score, similar = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
-        row, column = np.nonzero(score > -np.inf)
-        ids = self.ids()
-        columns = {"item": as_column(ids[places[row]]), "similar": as_column(ids[similar[row, column]])}
-        return pl.DataFrame(columns | {"rank": column + 1, "score": score[row, column]})
+            warn(f"{unknown:,} events are left out, since the model does not know their items")
+        filter_seen = self.filter_seen if filter_seen is None else filter_seen
+        if not len(parts.targets(part)[0]):
+            raise ValueError(f"{part} holds no event that the model knows and that follows another of its user")
+        if per == "user" and not sampled_negatives:
+            return user_metrics(self, parts, part, metrics, filter_seen, batch_size)
+        if per != "event":
+            raise ValueError(f"per is {per!r}, must be event or, without sampled_negatives, user")
+        return event_metrics(self, parts, part, metrics, filter_seen, batch_size, sampled_negatives)
 
     @torch.inference_mode()
     def attention_maps(self, history: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -280,42 +291,6 @@ class AWRSR(nn.Module):
         items = torch.as_tensor(self.places(history)[-self.config.max_len :], device=self.items.weight.device)[None]
         maps = in_evaluation(self.network).weights_padded(items, torch.tensor([items.shape[1]], device=items.device))
         return [(p[0], m[0]) for p, m in maps]
-
-    def known_items(self) -> int:
-        """N. Raises ValueError if the model has no items yet."""
-        if not self.config.num_items:
-            raise ValueError("this model knows no items yet: fit or load it first")
-        return self.config.num_items
-
-    def ids(self) -> np.ndarray:
-        """(N,) ids of the items, by their row in the table; the numbers of the rows if there are no ids."""
-        return np.arange(self.config.num_items) if self.item_ids is None else self.item_ids
-
-    def untrained(self) -> np.ndarray:
-        """Rows of the items that occurred in no event that trained the model; none if that is not known."""
-        return np.flatnonzero(~self.trained) if self.trained is not None else np.empty(0, dtype=np.int64)
-
-    def untrained_items(self) -> list[Any]:
-        """Ids of the items that `recommend` leaves out, because they occurred in no event that trained the model."""
-        return self.ids()[self.untrained()].tolist()
-
-    def index(self) -> Index:
-        """Finds items of the catalogue by their ids. It is built when it is first needed."""
-        known = self._index
-        if known is None or (
-            known.ids is not self.item_ids if self.item_ids is not None else len(known.ids) != self.config.num_items
-        ):
-            known = self._index = Index(self.ids())
-        return known
-
-    def places(self, items: Sequence[Any]) -> np.ndarray:
-        """Rows of item ids in the table. Raises ValueError naming an id that is not there."""
-        ids, place = number_ids(id_series("item", list(items)), lambda _: "item id", "keep")
-        places = self.index().find(ids)[place]
-        if not len(places) or (places < 0).any():
-            unknown = "items is empty" if not len(places) else f"items hold {list(items)[int((places < 0).argmax())]!r}"
-            raise ValueError(unknown + ", which this model does not know" * bool(len(places)))
-        return places
 
     def save(self, folder: str | Path, **sections: Any) -> None:
         """Write model.safetensors, which holds the weights, the ids of the items and the configuration, and appears when it is
@@ -350,17 +325,6 @@ class AWRSR(nn.Module):
         model.network, model.item_ids, model.filter_seen = saved.network, saved.item_ids, saved.filter_seen
         model.trained, model.sections, model.preset = saved.trained, saved.sections, None
         return model.eval()
-
-
-def at_least_one(k: int) -> int:
-    """k. Raises TypeError unless it is a whole number, and ValueError if it is below 1."""
-    try:
-        number = operator.index(k)
-    except TypeError:
-        raise TypeError(f"k is {k!r}, must be a whole number") from None
-    if number < 1:
-        raise ValueError(f"k is {number}, must be at least 1")
-    return number
 
 
 def _misplaced(name: str, value: Any, kind: str, by_name: dict[type, str], otherwise: str) -> str:

@@ -33,7 +33,7 @@ def save_model(
 ) -> None:
     """Write model.safetensors, and config.json as a copy of its configuration to read.
 
-    trained: (N,) bool, the items that occurred in training. sections: further ones of the configuration.
+    trained: (N,) events of each item in training. sections: further ones of the configuration.
 
     Raises:
         ValueError: files of these names are there that awrsr did not write.

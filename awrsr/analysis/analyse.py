@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..config import WATCHED
-from ..data.histories import Split, spans
+from ..data.histories import spans
+from ..data.splits import Split
 from ..evaluation import significance
 from ..evaluation.ranking import Evaluation, Targets, evaluate, metric
 from ..models.network import in_evaluation
+from ..progress import bar
 from ..recommender import AWRSR
 
 WEIGHTS_HELD = 1 << 22  # most weights of a batch
@@ -168,7 +169,7 @@ def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[H
     heads, window = model.config.heads, max(map(len, histories))
     totals: list[dict[str, Any]] = [{} for _ in model.blocks]
     device, network = model.items.weight.device, in_evaluation(model.network)
-    bar = tqdm(total=len(histories), desc="attention", unit="history", disable=None if progress else True, leave=False)
+    shown = bar(total=len(histories), desc="attention", unit="history", shown=progress, leave=False)
     for batch in batches(histories, heads):
         lengths = torch.tensor([len(history) for history in batch])
         items = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
@@ -179,8 +180,8 @@ def measure(model: AWRSR, histories: list[np.ndarray], progress: bool) -> list[H
             p, m = (each.double().cpu() for each in maps)
             for name, values in layer_sums(p, m, role, lengths, window).items():
                 total[name] = total.get(name, 0) + values
-        bar.update(len(batch))
-    bar.close()
+        shown.update(len(batch))
+    shown.close()
     results = []
     reach = (torch.arange(window) < torch.tensor([len(history) for history in histories])[:, None]).sum(0)
     for layer, (block, total) in enumerate(zip(model.blocks, totals, strict=True)):

@@ -1,7 +1,8 @@
 """Writes an analysis as one self-contained HTML page of text, tables and drawings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, StrictUndefined
@@ -27,8 +28,8 @@ def luminance(rgb: Sequence[int]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def page(analysis: Analysis, title: str) -> str:
-    """The report."""
+def page(analysis: Analysis, title: str, labels: Mapping[Any, str] | None = None) -> str:
+    """The report. labels: what to call items, by their ids; the ids by default."""
     heads, buckets = analysis.heads, [*analysis.by_length, *analysis.by_popularity]
     most = max(heads, key=lambda head: head.moved)
     by_change = np.argsort(np.subtract(most.roles_m, most.roles), kind="stable")
@@ -36,6 +37,7 @@ def page(analysis: Analysis, title: str) -> str:
     text = template.render(
         analysis=analysis,
         title=title,
+        label=lambda item: (labels or {}).get(item, item),
         shade=shade,
         metric=WATCHED,
         roles=ROLES,

@@ -4,7 +4,7 @@ recommendations.
   awrsr train                                  show on synthetic data what refinement does
   awrsr data fetch beauty                      download public data
   awrsr train --data beauty.txt --out runs/b   train a model and evaluate it
-  awrsr recommend --run runs/b -k 5            list the best next items of every user
+  awrsr recommend runs/b -k 5                  list the best next items of every user
 """
 
 import os
@@ -13,6 +13,7 @@ import warnings
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from copy import copy
+from importlib.metadata import version
 from inspect import getdoc
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from polars.exceptions import PanicException
 
 from ..data.prepare import DEMO
 from ..presets import AUTO, NONE, preset_options, undecided
-from . import analyse, compare, data, evaluate, explain, export, recommend, train
-from .errors import Parser, one_line
-from .shared import as_flags, say, shield_ids
+from ..progress import coloured
+from . import analyse, compare, data, evaluate, explain, export, recommend, search, similar, train
+from .errors import Parser, one_line, spellings
+from .shared import UsageError, as_flags, say, shield_ids
 
 
 class Command(NamedTuple):
@@ -38,8 +40,10 @@ COMMANDS = {
     "data make": Command(data.add_make_flags, data.make),
     "data stats": Command(data.add_stats_flags, data.stats),
     "train": Command(train.add_flags, train.run),
+    "search": Command(search.add_flags, search.run),
     "evaluate": Command(evaluate.add_flags, evaluate.run),
     "recommend": Command(recommend.add_flags, recommend.run),
+    "similar": Command(similar.add_flags, similar.run),
     "compare": Command(compare.add_flags, compare.run),
     "explain": Command(explain.add_flags, explain.run),
     "analyse": Command(analyse.add_flags, analyse.run),
@@ -63,10 +67,23 @@ class Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
         return super()._format_action_invocation(shown)
 
 
+class PrintCompletion(Action):
+    """Prints what a shell needs to complete commands, options and their values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        import shtab
+
+        print(shtab.complete(parser, shell=values))
+        parser.exit()
+
+
 def parser(demo: bool = False, preset: str = "") -> ArgumentParser:
     """All commands and their flags. demo: give train the defaults that suit the synthetic histories. preset: and those of a
     preset."""
-    top = Parser(prog="awrsr", description=__doc__, formatter_class=Help, allow_abbrev=False)
+    release = version("awrsr-kernels")
+    top = Parser(prog="awrsr", description=__doc__, version=release, formatter_class=Help, allow_abbrev=False)
+    help = "Print what your shell needs to complete commands and options: awrsr --print-completion bash > FILE, then source FILE."
+    top.add_argument("--print-completion", action=PrintCompletion, choices=("bash", "zsh", "fish"), default=SUPPRESS, help=help)
     commands = top.add_subcommands(dest="command", metavar="COMMAND")
     actions = add(commands, "data", data).add_subcommands(dest="action", metavar="ACTION")
     for name, command in COMMANDS.items():
@@ -88,12 +105,6 @@ def add(to: Any, name: str, documented: Any) -> ArgumentParser:
     return sub
 
 
-def spellings(of: ArgumentParser) -> set[str]:
-    """Every option of a parser and of its commands, as it is typed."""
-    commands = [sub for action in of._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
-    return set(of._option_string_actions).union(*map(spellings, commands))
-
-
 def option_names(arguments: list[str]) -> set[str]:
     """The options that are typed, by their names in Python."""
     flags = (word.partition("=")[0] for word in arguments if word.startswith("--"))
@@ -106,7 +117,7 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     arguments = shield_ids(sys.argv[1:] if arguments is None else arguments, spellings(top))
     found = top.parse_args([each for each in arguments if not each.startswith("--print-config")])
     name = found.command
-    demo = name == "train" and not found.train.data
+    demo = name == "train" and not (found.train.data or found.train.train_data)
     preset = found.train.preset if name == "train" else ""
     named = "" if preset in (AUTO, NONE) else preset
     if demo or named or "--print-config" in " ".join(arguments):
@@ -120,6 +131,11 @@ def parsed(arguments: list[str] | None) -> tuple[str, Any]:
     return (f"data {options.action}", options[options.action]) if name == "data" else (name, options)
 
 
+def _warning(message: Any, *_: Any) -> str:
+    """A warning without source lines."""
+    return f"{coloured('Warning', 'yellow', sys.stderr)}: {message}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit status: 0; 1 for bad input; 2 for a wrong command line; 130 when interrupted; 141 when the reader of its
     output has gone."""
@@ -128,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     # threads that sleep at once made it slower by half where there was none
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    formatted, warnings.formatwarning = warnings.formatwarning, lambda message, *_: f"Warning: {message}\n"  # without source lines
+    formatted, warnings.formatwarning = warnings.formatwarning, _warning  # type: ignore[assignment]
     try:
         name, options = parsed(arguments)
         who = f"awrsr {name}"
@@ -140,8 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (Exception, PanicException) as error:
         if os.environ.get("AWRSR_DEBUG"):
             raise
-        print(f"{who}: {one_line(error)}", file=sys.stderr)
-        return 1
+        usage = isinstance(error, UsageError)
+        print(f"{coloured(who, 'red', sys.stderr)}: {one_line(error)}" + f"; see {who} --help" * usage, file=sys.stderr)
+        return 1 + usage
     except KeyboardInterrupt:
         say(f"{who}: interrupted", file=sys.stderr)
         return 130

@@ -7,11 +7,11 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..files import atomic, write_json
-from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_part, filter_seen
+from .shared import OWN_DATA, OpenRun, add_data, add_filter_seen, add_folder, add_part, add_titles, filter_seen, labels_of
 
 
 def add_flags(to: ArgumentParser) -> None:
-    to.add_argument("run", type=str, help="Run folder that awrsr train wrote.")
+    add_folder(to)
     to.add_argument("--baseline", type=str, default="", help="Run folder of a model to compare with, such as plain attention.")
     add_data(to, f"File of histories, split as in the run {OWN_DATA}.")
     add_part(to)
@@ -19,6 +19,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument("--examples", type=int, default=3, help="Show this many histories that gained most and as many that lost most.")
     to.add_argument("--output", type=str, default="", help="HTML file to write (default: analysis.html in the run folder).")
     to.add_argument("--json", type=str, default="", help="Also write the numbers to this JSON file.")
+    add_titles(to)
     add_filter_seen(to)
 
 
@@ -42,9 +43,11 @@ def run(options: Any) -> None:
     analysis = analyse(opened.model, split, baseline=baseline, filter_seen=filter_seen(options), progress=True, **settings)
     if baseline is not None:
         analysis = replace(analysis, other=f"the baseline run {Path(options.baseline).name}")
-    output = Path(options.output or Path(options.run) / "analysis.html")
+    output = Path(options.output or Path(opened.folder) / "analysis.html")
     with atomic(output) as temporary:
-        temporary.write_text(page(analysis, f"Attention of {Path(options.run).name}"), encoding="utf-8")
+        ids = opened.model.ids().tolist() if options.titles else []
+        labels = dict(zip(ids, labels_of(options, ids), strict=True))
+        temporary.write_text(page(analysis, f"Attention of {Path(opened.folder).name}", labels), encoding="utf-8")
     if options.json:
         write_json(options.json, analysis.to_json())
     print(f"Report: {output}")
@@ -56,7 +59,7 @@ def open_baseline(opened: OpenRun) -> Any:
     baseline = OpenRun(options, options.baseline)
     if len({baseline.stored.get("fingerprint"), opened.stored.get("fingerprint")} - {None}) > 1:
         raise ValueError(
-            f"baseline is {options.baseline}, must be trained on the data and the split of {options.run} ({opened.data.split}): "
+            f"baseline is {options.baseline}, must be trained on the data and the split of {opened.folder} ({opened.data.split}): "
             f"its data or its split ({baseline.data.split}) differs, so it may have been trained on events held out here"
         )
     return baseline.model

@@ -56,12 +56,24 @@ def explained(message: str, parser: Any) -> str:
         if name in ("COMMAND", "ACTION"):
             said = f"there is no command {value!r}" + nearest_command(value, choices.split(", "))
     elif found := MISSING.search(message):
-        command, said = subcommand(command, found[1]), f"{found[2]} is missing"
+        command, said = subcommand(command, found[1]), f"{required(found[2], parser)} is missing"
     elif found := NO_COMMAND.search(message):
         command, said = subcommand(command, found[1]), "a command is missing"
     elif found := WRONG_TYPE.search(message):
         said = f"{found[1]} is {found[3]!r}, must be of type {found[2]}"
     return f"{command}: {said}" + ("" if said.endswith("?") else f"; see {command} --help")
+
+
+def required(name: str, parser: Any) -> str:
+    """An argument that must be given, as it is typed."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if flag in spellings(parser) else name.upper()
+
+
+def spellings(of: Any) -> set[str]:
+    """Every option of a parser and of its commands, as it is typed."""
+    commands = [sub for action in of._actions if isinstance(action.choices, dict) for sub in action.choices.values()]
+    return set(of._option_string_actions).union(*map(spellings, commands))
 
 
 def subcommand(command: str, key: str | None) -> str:

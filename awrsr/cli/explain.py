@@ -4,7 +4,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from .shared import OpenRun, add_run, find_user, identifier
+from .shared import OpenRun, add_run, add_titles, find_user, identifier, labels_of
 
 
 def add_flags(to: ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def add_flags(to: ArgumentParser) -> None:
     to.add_argument(
         "--history", nargs="+", type=identifier, default=[], help="Item ids of a history to explain, instead of a user's."
     )
+    add_titles(to)
     to.add_argument("--layer", type=int, default=1, help="Block to draw, counted from 1.")
     to.add_argument("--output", type=str, default="attention.png", help="Picture to write: .png, .svg or .pdf.")
 
@@ -27,8 +28,8 @@ def run(options: Any) -> None:
     weights P, refined weights M and their difference, with items on the axes. The
     command also prints the items that the last event attends to most.
 
-      awrsr explain --run runs/beauty --user 17 --output attention.svg
-      awrsr explain --run runs/beauty --history 4 8 15 16 23
+      awrsr explain runs/beauty --user 17 --output attention.svg
+      awrsr explain runs/beauty --history 4 8 15 16 23 --titles items.csv
     """
     from ..analysis.explain import picture, save, summary
 
@@ -46,7 +47,7 @@ def run(options: Any) -> None:
             who = f"user is {user!r}, must have" if user else "data: no user has"
             raise ValueError(f"{who} an item that the model knows")
     items = items[-config.max_len :]
-    labels = [str(item) for item in items]
+    labels = labels_of(options, items)
     p, m = opened.model.attention_maps(items)[options.layer - 1]
     title = f"block {options.layer} of {config.layers}, refinement {config.refinement}"
     save(picture(p, m, labels, refinement=config.refinement, title=title), options.output)

@@ -5,9 +5,11 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from .shared import add_folder, folder_of
+
 
 def add_flags(to: ArgumentParser) -> None:
-    to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
+    add_folder(to)
     to.add_argument("--format", choices=("torch", "onnx"), default="torch", help="Format of the file: torch.export or ONNX.")
     to.add_argument("--output", type=str, default="", help="File to write (default: model.pt2 or model.onnx in the run folder).")
 
@@ -22,6 +24,7 @@ def run(options: Any) -> None:
     from ..export import SUFFIXES, export
     from ..recommender import AWRSR
 
-    output = options.output or Path(options.run) / f"model{SUFFIXES[options.format]}"
-    path = export(AWRSR.load(options.run), output, format=options.format)
+    folder = folder_of(options)
+    output = options.output or Path(folder) / f"model{SUFFIXES[options.format]}"
+    path = export(AWRSR.load(folder), output, format=options.format)
     print(f"Wrote {path}; its scores are those of the model.")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import polars as pl
 from jsonargparse import ActionYesNo, ArgumentParser
 
-from ..data.histories import Histories, Split
-from ..data.ids import as_texts, id_text
-from ..data.prepare import OF_READING, OF_SPLIT, DataOptions, divide, histories
+from ..data.histories import Histories
+from ..data.ids import as_column, as_texts, id_text
+from ..data.prepare import OF_READING, OF_SPLIT, PARTS, DataOptions, divide, histories, prepare
+from ..data.splits import Split
 from ..files import first_process
 from ..processes import set_threads
 
@@ -52,18 +54,47 @@ def identifier(word: str) -> str:
 
 
 def shield_ids(arguments: list[str], options: Collection[str]) -> list[str]:
-    """Arguments in which words after --user and --history that begin with a dash, but are no option, begin with DASH."""
+    """Arguments in which words after --user, --history and --item that begin with a dash, but are no option, begin with DASH."""
     shielded, of_ids = [], False
     for word in arguments:
         is_option = word.partition("=")[0] in options or re.fullmatch(r"-k\d+", word) is not None
         shielded.append(DASH + word if of_ids and word.startswith("-") and not is_option else word)
-        of_ids = word in ("--user", "--history") if is_option else of_ids
+        of_ids = word in ("--user", "--history", "--item") if is_option else of_ids
     return shielded
 
 
+class UsageError(ValueError):
+    """A command line that says too little or too much."""
+
+
+def add_folder(to: ArgumentParser) -> None:
+    to.add_argument("folder", nargs="?", type=str, default="", metavar="RUN", help="Run folder that awrsr train wrote.")
+    to.add_argument("--run", type=str, default="", help="The same, as an option.")
+
+
+def folder_of(options: Any) -> str:
+    """The run folder, which may be named in two ways. Raises ValueError unless it is named in one."""
+    if bool(options.folder) == bool(options.run):
+        twice = f"{options.folder} and --run {options.run} are two run folders; name one"
+        raise UsageError(twice if options.run else "RUN is missing, the folder of a run")
+    return str(options.folder or options.run)
+
+
 def add_run(to: ArgumentParser, data_help: str = f"File of histories {OWN_DATA}.") -> None:
-    to.add_argument("--run", type=str, required=True, help="Run folder that awrsr train wrote.")
+    add_folder(to)
     add_data(to, data_help)
+
+
+def add_titles(to: ArgumentParser) -> None:
+    help = "Table of items (CSV, Parquet or JSON lines) whose other columns are shown beside each item."
+    to.add_argument("--titles", type=str, default="", help=help)
+
+
+def titles_of(options: Any) -> Any:
+    """The table of --titles, or None."""
+    from ..data.item_files import read_titles
+
+    return read_titles(options.titles) if options.titles else None
 
 
 def add_data(to: ArgumentParser, data_help: str) -> None:
@@ -86,6 +117,19 @@ def filter_seen(options: Any) -> bool | None:
     return {"auto": None, "yes": True, "no": False}[options.filter_seen]
 
 
+def labels_of(options: Any, items: Collection[Any]) -> list[str]:
+    """What to call items in pictures and reports: by the first column of --titles that has something for them, or by their ids."""
+    from ..data.tables import with_titles
+
+    titles = titles_of(options)
+    if titles is None:
+        return [str(item) for item in items]
+    ids = as_column(np.array(list(items)))
+    named = with_titles(pl.DataFrame({"item": ids}), titles).to_dict(as_series=False)
+    column = next(values for name, values in named.items() if name != "item")
+    return [str(item) if name is None else str(name) for item, name in zip(items, column, strict=True)]
+
+
 class OpenRun:
     """A run folder, by default that of --run: its model, on a GPU where there is one, and the histories of --data or its own."""
 
@@ -95,8 +139,8 @@ class OpenRun:
         from ..recommender import AWRSR
 
         set_threads(options.threads)
-        self.options = options
-        self.model = AWRSR.load(folder or options.run)
+        self.options, self.folder = options, folder or folder_of(options)
+        self.model = AWRSR.load(self.folder)
         self.stored = self.model.sections.get("data", {})
         known = self.stored.keys() & DataOptions.__dataclass_fields__
         unused = {name for name, split in OF_SPLIT.items() if split != self.stored.get("split")}  # older runs may store them
@@ -104,7 +148,7 @@ class OpenRun:
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def histories(self, everyone: bool = False) -> Histories:
-        """Filtered as in the run; everyone: with users and items that the run leaves out."""
+        """All events, filtered as in the run; everyone: with users and items that the run leaves out."""
         options, data = self.options, self.data
         if everyone:
             data = replace(data, min_user_events=1, min_item_events=1)
@@ -112,20 +156,46 @@ class OpenRun:
             alike = options.data == "-" or suffix(options.data) == suffix(data.data)
             alike = alike and options.format in ("auto", data.format)  # then the run's format and columns apply
             columns = {name: getattr(data if alike and is_default(name, options) else options, name) for name in COLUMNS}
-            return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns))
+            kept: dict[str, Any] = dict.fromkeys(PARTS, "") | {"split": "none"} if data.train_data else {}
+            return histories(replace(data, data=options.data, format=data.format if alike else options.format, **columns, **kept))
+        return histories(self.own_data(data))
+
+    def given(self) -> Split:
+        """The split of `awrsr evaluate`: that of the run, or its parts if --test-data names a file."""
+        options = self.options
+        before = options.train_data or options.data
+        if not options.test_data:
+            if options.train_data or options.validation_data:
+                raise UsageError("--train-data and --validation-data need --test-data")
+            return self.split()
+        if options.train_data and options.data or options.part != "test":
+            raise UsageError("with --test-data, name what came before by --data or --train-data, and leave --part out")
+        self.data = replace(self.data, test_data="")  # of a run whose parts had files of their own
+        parts: list[Histories | None] = []
+        for file in (before, options.validation_data, options.test_data):
+            options.data = file
+            parts.append(None if parts and not file else self.histories(everyone=True))
+        return Split.of_parts(*parts)  # type: ignore[arg-type]
+
+    def own_data(self, data: DataOptions, check: bool = True) -> DataOptions:
+        """The options of the run's own data, with files where they are now. check: refuse options that say how a file is read."""
+        options = self.options
         if "data" not in self.stored:
-            raise ValueError(f"{options.run} was fitted in Python and does not say where its histories are; add --data FILE")
-        for name in ("format", *COLUMNS):
+            raise ValueError(f"{self.folder} was fitted in Python and does not say where its histories are; add --data FILE")
+        for name in ("format", *COLUMNS) if check else ():
             if not is_default(name, options):
                 raise ValueError(f"{name} is {options[name]!r}, must not be set without --data FILE: the run stores its own")
-        return histories(replace(data, data=self.own_file()))
+        for file in (data.files[name] for name in PARTS if name in data.files):
+            if not Path(file).exists():
+                raise ValueError(f"{file}, the run's own data, does not exist; add --data FILE")
+        return data if data.train_data else replace(data, data=self.own_file())
 
     def own_file(self) -> str:
         """Where the run's own data lie: where they were when it was trained or, if they are gone from there, under the same name
         seen from here."""
         given, place = self.data.data, self.stored.get("path", "")
         if given == "-":
-            raise ValueError(f"{self.options.run} was trained on standard input; add --data FILE, or --data - to read it again")
+            raise ValueError(f"{self.folder} was trained on standard input; add --data FILE, or --data - to read it again")
         if not given or place and Path(place).exists():
             return place or given
         if not Path(given).exists():
@@ -136,7 +206,12 @@ class OpenRun:
 
     def split(self) -> Split:
         """The histories, split as in the run. Warns if they are not those of the run."""
-        split = divide(self.histories(), self.data)
+        if self.data.train_data and not self.options.data:
+            split = prepare(self.own_data(self.data))
+        elif self.data.train_data:
+            raise ValueError("--data cannot be divided as in the run, whose parts had files of their own; name --test-data FILE")
+        else:
+            split = divide(self.histories(), self.data)
         fingerprint = self.stored.get("fingerprint")  # older runs have none
         if fingerprint != split.fingerprint() and (fingerprint or self.options.data):
             changed = "--data differs from the run's data" if self.options.data else f"{self.data.name} has changed since the run"
@@ -168,7 +243,13 @@ def find_user(histories: Histories, user: str) -> int:
 
 def as_flags(options: dict[str, Any]) -> str:
     """Options as one would type them."""
-    return typed(part for name, value in options.items() for part in ("--" + name.replace("_", "-"), value))
+    flags = {name: name.replace("_", "-") for name in options}
+    switches = {True: "--", False: "--no-"}
+    return typed(
+        part
+        for name, value in options.items()
+        for part in ([switches[value] + flags[name]] if isinstance(value, bool) else ["--" + flags[name], value])
+    )
 
 
 def typed(words: Iterable[Any]) -> str:

@@ -24,7 +24,8 @@ NO_TIMES = ("candidate", "update", "lifetime", "runtime", "overtime")  # in spit
 def find_columns(
     source: str, header: Sequence[str], wanted: dict[str, str | None], moments: Collection[int] = (), headless: str = ""
 ) -> dict[str, int]:
-    """The columns of users, items and, if there is one, times: those named in `wanted`, otherwise a guess.
+    """The columns of users, items and, if there is one, times: those named in `wanted`, otherwise a guess. wanted: role -> name;
+    other roles than these three have one.
 
     Case is ignored, and guesses consider only letters and digits. If a column may be the time but has an unusual name, the caller
     must decide, because a file without times is taken to be in order of time; UNTIMED as the name says that it is. moments: columns
@@ -57,9 +58,19 @@ def find_columns(
             untimed = f"--time-column {UNTIMED} if the lines are in order of time (in Python time=NAME)"
             raise refused(f"column {maybe[0]!r} may be the time; use --time-column {maybe[0]!r} if it is, or {untimed}")
     for (role, column), (other, its_column) in combinations(chosen.items(), 2):
-        if column == its_column:
+        if column == its_column and role in USUAL and other in USUAL:
             raise refused(f"column {names[column]!r} is both {role} and {other}")
     return chosen
+
+
+def item_column(source: str, names: Sequence[str], wanted: str | None = None) -> int:
+    """The column of items of a table without users: the one named, or with a usual name, or the first of all."""
+    if wanted is not None:
+        return names.index(wanted)
+    found = guesses("item", names)
+    if len(found) > 1:
+        raise DataError(f"{source}: more than one column may be the item: {', '.join(names[place] for place in found)}")
+    return found[0] if found else 0
 
 
 def guesses(role: str, names: Sequence[str]) -> list[int]:

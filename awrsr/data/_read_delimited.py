@@ -114,8 +114,9 @@ def delimited_columns(
         raise DataError(f"{place(row)}: has {count_of_fields(fields[row])}, {expected}")
     schema = {f"column_{i}": pl.String for i in range(len(header.names))}
     kept = {role: f"column_{column}" for role, column in columns.items()}
+    names = list(dict.fromkeys(kept.values()))  # a condition may need the same column again
     try:
-        table = pl.read_csv(rows, has_header=False, separator=header.separator, schema=schema, columns=list(kept.values()))
+        table = pl.read_csv(rows, has_header=False, separator=header.separator, schema=schema, columns=names)
     except pl.exceptions.PolarsError as error:
         raise DataError(f"{text.source}: cannot be divided into columns: {error}") from None
     assert len(table) == len(starts)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from ._columns import find_columns, guesses
+from ._columns import USUAL, find_columns, guesses
 from ._text import Text
 from .ids import DataError, id_series, shown
 
@@ -35,8 +35,8 @@ def read_json_lines(text: Text, wanted: dict[str, str | None]) -> tuple[dict[str
         columns = _columns(text, names, ahead, wanted)
     _take(ahead, names if untimed and "time" not in columns else None, columns, values, lines, text)
     found = {role: id_series(role, values[role], "drop") for role in ("user", "item")}
-    if "time" in columns:
-        found["time"] = _times(values["time"])
+    for role in columns.keys() - found.keys():
+        found[role] = _times(values[role])
     return found, np.array(lines)
 
 
@@ -67,7 +67,7 @@ def _take(
         lines.append(number)
         for role, key in columns.items():
             value = each.get(key)
-            if type(value) not in (str, int, float) and value is not None:
+            if type(value) not in (str, int, float) and value is not None and not (type(value) is bool and role not in USUAL):
                 raise DataError(f"{text.source}:{number}: {role} is {shown(json.dumps(value))}; must be one number or text")
             values.setdefault(role, []).append(value)
     objects.clear()
@@ -84,8 +84,10 @@ def _object(text: Text, number: int, line: str) -> dict[str, Any]:
 
 
 def _times(values: list[Any]) -> pl.Series:
-    """Times as numbers if all are, otherwise as text, which may be dates."""
+    """Values as numbers if all are, otherwise as text, which may be dates."""
     kinds = {type(value) for value in values if value is not None}
+    if kinds == {bool}:
+        return pl.Series(values, dtype=pl.Boolean)
     if kinds <= {int} and all(value is None or abs(value) < 2**63 for value in values):
         return pl.Series(values, dtype=pl.Int64)
     if kinds <= {int, float}:

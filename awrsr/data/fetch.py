@@ -1,7 +1,6 @@
 """Fetches public data sets once: downloads the files of their source, checks them, and converts those that are no histories yet."""
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
@@ -11,10 +10,10 @@ from typing import Any
 import pooch
 import requests
 from requests.adapters import HTTPAdapter
-from tqdm import tqdm
 from urllib3.util import Retry
 
 from ..files import atomic
+from ..progress import bar
 from .public import REGISTRY, Remote
 
 CACHE_VARIABLE = "AWRSR_CACHE"
@@ -69,7 +68,7 @@ def fetch(
     by_hand = f"or take {name}.txt from elsewhere" if remote.convert else f"or download {source} by other means"
     by_hand = f"{by_hand} and put it at {target}"
     with _told(target, source, by_hand), atomic(target) as partial:
-        files = _download(name, urls, progress and sys.stderr.isatty(), timeout)
+        files = _download(name, urls, progress, timeout)
         if (digest := sha256(b"".join(files)).hexdigest()) != remote.sha256:
             problem = f"{source} has SHA-256 {digest}, must have {remote.sha256}; the download was not kept"
             raise FetchError(f"{problem}. The download is incomplete or altered: try again, {by_hand}")
@@ -98,12 +97,12 @@ def _told(target: Path, source: str, by_hand: str) -> Iterator[None]:
         raise FetchError(f"{problem}. Name another with cache or the environment variable {CACHE_VARIABLE}") from None
 
 
-def _download(name: str, urls: list[str], bar: bool, timeout: float) -> list[bytes]:
-    """The contents of all addresses. bar: show progress, in bytes of a single file, or else in files."""
+def _download(name: str, urls: list[str], progress: bool, timeout: float) -> list[bytes]:
+    """The contents of all addresses. progress: show it, in bytes of a single file, or else in files."""
     single = len(urls) == 1
     kind: dict[str, Any] = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if single else {"unit": "file"}
     retry = Retry(total=4, connect=0, read=0, status_forcelist=TRIES_AGAIN, backoff_factor=1, raise_on_status=False)
-    with requests.Session() as session, tqdm(total=None if single else len(urls), desc=name, disable=not bar, **kind) as shown:
+    with requests.Session() as session, bar(total=None if single else len(urls), desc=name, shown=progress, **kind) as shown:
         for scheme in ("https://", "http://"):
             session.mount(scheme, HTTPAdapter(max_retries=retry))
         files = []

@@ -17,16 +17,16 @@ where the last two did not, pairs are the successors.
 E sampled events, W positions of the window, N items, K predictors.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from .histories import Histories, spans, split
+from ..progress import bar
+from .histories import Histories, spans
+from .splits import split
 
 WINDOW = 50  # the usual longest input of a model
 EVENTS = 6000  # sampled for validation, and as many for test
@@ -252,8 +252,7 @@ class _Sample:
         gains = {name: np.zeros(len(events)) for name in weights}
         sizes = self.after_one.sizes(self.single[events]) + self.after_two.sizes(self.double[events]) + WINDOW + 1
         parts = np.cumsum(sizes) // AT_A_TIME
-        shown = progress and sys.stderr.isatty()
-        for part in tqdm(np.unique(parts), desc="headroom", delay=5, disable=not shown, leave=False):
+        for part in bar(np.unique(parts), desc="headroom", delay=5, shown=progress, leave=False):
             inside = np.flatnonzero(parts == part)
             for name, rank in self._ranks(weights, events[inside]):
                 gains[name][inside] = np.where(rank <= CUT, 1 / np.log2(1 + rank), 0)

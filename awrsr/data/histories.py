@@ -1,9 +1,8 @@
-"""Histories as flat arrays: what users did, in time order, and which events are for training, validation and test.
+"""Histories as flat arrays: what users did, in time order.
 
 U users, N items of the catalogue, T events of all users.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,9 @@ from .containers import UserLists, all_items, id_column, lists_of
 from .ids import DataError, Index, many, number_ids, warn
 from .ids import Subject as IdSubject
 from .ids import number as number  # callers find it here
-from .times import moment, time_column, to_times
+from .times import time_column, to_times
 
 Subject = Callable[[str, int], str]  # what a message about a value begins with: role, row -> "ratings.csv:17: item"
-SPLITS = ("leave-one-out", "last-n", "time", "none")
 
 
 @dataclass(frozen=True)
@@ -173,6 +171,26 @@ class Histories:
         times = None if self.times is None else self.times[events]
         return Histories(item, sums(counts), self.item_ids[items], self.user_ids[users], times)
 
+    def of_users(self, ids: Any) -> "Histories":
+        """Only these users, in the order of their ids.
+
+        Raises:
+            ValueError: there is no such user; one is given twice.
+        """
+        wanted, place = number_ids(id_column("user", ids), lambda row: f"users[{row}]", "keep")
+        found = Index(self.user_ids).find(wanted)
+        if (found < 0).any():
+            raise DataError(f"users hold {wanted.tolist()[int((found < 0).argmax())]!r}, of whom there is no history")
+        if len(wanted) < len(place):
+            raise DataError("users hold a user twice")
+        events, offsets = spans(self.offsets[found], self.lengths[found])
+        times = None if self.times is None else self.times[events]
+        return replace(self, items=self.items[events], offsets=offsets, user_ids=self.user_ids[found], times=times)
+
+    def __repr__(self) -> str:
+        timed = "" if self.times is None else ", with times"
+        return f"Histories({self.num_users:,} users, {self.num_items:,} items, {len(self.items):,} events{timed})"
+
     def core(self, min_user_events: int = 1, min_item_events: int = 1) -> "Histories":
         """The k-core: drops users and items with fewer events, and repeats that until nothing changes."""
         kept = self
@@ -239,131 +257,6 @@ def first_again(numbers: np.ndarray) -> int | None:
 def sums(counts: np.ndarray) -> np.ndarray:
     """(n + 1,) sums of the first 0..n counts: the start of each of n parts, and the end of the last one."""
     return np.concatenate([[0], np.cumsum(counts)])
-
-
-@dataclass(frozen=True)
-class Split:
-    """Histories divided into training, validation and test, by (U,) positions within each history.
-
-    The first `train_end` events of a user train the model. The events from there to `validation_end` are validation targets, and
-    those after it are test targets. A target is predicted from all events before it.
-    """
-
-    histories: Histories
-    train_end: np.ndarray
-    validation_end: np.ndarray
-
-    def fingerprint(self) -> str:
-        """A digest; equal splits of equal histories have the same."""
-        h = self.histories
-        digest = hashlib.sha256()
-        for part in (h.items, h.offsets, self.train_end, self.validation_end):
-            digest.update(np.ascontiguousarray(part, dtype=np.int64).tobytes())
-        for ids in (h.item_ids, h.user_ids):
-            digest.update("\n".join(map(str, ids.tolist())).encode())
-        return digest.hexdigest()[:16]
-
-    def numbered_as(self, item_ids: "np.ndarray | Index") -> tuple["Split", int]:
-        """Like `Histories.numbered_as`. A dropped event is no longer a target, and no other event replaces it."""
-        h, index = self.histories, item_ids if isinstance(item_ids, Index) else Index(item_ids)
-        numbered, unknown = h.numbered_as(index)
-        if not unknown:
-            return replace(self, histories=numbered), 0
-        known = sums((index.find(h.item_ids) >= 0)[h.items])  # known events before each one
-        ends = (known[h.offsets[:-1] + end] - known[h.offsets[:-1]] for end in (self.train_end, self.validation_end))
-        return Split(numbered, *ends), unknown
-
-    def before_test(self) -> Histories:
-        """The histories without test events, and without users and items that have no others."""
-        h = self.histories
-        position = np.arange(len(h.items)) - np.repeat(h.offsets[:-1], h.lengths)
-        return h.keep(position < np.repeat(self.validation_end, h.lengths))
-
-    def trained_items(self) -> np.ndarray:
-        """(N,) bool: items with an event among those that train the model."""
-        h = self.histories
-        position = np.arange(len(h.items)) - np.repeat(h.offsets[:-1], h.lengths)
-        return np.bincount(h.items[position < np.repeat(self.train_end, h.lengths)], minlength=h.num_items) > 0
-
-    def targets(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        """(M,) users and (M,) positions of the targets of "validation" or "test" that have an event before them."""
-        parts = {"validation": (self.train_end, self.validation_end), "test": (self.validation_end, self.histories.lengths)}
-        if part not in parts:
-            raise ValueError(f"part is {part!r}, must be validation or test")
-        starts, ends = parts[part]
-        counts = ends - starts
-        users = np.repeat(np.arange(len(counts)), counts)
-        places, _ = spans(starts, counts)
-        return users[places > 0], places[places > 0]
-
-
-def split(
-    histories: Histories,
-    how: str = "leave-one-out",
-    *,
-    n: int = 1,
-    validation_from: Any = None,
-    test_from: Any = None,
-) -> Split:
-    """Divide histories into training, validation and test.
-
-    Args:
-        histories: of all users.
-        how: "leave-one-out": the last event is the test target, the one before it the validation target (Kang and McAuley, SASRec,
-            2018). "last-n": the same with n events each. If this would leave no event of a user for training, all are used for
-            training. "time": events of all users from `validation_from` on are for validation, those from `test_from` on for test.
-            "none": all events are for training, for a model that is to be used rather than evaluated.
-        n: events of each user for validation, and as many for test, with "last-n".
-        validation_from, test_from: two moments, with "time": numbers in the unit of the histories' times, or dates (objects or ISO
-            8601 text). Without validation_from, as many events before test_from are for validation as there are for test.
-
-    Raises:
-        ValueError: `how` is unknown; "time" without times, without test_from, or with moments that do not increase or are dates
-            where times are not; n is below 1; nothing is left for one of the parts.
-    """
-    if how not in SPLITS:
-        raise ValueError(f"split is {how!r}, must be one of {', '.join(SPLITS)}")
-    lengths = histories.lengths
-    if how == "none":
-        return Split(histories, lengths, lengths)
-    if how == "time":
-        if histories.times is None:
-            raise ValueError('split is "time", which needs a file with a time column; this one has no times')
-        test_from = moment("test_from", test_from, histories.times)
-        validation_from = moment("validation_from", validation_from, histories.times)
-        if validation_from is None and test_from is not None:
-            validation_from = _as_many_before(test_from, histories.times)
-            if validation_from is None:
-                run = f"{histories.times.min():.15g} to {histories.times.max():.15g}"
-                raise ValueError(f"test_from is {test_from:.15g}, but times run from {run}; it must lie between them")
-        if validation_from is None or test_from is None or not validation_from < test_from:
-            raise ValueError(
-                f"split by time needs validation_from < test_from, got validation_from={validation_from}, test_from={test_from}"
-            )
-        owners = histories.owners
-        train_end = np.bincount(owners[histories.times < validation_from], minlength=len(lengths))
-        validation_end = np.bincount(owners[histories.times < test_from], minlength=len(lengths))
-    else:
-        n = 1 if how == "leave-one-out" else n
-        if n < 1:
-            raise ValueError(f"n is {n}, must be 1 or more events per user")
-        enough = lengths > 2 * n
-        train_end = np.where(enough, lengths - 2 * n, lengths)
-        validation_end = np.where(enough, lengths - n, lengths)
-    parts = Split(histories, train_end.astype(np.int64), validation_end.astype(np.int64))
-    for part in ("training", "validation", "test"):
-        if not (train_end.any() or not len(lengths) if part == "training" else len(parts.targets(part)[0])):
-            span = "" if how != "time" else f", and times run from {histories.times.min():.15g} to {histories.times.max():.15g}"  # type: ignore[union-attr]
-            longest = f"the longest history has {lengths.max(initial=0)} events"
-            raise ValueError(f"split {how!r} leaves nothing for {part}: {longest}{span}")
-    return parts
-
-
-def _as_many_before(test_from: float, times: np.ndarray) -> float | None:
-    """The moment from which on there are as many events before `test_from` as from it on; if there are fewer, half of them."""
-    before = np.sort(times[times < test_from])
-    count = min(len(times) - len(before), len(before) // 2)
-    return float(before[-count]) if count else None
 
 
 def spans(start: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,7 @@ from ._read_json import read_json_lines
 from ._read_words import pairs_of, read_lines, refuse_header, refuse_table, words_of
 from ._recognise import recognise_text, refuse_binary
 from ._text import HEADLESS, Text, text_of
+from ._where import ROLE, condition, kept_rows
 from .histories import Histories
 from .ids import MISSING_IDS, DataError
 from .times import UNTIMED
@@ -64,6 +65,7 @@ def read(
     header: bool = True,
     missing_ids: str = "refuse",
     drop_duplicates: bool = False,
+    where: str = "",
     max_unzipped: int | None = None,
 ) -> Histories:
     """Read a file of histories.
@@ -82,6 +84,7 @@ def read(
         missing_ids: what to do with events whose user or item is missing: "refuse" the file, "drop" the events, or "keep" text such
             as "None" as an id.
         drop_duplicates: let events with the same user, item and time count once.
+        where: a condition on the columns in the words of SQL, such as "rating >= 4"; events that do not fulfil it are left out.
         max_unzipped: most bytes that a gzip archive may become; by default 100 times its size (and always 256 MiB), at most 16 GiB.
 
     Raises:
@@ -92,15 +95,17 @@ def read(
         if value not in choices:
             raise ValueError(f"{name} is {value!r}, must be one of {', '.join(choices)}")
     source, data = _load(path, max_unzipped)
-    wanted = {"user": user, "item": item, "time": time}
+    wanted = {"user": user, "item": item, "time": time} | (condition(where)[1] if where else {})
     names = [name.strip() for name in (columns.split(",") if isinstance(columns, str) else columns) if name.strip()]
     table = (SPELLED.get(separator, separator), names, header)
     found = _read(source, data, format, wanted, table, missing_ids)
     if isinstance(found, Histories):
+        if where:
+            raise DataError(f"{source}: where needs columns, and lines of ids have none")
         if drop_duplicates:
             raise DataError(f"{source}: drop_duplicates needs times, and lines of ids have none")
         return found
-    by_role, place = found
+    by_role, place = kept_rows(source, where, *found) if where else found
     return Histories.from_columns(by_role, lambda role, row: f"{place(row)}: {role}", missing_ids, drop_duplicates)
 
 
@@ -108,7 +113,8 @@ def _read(
     source: str, data: bytes, format: str, wanted: dict[str, str | None], table: tuple[str, list[str], bool], missing_ids: str
 ) -> "Found | Histories":
     """Columns, or the histories of a file of lines. table: separator, columns and header, as in `read`."""
-    named = ", ".join(f"{role}={name!r}" for role, name in wanted.items() if name is not None and (role, name) != ("time", UNTIMED))
+    own = {role: name for role, name in wanted.items() if name is not None and not role.startswith(ROLE)}
+    named = ", ".join(f"{role}={name!r}" for role, name in own.items() if (role, name) != ("time", UNTIMED))
     chosen = SUFFIXES.get(Path(source.removesuffix(".gz")).suffix.lower()) if format == "auto" else format
     if data.startswith(b"PAR1") and (format == "auto" or chosen == "parquet"):
         return _parquet_columns(source, data, wanted)
@@ -191,7 +197,7 @@ def _parquet_columns(source: str, data: bytes, wanted: dict[str, str | None]) ->
         schema = pl.read_parquet_schema(io.BytesIO(data))
         names = list(schema)
         columns = find_columns(source, names, wanted, [i for i, kind in enumerate(schema.values()) if kind.is_temporal()])
-        table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in columns.values()])
+        table = pl.read_parquet(io.BytesIO(data), columns=[names[column] for column in dict.fromkeys(columns.values())])
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise DataError(f"{source}: is not a readable Parquet file: {' '.join(str(error).split())}") from None
     if not len(table):

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..data.histories import Split, spans
+from ..data.histories import spans
 from ..data.ids import as_column
+from ..data.splits import Split
 from ..data.synthetic import recall_answer
 from ..files import atomic, write_columns
 from ..models.network import AWRSRNetwork, in_evaluation
+from ..progress import bar
 
 SCORE_BLOCK = 1 << 21  # scores held at a time
 LEAST_ROWS = 32  # targets of a block at least: fewer would read a large table too often, and their scores take less memory than it
@@ -44,7 +45,7 @@ def metric(name: str, ranks: np.ndarray) -> np.ndarray:
     if name == "MRR":
         return 1 / ranks
     if kind not in ("HR", "NDCG") or not cutoff.isdecimal() or not int(cutoff):
-        raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR")
+        raise ValueError(f"metric is {name!r}, must be HR@k, NDCG@k or MRR; others are means per user (--per user)")
     return (ranks <= int(cutoff)) * (1.0 if kind == "HR" else 1 / np.log2(1.0 + ranks))
 
 
@@ -135,6 +136,17 @@ def rank_batch(network: AWRSRNetwork, batch: Any, table: Tensor | None = None) -
     return ranks(last, network.item_table() if table is None else table, targets.to(device), *filtered)
 
 
+def sampled_ranks(network: AWRSRNetwork, batch: Any, table: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(B,) ranks of the targets among `count` random other items, drawn with repeats; ties count against them."""
+    (items, cu_seqlens, max_seqlen), targets, *_ = batch
+    last = network(items.to(table.device), cu_seqlens.to(table.device), max_seqlen, last=True).to(table.dtype)
+    others = torch.randint(max(len(table) - 1, 1), (len(targets), count), generator=generator)
+    others += others >= targets[:, None]
+    drawn = torch.cat([targets[:, None], others], 1).to(table.device)
+    scores = torch.einsum("bs,bns->bn", last, table[drawn])
+    return count + 1 - below(scores.clone(), scores[:, :1])
+
+
 @torch.no_grad()
 def ranks(hidden: Tensor, table: Tensor, targets: Tensor, row: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
     """(M,) rank of each target among the N items by the scores hidden (M, S) @ table.T, 1 = best.
@@ -173,11 +185,13 @@ def evaluate(
     filter_seen: bool | None = None,
     batch_size: int = 1024,
     progress: bool = False,
+    negatives: int = 0,
 ) -> Evaluation:
     """Rank every target of a part of the split, "validation" or "test", whose items are numbered as the model's.
 
     filter_seen: leave items of the history out of the ranking, which puts a target that is one of them last; None does as the
-        model was trained.
+        model was trained. negatives: rank each target among so many items that are drawn for it (seed 0) instead of all; those of
+        its history are not left out.
 
     Raises:
         ValueError: the split has another number of items than the model.
@@ -191,12 +205,15 @@ def evaluate(
     targets = Targets(split, part, network.config.max_len, model.filter_seen if filter_seen is None else filter_seen)
     ranked = np.empty(len(targets), dtype=np.int64)
     network, start = in_evaluation(network), time.process_time()
-    bar = tqdm(total=len(targets), desc=f"{part} ranks", unit="user", disable=None if progress else True, leave=False)
-    table = network.item_table()
+    shown = bar(total=len(targets), desc=f"{part} ranks", unit="user", shown=progress, leave=False)
+    table, generator = network.item_table(), torch.Generator().manual_seed(0)
     for chosen, batch in targets.batches(batch_size):
-        ranked[chosen] = rank_batch(network, batch, table).cpu().numpy()
-        bar.update(len(chosen))
-    bar.close()
+        if negatives:
+            ranked[chosen] = sampled_ranks(network, batch, table, negatives, generator).cpu().numpy()
+        else:
+            ranked[chosen] = rank_batch(network, batch, table).cpu().numpy()
+        shown.update(len(chosen))
+    shown.close()
     seconds = time.process_time() - start
     return Evaluation(targets.users, targets.places, targets.items, ranked, len(targets) / max(seconds, 1e-9))
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.histories import Split, spans
+from ..data.histories import spans
+from ..data.splits import Split
 
 
 class Batch(NamedTuple):

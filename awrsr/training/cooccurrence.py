@@ -10,7 +10,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from ..data.histories import Split, spans
+from ..data.histories import spans
+from ..data.splits import Split
 
 EXTRA, ROUNDS = 10, 8  # more vectors than asked for, and products with the matrix: enough for what follows, which is training
 REACH = 20  # events between two items that still go together: bounds the work for long histories

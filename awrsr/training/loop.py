@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from ..config import WATCHED, TrainingOptions
-from ..data.histories import Split
+from ..data.splits import Split
 from ..evaluation.ranking import Targets, metrics, rank_batch
 from ..model_file import write_model
 from ..models.network import AWRSRNetwork

@@ -9,15 +9,19 @@ import json
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger
 
 from ..config import TrainingOptions
-from ..data.histories import Split
+from ..data.splits import Split
+from ..evaluation.baselines import BASELINES, baselines
 from ..evaluation.ranking import OF_RANKS, Recommender, evaluate, recall, write_ranks
 from ..files import checksum, first_process, sweep, write_json
 from ..lock import locked
@@ -31,12 +35,19 @@ from .trainer import make_trainer, quiet
 
 
 def train(
-    model: Recommender, split: Split, options: TrainingOptions, out: str | Path | None = None, **sections: Any
+    model: Recommender,
+    split: Split,
+    options: TrainingOptions,
+    out: str | Path | None = None,
+    *,
+    callbacks: Sequence[L.Callback] = (),
+    logger: Logger | None = None,
+    **sections: Any,
 ) -> dict[str, Any]:
     """Train a model in place. It then has the weights of its best epoch, or of the last one if the split has no validation.
 
     out: the run folder, for weights, configuration and the state to resume from. A folder that holds a state of the same run
-        resumes it. sections: further sections of its configuration.
+        resumes it. callbacks, logger: further ones of Lightning. sections: further sections of the configuration.
 
     Returns:
         epochs, best_epoch, best (validation NDCG@10), seconds, cpu_seconds (training alone, first process) and curve: epoch, loss
@@ -49,13 +60,19 @@ def train(
     split = numbered_for(model, split)
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return _train_in(Path(temporary), model, split, options, sections)
+            return _train_in(Path(temporary), model, split, options, sections, callbacks, logger)
     with locked(out):
-        return _train_in(Path(out), model, split, options, sections)
+        return _train_in(Path(out), model, split, options, sections, callbacks, logger)
 
 
 def _train_in(
-    folder: Path, model: Recommender, split: Split, options: TrainingOptions, sections: dict[str, Any]
+    folder: Path,
+    model: Recommender,
+    split: Split,
+    options: TrainingOptions,
+    sections: dict[str, Any],
+    callbacks: Sequence[L.Callback],
+    logger: Logger | None,
 ) -> dict[str, Any]:
     """`train` in a folder that no other process writes into."""
     network, filter_seen = model.network, options.filters_seen(split)
@@ -69,7 +86,7 @@ def _train_in(
     if model.item_ids is None:
         model.trained = split.trained_items()
     elif model.trained is not None:  # fitted before, to what else is known
-        model.trained = model.trained | split.trained_items()
+        model.trained = np.maximum(model.trained, split.trained_items())
     model.item_ids, model.filter_seen = split.histories.item_ids, filter_seen
     set_threads(options.threads)
     loop = TrainingLoop(network.train(), split, options, folder, sections, model.trained)
@@ -81,7 +98,7 @@ def _train_in(
     if state and first_process():
         best_model(folder, config, loop.record, may_be_ahead=not finished)
     with quiet():
-        trainer = None if finished else make_trainer(options, folder, validates=len(loop.validation) > 0)
+        trainer = None if finished else make_trainer(options, folder, len(loop.validation) > 0, callbacks, logger)
     if first_process():
         sweep(folder, (CONFIG, WEIGHTS, ITEMS, STATE, METRICS, RANKS.format(part="*")))
         write_json(folder / CONFIG, config)
@@ -166,6 +183,7 @@ def report(
     held_out = [part for part in ("validation", "test") if len(split.targets(part)[0])]
     parts = {part: evaluate(model, split, part, filter_seen=filter_seen, progress=options.progress) for part in held_out}
     results: dict[str, Any] = {part: ranked.metrics() for part, ranked in parts.items()}
+    results[BASELINES] = {part: baselines(split, ranked, filter_seen) for part, ranked in parts.items()}
     results |= {
         "epochs": record["epochs"],
         "best_epoch": record["best_epoch"],

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,24 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from tqdm import tqdm
 
 from ..config import WATCHED, TrainingOptions
 from ..files import atomic
+from ..progress import bar, on_screen
 from ..run_folder import STATE, read_state, seal_state
 
 
-def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.Trainer:
-    """A Trainer for a run. validates: whether there are validation targets."""
+def make_trainer(
+    o: TrainingOptions,
+    folder: Path,
+    validates: bool = True,
+    callbacks: Sequence[L.Callback] = (),
+    logger: Logger | None = None,
+) -> L.Trainer:
+    """A Trainer for a run. validates: whether there are validation targets. callbacks: further ones. logger: instead of the named
+    one."""
     loggers = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
     return L.Trainer(
         accelerator=o.accelerator,
@@ -38,8 +45,8 @@ def make_trainer(o: TrainingOptions, folder: Path, validates: bool = True) -> L.
         use_distributed_sampler=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SaveState(folder / STATE), *([Progress()] if o.progress else [])],
-        logger=loggers[o.logger](folder, "logs") if o.logger in loggers else False,
+        callbacks=[SaveState(folder / STATE), *([progress()] if o.progress else []), *callbacks],
+        logger=logger or (loggers[o.logger](folder, "logs") if o.logger in loggers else False),
         plugins=[AtomicCheckpoints()],
         default_root_dir=folder,
     )
@@ -71,14 +78,13 @@ class SaveState(Checkpoint):
         trainer.save_checkpoint(self.path, weights_only=False)
 
 
-class Progress(L.Callback):
-    """One bar over all epochs, with loss, NDCG@10 and the best so far; without a terminal, a line per epoch."""
+class Bar(L.Callback):
+    """One bar over all epochs, with loss, NDCG@10 and the best so far."""
 
     def on_train_start(self, trainer: L.Trainer, training: L.LightningModule) -> None:
-        first, steps = trainer.is_global_zero, int(trainer.num_training_batches)
+        steps = int(trainer.num_training_batches)
         total, done = steps * (trainer.max_epochs or 1), steps * trainer.current_epoch
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=None if first else True, dynamic_ncols=True)
-        self.prints_lines = self.bar.disable and first
+        self.bar = bar(total=total, initial=done, unit="step", shown=trainer.is_global_zero)
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.bar.update()
@@ -94,10 +100,6 @@ class Progress(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, training: Any) -> None:  # after validation, if there is any
         if not self.bar.disable:
             self.describe(trainer, training)
-        if self.prints_lines:
-            last, best = training.curve[-1], f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
-            reached = f"  {WATCHED} {last[WATCHED]:.4f}  {best}" if WATCHED in last else ""
-            print(f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}{reached}", flush=True)
 
     def on_train_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
         self.bar.close()
@@ -105,6 +107,21 @@ class Progress(L.Callback):
     def on_exception(self, trainer: L.Trainer, training: L.LightningModule, exception: BaseException) -> None:
         if hasattr(self, "bar"):
             self.bar.close()  # or it is drawn again below the message
+
+
+class EpochLines(L.Callback):
+    """A line per epoch, for what is no screen."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, training: Any) -> None:
+        if trainer.is_global_zero:
+            last, best = training.curve[-1], f"best {training.record['best']:.4f} in epoch {training.record['best_epoch']}"
+            reached = f"  {WATCHED} {last[WATCHED]:.4f}  {best}" if WATCHED in last else ""
+            print(f"epoch {last['epoch']}/{trainer.max_epochs}  loss {last['loss']:.4f}{reached}", flush=True)
+
+
+def progress() -> L.Callback:
+    """What shows how far training is: a bar on a screen, lines elsewhere."""
+    return Bar() if on_screen() else EpochLines()
 
 
 class AtomicCheckpoints(TorchCheckpointIO):

@@ -18,7 +18,8 @@ from .tasks import Task
 
 
 class Contestant(NamedTuple):
-    """A model. preset: of the recommender; attention: instead of it, a class below; width: a multiple of the usual hidden size.
+    """A model. preset: of the recommender; attention: instead of it, a class below; width: a multiple of the usual hidden size
+    and number of heads.
     chosen: the layers, from 0, that have this attention, all by default; the others have plain attention."""
 
     name: str
@@ -37,7 +38,7 @@ class Contestant(NamedTuple):
             "num_items": task.vocabulary,
             "max_len": task.length,
             "hidden": hidden * self.width,
-            "heads": heads,
+            "heads": heads * self.width,
         }
         if options["refinement"] == "additive":
             options["rank"] = min(task.length, 256 // (options["lags"] + 1))
@@ -131,11 +132,11 @@ CONTESTANTS = (
     Contestant("Nexus", attention=Nexus),
 )
 
-LAYERS = 4  # of the language models; SECOND: refined there, after a layer that has seen the text around
+LAYERS = 3  # of the language models; SECOND: refined there, after a layer that has seen the text around
 SECOND = (1,)
 LANGUAGE = (
-    Contestant("four plain layers", layers=LAYERS),
-    Contestant("five plain layers", layers=LAYERS + 1),
+    Contestant("three plain layers", layers=LAYERS),
+    Contestant("four plain layers", layers=LAYERS + 1),
     Contestant("second layer refined", "refined", LAYERS, chosen=SECOND),
     Contestant("second layer lagged", "lagged", LAYERS, chosen=SECOND),
     Contestant("all layers lagged", "lagged", LAYERS),

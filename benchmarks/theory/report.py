@@ -2,7 +2,7 @@
 results/theory/trained.json, which it reads."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from awrsr.files import read_json
-from benchmarks.theory.trained import PARTS, RESULTS, SEEDS, Entries, Results, Run, searched
+from benchmarks.theory.trained import PARTS, RESULTS, Entries, Results, Run, searched
 
 Row = dict[str, Any]
 Value = Callable[[Row], float]
@@ -25,38 +25,39 @@ def chosen(entries: Entries, part: str, model: str, task: str) -> list[Row]:
     of = next(each for each in PARTS[part].models if each.name == model)
     at = next(each for each in PARTS[part].tasks if each.name == task)
     rate = searched(part, of, entries)
-    runs = [] if rate is None else [Run(part, at, of, rate, seed) for seed in range(SEEDS)]
+    runs = [] if rate is None else [Run(part, at, of, rate, seed) for seed in range(PARTS[part].seeds)]
     return [entries[run.key] for run in runs if run.key in entries]
 
 
-def cell(rows: Sequence[Row], value: Value) -> str:
+def cell(rows: Sequence[Row], value: Value, seeds: int, worst: Callable[[Iterable[float]], float] = min) -> str:
     """Mean and worst of the seeds; how many, if not all were run."""
     if not rows:
         return ""
-    few = "" if len(rows) == SEEDS else f", {len(rows)} of {SEEDS} seeds"
-    return f"{mean(map(value, rows)):.3f} ({min(map(value, rows)):.3f}{few})"
+    few = "" if len(rows) == seeds else f", {len(rows)} of {seeds} seeds"
+    return f"{mean(map(value, rows)):.3f} ({worst(map(value, rows)):.3f}{few})"
 
 
 def table(entries: Entries, part: str) -> list[str]:
-    """A line per model: accuracy by task, or by what sequences ask for; on the first task, parameters and processor time per step
-    as a multiple of the first model's."""
+    """A line per model: accuracy by task, or by what sequences ask for, or the loss in nats per byte; on the first task, parameters
+    and processor time per step as a multiple of the first model's."""
     tasks = sorted(PARTS[part].tasks, key=lambda task: (task.length, task.name))
-    kinds = sorted({kind for row in entries.values() if row["part"] == part for kind in row.get("by_kind", ())}, key=int)
-    heads = [f"{kind} hop{'s' * (kind != '1')}" for kind in kinds] or [task.name for task in tasks]
+    kinds = {kind for row in entries.values() if row["part"] == part for kind in row.get("by_kind", ())}
+    names = {kind: f"{kind} hop{'s' * (kind != '1')}" for kind in sorted(kinds - {"loss"}, key=int)}
+    names |= {"loss": "loss"} if "loss" in kinds else {}
+    heads = list(names.values()) or [task.name for task in tasks]
     lines = [f"| model | {' | '.join(heads)} | parameters | time per step |", f"|--|{'--|' * len(heads)}--|--|"]
-    first = PARTS[part].tasks[0].name
-    plain = chosen(entries, part, PARTS[part].models[0].name, first)
+    first, seeds = PARTS[part].tasks[0].name, PARTS[part].seeds
+    base = chosen(entries, part, PARTS[part].models[0].name, first)
     for model in PARTS[part].models:
         rows = {task.name: chosen(entries, part, model.name, task.name) for task in tasks}
         if not any(rows.values()):
             continue
-        by_kind: list[Value] = [lambda row, kind=kind: float(row["by_kind"][kind]) for kind in kinds]  # type: ignore[misc]
-        cells = [cell(rows[first], value) for value in by_kind] or [cell(rows[task.name], accuracy) for task in tasks]
-        costs = (
-            [f"{rows[first][0]['parameters']:,}", f"{per_step(rows[first]) / per_step(plain):.2f}"]
-            if rows[first] and plain
-            else ["", ""]
-        )
+        cells = [
+            cell(rows[first], lambda row, kind=kind: float(row["by_kind"][kind]), seeds, max if kind == "loss" else min)  # type: ignore[misc]
+            for kind in names
+        ] or [cell(rows[task.name], accuracy, seeds) for task in tasks]
+        known = rows[first] and base
+        costs = [f"{rows[first][0]['parameters']:,}", f"{per_step(rows[first]) / per_step(base):.2f}"] if known else ["", ""]
         lines.append(f"| {model.name} | {' | '.join([*cells, *costs])} |")
     return lines
 
@@ -71,7 +72,7 @@ def markdown(entries: Entries) -> str:
     for part, wanted in PARTS.items():
         lines = table(entries, part)
         if len(lines) > 2:
-            texts += [f"**{part}**: {wanted.steps:,} steps, mean and (worst) accuracy of {SEEDS} seeds", "", *lines, ""]
+            texts += [f"**{part}**: {wanted.steps:,} steps, mean and (worst) of {wanted.seeds} seeds", "", *lines, ""]
     return "\n".join(texts)
 
 

@@ -105,7 +105,7 @@ class Recall:
 class Text:
     """The next byte of Python's own library, in windows at random places. A tenth of its files, by name, is held out."""
 
-    length: int = 256
+    length: int = 128
     vocabulary: int = 256
     tested: bool = False
 

@@ -33,7 +33,6 @@ from benchmarks.theory.tasks import NOT_ASKED, Hops, Induction, Recall, Task, Te
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/theory/trained.json"
 RATES = (1e-3, 3e-3, 1e-2)
-SEEDS = 5
 TOKENS = 4096  # of a step: fewer sequences where they are longer
 TESTED = 1 << 16  # tokens that accuracy is measured on
 TEST_SEED = 1 << 40
@@ -48,6 +47,7 @@ class Part(NamedTuple):
     steps: int
     hidden: int = 64
     heads: int = 2
+    seeds: int = 5
 
 
 def deep(kind: str, preset: str, *layers: int) -> tuple[Contestant, ...]:
@@ -56,13 +56,14 @@ def deep(kind: str, preset: str, *layers: int) -> tuple[Contestant, ...]:
     return tuple(Contestant(f"{words[count]} {kind}", preset, count) for count in layers)
 
 
-DEPTHS = (*deep("plain", "plain", 2, 4), *deep("refined", "refined", 1, 2), *deep("lagged", "lagged", 1))
+SHALLOW = (*deep("plain", "plain", 1, 2), *deep("refined", "refined", 1), *deep("lagged", "lagged", 1))
+DEEPER = (*deep("plain", "plain", 2, 4), *deep("refined", "refined", 1, 2), *deep("lagged", "lagged", 1, 2))
 PARTS = {
-    "induction": Part(tuple(map(Induction, (64, 32, 128, 256))), CONTESTANTS, 500),
-    "longer": Part((Induction(128),), deep("plain", "plain", 2, 3), 2000),
-    "recall": Part((Recall(), Recall(length=128, pairs=16)), DEPTHS, 400, hidden=128),
-    "hops": Part((Hops(length=64, most=8),), DEPTHS, 1500),
-    "language": Part((Text(),), LANGUAGE, 1000),
+    "induction": Part(tuple(map(Induction, (64, 32, 128, 256))), CONTESTANTS, 400),
+    "longer": Part((Induction(128),), deep("plain", "plain", 2), 2000),  # do two plain layers learn it with more steps?
+    "recall": Part((Recall(), Recall(length=128, pairs=16)), SHALLOW, 400, hidden=128),
+    "hops": Part((Hops(length=64, most=8),), DEEPER, 1200),
+    "language": Part((Text(),), LANGUAGE, 1000, seeds=3),
 }
 WIDE = ("induction", "plain, ten times as wide")  # with the first task of this part alone: it takes ten times as long as others
 
@@ -98,10 +99,10 @@ def wanted(entries: Entries, only: list[str]) -> Iterator[Run]:
     pairs = [(part, model) for part in only for model in PARTS[part].models]
     for part, model in pairs:
         yield from (Run(part, PARTS[part].tasks[0], model, rate, 0) for rate in RATES)
-    for seed in range(SEEDS):
+    for seed in range(max(PARTS[part].seeds for part in only)):
         for part, model in pairs:
             tasks = PARTS[part].tasks[: 1 if (part, model.name) == WIDE else None]
-            if rate := searched(part, model, entries):
+            if seed < PARTS[part].seeds and (rate := searched(part, model, entries)):
                 yield from (Run(part, task, model, rate, seed) for task in tasks)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from awrsr.config import NEGATIVES, AWRSRConfig
-from awrsr.data.histories import Split
+from awrsr.data.splits import Split
 from awrsr.evaluation.ranking import Targets, rank_batch, ranks
 from awrsr.models import attention
 from awrsr.models.network import AWRSRNetwork

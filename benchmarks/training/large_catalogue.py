@@ -27,8 +27,9 @@ import numpy as np
 import torch
 
 from awrsr.config import AWRSRConfig, TrainingOptions
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
 from awrsr.data.readers import read
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.recommender import AWRSR
 from awrsr.training.loop import TrainingLoop
@@ -111,7 +112,7 @@ def with_few_targets(parts: Split, count: int) -> Split:
     """Validation and test targets of the first users alone; the others train on all of their events."""
     lengths = parts.histories.lengths
     far = np.arange(len(lengths)) >= count
-    return Split(parts.histories, *(np.where(far, lengths, end) for end in (parts.train_end, parts.validation_end)))
+    return Split(parts.histories, np.where(far, lengths, parts.train_end), np.where(far, lengths, parts.validation_end))
 
 
 def train(model: AWRSR, parts: Split, options: argparse.Namespace, folder: Path) -> dict[str, float]:

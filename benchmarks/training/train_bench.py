@@ -47,8 +47,8 @@ import numpy as np
 import torch
 
 from awrsr.config import EARLIER, AWRSRConfig
-from awrsr.data.histories import split
 from awrsr.data.readers import read
+from awrsr.data.splits import split
 from awrsr.data.synthetic import make
 from awrsr.training.batches import Windows
 from awrsr.training.losses import LOSSES

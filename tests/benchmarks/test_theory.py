@@ -109,7 +109,7 @@ def test_text_asks_for_the_next_byte_and_holds_files_out() -> None:
 
 def test_chosen_layers_alone_are_refined() -> None:
     network = LANGUAGE[2].build(Induction(10), 16, 2)
-    assert [block.attention.refinement for block in network.blocks] == ["none", "additive", "none", "none"]
+    assert [block.attention.refinement for block in network.blocks] == ["none", "additive", "none"]
 
 
 @pytest.mark.parametrize("model", (*CONTESTANTS, *LANGUAGE), ids=lambda model: model.name)
@@ -138,10 +138,23 @@ def test_runs_resume_after_the_search_and_use_what_it_chose(tmp_path: Path, monk
         results.add(trained.train(run) | {"accuracy": float(run.rate == 3e-3)})
     results = trained.Results(tmp_path / "trained.json")  # from the file
     left = [run for run in trained.wanted(results.entries, ["tiny"]) if run.key not in results.entries]
-    assert len(left) == 2 * trained.SEEDS - 1 and {run.rate for run in left} == {3e-3}
+    assert len(left) == 2 * tiny.seeds - 1 and {run.rate for run in left} == {3e-3}
     assert len(results.entries[tuple(results.entries)[0]]["curve"]) == trained.CHECKS
     lines = report.table(results.entries, "tiny")
     assert "| plain |  | 1.000 (1.000, 1 of 5 seeds) |" in lines[2] and lines[0].startswith("| model | induction 6 | induction 8 |")
+
+
+def test_a_table_of_text_shows_the_loss_and_its_highest() -> None:
+    part, model = trained.PARTS["language"], LANGUAGE[0]
+    about = {"part": "language", "task": "text", "model": model.name, "accuracy": 0.5, "loss": 0.0, "cpu_seconds": 9.0, "steps": 3}
+    rows = [about | {"rate": rate, "seed": 0, "by_kind": {"loss": 2.0}, "parameters": 1000} for rate in trained.RATES]
+    rows.append(rows[0] | {"seed": 1, "by_kind": {"loss": 3.0}})
+    entries = {tuple(row[name] for name in ("part", "task", "model", "rate", "seed")): row for row in rows}
+    assert part.seeds == 3 and report.table(entries, "language") == [
+        "| model | loss | parameters | time per step |",
+        "|--|--|--|--|",
+        "| three plain layers | 2.500 (3.000, 2 of 3 seeds) | 1,000 | 1.00 |",
+    ]
 
 
 def test_the_page_says_what_the_drawn_model_reaches() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from awrsr.config import EARLIER, AWRSRConfig
-from awrsr.data.histories import split
+from awrsr.data.splits import split
 from awrsr.data.synthetic import make
 from awrsr.models import attention
 from benchmarks.common import compare, pages

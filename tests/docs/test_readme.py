@@ -26,7 +26,7 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     for snippet in snippets:
         exec(snippet, names)
     assert names["out"].shape == (8, 4, 50, 32) and names["w_q"].grad.shape == (50, 32)
-    assert re.search(r"Ann +┆ Sun +┆ 1 ", capsys.readouterr().out) and (tmp_path / "runs/days/model.safetensors").exists()
+    assert re.search(r"Ann +┆ 6 +┆ Sun +┆ 1 ", capsys.readouterr().out) and (tmp_path / "runs/days/model.safetensors").exists()
 
 
 def test_it_stays_short_and_its_links_lead_somewhere() -> None:

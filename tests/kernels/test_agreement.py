@@ -18,7 +18,7 @@ from ..conftest import DEVICE, ENGINES
 from .problems import KINDS, Kind, RandomCall, disagreements, random_calls
 
 LENGTHS = {"torch": (1, 5, 16, 40, 150, 300), "short": (1, 5, 16, 33, 50), "resident": (1, 17, 40, 70), "tiled": (1, 5, 17, 40)}
-EXAMPLES = {"torch": 14, "short": 3, "resident": 3, "tiled": 2}  # the interpreter is slow, and kernels compile for each
+EXAMPLES = {"torch": 8, "short": 2, "resident": 2, "tiled": 2}  # the interpreter is slow, and kernels compile for each
 EXAMPLES_ONLY = settings(  # shrinking a failure would take minutes of interpreted kernels
     phases=[Phase.generate],
     deadline=None,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save, save_file
 
 from awrsr import AWRSR, AWRSRConfig, TrainingOptions
 from awrsr.cli import main
-from awrsr.data.histories import Split
+from awrsr.data.splits import Split
 from awrsr.files import UNSEALED, sealed
 from awrsr.model_file import CONFIG, METADATA, WEIGHTS, read_model, stored_sections, tensors_of
 from awrsr.run_folder import STATE

@@ -14,7 +14,8 @@ import torch
 from awrsr import AWRSR, AWRSRConfig
 from awrsr.analysis.analyse import ROLES, Analysis, analyse, batches, buckets, roles, training_counts, without_refinement
 from awrsr.analysis.page import luminance, page, shade
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 
 from .runs import histories, train

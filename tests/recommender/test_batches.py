@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awrsr.data.histories import Histories, Split, spans, split
+from awrsr.data.histories import Histories, spans
+from awrsr.data.splits import Split, split
 from awrsr.training.batches import Batch, Windows
 
 from .small import as_numbered, make_lists

@@ -50,7 +50,7 @@ def test_a_run_of_gaussians_serves_every_command(home: Path, tmp_path: Path, pri
     run, options = tmp_path / "run", STOSA | {"loss": "bpr", "pvn_weight": 0.005, "epochs": 1}
     found = train(home / "data.txt", run, **options)
     assert found["config"] | options == found["config"]
-    assert f"NDCG@10  {found['test']['NDCG@10']:.4f}" in printed("evaluate", "--run", run)
+    assert f"{found['test']['NDCG@10']:.4f}" in printed("evaluate", "--run", run)
     table = pl.read_csv(io.StringIO(printed("recommend", "--run", run, "-k", 3)))
     assert table.height == 3 * len(histories()) and (table["score"] < 0).all()
     assert "The last event" in printed("explain", "--run", run, "--output", tmp_path / "picture.png")
@@ -162,7 +162,9 @@ def test_evaluate_gives_the_metrics_of_training(home: Path, tmp_path: Path, prin
             found = json.loads((tmp_path / "out.json").read_text())
             assert found[part] == results(home / "run")[part]
             assert (found["targets"], found["filter_seen"]) == (61, False)
-            assert dict(line.split() for line in out.splitlines()) == {k: f"{v:.4f}" for k, v in found[part].items()}
+            names, own, *others = (line.split() for line in out.splitlines())
+            assert dict(zip(names[1:], own[2:], strict=True)) == {k: f"{v:.4f}" for k, v in found[part].items()}
+            assert found["baselines"][part] == results(home / "run")["baselines"][part] and len(others) == 3
 
 
 def test_evaluate_divides_and_filters_as_the_run_did(home: Path, tmp_path: Path, printed: Callable[..., str]) -> None:
@@ -280,8 +282,10 @@ def test_recommend_passes_over_unknown_ids_and_says_so(
     typed("old i1 i2\nnew what i1 i2\nnobody what ever\n", monkeypatch)
     assert main(["recommend", "--run", str(home / "run"), "--data", "-", "-k", "5"]) == 0
     out, error = capsys.readouterr()
-    assert error == "Left out 3 events whose items the model does not know; users without any others: 1.\n"
-    found = pl.read_csv(io.StringIO(out))
+    assert error == (
+        "Left out 3 events whose items the model does not know; 1 user without any others get the most popular items.\n"
+    )
+    found = pl.read_csv(io.StringIO(out)).filter(pl.col("user") != "nobody")
     old, new = (found.filter(pl.col("user") == user).drop("user") for user in ("old", "new"))
     assert len(found) == 10 and old.equals(new)
 
@@ -290,7 +294,9 @@ def test_recommend_with_unknown_ids_alone_is_an_error(
     home: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     typed("nobody what ever\n", monkeypatch)
-    assert "none of the 1 users has an item that the model knows" in refused("recommend", "--run", home / "run", "--data", "-")
+    assert "none of the 1 users has an item that the model knows" in refused(
+        "recommend", "--run", home / "run", "--data", "-", "--fallback", "none"
+    )
 
 
 def test_recommend_wants_a_k_of_one_or_more(home: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

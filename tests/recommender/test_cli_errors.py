@@ -1,5 +1,6 @@
 """The command line when something is wrong: one line that says what, nothing half-written; and help that teaches at once."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from awrsr import AWRSR, AWRSRConfig
 from awrsr.cli import COMMANDS, main, parser
+from awrsr.progress import coloured
 
 from . import runs
 from .runs import SMALL, command, everything
@@ -129,7 +131,7 @@ def test_no_flag_is_guessed_from_its_beginning(stopped: Callable[..., tuple[int,
         ("train --dropout 0.1", "did you mean --hidden-dropout or --attention-dropout?"),
         ("train --zzz 1", "awrsr train: there is no option --zzz; see awrsr train --help"),
         ("recommend --run RUN --topk 5", "awrsr recommend: there is no option --topk: did you mean -k?"),
-        ("recommend", "awrsr recommend: run is missing; see awrsr recommend --help"),
+        ("similar run", "awrsr similar: --item is missing; see awrsr similar --help"),
         ("train stray", "awrsr train: 'stray' is one word too many"),
         ("train --epochs many", "awrsr train: epochs is 'many', must be of type int"),
         ("train --loss bpx", "awrsr train: --loss is 'bpx', must be one of sampled_softmax, "),
@@ -142,7 +144,7 @@ def test_a_command_line_that_does_not_fit_is_told_what_does(
     assert status == 2 and message in said and said.endswith("\n") and said.count("\n") == 1, said
 
 
-@pytest.mark.parametrize("name, flag", [("train", "--data"), ("evaluate", "--run"), ("recommend", "--run")])
+@pytest.mark.parametrize("name, flag", [("train", "--data")])
 def test_a_path_without_its_option_is_told_which(
     name: str, flag: str, tmp_path: Path, stopped: Callable[..., tuple[int, str]]
 ) -> None:
@@ -160,7 +162,7 @@ def test_ctrl_c_ends_any_command_with_130(home: Path, monkeypatch: pytest.Monkey
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("awrsr.evaluation.ranking.evaluate", interrupted)
+    monkeypatch.setattr("awrsr.evaluation.report.evaluate", interrupted)
     assert main(["evaluate", "--run", str(home / "run")]) == 130
     assert capsys.readouterr().err == "awrsr evaluate: interrupted\n"
 
@@ -234,3 +236,15 @@ def test_a_run_fitted_in_python_does_not_know_its_data(
     AWRSR(AWRSRConfig(**SMALL)).fit(runs.histories(), epochs=1, out="run", progress=False, **runs.QUICK)
     for action in ("evaluate", "recommend", "explain"):
         assert "was fitted in Python and does not say where its histories are; add --data FILE" in refused(action, "--run", "run")
+
+
+@pytest.mark.parametrize(("variables", "shown"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_colours_are_for_terminals(variables: dict[str, str], shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    terminal = io.StringIO()
+    assert coloured("text", "red", terminal) == "text"
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    assert coloured("text", "red", terminal) == ("\x1b[31mtext\x1b[0m" if shown else "text")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from awrsr import TrainingOptions
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.training import cooccurrence
 from awrsr.training import run as training
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awrsr.data.histories import Histories, Split, number, split
+from awrsr.data.histories import Histories, number
 from awrsr.data.readers import DataError, read
+from awrsr.data.splits import Split, split, time_folds
 from awrsr.data.synthetic import write
 
 EVENTS = [("3", "10"), ("3", "20"), ("1", "10"), ("1", "30"), ("1", "10"), ("2", "40")]  # users one after another, in time order
@@ -370,3 +371,28 @@ def test_quotes_hold_separators_line_ends_and_quotes() -> None:
 def test_written_lines_come_back(tmp_path: Path) -> None:
     histories = read(io.StringIO("ü 5 6 5\n-1 7\n"))
     assert same(read(write(histories, tmp_path / "a.txt")), histories) and [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_time_folds_follow_one_another() -> None:
+    table = pl.DataFrame({"user": [n % 7 for n in range(120)], "item": [n % 5 for n in range(120)], "time": range(120)})
+    folds = time_folds(table, 3, length=20)
+    for nth, fold in enumerate(folds):
+        times = fold.histories.times
+        assert times is not None and times.max() == 119 - 20 * (2 - nth)
+        users, places = fold.targets("test")
+        tested = np.sort(times[fold.histories.offsets[users] + places])
+        assert tested.tolist() == list(range(60 + 20 * nth, 80 + 20 * nth)) and len(fold.targets("validation")[0]) == 20
+    assert [len(fold.targets("test")[0]) for fold in time_folds(table, 2)] == [30, 30]
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ({"user": [1], "item": [1]}, {}, "time_folds needs times; these histories have none"),
+        ({"user": [1, 1], "item": [1, 2], "time": [0, 9]}, {"n": 0}, "n is 0, must be 1 or more splits"),
+        ({"user": [1, 1], "item": [1, 2], "time": [0, 9]}, {"length": 5}, "3 tests of length 5 must be shorter than .* 0 to 9"),
+    ],
+)
+def test_time_folds_that_do_not_fit_are_refused(table: dict[str, list[int]], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        time_folds(pl.DataFrame(table), **options)

@@ -67,16 +67,13 @@ def exported(format: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[AWR
 @pytest.mark.parametrize(
     ("format", "options"),
     [
-        ("torch", {"refinement": "none", "norm": "post", "activation": "gelu"}),
-        ("torch", {"refinement": "simple", "per_head": False}),
-        ("torch", {"refinement": "value", "tables": "content"}),
+        ("torch", {"refinement": "simple", "per_head": False, "norm": "post", "activation": "gelu"}),
         ("torch", {"refinement": "additive", "learned_gate": True, "layers": 2}),
         ("torch", {"lags": 2, "suffix": 3, "smeared_keys": True, "shift": "heads", "plain_heads": 1, "learned_scale": True}),
         ("onnx", {"refinement": "none", "suffix": 3, "shift": "heads", "plain_heads": 1, "unigram": True}),
         ("torch", {"refinement": "additive", "max_len": 1}),
         ("torch", {"backbone": "stosa", "refinement": "stochastic", "norm": "post", "activation": "elu"}),
         ("torch", {"backbone": "stosa", "refinement": "value", "tables": "content"}),
-        ("torch", {"backbone": "stosa", "refinement": "none", "mean_branch": "published", "norm": "post"}),
         ("onnx", {"refinement": "value", "tables": "content"}),
         ("onnx", {"refinement": "additive", "learned_gate": True}),
         ("onnx", {"backbone": "stosa", "refinement": "stochastic", "norm": "post"}),

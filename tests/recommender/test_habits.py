@@ -122,7 +122,8 @@ def test_a_method_by_another_name_is_told_its_own(name: str, method: str) -> Non
 
 def test_who_asks_for_arguments_sees_the_real_ones() -> None:
     assert list(inspect.signature(AWRSR.recommend).parameters) == [
-        "self", "histories", "k", "filter_seen", "filter_untrained", "batch_size",
+        "self", "histories", "k", "users", "candidates", "exclude", "titles", "fallback", "filter_seen", "filter_untrained",
+        "batch_size", "user", "item", "time",
     ]  # fmt: skip
     for kind in (AWRSRConfig, TrainingOptions):
         assert list(inspect.signature(kind).parameters) == [each.name for each in fields(kind)]

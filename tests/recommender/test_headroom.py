@@ -10,7 +10,8 @@ import pytest
 from awrsr.cli import main
 from awrsr.data import headroom as module
 from awrsr.data.headroom import CUT, MIXTURES, WINDOW, headroom, rows, sentence
-from awrsr.data.histories import Histories, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import split
 from awrsr.data.synthetic import make
 
 

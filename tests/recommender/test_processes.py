@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from awrsr.data.histories import split
+from awrsr.data.splits import split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.models.network import in_evaluation
+from awrsr.recommending import Rules, top_items
 
 from .runs import command
 from .small import as_numbered, make_lists, make_model
@@ -135,7 +136,7 @@ def test_threads_leave_the_mode_of_a_model_in_training_alone() -> None:
 
 def test_recommendations_that_are_given_up_leave_the_mode_of_the_model_alone() -> None:
     model = make_model().train()
-    tables = model.top_items(as_numbered(make_lists(3)), 2)
+    tables = top_items(model, as_numbered(make_lists(3)), 2, Rules(), batch_size=2)
     next(tables)
     next(tables)
     assert all(module.training for module in model.modules())

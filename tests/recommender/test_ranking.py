@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from awrsr import AWRSR
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.data.synthetic import make
 from awrsr.evaluation import ranking
 from awrsr.evaluation.ranking import (

@@ -13,9 +13,10 @@ import polars as pl
 import pytest
 import torch
 
-from awrsr import AWRSR, AWRSRConfig, recommender
+from awrsr import AWRSR, AWRSRConfig, recommending
 from awrsr.config import TrainingOptions
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 
 from .small import BACKBONES, ITEMS, WINDOW, as_numbered, make_lists, make_model, same_weights
@@ -270,7 +271,7 @@ def test_batches_do_not_matter(backbone: str, batch_size: int, monkeypatch: pyte
     model, histories = make_model(backbone=backbone).double(), as_numbered([[], *make_lists(11)])
     whole = model.recommend(histories, 5)
     assert_alike(model.recommend(histories, 5, batch_size=batch_size), whole)
-    monkeypatch.setattr(recommender, "SCORE_BLOCK", batch_size * ITEMS)
+    monkeypatch.setattr(recommending, "SCORE_BLOCK", batch_size * ITEMS)
     assert_alike(model.recommend(histories, 5), whole)
 
 
@@ -296,15 +297,15 @@ def test_unknown_items_are_passed_over(fitted: AWRSR) -> None:
     assert fitted.recommend([mixed], 5).equals(fitted.recommend([known], 5))
 
 
-def test_a_user_with_nothing_known_gets_no_row(fitted: AWRSR) -> None:
+def test_a_user_with_nothing_known_may_get_no_row(fitted: AWRSR) -> None:
     known = known_as("text")[0]
-    table = fitted.recommend({1: ["nobody knows"], 2: known, 3: []}, 3)
+    table = fitted.recommend({1: ["nobody knows"], 2: known, 3: []}, 3, fallback="none")
     assert table["user"].to_list() == [2, 2, 2]
 
 
 @pytest.mark.parametrize("histories", [[], {}, [[]], [["nobody knows"]], {"a": []}])
 def test_nothing_known_gives_an_empty_table(histories: Any, fitted: AWRSR) -> None:
-    table = fitted.recommend(histories, 3)
+    table = fitted.recommend(histories, 3, fallback="none")
     assert table.height == 0 and table.columns == ["user", "item", "rank", "score"]
     assert table.schema["item"] == pl.String and table.schema["rank"] == pl.Int64
 
@@ -398,7 +399,7 @@ def test_similar_gaussians_are_the_nearest() -> None:
 def test_similar_items_of_many_items_are_found_in_blocks(backbone: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = make_model(backbone=backbone).double(), list(range(ITEMS))
     whole = model.similar_items(asked, 3)
-    monkeypatch.setattr(recommender, "SCORE_BLOCK", 4 * ITEMS)
+    monkeypatch.setattr(recommending, "SCORE_BLOCK", 4 * ITEMS)
     assert_alike(model.similar_items(asked, 3), whole)
 
 

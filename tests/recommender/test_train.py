@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from awrsr import AWRSR, TrainingOptions, files
 from awrsr.cli import main
-from awrsr.data.histories import Histories, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import split
 from awrsr.run_folder import state_to_resume
 from awrsr.training import loop, trainer
 from awrsr.training import run as training
@@ -85,7 +86,7 @@ def never_trains(monkeypatch: pytest.MonkeyPatch) -> None:
 # Going on.
 
 
-@pytest.mark.parametrize("options", [{"schedule": "cosine"}, {"average": 0.9}, STOSA], ids=str)
+@pytest.mark.parametrize("options", [{"schedule": "cosine", "average": 0.9}, STOSA], ids=str)
 def test_a_run_goes_on_after_a_kill_to_the_numbers_of_one_never_stopped(
     options: dict[str, Any], data: Path, tmp_path: Path
 ) -> None:

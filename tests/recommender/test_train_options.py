@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from awrsr import AWRSR, TrainingOptions
 from awrsr.cli import main
 from awrsr.config import NEGATIVES
-from awrsr.data.histories import Histories, Split, split
+from awrsr.data.histories import Histories
+from awrsr.data.splits import Split, split
 from awrsr.evaluation.ranking import evaluate
 from awrsr.training import run as training
 from awrsr.training.batches import Windows
@@ -284,9 +285,10 @@ def test_a_line_per_epoch_where_there_is_no_terminal(data: Path, tmp_path: Path,
     assert error == ""
 
 
-def test_no_progress_prints_no_epochs(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_progress_prints_a_line_per_epoch(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command(data, tmp_path / "run", epochs=2), "--no-progress"]) == 0
-    assert "epoch 1/2" not in capsys.readouterr().out
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch ")]
+    assert [line.split()[1] for line in lines] == ["1/2", "2/2"] and all("NDCG@10" in line for line in lines)
 
 
 class Terminal(io.StringIO):
