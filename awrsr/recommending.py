@@ -81,11 +81,11 @@ def item_lists(name: str, given: Any, index: Index, users: np.ndarray) -> Lists 
             raise TypeError(f"{name} is {given!r}, must be item ids, or a mapping from users to item ids")
         ids, place = number_ids(id_column("item", list(given)), lambda row: f"{name}[{row}]", "keep")
         found = index.find(ids)[place] if len(place) else np.empty(0, dtype=np.int64)
-        return Lists(_known(name, found))
+        check_known(name, len(found), int((found < 0).sum()))
+        return Lists(found[found >= 0])
     lists, _ = histories_of(given)
     known, unknown = lists.numbered_as(index)
-    if name == "candidates":
-        _known(name, np.where(np.arange(len(lists.items)) < unknown, -1, 0))
+    check_known(name, len(lists.items), unknown)
     place = Index(users).find(lists.user_ids)
     owner = place[known.owners]
     order = np.argsort(owner, kind="stable")
@@ -100,14 +100,15 @@ def _holds_lists(series: Any) -> bool:
     return first is not None and not isinstance(first, str | bytes) and hasattr(first, "__iter__")
 
 
-def _known(name: str, places: np.ndarray) -> np.ndarray:
-    """The places that are not -1. Of candidates, it warns of the others, and raises ValueError if there are no more."""
-    unknown = int((places < 0).sum())
-    if name == "candidates" and unknown == len(places):
+def check_known(name: str, count: int, unknown: int) -> None:
+    """Of candidates, warn of those that the model does not know, and raise ValueError if it knows none. What it does not know need
+    not be excluded."""
+    if name != "candidates":
+        return
+    if unknown == count:
         raise ValueError(f"candidates are {many(unknown, 'item')}, of which the model knows none")
-    if name == "candidates" and unknown:
-        warn(f"{unknown:,} of {len(places):,} candidates are left out, since the model does not know them")
-    return places[places >= 0]
+    if unknown:
+        warn(f"{unknown:,} of {count:,} candidates are left out, since the model does not know them")
 
 
 def top_items(
@@ -142,7 +143,7 @@ def best_items(
     table = table if all_items else table[torch.from_numpy(columns).to(table.device)]
     column = np.full(len(ids), -1)
     column[columns] = np.arange(len(columns))
-    popular = popularity_order(trained, columns) if rules.fallback == "popular" and trained is not None else None
+    popular = popularity_order(trained, columns) if rules.fallback == "popular" else None
     users = np.flatnonzero(histories.lengths) if popular is None else np.arange(histories.num_users)
     step = max(1, min(batch_size, SCORE_BLOCK // max(len(columns), 1)))
     most = min(int(np.max(k, initial=0)), len(columns))

@@ -59,7 +59,7 @@ def list_metric(name: str, lists: Lists, catalogue: Catalogue | None = None) -> 
         catalogue: for the last four.
 
     Raises:
-        ValueError: there is no such metric, or the lists are shorter than k everywhere because fewer were asked for.
+        ValueError: there is no such metric.
     """
     kind, _, cutoff = name.partition("@")
     if kind not in (*ACCURACY, *BEYOND) or not cutoff.isdecimal() or not int(cutoff):

@@ -59,7 +59,7 @@ def deep(kind: str, preset: str, *layers: int) -> tuple[Contestant, ...]:
 SHALLOW = (*deep("plain", "plain", 1, 2), *deep("refined", "refined", 1), *deep("lagged", "lagged", 1))
 DEEPER = (*deep("plain", "plain", 2, 4), *deep("refined", "refined", 1, 2), *deep("lagged", "lagged", 1, 2))
 PARTS = {
-    "induction": Part(tuple(map(Induction, (64, 32, 128, 256))), CONTESTANTS, 400),
+    "induction": Part(tuple(map(Induction, (64, 32, 128, 256))), CONTESTANTS, 500),
     "longer": Part((Induction(128),), deep("plain", "plain", 2), 2000),  # do two plain layers learn it with more steps?
     "recall": Part((Recall(), Recall(length=128, pairs=16)), SHALLOW, 400, hidden=128),
     "hops": Part((Hops(length=64, most=8),), DEEPER, 1200),

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from awrsr.cli.train import show
 from awrsr.data.histories import Histories
 from awrsr.data.splits import Split, split
 from awrsr.evaluation import baselines as module
@@ -58,3 +59,11 @@ def test_metrics_print_as_a_table_with_the_baselines() -> None:
     assert table == ["                 HR@5", "this model     0.2500", "popularity     0.1250", "means over 1,000 held-out events"]
     assert found.table().rows() == [("this model", 0.25), ("popularity", 0.125)] and found["HR@5"] == 0.25
     assert BASELINES == "baselines"
+
+
+def test_a_model_that_loses_to_a_baseline_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    reached = {name: {"test": {"NDCG@10": value}} for name, value in (("plain", 0.2), ("additive", 0.5))}
+    others = {POPULARITY: {"NDCG@10": 0.1}, MARKOV: {"NDCG@10": 0.2}, LAST_TIME: {"NDCG@10": 0.4}}
+    show({name: each | {BASELINES: {"test": others}} for name, each in reached.items()})
+    out = capsys.readouterr().out
+    assert f"plain is no better than {MARKOV} and {LAST_TIME}, which need no training" in out and "additive is no" not in out

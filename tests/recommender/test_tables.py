@@ -2,11 +2,14 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pandas
 import polars as pl
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from awrsr import AWRSR, DataWarning, Histories, Split, split
 from awrsr.data.tables import histories_of
@@ -110,3 +113,19 @@ def test_parts_that_were_divided_before_are_joined() -> None:
         Split.of_parts(test, training)
     numbers = Split.of_parts(Histories.from_lists([[1, 2]]), Histories.from_lists({0: ["2", "x"]})).histories
     assert numbers.item_ids.tolist() == ["1", "2", "x"] and numbers.items.tolist() == [0, 1, 1, 2]
+
+
+def test_callbacks_and_loggers_of_lightning_are_called(tmp_path: Path) -> None:
+    class Epochs(L.Callback):
+        seen = 0
+
+        def on_train_epoch_end(self, trainer: L.Trainer, training: L.LightningModule) -> None:
+            self.seen += 1
+
+    histories = {f"u{n}": [(n + i) % 5 for i in range(6)] for n in range(20)}
+    quick: dict[str, Any] = {"epochs": 2, "progress": False}
+    for logger, pattern in ((CSVLogger(tmp_path / "a"), "a/**/metrics.csv"), (TensorBoardLogger(tmp_path / "b"), "b/**/events*")):
+        model = AWRSR(layers=1, refinement="none").fit(histories, callbacks=[own := Epochs()], logger=logger, **quick)
+        assert own.seen == 2 and list(tmp_path.glob(pattern))
+        model.fit_more({"u0": [1]}, callbacks=[own], **quick)
+        assert own.seen == 4
